@@ -1,0 +1,53 @@
+"""Train adapters: `deepspeed [launcher flags] launch/train.py --config A.yaml [B.yaml ...] [section.key=value ...]`.
+
+Runs under deepspeed, torchrun and srun, and alone. Later files win over earlier ones, overrides over files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import NoReturn
+
+from sparse_llm_ft.config import load_config
+from sparse_llm_ft.distributed import find_world, set_threads
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.training.prepare import prepare
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong argument as every other user error: one line, on rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main() -> None:
+    """Parse, check, then import torch and train."""
+    world = find_world()
+    with one_line_errors(world):
+        files, overrides = _arguments()
+        prepared = prepare(load_config(files, overrides), world)
+        set_threads(world)
+        from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
+
+        run(prepared)
+
+
+def _arguments() -> tuple[list[str], list[str]]:
+    """Config files and overrides. Overrides may stand before or after --config."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML files, later ones win")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments, rest = parser.parse_known_args()
+    for argument in rest:
+        if argument.startswith("-"):
+            parser.error(f"unknown option {argument}")
+    # --config also swallows the overrides behind it; they are told apart by their "=".
+    files = [argument for argument in arguments.config if "=" not in argument or os.path.isfile(argument)]
+    return files, [argument for argument in (*arguments.config, *rest) if argument not in files]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The adapter tuner, registered in PEFT: importing this package makes `get_peft_model`, `PeftModel.from_pretrained`
+and the rest know `SparseLoraConfig`.
+
+PEFT's `register_peft_method` refuses names outside its own enum, so the mappings it fills are filled here.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from sparse_llm_ft.adapters.config import SparseLoraConfig, SparsePeftType
+from sparse_llm_ft.adapters.convert import adapter_parameters, is_omega, save_stock_lora, to_stock_lora
+from sparse_llm_ft.adapters.layer import SparseLoraLayer
+from sparse_llm_ft.adapters.model import SparseLoraModel
+from sparse_llm_ft.adapters.targets import check_plan, find_targets
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel.prefix  # type: ignore[index]
+
+__all__ = [
+    "SparseLoraConfig",
+    "SparseLoraLayer",
+    "SparseLoraModel",
+    "SparsePeftType",
+    "adapter_parameters",
+    "check_plan",
+    "find_targets",
+    "is_omega",
+    "save_stock_lora",
+    "to_stock_lora",
+]

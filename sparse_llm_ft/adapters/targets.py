@@ -1,0 +1,100 @@
+"""Which modules of a model `adapter.target_modules` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
+
+ALL_LINEAR = "all-linear"
+_HEADS = frozenset({"score", "classifier", "qa_outputs", "classification_head"})
+
+
+def linear_modules(model: nn.Module) -> dict[str, Shape]:
+    """Every linear layer (bitsandbytes' 4-bit ones included) but output heads: name -> (out_features, in_features).
+
+    A layer that already carries adapters counts under its own name. Heads are the model's output embeddings and the task heads of transformers' classification models: they are
+    trained whole or not at all.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = dict(model.named_modules())
+    wrappers = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    found = {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in _HEADS:
+            continue
+        if name.startswith(wrappers) and not name.endswith(".base_layer"):
+            continue  # an adapter's own matrices
+        found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
+    return found
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Shape]:
+    """The modules that get adapters, in the model's order: name -> (out_features, in_features).
+
+    Args:
+        model: the base model; one on the meta device will do.
+        target_modules: ``all-linear``, a list of name endings, or a regular expression for whole names.
+
+    Raises:
+        ConfigError: nothing matches, or an ending of the list matches nothing; it says what is there.
+    """
+    linear = linear_modules(model)
+    if target_modules == ALL_LINEAR:
+        found = set(linear)
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ConfigError(
+                "adapter.target_modules",
+                f"{target_modules!r} is no regular expression ({error})",
+                f"expected {ALL_LINEAR}, a list of name endings, or a pattern",
+            ) from None
+        found = {name for name in linear if pattern.fullmatch(name)}
+    else:
+        endings = {ending: {n for n in linear if n == ending or n.endswith("." + ending)} for ending in target_modules}
+        for ending, names in endings.items():
+            if not names:
+                raise _no_match(ending, linear)
+        found = set().union(*endings.values())
+    if not found:
+        raise _no_match(target_modules, linear)
+    return {name: shape for name, shape in linear.items() if name in found}
+
+
+def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
+    """Refuse a plan that names modules the model lacks, or ranks that do not fit their matrices.
+
+    Raises:
+        PlanError: naming the first such module.
+    """
+    linear = linear_modules(model)
+    for name, adapter in plan.modules.items():
+        if name not in linear:
+            raise PlanError(
+                f"the plan names module {name!r}, which is not a linear layer of the model; "
+                f"the model has {_summary(linear)}"
+            )
+        if adapter is not None and adapter.r > min(linear[name]):
+            out_features, in_features = linear[name]
+            raise PlanError(
+                f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"
+            )
+
+
+def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
+    return ConfigError(
+        "adapter.target_modules", f"{wanted!r} matches no linear layer of the model", f"found: {_summary(linear)}"
+    )
+
+
+def _summary(linear: dict[str, Shape]) -> str:
+    """The distinct last parts of the names, in order: ``q_proj, k_proj, ...``."""
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    return ", ".join(endings[:20]) + (", ..." if len(endings) > 20 else "") if endings else "no linear layer at all"

@@ -1,0 +1,208 @@
+"""YAML files and ``key.sub=value`` overrides -> `RunConfig`, and every check that needs neither data nor model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sparse_llm_ft.config.methods import MethodConfig
+from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, RunConfig
+from sparse_llm_ft.errors import ConfigError, UserError
+
+Tree = dict[str, Any]
+
+
+def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and merge `paths` in order, then `overrides`; later values win, mappings merge key by key.
+
+    Args:
+        paths: YAML files.
+        overrides: ``section.key=value``; the value is read as YAML.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key (with the nearest known one), a wrong type, a value
+            out of range, settings that contradict each other.
+    """
+    tree: Tree = {}
+    for path in paths:
+        tree = merge(tree, _read_yaml(Path(path)))
+    for override in overrides:
+        tree = merge(tree, _parse_override(override))
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate one merged tree of settings. Raises as `load_config`."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _as_user_error(error, tree) from None
+    _check_together(config)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved settings as YAML; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """Deep merge of two trees of settings; `over` wins. A method of another name replaces the whole section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            renamed = key == "method" and "name" in value and value["name"] != old.get("name")
+            merged[key] = dict(value) if renamed else merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_yaml(path: Path) -> Tree:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise UserError(f"--config {path}{line}: not readable as YAML: {problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UserError(f"--config {path}: a mapping of sections is needed, such as 'model:' and 'training:'")
+    return data
+
+
+def _parse_override(text: str) -> Tree:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"argument {text!r}: not an override; write section.key=value")
+    try:
+        tree = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"argument {text!r}: the value is not readable as YAML; quote it") from None
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigError:
+    """The first problem, in one line, in the user's own terms."""
+    problems = error.errors(include_url=False)
+    # A misspelt key also leaves a required one missing: the misspelling is what the user can see.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    method_names = {get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(MethodConfig)}
+    where = [str(part) for part in problem["loc"]]
+    if where[:1] == ["method"] and len(where) > 1 and where[1] in method_names:
+        del where[1]  # pydantic inserts the tag of the union
+    known = _known_keys(where[:-1], tree)
+    setting = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return ConfigError(setting, "unknown key", hint)
+    if problem["type"] == "missing":
+        return ConfigError(setting, "not given", "it has no default")
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = tree["method"].get("name") if isinstance(tree.get("method"), Mapping) else None
+        near = difflib.get_close_matches(str(given), sorted(method_names), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return ConfigError("method.name", f"{given!r} is unknown", f"{hint}known: {', '.join(sorted(method_names))}")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
+
+
+def _known_keys(section: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+    kind: Any = RunConfig
+    for part in section:
+        if part == "method":
+            name = tree["method"].get("name")
+            options: Iterable[type[BaseModel]] = get_args(MethodConfig)
+            kind = next(k for k in options if name in get_args(k.model_fields["name"].annotation))
+        else:
+            kind = kind.model_fields[part].annotation
+    return list(kind.model_fields)
+
+
+def _check_together(config: RunConfig) -> None:
+    """What no single value shows."""
+    training = config.training
+    if training.global_batch_size % training.micro_batch_size:
+        raise ConfigError(
+            "training.global_batch_size",
+            f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size}",
+            "choose sizes that divide",
+        )
+    if training.max_steps is not None and training.warmup_steps > training.max_steps:
+        raise ConfigError(
+            "training.warmup_steps",
+            f"{training.warmup_steps} is more than the run's {training.max_steps} steps",
+            "expected at most training.max_steps",
+        )
+    if config.method.name != "lora":
+        check_steps(config, training.max_steps)
+        if config.method.cut_after >= config.method.steps:
+            raise ConfigError(
+                "method.cut_after",
+                f"{config.method.cut_after} leaves no cut before step {config.method.steps}",
+                "expected less than method.steps",
+            )
+    _check_deepspeed(config.deepspeed)
+    if config.task.path is not None and not Path(config.task.path).is_dir():
+        raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
+    name = config.model.name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # cannot be a hub id
+        if not (Path(name).expanduser() / "config.json").is_file():
+            raise ConfigError(
+                "model.name",
+                f"{name!r} has no config.json",
+                "expected a model folder in Hugging Face layout, or a hub id",
+            )
+
+
+def _check_deepspeed(config: DeepSpeedConfig) -> None:
+    for key in config.extra:
+        if key in MANAGED:
+            raise ConfigError(f"deepspeed.{key}", "set by another section", f"use {MANAGED[key]}")
+        if key not in PASSED_THROUGH:
+            near = difflib.get_close_matches(key, [*PASSED_THROUGH, "zero_stage"], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json for its settings"
+            raise ConfigError(f"deepspeed.{key}", "unknown key", hint)
+    zero = config.extra.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise ConfigError("deepspeed.zero_optimization", f"{zero!r} is not allowed", "expected a mapping")
+    if "stage" in zero:
+        raise ConfigError("deepspeed.zero_optimization.stage", "set by another key", "use deepspeed.zero_stage")
+
+
+def check_steps(config: RunConfig, total_steps: int | None) -> None:
+    """Refuse a warm-up that the run never gets out of, as soon as the run's length is known."""
+    if config.method.name == "lora" or total_steps is None:
+        return
+    if config.method.steps >= total_steps:
+        raise ConfigError(
+            "method.steps",
+            f"{config.method.steps} is not before the run's end at step {total_steps}",
+            f"expected 1 to {total_steps - 1}, or more training.max_steps or epochs",
+        )
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuse batch sizes that `world_size` ranks cannot share equally."""
+    training = config.training
+    share = training.micro_batch_size * world_size
+    if training.global_batch_size % share:
+        raise ConfigError(
+            "training.global_batch_size",
+            f"{training.global_batch_size} is not a multiple of training.micro_batch_size × processes = "
+            f"{training.micro_batch_size} × {world_size}",
+            f"expected a multiple of {share}",
+        )

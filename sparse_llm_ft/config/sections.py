@@ -1,0 +1,176 @@
+"""The settings of a run, typed. Every section is a contract with the YAML files; unknown keys are errors.
+
+Imports no torch: a wrong setting is said within a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from sparse_llm_ft.config.methods import MethodConfig
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's true would otherwise pass as the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The pretrained base.
+
+    Attributes:
+        name: a hub id or a local folder in Hugging Face layout.
+        revision: branch, tag or commit on the hub.
+        dtype: type of the base's weights and of the computation.
+        quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation
+            in `dtype`).
+    """
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantization: Literal["none", "nf4", "fp4"] = "none"
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+
+
+class TaskConfig(Section):
+    """What is learned.
+
+    Attributes:
+        name: an entry of the task registry (sparse_llm_ft/data/tasks).
+        path: local folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``; without it the task's data
+            set is loaded from the hub.
+        max_length: most tokens of prompt and completion together; a longer prompt is cut from its front, the
+            completion never.
+        prompt, completion: templates with ``{column}`` fields; None takes the task's own.
+    """
+
+    name: str
+    path: str | None = None
+    max_length: Int = Field(512, ge=8)
+    prompt: str | None = None
+    completion: str | None = None
+
+
+class AdapterConfig(Section):
+    """Size and place of the adapters that a method starts from.
+
+    Attributes:
+        target_modules: ``all-linear`` (every linear layer but the output head), a list of name endings as in PEFT,
+            or a regular expression that must match the whole module name.
+    """
+
+    r: Int = Field(8, ge=1)
+    lora_alpha: Float = Field(32.0, gt=0)
+    lora_dropout: Float = Field(0.05, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainingConfig(Section):
+    """The loop.
+
+    Attributes:
+        micro_batch_size: samples a rank sees in one forward pass.
+        global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
+        epochs: passes over the training set; unused when `max_steps` is given.
+        max_steps: optimizer steps of the whole run.
+        schedule: course of the learning rate after `warmup_steps` (linear rise from the first step on).
+        save_every, eval_every: optimizer steps between checkpoints, between validations; None: only at phase ends,
+            never.
+        keep_checkpoints: how many of the newest checkpoints stay; None keeps all.
+    """
+
+    micro_batch_size: Int = Field(1, ge=1)
+    global_batch_size: Int = Field(16, ge=1)
+    learning_rate: Float = Field(1e-4, gt=0)
+    epochs: Float = Field(1.0, gt=0)
+    max_steps: Int | None = Field(None, ge=1)
+    warmup_steps: Int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Float = Field(0.0, ge=0)
+    max_grad_norm: Float = Field(1.0, ge=0)
+    save_every: Int | None = Field(None, ge=1)
+    eval_every: Int | None = Field(None, ge=1)
+    log_every: Int = Field(1, ge=1)
+    keep_checkpoints: Int | None = Field(None, ge=2)
+
+
+class EvaluationConfig(Section):
+    """What is measured before and after training.
+
+    Attributes:
+        split: which split ``metrics.before`` and ``metrics.after`` are measured on.
+        samples: how many of its first samples; 0 measures nothing.
+        max_new_tokens: length limit of a generated completion.
+        micro_batch_size: samples a rank evaluates at once.
+    """
+
+    split: Literal["validation", "test"] = "test"
+    samples: Int = Field(100, ge=0)
+    max_new_tokens: Int = Field(64, ge=1)
+    micro_batch_size: Int = Field(8, ge=1)
+
+
+class DeepSpeedConfig(BaseModel):
+    """`zero_stage`, and any DeepSpeed setting, merged into what the engine gets.
+
+    Settings that follow from other sections are refused here, see `MANAGED`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is merged into DeepSpeed's own configuration."""
+        return dict(self.model_extra or {})
+
+
+PASSED_THROUGH = frozenset(
+    ["activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types", "disable_allgather", "dump_state", "eigenvalue", "elasticity", "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "nebula", "prescale_gradients", "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"]
+)
+"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key without a word, so a
+misspelt one has to be caught here."""
+
+MANAGED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "optimizer": "training.learning_rate and method",
+    "scheduler": "training.schedule",
+}
+"""DeepSpeed settings that other sections own, and where."""
+
+
+class RunConfig(Section):
+    """Everything that one run needs to know."""
+
+    model: ModelConfig
+    task: TaskConfig
+    method: Annotated[MethodConfig, Field(discriminator="name")]
+    output_dir: str = Field(min_length=1)
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    seed: Int = Field(0, ge=0)
+    resume: Literal["auto", "never"] = "auto"

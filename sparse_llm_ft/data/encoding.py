@@ -1,0 +1,110 @@
+"""Examples -> token ids, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.errors import UserError
+
+IGNORED = -100
+"""Label of a position that has no part in the loss."""
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of prompt and completion; the completion ends with the end-of-sequence token."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens with a loss: the completion's (its first is predicted from the prompt's last)."""
+        return len(self.completion)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """The samples of a split, in its order.
+
+    Attributes:
+        shortened: how many prompts were too long and lost tokens from their middle.
+    """
+
+    samples: tuple[Sample, ...]
+    shortened: int
+
+
+def encode_split(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
+    """Tokenise; a tokenizer with a chat template sees the prompt as the user's turn.
+
+    A pair longer than `max_length` loses tokens from the middle of its prompt: both ends stay, where templates and
+    instructions are. The completion is never cut.
+
+    Raises:
+        UserError: a completion that leaves no room for any of its prompt.
+    """
+    samples, shortened = [], 0
+    for number, example in enumerate(examples, 1):
+        prompt = _prompt_ids(example.prompt, tokenizer)
+        completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        room = max_length - len(completion)
+        if room < 1 or not prompt:
+            raise UserError(
+                f"task.max_length: example {number} has a completion of {len(completion)} tokens and a "
+                f"prompt of {len(prompt)}; expected room for both within {max_length}"
+            )
+        if len(prompt) > room:
+            prompt = [*prompt[: room - room // 2], *prompt[len(prompt) - room // 2 :]]
+            shortened += 1
+        samples.append(Sample(tuple(prompt), tuple(completion)))
+    return EncodedSplit(tuple(samples), shortened)
+
+
+def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def training_batch(samples: Sequence[Sample], pad_token_id: int, length: int | None = None) -> Batch:
+    """Right-padded batch.
+
+    Args:
+        length: pad to this many tokens instead of to the longest sample.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), length) int64; labels of prompt and
+        padding are `IGNORED`.
+    """
+    rows = [(*sample.prompt, *sample.completion) for sample in samples]
+    width = length or max(map(len, rows))
+    batch = {
+        "input_ids": torch.full((len(rows), width), pad_token_id),
+        "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
+        "labels": torch.full((len(rows), width), IGNORED),
+    }
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        batch["input_ids"][i, : len(row)] = torch.tensor(row)
+        batch["attention_mask"][i, : len(row)] = 1
+        batch["labels"][i, len(sample.prompt) : len(row)] = torch.tensor(sample.completion)
+    return batch
+
+
+def prompt_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
+    """Left-padded prompts for generation: ``input_ids`` and ``attention_mask``, each (len(samples), longest)."""
+    width = max(len(sample.prompt) for sample in samples)
+    ids = torch.full((len(samples), width), pad_token_id)
+    mask = torch.zeros((len(samples), width), dtype=torch.long)
+    for i, sample in enumerate(samples):
+        ids[i, width - len(sample.prompt) :] = torch.tensor(sample.prompt)
+        mask[i, width - len(sample.prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,46 @@
+"""`SampleStream`: which sample comes when, as a pure function of seed and position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+
+class SampleStream:
+    """An endless sequence of sample indices: epoch after epoch, each shuffled anew from (seed, epoch).
+
+    The place of a run in its data is one integer, the samples consumed. The order knows nothing of world size,
+    micro-batch or accumulation: whatever they are, step by step the same samples are consumed.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError("a stream needs at least one sample")
+        self.size = size
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+    def index(self, position: int) -> int:
+        """The sample consumed as number `position` (from 0) of the run."""
+        epoch, offset = divmod(position, self.size)
+        return int(self._epoch(epoch)[offset])
+
+    def micro_batches(
+        self, consumed: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> Iterator[list[int]]:
+        """This rank's share of the next optimizer step, one list of sample indices per accumulation step.
+
+        Over all ranks and accumulation steps the shares are exactly the positions ``consumed`` to
+        ``consumed + global_batch_size - 1``.
+        """
+        stride = micro_batch_size * world_size
+        if global_batch_size % stride:
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {stride}")
+        for start in range(consumed, consumed + global_batch_size, stride):
+            first = start + rank * micro_batch_size
+            yield [self.index(position) for position in range(first, first + micro_batch_size)]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.size)

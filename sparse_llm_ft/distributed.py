@@ -1,0 +1,72 @@
+"""Who this process is among the others, whichever launcher started it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank of this process, number of processes, and the same on this node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
+    """Read what deepspeed, torchrun or srun left in the environment, and complete it for torch.distributed.
+
+    Without any launcher it is a world of one.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_RANK", "0")
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        _from_slurm(environment)
+    else:
+        environment.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    size = int(environment["WORLD_SIZE"])
+    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or _slurm_local_size(environment)
+    return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))
+
+
+def set_threads(world: World) -> None:
+    """Share this node's cores among its processes, unless the user has said how many threads to use.
+
+    Without it, every process on a CPU-only node starts a thread per core and they slow each other down.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+
+
+def _from_slurm(environment: MutableMapping[str, str]) -> None:
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+    # Every task must come to the same free port without talking: derive it from the job.
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:
+    """``SLURM_STEP_TASKS_PER_NODE`` reads like ``2(x3),1``; the first number is taken for all nodes."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return tasks.split(",")[0].split("(")[0] or None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

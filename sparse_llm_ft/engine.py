@@ -1,0 +1,213 @@
+"""The only room that imports deepspeed: build an engine around a model, step, read and write its state, tear it down.
+
+ZeRO keeps values and moments of the trained parameters in flat float32 partitions; zero.py knows where.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sparse_llm_ft import zero
+from sparse_llm_ft.adapters import adapter_parameters, is_omega
+from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
+
+Tensors = dict[str, torch.Tensor]
+Moments = dict[str, Tensors]
+
+
+def init_distributed() -> None:
+    """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(deepspeed.comm.comm.get_local_rank_from_launcher())
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built with.
+
+    Attributes:
+        micro_batch_size: per rank.
+        accumulation_steps: forward passes of one optimizer step.
+        dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
+        omega_lr, omega_algorithm: of trained omegas.
+        extra: settings merged into DeepSpeed's own.
+    """
+
+    zero_stage: int
+    dtype: Literal["float32", "bfloat16"]
+    micro_batch_size: int
+    accumulation_steps: int
+    max_grad_norm: float
+    weight_decay: float
+    omega_lr: float
+    omega_algorithm: Literal["adamw", "sgd"]
+    extra: Mapping[str, Any]
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        ours: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation_steps,
+            "gradient_clipping": self.max_grad_norm,
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "zero_optimization": {"stage": self.zero_stage},
+            "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        return _deep_merge(ours, self.extra)
+
+
+class Engine:
+    """DeepSpeed around a model with adapters. All ranks must call every method together."""
+
+    def __init__(self, model: nn.Module, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.parameters = adapter_parameters(model)
+        optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
+        self.module = model
+        self._engine, self._wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings.to_deepspeed()
+        )
+        self._optimizer = optimizer
+        self._plain_norm = float("nan")
+        self._set_optimizer_steps({})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """One parameter group for A and B, one for omega; an empty one is left out (DeepSpeed cannot take it)."""
+        matrices = [p for name, p in self.parameters.items() if not is_omega(name)]
+        omegas = [p for name, p in self.parameters.items() if is_omega(name)]
+        settings = self.settings
+        groups = [
+            {"name": "adapter", "params": matrices, "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "omega", "params": omegas, "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's output for this rank's micro-batch."""
+        return self._engine(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients. DeepSpeed averages them over ranks and divides by the accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-step; on the last of the accumulation, update with `learning_rate`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.omega_lr if group["name"] == "omega" else learning_rate
+        if self._wrapped is self._optimizer and self._engine.is_gradient_accumulation_boundary():
+            # Without a wrapper DeepSpeed clips and forgets the norm.
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            self._plain_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last update's gradients before clipping, over all ranks."""
+        norm = self._engine.get_global_grad_norm()
+        return self._plain_norm if norm is None else float(norm)
+
+    def values(self, names: Iterable[str] | None = None) -> Tensors:
+        """float32 values of the named parameters (None: of all), unsharded, on the CPU."""
+        wanted = self.parameters if names is None else names
+        return {name: self._read(name, None) for name in wanted}
+
+    def moments(self) -> Moments:
+        """Adam's moments of every parameter that has some, unsharded, on the CPU."""
+        return {
+            name: {key: self._read(name, key) for key in keys}
+            for name in self.parameters
+            if (keys := MOMENTS[self._algorithm(name)])
+        }
+
+    def optimizer_steps(self) -> dict[str, int]:
+        """Updates made so far per parameter group, the count in Adam's bias correction."""
+        masters = zero.masters(self._wrapped, self._optimizer)
+        return {group["name"]: int(self._optimizer.state[master]["step"]) for group, master in masters}
+
+    def load(
+        self,
+        values: Mapping[str, torch.Tensor],
+        moments: Mapping[str, Tensors] | None = None,
+        optimizer_steps: Mapping[str, int] | None = None,
+    ) -> None:
+        """Set parameters, moments and step counts; what is not given keeps its value (a fresh engine's is zero).
+
+        Raises:
+            ValueError: a name the engine does not train, or another shape.
+        """
+        unknown = [name for name in (*values, *(moments or {})) if name not in self.parameters]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a trained parameter of this engine")
+        for name, value in values.items():
+            self._write(name, value, None)
+        for name, entry in (moments or {}).items():
+            for key, value in entry.items():
+                self._write(name, value, key)
+        if values:
+            zero.copy_masters_to_model(self._wrapped)
+        if optimizer_steps is not None:
+            self._set_optimizer_steps(optimizer_steps)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state on the rank that holds most: moments, step counts, and the float32 masters that
+        exist beside the model's own parameters.
+        """
+        tensors = [t for state in self._optimizer.state.values() for t in state.values()]
+        own = {id(parameter) for parameter in self.parameters.values()}
+        tensors += [m for _, m in zero.masters(self._wrapped, self._optimizer) if id(m) not in own]
+        total = torch.tensor([sum(t.numel() * t.element_size() for t in tensors)], device=self._engine.device)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return int(total)
+
+    def close(self) -> None:
+        """Free the engine and its optimizer state; the model stays, its frozen base untouched."""
+        self._engine.destroy()
+        zero.forget(self.parameters.values())
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        del self._engine, self._wrapped, self._optimizer, self.parameters
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _algorithm(self, name: str) -> str:
+        return self.settings.omega_algorithm if is_omega(name) else "adamw"
+
+    def _read(self, name: str, key: str | None) -> torch.Tensor:
+        return zero.read(self._wrapped, self._optimizer, self.parameters[name], key).float().cpu().clone()
+
+    def _write(self, name: str, value: torch.Tensor, key: str | None) -> None:
+        expected = zero.full_shape(self.parameters[name])
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {expected}")
+        value = value.to(device=self._engine.device, dtype=torch.float32)
+        zero.write(self._wrapped, self._optimizer, self.parameters[name], value, key)
+
+    def _set_optimizer_steps(self, counts: Mapping[str, int]) -> None:
+        """Make sure every master has its state, with the given counts; fresh ones are zero."""
+        for group, master in zero.masters(self._wrapped, self._optimizer):
+            if master not in self._optimizer.state:
+                self._optimizer.allocate(master, group["algorithm"])
+            self._optimizer.state[master]["step"].fill_(float(counts.get(group["name"], 0)))
+        zero.link_states(self._wrapped)
+
+
+def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

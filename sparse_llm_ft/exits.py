@@ -1,0 +1,33 @@
+"""How a process ends when something is wrong: one line, once, and an exit status that says whose fault it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import TrainingError, UserError
+
+USER_ERROR, TRAINING_ERROR = 2, 1
+_GRACE_SECONDS = 5.0
+
+
+@contextmanager
+def one_line_errors(world: World) -> Iterator[None]:
+    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1.
+
+    All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
+    everyone when the first process fails, and that must not be before rank 0 has spoken. A rank that is still
+    alive then has met an error of its own (a file missing on its node) and says so.
+    """
+    try:
+        yield
+    except (UserError, TrainingError) as error:
+        status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
+        if world.rank != 0:
+            time.sleep(_GRACE_SECONDS)
+        where = f"rank {world.rank}: " if world.rank else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        sys.exit(status)

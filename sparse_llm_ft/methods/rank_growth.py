@@ -1,0 +1,94 @@
+"""WeightLoRA+: ranks grow into a parameter budget without changing what the adapters compute (section 3.4)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+
+from sparse_llm_ft.plan import Shape
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A of shape (r, d_in), B of shape (d_out, r)."""
+
+
+def grow_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int) -> dict[str, int]:
+    """The largest ranks whose parameters fit `budget`, raised together, one at a time.
+
+    Every rank is raised by one in turn, in the order of `ranks`, until the next raise of every module would exceed
+    the budget. A rank ends at the smaller side of its matrix.
+
+    Args:
+        ranks: module -> rank now; no rank is lowered.
+        shapes: module -> (d_out, d_in); one more rank costs d_out + d_in parameters.
+        budget: parameters that A and B of all modules may have together.
+
+    Raises:
+        ValueError: the ranks as they are exceed the budget.
+    """
+    grown = dict(ranks)
+    left = budget - sum(r * sum(shapes[name]) for name, r in grown.items())
+    if left < 0:
+        raise ValueError(f"the ranks already need {budget - left} parameters, more than the budget of {budget}")
+    while True:
+        lowest = [n for n, r in grown.items() if r < min(shapes[n]) and sum(shapes[n]) <= left]
+        if not lowest:
+            return grown
+        for name in lowest:
+            if sum(shapes[name]) <= left:
+                grown[name] += 1
+                left -= sum(shapes[name])
+
+
+def expand_gaussian(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator) -> Pair:
+    """Random rows below A, zero columns beside B: B A is unchanged.
+
+    The new rows have the variance 1 / (3 d_in) of a fresh LoRA's A.
+
+    Args:
+        a: (r, d_in).
+        b: (d_out, r).
+        rank: new rank, at least r.
+
+    Returns:
+        A (rank, d_in) and B (d_out, rank).
+    """
+    r, d_in = a.shape
+    rows = torch.randn(rank - r, d_in, generator=generator, dtype=a.dtype) / (3 * d_in) ** 0.5
+    return torch.cat([a, rows]), _pad_columns(b, rank)
+
+
+def expand_qr(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator) -> Pair:
+    """A orthonormalised and completed: with Aᵀ = Q R, A becomes [Q, E]ᵀ and B becomes [B Rᵀ, 0]; B A is unchanged.
+
+    E are orthonormal columns from the complement (I - Q Qᵀ) N of Q, N random. Shapes as in `expand_gaussian`;
+    computed in float64.
+    """
+    r, d_in = a.shape
+    q, upper = torch.linalg.qr(a.double().T)  # Shape: (d_in, r), (r, r)
+    noise = torch.randn(d_in, rank - r, generator=generator, dtype=torch.float64)
+    extension = torch.linalg.qr(noise - q @ (q.T @ noise))[0]  # Shape: (d_in, rank - r)
+    # Once more against Q: one projection leaves a rounding residue when N nearly lies in the span of Q.
+    extension = torch.linalg.qr(extension - q @ (q.T @ extension))[0]
+    new_b = _pad_columns(b.double() @ upper.T, rank)
+    return torch.cat([q, extension], dim=1).T.contiguous().to(a.dtype), new_b.to(b.dtype)
+
+
+def module_generator(seed: int, module: str) -> torch.Generator:
+    """Random numbers of one module: the same whatever other modules there are, on any machine."""
+    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(module.encode()))
+
+
+def pad_moments(moments: Mapping[str, torch.Tensor], shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Moments of a grown matrix: the old block keeps its own, the new entries start at zero."""
+    padded = {}
+    for key, old in moments.items():
+        new = torch.zeros(shape, dtype=old.dtype)
+        new[: old.shape[0], : old.shape[1]] = old
+        padded[key] = new
+    return padded
+
+
+def _pad_columns(b: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], dim=1)

@@ -1,0 +1,113 @@
+"""WeightLoRA and WeightLoRA+ (Veprikov et al.): train omega and cut it, disconnect, optionally grow ranks, train on.
+
+phase "select":  h_i x = W_i x + omega_i (alpha / r) B_i A_i x, omega trained and cut to the K largest (eq. 3-4)
+phase "train":   the survivors with their omega fixed, the others gone; for WeightLoRA+ with grown ranks (eq. 5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparse_llm_ft.config import RunConfig, WeightLoraMethod, WeightLoraPlusMethod
+from sparse_llm_ft.errors import ConfigError, TrainingError
+from sparse_llm_ft.methods.phase import Phase
+from sparse_llm_ft.methods.rank_growth import (
+    expand_gaussian,
+    expand_qr,
+    grow_ranks,
+    module_generator,
+    pad_moments,
+)
+from sparse_llm_ft.optim import CutRule
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, uniform_plan
+from sparse_llm_ft.state import TrainState
+
+
+class WeightLora:
+    """Both variants: what the method's settings class has decides."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.method, WeightLoraMethod)
+        self.method, self.adapter, self.seed = config.method, config.adapter, config.seed
+
+    def first(self, targets: Mapping[str, Shape]) -> Phase:
+        """All n adapters, each with a trained omega that starts at 1."""
+        method, adapter = self.method, self.adapter
+        if method.keep > len(targets):
+            raise ConfigError(
+                "method.keep",
+                f"{method.keep} is more than the {len(targets)} adapters that adapter.target_modules gives",
+                f"expected 1 to {len(targets)}",
+            )
+        plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, adapter.lora_dropout, train_omega=True)
+        cut = CutRule(method.keep, method.steps, method.cut_every, method.cut_after, method.choose, self.seed)
+        return Phase(
+            "select",
+            plan,
+            steps=method.steps,
+            cut=cut,
+            omega_lr=method.omega_lr,
+            omega_algorithm=method.omega_optimizer,
+        )
+
+    def next(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState] | None:
+        """Fix omega, disconnect what has omega <= 0, and for WeightLoRA+ grow the survivors' ranks."""
+        if phase.cut is None:
+            return None
+        plan = _disconnect(phase.plan, state)
+        state = _only(plan, state)
+        if isinstance(self.method, WeightLoraPlusMethod):
+            budget = sum(a.r * sum(targets[name]) for name, a in phase.plan.active.items())
+            plan, state = self._grow(plan, state, targets, budget, self.method.expansion)
+        after = Phase("train", plan, batch_growth=self.method.batch_growth, lr_scaling=self.method.lr_scaling)
+        return after, state
+
+    def _grow(
+        self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int, expansion: str
+    ) -> tuple[AdapterPlan, TrainState]:
+        ranks = grow_ranks({name: a.r for name, a in plan.active.items()}, targets, budget)
+        expand = expand_qr if expansion == "qr" else expand_gaussian
+        modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
+        tensors, moments = dict(state.tensors), {}
+        for name, adapter in plan.active.items():
+            rank = ranks[name]
+            # The scaling lora_alpha / r stays: growing r alone would shrink what the adapter computes.
+            modules[name] = replace(adapter, r=rank, lora_alpha=adapter.scaling * rank)
+            pair = expand(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], rank, module_generator(self.seed, name))
+            for key, tensor in zip((f"{name}.lora_A", f"{name}.lora_B"), pair, strict=True):
+                tensors[key] = tensor
+                if expansion == "gaussian":  # qr turns the coordinates: old moments would belong to other entries
+                    moments[key] = pad_moments(state.moments[key], tensor.shape)
+        steps = state.optimizer_steps if expansion == "gaussian" else {}
+        return (
+            AdapterPlan(modules, plan.lora_dropout),
+            replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
+        )
+
+
+def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
+    """Survivors with omega as a constant; None for the rest."""
+    modules: dict[str, ModuleAdapter | None] = {}
+    for name, adapter in plan.modules.items():
+        omega = float(state.tensors[f"{name}.lora_omega"]) if adapter is not None else 0.0
+        modules[name] = replace(adapter, omega=omega, train_omega=False) if adapter and omega > 0 else None
+    if not any(modules.values()):
+        raise TrainingError(
+            "every omega is 0 or negative after method.steps: no adapter is left to train; "
+            "lower method.omega_lr or raise method.cut_after"
+        )
+    return AdapterPlan(modules, plan.lora_dropout)
+
+
+def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
+    """The part of the state that belongs to the plan's A and B."""
+    names = [f"{name}.{part}" for name in plan.active for part in ("lora_A", "lora_B")]
+    steps = {group: count for group, count in state.optimizer_steps.items() if group != "omega"}
+    return replace(
+        state,
+        tensors={n: state.tensors[n] for n in names},
+        moments={n: state.moments[n] for n in names},
+        optimizer_steps=steps,
+        rule=None,
+    )

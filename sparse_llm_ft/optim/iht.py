@@ -1,0 +1,92 @@
+"""StoIHT on omega: after a gradient step keep the K largest, set the others to 0 (WeightLoRA, section 3.3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def keep_largest(omega: Mapping[str, float], k: int) -> set[str]:
+    """The names of the k largest values, signed; among equals the earlier name in the mapping wins."""
+    return set(sorted(omega, key=lambda name: -omega[name])[:k])
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """How omega is cut; plain values, so that a phase can be saved.
+
+    Attributes:
+        keep: K.
+        steps: T; the last cut is made after this step of the phase, whatever `every` says.
+        every, after: optimizer steps between cuts, and before the first.
+        choose: ``omega`` or, for RLoRA, ``random``.
+        seed: of the random choice.
+    """
+
+    keep: int
+    steps: int
+    every: int = 1
+    after: int = 0
+    choose: Literal["omega", "random"] = "omega"
+    seed: int = 0
+
+
+@dataclass
+class StoIHT:
+    """Applies a `CutRule` step by step.
+
+    With B = 0 the first gradient of every omega is exactly 0, and an adapter that is cut while its B is still 0 can
+    never come back. Therefore nothing is cut before every omega has moved, that is, before each has had a non-zero
+    gradient (omega has no weight decay). Only the last cut, after step T, does not wait: an adapter that has had no
+    gradient by then ranks below all others.
+
+    Attributes:
+        moved: names of the omegas that have had a non-zero gradient.
+        kept: names kept by the last cut; empty before the first.
+    """
+
+    rule: CutRule
+    moved: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+
+    def after_step(self, step: int, omega: Mapping[str, float], start: float = 1.0) -> tuple[dict[str, float], int]:
+        """What to do after optimizer step `step` (from 1) of the phase.
+
+        Args:
+            omega: name -> value after the gradient step.
+            start: the value that every omega began with.
+
+        Returns:
+            The omegas to overwrite, name -> 0.0 (empty where nothing is cut), and the number of adapters that this
+            cut brought back, swapping out as many.
+        """
+        self.moved |= {name for name, value in omega.items() if value != start}
+        if not self._due(step, omega):
+            return {}, 0
+        kept = self._choose(omega)
+        swaps = len(kept - self.kept) if self.kept else 0
+        self.kept = kept
+        return {name: 0.0 for name, value in omega.items() if name not in kept and value != 0.0}, swaps
+
+    def _due(self, step: int, omega: Mapping[str, float]) -> bool:
+        rule = self.rule
+        if step == rule.steps:
+            return True
+        return step > rule.after and (step - rule.after) % rule.every == 0 and len(self.moved) == len(omega)
+
+    def _choose(self, omega: Mapping[str, float]) -> set[str]:
+        if self.rule.choose == "random":
+            return set(random.Random(self.rule.seed).sample(sorted(omega), min(self.rule.keep, len(omega))))
+        gone = min(omega.values()) - 1.0
+        return keep_largest({n: v if n in self.moved else gone for n, v in omega.items()}, self.rule.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the rule."""
+        return {"moved": sorted(self.moved), "kept": sorted(self.kept)}
+
+    @classmethod
+    def from_dict(cls, rule: CutRule, data: Mapping[str, Any] | None) -> StoIHT:
+        """Continue from `to_dict`; None starts anew."""
+        return cls(rule) if data is None else cls(rule, set(data["moved"]), set(data["kept"]))

@@ -1,0 +1,77 @@
+"""Memory of a plan before anything is loaded: what a forward pass keeps for backward, traced on the meta device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparse_llm_ft.adapters import SparseLoraConfig
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.modeling import DTYPES, empty_model
+from sparse_llm_ft.plan import AdapterPlan, Shape
+
+# Beside each trained value lie, under bfloat16, its float32 master (4) and two moments (8), sharded from stage 1 on,
+# and the bfloat16 value and its gradient (2 + 2) on every rank.
+SHARDED_BYTES, REPLICATED_BYTES = 12, 4
+
+
+def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
+    """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
+
+    Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
+    supervised: an upper bound for real batches. Under gradient checkpointing it is the inputs of the layers and what
+    lies outside them.
+
+    Args:
+        length: tokens of the sample.
+    """
+    model = empty_model(config).to(DTYPES[config.dtype])
+    layers = _checkpointed_bytes(config, model, length)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    peft_model = get_peft_model(
+        model, SparseLoraConfig(plan=plan), low_cpu_mem_usage=True, autocast_adapter_dtype=False
+    ).to(DTYPES[config.dtype])
+    peft_model.train()
+    kept: dict[int, torch.Tensor] = {}  # storage -> one tensor of it, which keeps its address from being used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        owner = tensor if tensor._base is None else tensor._base
+        if not isinstance(owner, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
+    # A mask that is complete: transformers would look at the values of any other, and there are none.
+    mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = peft_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits  # Shape: (1, length, V)
+        F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
+
+
+def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int) -> int:
+    """Gradient checkpointing holds each layer's input by itself, out of the hooks' sight."""
+    if not config.gradient_checkpointing:
+        return 0
+    settings = model.config.get_text_config()
+    return settings.num_hidden_layers * length * settings.hidden_size * DTYPES[config.dtype].itemsize
+
+
+def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, world_size: int) -> int:
+    """Bytes per rank of trained values, gradients and optimizer state under bfloat16 (see the constants above)."""
+    count = plan.parameters(shapes)
+    return count * SHARDED_BYTES // (world_size if zero_stage else 1) + count * REPLICATED_BYTES
+
+
+def grown_micro_batch(micro_batch_size: int, before: int, after: int, freed_state: int) -> int:
+    """How many samples fit where `micro_batch_size` did, never fewer.
+
+    Args:
+        before, after: `saved_bytes` of one sample under the old and the new plan.
+        freed_state: `state_bytes` that the new plan does without.
+    """
+    return max(micro_batch_size, (micro_batch_size * before + freed_state) // max(after, 1))

@@ -1,0 +1,102 @@
+"""`TrainState`: all that training is, by name and unsharded. Checkpoint, phase hand-over, resume and export are it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.folders import verify_folder, write_folder
+from sparse_llm_ft.progress import Progress
+
+STATE_VERSION = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_VALUE = "value"
+
+
+@dataclass
+class TrainState:
+    """Every trainable tensor with its moments, and what else the next step depends on.
+
+    Random numbers need no place here: each step seeds its generators from (seed, samples, rank).
+
+    Attributes:
+        tensors: parameter name -> value, float32, unsharded, on the CPU.
+        moments: parameter name -> {"exp_avg": ..., "exp_avg_sq": ...} of the same shape; absent under SGD.
+        optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
+        phase: the current phase as plain values (`Phase.to_dict`).
+        rule: state of the phase's cut rule, or None.
+        record: what the run's summary needs from the past (metrics before training, finished phases).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    optimizer_steps: dict[str, int]
+    progress: Progress
+    phase: dict[str, Any]
+    rule: dict[str, Any] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the state as safetensors and JSON; atomically, with checksums (`write_folder`)."""
+
+        def fill(temporary: Path) -> None:
+            flat = {f"{_VALUE}/{name}": tensor for name, tensor in self.tensors.items()}
+            for name, moments in self.moments.items():
+                flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
+            save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
+            data = {
+                "version": STATE_VERSION,
+                "optimizer_steps": self.optimizer_steps,
+                "progress": asdict(self.progress),
+                "phase": self.phase,
+                "rule": self.rule,
+                "record": self.record,
+            }
+            (temporary / STATE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+        write_folder(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainState:
+        """Read and verify a checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or not of this format.
+        """
+        verify_folder(folder)
+        try:
+            flat = load_file(folder / TENSORS)
+            data = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if data["version"] != STATE_VERSION:
+                raise CheckpointError(f"{folder}: version {data['version']!r}; this release reads {STATE_VERSION}")
+            tensors, moments = _split(flat)
+            return cls(
+                tensors,
+                moments,
+                data["optimizer_steps"],
+                Progress(**data["progress"]),
+                data["phase"],
+                data["rule"],
+                data["record"],
+            )
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+
+
+def _split(flat: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    tensors: dict[str, torch.Tensor] = {}
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in flat.items():
+        kind, _, name = key.partition("/")
+        if kind == _VALUE:
+            tensors[name] = tensor
+        else:
+            moments.setdefault(name, {})[kind] = tensor
+    return tensors, moments

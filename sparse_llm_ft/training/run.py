@@ -1,0 +1,259 @@
+"""A run: a sequence of phases, each trained from the state the method made of the one before."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+
+from sparse_llm_ft.adapters import SparseLoraConfig, find_targets, save_stock_lora
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.encoding import encode_split
+from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.evaluation import mean_loss
+from sparse_llm_ft.folders import write_folder
+from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.modeling import empty_model, load_model, load_tokenizer
+from sparse_llm_ft.optim import StoIHT
+from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.batches import first_batch, grown_batch, resumed_batch
+from sparse_llm_ft.training.checkpoints import newest_valid, save_checkpoint
+from sparse_llm_ft.training.display import Display
+from sparse_llm_ft.training.loop import Loop, Step
+from sparse_llm_ft.training.measure import Measure
+from sparse_llm_ft.training.prepare import Prepared
+from sparse_llm_ft.training.run_folder import PLAN, SUMMARY
+from sparse_llm_ft.training.summary import PhaseRecord, show_summary, summarize
+from sparse_llm_ft.training.writers import MetricsWriter
+
+
+def run(prepared: Prepared) -> dict[str, Any]:
+    """Train to the end, from the newest checkpoint if there is one; returns the summary (summary.json).
+
+    Every rank calls it. A run that is already complete only shows its summary again.
+
+    Raises:
+        UserError: what only the model shows to be wrong, before its weights are loaded.
+        TrainingError: a loss that is not finite, or no adapter left.
+    """
+    config, world, folder = prepared.config, prepared.world, prepared.folder
+    display = Display(world.rank)
+    summary = folder.summary()
+    if summary is not None and folder.adapter.is_dir():
+        display.say(f"{folder.path} is complete; nothing to do")
+        show_summary(summary, folder, display)
+        return summary
+    targets = find_targets(empty_model(config.model), config.adapter.target_modules)
+    method = make_method(config)
+    first = first_batch(method.first(targets), config)
+    tokenizer = load_tokenizer(config.model)
+    init_distributed()
+    return Run(prepared, display, targets, method, tokenizer).train(first)
+
+
+class Run:
+    """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
+
+    def __init__(self, prepared: Prepared, display: Display, targets: Any, method: Any, tokenizer: Any) -> None:
+        self.config: RunConfig = prepared.config
+        self.world, self.folder, self.schedule = prepared.world, prepared.folder, prepared.schedule
+        self.display, self.targets, self.method, self.tokenizer = display, targets, method, tokenizer
+        length = self.config.task.max_length
+        train = encode_split(prepared.train, tokenizer, length)
+        self.train_samples = train.samples
+        self.validation = encode_split(prepared.validation, tokenizer, length).samples
+        measured = encode_split(prepared.measured, tokenizer, length).samples
+        self.measure = Measure(
+            self.config.evaluation, prepared.measured, measured, tokenizer, self.world, self.config.deepspeed.zero_stage
+        )
+        if train.shortened:
+            display.say(
+                f"{train.shortened} of {len(train.samples)} training prompts were shortened to fit "
+                f"task.max_length {length}"
+            )
+
+    def train(self, first: Phase) -> dict[str, Any]:
+        """All phases, then the final measurement, the adapter and the summary."""
+        state = self._newest_state()
+        phase = resumed_batch(Phase.from_dict(state.phase), self.world.size) if state else first
+        self._begin_folder(state, phase)
+        model = self._build_model(phase.plan)
+        if state is None:
+            state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record={"before": None, "phases": []})
+            if self.measure.samples:
+                self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
+                state.record["before"] = self.measure(model, self.folder.path / "predictions-before.jsonl")
+        while True:
+            state = self._train_phase(model, phase, state)
+            following = self.method.next(phase, state, self.targets)
+            if following is None:
+                break
+            phase, state = self._change_phase(model, phase, *following)
+        return self._finish(model, phase, state)
+
+    def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> TrainState:
+        """Train one phase to its end; returns the state there, which is also its last checkpoint."""
+        engine = Engine(model, self._engine_settings(phase))
+        engine.load(state.tensors, state.moments, state.optimizer_steps)
+        rule = StoIHT.from_dict(phase.cut, state.rule) if phase.cut else None
+        progress = copy.copy(state.progress)
+        loop = Loop(
+            engine,
+            phase,
+            rule,
+            self.train_samples,
+            self.tokenizer.pad_token_id,
+            self.schedule,
+            progress,
+            self.world,
+            self.config.seed,
+        )
+        record = PhaseRecord.of(
+            phase, state.record, sum(map(torch.numel, engine.values().values())), engine.optimizer_bytes()
+        )
+        writer = MetricsWriter(self.folder, self.world.rank, progress.step)
+        self.display.begin(phase.name, progress.step, self.schedule.total_steps)
+        for step in loop.steps():
+            record.add(step, phase)
+            self._after_step(step, loop, record, writer)
+            if self._due(self.config.training.save_every, progress.step) and not loop.over():
+                self._save(self._read_state(loop, record, state))
+        self.display.end()
+        writer.close()
+        state = self._read_state(loop, record, state)
+        self._save(state)
+        engine.close()
+        return state
+
+    def _change_phase(
+        self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
+    ) -> tuple[Phase, TrainState]:
+        """Put the new plan on the model, around the same frozen base."""
+        length = max(len(s.prompt) + len(s.completion) for s in self.train_samples)
+        phase = grown_batch(phase, before, self.config, self.targets, length, self.world.size)
+        torch.manual_seed(self.config.seed)
+        model.base_model.set_plan(phase.plan)
+        progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0)
+        finished = [*state.record["phases"], state.record["current"]]
+        record = {"before": state.record["before"], "phases": finished}
+        self._write_plan(phase.plan)
+        self.display.say(
+            f"phase {before.name} ends at step {progress.step}: {len(before.plan.active)} adapters -> "
+            f"{len(phase.plan.active)}, micro-batch {before.micro_batch_size} -> "
+            f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
+        )
+        return phase, replace(state, progress=progress, phase=phase.to_dict(), record=record)
+
+    def _finish(self, model: PeftModel, phase: Phase, state: TrainState) -> dict[str, Any]:
+        """Measure the trained adapter, export it, write the summary."""
+        engine = Engine(model, self._engine_settings(phase))  # under ZeRO-3 the model only runs inside one
+        engine.load(state.tensors)
+        after = None
+        if self.measure.samples:
+            after = self.measure(model, self.folder.path / "predictions-after.jsonl")
+        engine.close()
+        summary = summarize(self.config, self.world, state.record, after)
+        if self.world.rank == 0:
+            write_folder(
+                self.folder.adapter,
+                lambda path: save_stock_lora(
+                    path, phase.plan, state.tensors, self.config.model.name, self.config.model.revision
+                ),
+            )
+            self.folder.write_json(SUMMARY, summary)
+        dist.barrier()
+        show_summary(summary, self.folder, self.display)
+        return summary
+
+    def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsWriter) -> None:
+        training, at = self.config.training, loop.progress.step
+        line = record.line(step, loop)
+        if self._due(training.eval_every, at):
+            line["validation_loss"] = mean_loss(
+                loop.engine.module,
+                self.validation,
+                self.tokenizer.pad_token_id,
+                self.config.evaluation.micro_batch_size,
+                self.world.rank,
+                self.world.size,
+            )
+        if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
+            writer.write(line)
+            self.display.step(line, self.schedule.total_steps)
+
+    def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
+        return TrainState(
+            loop.engine.values(),
+            loop.engine.moments(),
+            loop.engine.optimizer_steps(),
+            copy.copy(loop.progress),
+            loop.phase.to_dict(),
+            loop.rule.to_dict() if loop.rule else None,
+            {**before.record, "current": record.to_dict()},
+        )
+
+    def _save(self, state: TrainState) -> None:
+        if self.world.rank == 0:
+            save_checkpoint(self.folder.checkpoints, state, self.config.training.keep_checkpoints)
+        dist.barrier()
+
+    def _newest_state(self) -> TrainState | None:
+        """The newest valid checkpoint. Rank 0 chooses, so that all ranks continue from the same one."""
+        step = torch.tensor([-1])
+        if self.world.rank == 0:
+            newest, complaints = newest_valid(self.folder.checkpoints)
+            for complaint in complaints:
+                self.display.say(complaint)
+            if newest is not None:
+                step[0] = int(newest.name.removeprefix("step-"))
+        if torch.cuda.is_available():
+            step = step.cuda()
+        dist.broadcast(step, 0)
+        if int(step) < 0:
+            return None
+        self.display.say(f"resuming from step {int(step)}")
+        return TrainState.load(self.folder.checkpoints / f"step-{int(step):08d}")
+
+    def _begin_folder(self, state: TrainState | None, phase: Phase) -> None:
+        if self.world.rank == 0:
+            self.folder.begin(self.config, state.progress.step if state else 0)
+        self._write_plan(phase.plan)
+        dist.barrier()
+
+    def _write_plan(self, plan: AdapterPlan) -> None:
+        if self.world.rank == 0:
+            self.folder.write_json(PLAN, plan.to_dict())
+
+    def _build_model(self, plan: AdapterPlan) -> PeftModel:
+        self.display.say(f"loading {self.config.model.name}")
+        base = load_model(self.config.model)
+        if torch.cuda.is_available():
+            base.to(torch.device("cuda", torch.cuda.current_device()))
+        torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank
+        model = get_peft_model(base, SparseLoraConfig(plan=plan, task_type="CAUSAL_LM"))
+        assert isinstance(model, PeftModel)
+        return model
+
+    def _engine_settings(self, phase: Phase) -> EngineSettings:
+        config = self.config
+        return EngineSettings(
+            zero_stage=config.deepspeed.zero_stage,
+            dtype=config.model.dtype,
+            micro_batch_size=phase.micro_batch_size,
+            accumulation_steps=phase.global_batch_size // (phase.micro_batch_size * self.world.size),
+            max_grad_norm=config.training.max_grad_norm,
+            weight_decay=config.training.weight_decay,
+            omega_lr=phase.omega_lr,
+            omega_algorithm=phase.omega_algorithm,
+            extra=config.deepspeed.extra,
+        )
+
+    @staticmethod
+    def _due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0

@@ -1,0 +1,116 @@
+"""The folder of a run: whose it is, and what is logged. Imports no torch, so that a wrong folder is said at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.folders import write_file
+
+CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+
+# Settings that change how a run is carried out, not what it computes: a resumed run may differ in them.
+_FREE = {
+    "resume",
+    "output_dir",
+    "training.micro_batch_size",
+    "training.save_every",
+    "training.eval_every",
+    "training.log_every",
+    "training.keep_checkpoints",
+    "evaluation.micro_batch_size",
+    "model.gradient_checkpointing",
+    "model.attn_implementation",
+}
+
+
+class RunFolder:
+    """Paths and files of one run. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that this run must not write into. Changes nothing.
+
+        Raises:
+            ConfigError: the folder holds another run, or any run under ``resume: never``, or files of no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not (self.path / CONFIG).is_file():
+            if all(entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+                return  # a first start that was killed before it had written its config
+            raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
+        if config.resume == "never":
+            raise ConfigError(
+                "output_dir",
+                f"{str(self.path)!r} holds a run and resume is never",
+                "choose another folder, or resume=auto",
+            )
+        try:
+            old = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            old = None
+        if not isinstance(old, Mapping):
+            raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
+        mine, theirs = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(old))
+        for key in sorted(mine.keys() | theirs.keys()):
+            if key in _FREE or key.startswith("deepspeed."):
+                continue
+            if mine.get(key) != theirs.get(key):
+                raise ConfigError(
+                    "output_dir",
+                    f"{str(self.path)!r} holds another run ({key}: {theirs.get(key)!r} there, {mine.get(key)!r} here)",
+                    "choose another folder",
+                )
+
+    def begin(self, config: RunConfig, step: int) -> None:
+        """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_file(self.path / CONFIG, dump_config(config))
+        kept = [line for line in self._metric_lines() if line["step"] <= step]
+        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Replace one JSON file of the run."""
+        write_file(self.path / name, json.dumps(data, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _metric_lines(self) -> Iterator[dict[str, Any]]:
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a run that was killed while writing it
+            yield record
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

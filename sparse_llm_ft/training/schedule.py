@@ -1,0 +1,55 @@
+"""How long a run is, and its learning rate along the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparse_llm_ft.config import TrainingConfig
+from sparse_llm_ft.progress import Progress
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and learning rate of a run over a training set.
+
+    With `max_steps` the run is measured in optimizer steps; otherwise in samples, so that a global batch that grows
+    on the way shortens the rest of the run and does not bend the curve. A sample-measured position is expressed in
+    steps of the initial global batch.
+    """
+
+    settings: TrainingConfig
+    train_samples: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run at the initial global batch."""
+        if self.settings.max_steps is not None:
+            return self.settings.max_steps
+        return math.ceil(self._total_samples / self.settings.global_batch_size)
+
+    def finished(self, progress: Progress) -> bool:
+        """Whether the run is over."""
+        if self.settings.max_steps is not None:
+            return progress.step >= self.settings.max_steps
+        return progress.samples >= self._total_samples
+
+    def learning_rate(self, progress: Progress) -> float:
+        """Rate of the next step: a linear rise over the first `warmup_steps`, the last of which has the full rate;
+        then constant, or falling linearly, or as half a cosine, towards 0 at the end.
+        """
+        settings = self.settings
+        position = progress.step if settings.max_steps is not None else progress.samples / settings.global_batch_size
+        if position < settings.warmup_steps:
+            factor = (position + 1) / settings.warmup_steps
+        elif settings.schedule == "constant":
+            factor = 1.0
+        else:
+            rest = max(1, self.total_steps - settings.warmup_steps)
+            done = min(1.0, (position - settings.warmup_steps) / rest)
+            factor = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return settings.learning_rate * factor
+
+    @property
+    def _total_samples(self) -> int:
+        return math.ceil(self.settings.epochs * self.train_samples)

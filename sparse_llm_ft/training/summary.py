@@ -1,0 +1,141 @@
+"""summary.json, and the table that a run ends with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from rich.table import Table
+
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.training.display import Display
+from sparse_llm_ft.training.loop import Loop, Step
+from sparse_llm_ft.training.run_folder import RunFolder
+
+_PACKAGES = ("sparse-llm-ft", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass
+class PhaseRecord:
+    """What is reported of a phase. `seconds` are those of its optimizer steps, without evaluation or saving."""
+
+    name: str
+    active_adapters: int
+    trainable_parameters: int
+    optimizer_bytes_per_rank: int
+    micro_batch_size: int
+    global_batch_size: int
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, phase: Phase, record: Mapping[str, Any], parameters: int, optimizer_bytes: int) -> PhaseRecord:
+        """The record of a phase that begins, or goes on from a checkpoint's `record`."""
+        new = cls(
+            phase.name,
+            len(phase.plan.active),
+            parameters,
+            optimizer_bytes,
+            phase.micro_batch_size,
+            phase.global_batch_size,
+        )
+        for key in ("steps", "samples", "tokens", "seconds"):
+            setattr(new, key, record.get("current", {}).get(key, 0))
+        return new
+
+    def add(self, step: Step, phase: Phase) -> None:
+        """Count one optimizer step."""
+        self.steps += 1
+        self.samples += phase.global_batch_size
+        self.tokens += step.tokens
+        self.seconds += step.seconds
+        self.active_adapters = step.active_adapters
+
+    def line(self, step: Step, loop: Loop) -> dict[str, Any]:
+        """The step as one object of metrics.jsonl."""
+        return {
+            "step": loop.progress.step,
+            "phase": self.name,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "samples": loop.progress.samples,
+            "tokens_per_second": step.tokens / step.seconds,
+            "trainable_parameters": self.trainable_parameters,
+            "active_adapters": step.active_adapters,
+            **step.cut,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For checkpoint and summary."""
+        return asdict(self) | {"tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0}
+
+
+def summarize(
+    config: RunConfig, world: World, record: Mapping[str, Any], after: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """summary.json as plain values.
+
+    Args:
+        record: of the last state: metrics before training and all phases.
+    """
+    return {
+        "method": config.method.name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "world_size": world.size,
+        "zero_stage": config.deepspeed.zero_stage,
+        "quantization": config.model.quantization,
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _PACKAGES},
+        "phases": [*record["phases"], record["current"]],
+        "metrics": {"before": record["before"], "after": after},
+    }
+
+
+def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+    """The table a run ends with, on rank 0."""
+    if not display.enabled:
+        return
+    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
+    if before and after:
+        table = Table(title=f"{summary['method']} on {summary['task']}")
+        for column in ("metric", "before", "after"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for name in after:
+            table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+        display.console.print(table)
+    table = Table(title=f"phases, {summary['world_size']} processes, ZeRO-{summary['zero_stage']}")
+    columns = (
+        "phase",
+        "steps",
+        "adapters",
+        "trainable parameters",
+        "optimizer bytes per rank",
+        "micro-batch",
+        "global batch",
+        "tokens/s",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in summary["phases"]:
+        table.add_row(
+            phase["name"],
+            f"{phase['steps']}",
+            f"{phase['active_adapters']}",
+            f"{phase['trainable_parameters']:,}",
+            f"{phase['optimizer_bytes_per_rank']:,}",
+            f"{phase['micro_batch_size']}",
+            f"{phase['global_batch_size']}",
+            f"{phase['tokens_per_second']:,.0f}",
+        )
+    display.console.print(table)
+    display.say(f"adapter (stock PEFT LoRA): {folder.adapter}")
