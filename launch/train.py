@@ -6,13 +6,14 @@ Runs under deepspeed, torchrun and srun, and alone. Later files win over earlier
 from __future__ import annotations
 
 import argparse
-import os
+from pathlib import Path
 from typing import NoReturn
 
 from sparse_llm_ft.config import load_config
 from sparse_llm_ft.distributed import find_world, set_threads
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.quiet import quiet_libraries
 from sparse_llm_ft.training.prepare import prepare
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     with one_line_errors(world):
         files, overrides = _arguments()
         prepared = prepare(load_config(files, overrides), world)
+        quiet_libraries()
         set_threads(world)
         from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
 
@@ -45,7 +47,7 @@ def _arguments() -> tuple[list[str], list[str]]:
         if argument.startswith("-"):
             parser.error(f"unknown option {argument}")
     # --config also swallows the overrides behind it; they are told apart by their "=".
-    files = [argument for argument in arguments.config if "=" not in argument or os.path.isfile(argument)]
+    files = [argument for argument in arguments.config if "=" not in argument or Path(argument).is_file()]
     return files, [argument for argument in (*arguments.config, *rest) if argument not in files]
 
 

@@ -20,13 +20,14 @@ from sparse_llm_ft import zero
 from sparse_llm_ft.adapters import adapter_parameters, is_omega
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
 
+deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
+
 Tensors = dict[str, torch.Tensor]
 Moments = dict[str, Tensors]
 
 
 def init_distributed() -> None:
     """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(deepspeed.comm.comm.get_local_rank_from_launcher())
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -89,7 +90,7 @@ class Engine:
         matrices = [p for name, p in self.parameters.items() if not is_omega(name)]
         omegas = [p for name, p in self.parameters.items() if is_omega(name)]
         settings = self.settings
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"name": "adapter", "params": matrices, "algorithm": "adamw", "weight_decay": settings.weight_decay},
             {"name": "omega", "params": omegas, "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
         ]

@@ -95,6 +95,7 @@ def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight inside forward; under ZeRO-3 the next gather
     brings the unpacked bytes back while the quantisation state says "packed", and the layer computes garbage.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

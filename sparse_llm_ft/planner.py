@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
@@ -28,7 +30,8 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
     Args:
         length: tokens of the sample.
     """
-    model = empty_model(config).to(DTYPES[config.dtype])
+    model: Any = empty_model(config)
+    model.to(DTYPES[config.dtype])
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -68,9 +68,7 @@ def read(wrapped: Any, optimizer: AdapterOptimizer, parameter: nn.Parameter, key
     return (master if key is None else optimizer.state[master][key]).detach()
 
 
-def write(
-    wrapped: Any, optimizer: AdapterOptimizer, parameter: nn.Parameter, value: torch.Tensor, key: str | None
-) -> None:
+def write(wrapped: Any, optimizer: AdapterOptimizer, parameter: Any, value: torch.Tensor, key: str | None) -> None:
     """Overwrite what `read` reads; each rank stores its shard of `value` (float32, full shape)."""
     if hasattr(parameter, "ds_id"):
         shard = _shard(parameter, value)
@@ -128,7 +126,7 @@ def _whole_master(wrapped: Any, parameter: nn.Parameter) -> torch.Tensor:
     return parameter
 
 
-def _shard(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+def _shard(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     """This rank's part of `value` as stage 3 cuts it: equal parts, the last one padded."""
     size = parameter.ds_tensor.numel()
     group = parameter.ds_process_group

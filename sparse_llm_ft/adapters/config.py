@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from sparse_llm_ft.plan import AdapterPlan
 
 
-class SparsePeftType(str, Enum):
+class SparsePeftType(str, Enum):  # noqa: UP042 (PEFT's own is of this kind; StrEnum prints differently)
     """Our entry beside PEFT's own `PeftType`. PEFT reads `.value` and compares as a string."""
 
     SPARSE_LORA = "SPARSE_LORA"

@@ -29,6 +29,22 @@ def gate(omega: torch.Tensor) -> torch.Tensor:
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
     """Wraps an `nn.Linear` or a bitsandbytes `Linear4bit`; several named adapters may sit on it, as PEFT allows."""
 
+    # Typed here, since nn.Module's attributes are "Tensor or Module" to a type checker.
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_omega: Any
+    active_adapters: Any
+    get_base_weight: Any
+    set_base_weight: Any
+    set_adapter: Any
+    delete_adapter: Any
+    _cast_input_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
+    disable_adapters: Any
+    merged: Any
+
     adapter_layer_names = ("lora_A", "lora_B", "lora_omega")
     other_param_names = ("adapters", "lora_dropout", "_scale")
 

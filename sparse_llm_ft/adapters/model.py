@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -18,7 +18,7 @@ class SparseLoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = SparseLoraLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         """Complete the config's plan and check it against the model, before anything is changed."""
@@ -84,7 +84,7 @@ class SparseLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         config.plan = plan
         config.target_modules = sorted(plan.active)
-        self.targeted_module_names = [name for name in plan.active]
+        self.targeted_module_names = list(plan.active)
 
 
 def _plan(config: SparseLoraConfig) -> AdapterPlan:

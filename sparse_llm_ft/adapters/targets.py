@@ -18,8 +18,8 @@ _HEADS = frozenset({"score", "classifier", "qa_outputs", "classification_head"})
 def linear_modules(model: nn.Module) -> dict[str, Shape]:
     """Every linear layer (bitsandbytes' 4-bit ones included) but output heads: name -> (out_features, in_features).
 
-    A layer that already carries adapters counts under its own name. Heads are the model's output embeddings and the task heads of transformers' classification models: they are
-    trained whole or not at all.
+    A layer that already carries adapters counts under its own name. Heads are the model's output embeddings and the
+    task heads of transformers' classification models: they are trained whole or not at all.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules())

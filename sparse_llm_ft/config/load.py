@@ -159,13 +159,13 @@ def _check_together(config: RunConfig) -> None:
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
     name = config.model.name
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # cannot be a hub id
-        if not (Path(name).expanduser() / "config.json").is_file():
-            raise ConfigError(
-                "model.name",
-                f"{name!r} has no config.json",
-                "expected a model folder in Hugging Face layout, or a hub id",
-            )
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # no hub id looks like that
+    if is_path and not (Path(name).expanduser() / "config.json").is_file():
+        raise ConfigError(
+            "model.name",
+            f"{name!r} has no config.json",
+            "expected a model folder in Hugging Face layout, or a hub id",
+        )
 
 
 def _check_deepspeed(config: DeepSpeedConfig) -> None:

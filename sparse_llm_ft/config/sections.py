@@ -143,7 +143,42 @@ class DeepSpeedConfig(BaseModel):
 
 
 PASSED_THROUGH = frozenset(
-    ["activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types", "disable_allgather", "dump_state", "eigenvalue", "elasticity", "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "nebula", "prescale_gradients", "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"]
+    [
+        "activation_checkpointing",
+        "aio",
+        "amp",
+        "autotuning",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "curriculum_learning",
+        "data_efficiency",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "eigenvalue",
+        "elasticity",
+        "flops_profiler",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "nebula",
+        "prescale_gradients",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "use_data_before_expert_parallelism",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
 )
 """DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key without a word, so a
 misspelt one has to be caught here."""

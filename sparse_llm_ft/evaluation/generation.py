@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from sparse_llm_ft.evaluation.loss import rank_batches
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
@@ -54,4 +55,5 @@ def generate(
             tokens[i, : len(row)] = row + 1  # 0 marks what was not written
     model.train(was_training)
     dist.all_reduce(tokens)
-    return [tokenizer.decode(row[row > 0] - 1, skip_special_tokens=True).strip() for row in tokens.cpu()]
+    rows = [row[row > 0] - 1 for row in tokens.cpu()]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]

@@ -35,7 +35,8 @@ def completion_loss(forward: Callable[..., Any], batch: Batch, keeps_logits: boo
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the base model's forward has the parameter ``logits_to_keep``."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    base = base.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 

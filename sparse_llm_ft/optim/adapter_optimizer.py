@@ -1,8 +1,8 @@
-"""The optimizer of the adapters: AdamW for A and B, AdamW or SGD for omega, state allocated when it is built.
+"""The optimizer of the adapters: AdamW for A and B, AdamW or SGD for omega, with state on request.
 
-The arithmetic is torch's own. What is added is that the state exists before the first step: DeepSpeed's
-`safe_set_full_optimizer_state` fails on an optimizer that makes its state lazily, and the hand-over from one phase
-to the next and the resume of a run both write moments into an engine that has not stepped yet.
+The arithmetic is torch's own. What is added is `allocate`: state that exists before the first step. The hand-over
+from one phase to the next and the resume of a run both write moments into an engine that has not stepped yet, and
+DeepSpeed's `safe_set_full_optimizer_state` fails there with an optimizer that makes its state in the first step.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class AdapterOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(
-            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, algorithm="adamw", name="adapter")
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"algorithm": "adamw", "name": "adapter"})
         for group in self.param_groups:
             if group["algorithm"] not in MOMENTS:
                 raise ValueError(f"algorithm is {group['algorithm']!r}; known: {', '.join(MOMENTS)}")
-            for parameter in group["params"]:
-                self.allocate(parameter, group["algorithm"])
 
     def allocate(self, parameter: torch.Tensor, algorithm: str, steps: int = 0) -> None:
-        """Fresh zero state for `parameter`, as after `steps` steps. What was there is dropped."""
+        """Zero state for `parameter`, as after `steps` steps; what was there is dropped.
+
+        Under ZeRO the parameters are the flat partitions that DeepSpeed put in place of the model's.
+        """
         state: dict[str, torch.Tensor] = {"step": torch.tensor(float(steps))}
         state |= {key: torch.zeros_like(parameter) for key in MOMENTS[algorithm]}
         self.state[parameter] = state
@@ -61,7 +61,7 @@ class AdapterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for parameter in params:
-                if parameter not in self.state:  # DeepSpeed swaps the parameters for flat partitions of them
+                if parameter not in self.state:
                     self.allocate(parameter, group["algorithm"])
             if params:
                 _UPDATES[group["algorithm"]](params, [p.grad for p in params], [self.state[p] for p in params], group)

@@ -16,7 +16,7 @@ class Display:
 
     def __init__(self, rank: int, seconds_between_lines: float = 2.0) -> None:
         self.enabled = rank == 0
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         self.live = self.enabled and sys.stdout.isatty()
         self._between = seconds_between_lines
         self._last = float("-inf")
@@ -25,7 +25,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line, always shown."""
         if self.enabled:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, phase: str, step: int, total: int) -> None:
         """A phase begins at `step` of the run's `total`."""

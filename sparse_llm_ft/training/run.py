@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from peft import PeftModel, get_peft_model
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets, save_stock_lora
@@ -43,6 +44,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
         TrainingError: a loss that is not finite, or no adapter left.
     """
     config, world, folder = prepared.config, prepared.world, prepared.folder
+    transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     display = Display(world.rank)
     summary = folder.summary()
     if summary is not None and folder.adapter.is_dir():
@@ -90,15 +92,15 @@ class Run:
                 self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
                 state.record["before"] = self.measure(model, self.folder.path / "predictions-before.jsonl")
         while True:
-            state = self._train_phase(model, phase, state)
+            engine, state = self._train_phase(model, phase, state)
             following = self.method.next(phase, state, self.targets)
             if following is None:
-                break
+                return self._finish(engine, phase, state)
+            engine.close()
             phase, state = self._change_phase(model, phase, *following)
-        return self._finish(model, phase, state)
 
-    def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> TrainState:
-        """Train one phase to its end; returns the state there, which is also its last checkpoint."""
+    def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
+        """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, self._engine_settings(phase))
         engine.load(state.tensors, state.moments, state.optimizer_steps)
         rule = StoIHT.from_dict(phase.cut, state.rule) if phase.cut else None
@@ -128,8 +130,7 @@ class Run:
         writer.close()
         state = self._read_state(loop, record, state)
         self._save(state)
-        engine.close()
-        return state
+        return engine, state
 
     def _change_phase(
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
@@ -150,13 +151,11 @@ class Run:
         )
         return phase, replace(state, progress=progress, phase=phase.to_dict(), record=record)
 
-    def _finish(self, model: PeftModel, phase: Phase, state: TrainState) -> dict[str, Any]:
+    def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
         """Measure the trained adapter, export it, write the summary."""
-        engine = Engine(model, self._engine_settings(phase))  # under ZeRO-3 the model only runs inside one
-        engine.load(state.tensors)
         after = None
         if self.measure.samples:
-            after = self.measure(model, self.folder.path / "predictions-after.jsonl")
+            after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
         engine.close()
         summary = summarize(self.config, self.world, state.record, after)
         if self.world.rank == 0:
@@ -232,7 +231,7 @@ class Run:
 
     def _build_model(self, plan: AdapterPlan) -> PeftModel:
         self.display.say(f"loading {self.config.model.name}")
-        base = load_model(self.config.model)
+        base: Any = load_model(self.config.model)
         if torch.cuda.is_available():
             base.to(torch.device("cuda", torch.cuda.current_device()))
         torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank

@@ -25,7 +25,7 @@ class PhaseRecord:
     """What is reported of a phase. `seconds` are those of its optimizer steps, without evaluation or saving."""
 
     name: str
-    active_adapters: int
+    adapters: int
     trainable_parameters: int
     optimizer_bytes_per_rank: int
     micro_batch_size: int
@@ -56,7 +56,6 @@ class PhaseRecord:
         self.samples += phase.global_batch_size
         self.tokens += step.tokens
         self.seconds += step.seconds
-        self.active_adapters = step.active_adapters
 
     def line(self, step: Step, loop: Loop) -> dict[str, Any]:
         """The step as one object of metrics.jsonl."""
@@ -118,8 +117,8 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
         "phase",
         "steps",
         "adapters",
-        "trainable parameters",
-        "optimizer bytes per rank",
+        "trainable",
+        "optimizer bytes/rank",
         "micro-batch",
         "global batch",
         "tokens/s",
@@ -130,7 +129,7 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
         table.add_row(
             phase["name"],
             f"{phase['steps']}",
-            f"{phase['active_adapters']}",
+            f"{phase['adapters']}",
             f"{phase['trainable_parameters']:,}",
             f"{phase['optimizer_bytes_per_rank']:,}",
             f"{phase['micro_batch_size']}",

@@ -1,0 +1,94 @@
+"""`sparse-llm-ft`: what one does before and after a run. Training itself is `deepspeed launch/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_llm_ft import __version__
+from sparse_llm_ft.config import load_config
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.quiet import quiet_libraries
+from sparse_llm_ft.training.run_folder import CONFIG, RunFolder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run one command; a user error is one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="sparse-llm-ft", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="check settings and data, and show the plan a run would begin with")
+    check.add_argument("--config", nargs="+", required=True, metavar="FILE")
+    check.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
+    check.set_defaults(command=_check)
+    summary = commands.add_parser("summary", help="show the table of a finished run")
+    summary.add_argument("run", metavar="RUN", help="a run's output_dir")
+    summary.set_defaults(command=_summary)
+    export = commands.add_parser("export", help="write a stock PEFT adapter from a run's newest checkpoint")
+    export.add_argument("run", metavar="RUN", help="a run's output_dir; the run need not be finished")
+    export.add_argument("--output", required=True, metavar="FOLDER", help="must not exist yet")
+    export.set_defaults(command=_export)
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    with one_line_errors(World(rank=0, size=1, local_rank=0, local_size=1)):
+        options.command(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.training.prepare import prepare
+
+    files = [argument for argument in options.config if "=" not in argument]
+    config = load_config(files, [argument for argument in options.config if argument not in files])
+    prepared = prepare(config, World(0, options.processes, 0, options.processes))
+    from sparse_llm_ft.adapters import find_targets
+    from sparse_llm_ft.methods import make_method
+    from sparse_llm_ft.modeling import empty_model
+
+    targets = find_targets(empty_model(config.model), config.adapter.target_modules)
+    phase = make_method(config).first(targets)
+    kinds = Counter(name.rpartition(".")[2] for name in phase.plan.active)
+    print(f"{len(prepared.train)} training samples, {prepared.schedule.total_steps} optimizer steps")
+    print(f"phase {phase.name}: {len(phase.plan.active)} adapters ({', '.join(f'{n} {k}' for k, n in kinds.items())})")
+    print(f"{phase.plan.parameters(targets):,} trainable parameters")
+
+
+def _summary(options: argparse.Namespace) -> None:
+    folder = RunFolder(options.run)
+    summary = folder.summary()
+    if summary is None:
+        raise UserError(f"{options.run}: no summary.json; the run is not there or not finished")
+    from sparse_llm_ft.training.display import Display
+    from sparse_llm_ft.training.summary import show_summary
+
+    show_summary(summary, folder, Display(rank=0))
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder, output = RunFolder(options.run), Path(options.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists; choose a new folder")
+    if not (folder.path / CONFIG).is_file():
+        raise UserError(f"{options.run}: no {CONFIG}; expected a run's output_dir")
+    config = load_config([str(folder.path / CONFIG)])
+    from sparse_llm_ft.adapters import save_stock_lora
+    from sparse_llm_ft.folders import write_folder
+    from sparse_llm_ft.methods import Phase
+    from sparse_llm_ft.state import TrainState
+    from sparse_llm_ft.training.checkpoints import newest_valid
+
+    newest, complaints = newest_valid(folder.checkpoints)
+    for complaint in complaints:
+        print(complaint)
+    if newest is None:
+        raise UserError(f"{options.run}: no checkpoint yet")
+    state = TrainState.load(newest)
+    plan = Phase.from_dict(state.phase).plan
+    write_folder(
+        output, lambda path: save_stock_lora(path, plan, state.tensors, config.model.name, config.model.revision)
+    )
+    print(json.dumps({"adapter": str(output), "step": state.progress.step}))
