@@ -78,6 +78,7 @@ class Engine:
         self.parameters = adapter_parameters(model)
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
+        self._hooks_before = zero.hooks(model)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed()
         )
@@ -176,7 +177,8 @@ class Engine:
     def close(self) -> None:
         """Free the engine and its optimizer state; the model stays, its frozen base untouched."""
         self._engine.destroy()
-        zero.forget(self.parameters.values())
+        zero.remove_hooks(self.module, keep=self._hooks_before)
+        zero.forget(self.module.parameters())
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         del self._engine, self._wrapped, self._optimizer, self.parameters

@@ -13,11 +13,13 @@ Written against deepspeed 0.19; tests/test_engine.py and tests/distributed read 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -29,6 +31,8 @@ from torch import nn
 from sparse_llm_ft.optim import AdapterOptimizer
 
 Group = dict[str, Any]
+_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
+_HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -103,13 +107,42 @@ def copy_masters_to_model(wrapped: Any) -> None:
 def forget(parameters: Iterable[nn.Parameter]) -> None:
     """Cut a destroyed engine's ties to parameters that live on.
 
-    At stages 1 and 2 a parameter is a view of its group's flat buffer and would keep the whole of it alive.
+    At stages 1 and 2 a parameter is a view of its group's flat buffer and would keep the whole of it alive; at stage 3
+    every parameter, frozen ones included, refers to the optimizer.
     """
+    # A cache on a method, keyed by its object: it would keep stage 3's coordinator, and every parameter it traced.
+    decorated: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
+    parameter: Any
     for parameter in parameters:
+        if hasattr(parameter, "_z3_optimizer"):
+            del parameter._z3_optimizer
         if hasattr(parameter, "_hp_mapping"):
             del parameter._hp_mapping
             parameter.data = parameter.data.clone()
         parameter.grad = None
+
+
+def hooks(model: nn.Module) -> set[tuple[int, str, int]]:
+    """The hooks registered on the model's modules, to tell later which ones an engine added."""
+    return {(id(m), kind, key) for m in model.modules() for kind in _HOOK_KINDS for key in getattr(m, kind)}
+
+
+def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
+    """Remove all hooks but those in `keep`.
+
+    `DeepSpeedEngine.destroy` leaves its hooks on the module it wrapped (deepspeed 0.19.8; cf. DeepSpeed issues 4856 and
+    7204): they would hold the old engine and its optimizer state in memory, and run in the next engine's forward. At
+    stage 3 it also leaves functions on every module that call back into the old engine during backward, and that the
+    next engine would take for its own.
+    """
+    for module in model.modules():
+        for left_over in _LEFT_ON_MODULES:
+            module.__dict__.pop(left_over, None)
+        for kind in _HOOK_KINDS:
+            registered = getattr(module, kind)
+            for key in [key for key in registered if (id(module), kind, key) not in keep]:
+                del registered[key]
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

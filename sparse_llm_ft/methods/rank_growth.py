@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from sparse_llm_ft.plan import Shape
@@ -77,7 +78,9 @@ def expand_qr(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Gene
 
 def module_generator(seed: int, module: str) -> torch.Generator:
     """Random numbers of one module: the same whatever other modules there are, on any machine."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(module.encode()))
+    # torch's generator on the CPU looks only at the low 32 bits of a seed: mix first.
+    mixed = np.random.SeedSequence([seed, zlib.crc32(module.encode())])
+    return torch.Generator().manual_seed(int(mixed.generate_state(1)[0]))
 
 
 def pad_moments(moments: Mapping[str, torch.Tensor], shape: torch.Size) -> dict[str, torch.Tensor]:

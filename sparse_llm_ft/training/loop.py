@@ -135,4 +135,4 @@ class Loop:
     def _seed_generators(self) -> None:
         """Dropout as a function of (seed, samples consumed, rank): a resumed run draws what the first one drew."""
         mixed = np.random.SeedSequence([self.seed, self.progress.samples, self.world.rank])
-        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(mixed.generate_state(1)[0]))

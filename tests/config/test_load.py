@@ -1,0 +1,129 @@
+"""Loading and checking of settings: merge order, every error message, the resolved YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_llm_ft.config import check_world, dump_config, load_config, merge, parse_config
+from sparse_llm_ft.errors import UserError
+
+MINIMAL = {
+    "model": {"name": "org/base"},
+    "task": {"name": "custom"},
+    "method": {"name": "lora"},
+    "output_dir": "runs/a",
+}
+WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 3}
+
+
+def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text(yaml.safe_dump(MINIMAL | {"training": {"learning_rate": 1, "max_steps": 5}, "seed": 1}))
+    second.write_text("training: {learning_rate: 2}\nseed: 2\n")
+    config = load_config([str(first), str(second)], ["seed=3", "adapter.target_modules=[q_proj, v_proj]"])
+    assert (config.training.learning_rate, config.training.max_steps, config.seed) == (2.0, 5, 3)
+    assert config.adapter.target_modules == ("q_proj", "v_proj")
+
+
+def test_an_exponent_without_a_dot_is_a_number() -> None:
+    """YAML 1.1 reads 1e-4 as text."""
+    assert (
+        parse_config(merge(MINIMAL, yaml.safe_load("training: {learning_rate: 1e-4}"))).training.learning_rate == 1e-4
+    )
+
+
+def test_another_method_replaces_the_whole_section() -> None:
+    assert merge({"method": WEIGHT}, {"method": {"name": "lora"}}) == {"method": {"name": "lora"}}
+    assert merge({"method": WEIGHT}, {"method": {"keep": 5}})["method"] == WEIGHT | {"keep": 5}
+
+
+def test_the_resolved_config_gives_the_same_config() -> None:
+    config = parse_config(
+        merge(MINIMAL, {"method": WEIGHT, "deepspeed": {"zero_optimization": {"overlap_comm": True}}})
+    )
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainin": {}}, "trainin: unknown key; did you mean training?"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown key; did you mean learning_rate?"),
+        ({"method": WEIGHT | {"kep": 1}}, "method.kep: unknown key; did you mean keep?"),
+        ({"method": WEIGHT | {"expansion": "qr"}}, "method.expansion: unknown key"),
+        ({"method": {"name": "weight_lra"}}, "method.name: 'weight_lra' is unknown; did you mean weight_lora?"),
+        ({"method": {"name": "weight_lora", "keep": 2}}, "method.steps: not given; it has no default"),
+        ({"method": WEIGHT | {"keep": 0}}, "method.keep: 0 is not allowed; expected greater than or equal to 1"),
+        ({"method": WEIGHT | {"steps": 2.5}}, "method.steps: 2.5 is not allowed; expected a valid integer"),
+        ({"method": WEIGHT | {"omega_optimizer": "adam"}}, "expected 'sgd' or 'adamw'"),
+        ({"method": WEIGHT | {"cut_after": 3}}, "method.cut_after: 3 leaves no cut before step 3"),
+        ({"method": WEIGHT, "training": {"max_steps": 3}}, "method.steps: 3 is not before the run's end at step 3"),
+        ({"training": {"micro_batch_size": 3}}, "training.global_batch_size: 16 is not a multiple of"),
+        ({"training": {"micro_batch_size": True}}, "training.micro_batch_size: True is not allowed; expected a number"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate: 'fast' is not allowed"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: nan is not allowed"),
+        ({"training": {"schedule": "cosin"}}, "training.schedule: 'cosin' is not allowed; expected 'cosine'"),
+        ({"training": {"max_steps": 5, "warmup_steps": 6}}, "training.warmup_steps: 6 is more than the run's 5 steps"),
+        ({"adapter": {"r": 0}}, "adapter.r: 0 is not allowed; expected greater than or equal to 1"),
+        ({"adapter": {"lora_dropout": 1}}, "adapter.lora_dropout: 1 is not allowed; expected less than 1"),
+        ({"model": {"dtype": "fp16"}}, "model.dtype: 'fp16' is not allowed; expected 'float32' or 'bfloat16'"),
+        ({"model": {"name": "./nowhere"}}, "model.name: './nowhere' has no config.json"),
+        ({"task": {"path": "nowhere"}}, "task.path: 'nowhere' is not a folder"),
+        ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage: 4 is not allowed; expected less than or equal to 3"),
+        ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
+        ({"deepspeed": {"zero_stge": 3}}, "deepspeed.zero_stge: unknown key; did you mean zero_stage?"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "use deepspeed.zero_stage"),
+        ({"task": 3}, "task: 3 is not allowed"),
+        ({"method": None}, "method: None is not allowed"),
+        ({"output_dir": ""}, "output_dir: '' is not allowed"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(change: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(merge(MINIMAL, change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_required_key_is_named_rather_than_the_missing_one() -> None:
+    tree = {key: value for key, value in MINIMAL.items() if key != "output_dir"} | {"output_dirr": "x"}
+    with pytest.raises(UserError, match=r"output_dirr: unknown key; did you mean output_dir\?"):
+        parse_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", r"broken.yaml:\d+: not readable as YAML"),
+        ("- 1\n- 2", "a mapping of sections is needed"),
+        ("training: &x {a: 1}\n\tb: 2", "not readable as YAML"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config([str(path)])
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"--config nowhere.yaml: no such file"):
+        load_config(["nowhere.yaml"])
+
+
+@pytest.mark.parametrize("argument", ["seed", "=3", "a..b=1", "seed=[1"])
+def test_an_argument_that_is_no_override_is_named(argument: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError, match="argument"):
+        load_config([str(path)], [argument])
+
+
+def test_the_number_of_processes_must_divide_the_global_batch() -> None:
+    config = parse_config(MINIMAL)
+    check_world(config, 16)
+    with pytest.raises(UserError, match=r"16 is not a multiple of .* = 1 × 3; expected a multiple of 3"):
+        check_world(config, 3)

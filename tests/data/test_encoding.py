@@ -1,0 +1,63 @@
+"""Token ids and batches: what is supervised, what is cut, how it is padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from sparse_llm_ft.data.encoding import IGNORED, Sample, encode_split, prompt_batch, training_batch
+from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path):
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+def example(prompt: str, completion: str) -> Example:
+    return Example(prompt, completion, (completion,))
+
+
+def test_a_completion_ends_with_the_end_of_sequence_token(tokenizer) -> None:
+    (sample,) = encode_split([example("anna meets tom ?", "red book")], tokenizer, 16).samples
+    assert tokenizer.decode(sample.prompt) == "anna meets tom ?"
+    assert sample.completion[-1] == tokenizer.eos_token_id and sample.supervised == 3
+
+
+def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) -> None:
+    encoded = encode_split([example("anna meets tom at the park in station ?", "red book")], tokenizer, 8)
+    assert encoded.shortened == 1
+    assert tokenizer.decode(encoded.samples[0].prompt) == "anna meets tom station ?"
+    assert tokenizer.decode(encoded.samples[0].completion[:-1]) == "red book"
+
+
+def test_a_completion_without_room_for_a_prompt_is_refused(tokenizer) -> None:
+    with pytest.raises(UserError, match=r"task.max_length: example 1 has a completion of 4 tokens"):
+        encode_split([example("anna ?", "red book cake")], tokenizer, 4)
+
+
+def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}the {{ m['content'] }} to {% endfor %}{% if add_generation_prompt %}a :{% endif %}"
+    )
+    (sample,) = encode_split([example("anna ?", "red")], chatty, 16).samples
+    assert chatty.decode(sample.prompt) == "the anna ? to a :"
+
+
+def test_batches_are_padded_on_the_side_that_their_use_needs() -> None:
+    samples = [Sample((5, 6, 7), (8, 2)), Sample((9,), (4, 2))]
+    batch = training_batch(samples, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [9, 4, 2, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 2], [IGNORED, 4, 2, IGNORED, IGNORED]]
+    prompts = prompt_batch(samples, pad_token_id=0)
+    assert prompts["input_ids"].tolist() == [[5, 6, 7], [0, 0, 9]]
+    assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert training_batch(samples, 0, length=7)["labels"].shape == torch.Size((2, 7))

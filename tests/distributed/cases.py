@@ -1,0 +1,322 @@
+"""Cases that need two ranks; all run inside one launch, since starting one costs more than all of them.
+
+    deepspeed --num_gpus 2 tests/distributed/cases.py MODEL_FOLDER RESULTS_JSON
+
+Rank 0 writes case name -> "passed" or a traceback. A rank that fails ends the launch, so that no other one waits.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_parameters, find_targets, is_omega
+from sparse_llm_ft.config import TrainingConfig, parse_config
+from sparse_llm_ft.data.encoding import Sample, training_batch
+from sparse_llm_ft.data.stream import SampleStream
+from sparse_llm_ft.distributed import find_world, set_threads
+from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.evaluation import completion_loss, mean_loss
+from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.optim import StoIHT
+from sparse_llm_ft.plan import AdapterPlan, uniform_plan
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.schedule import Schedule
+
+MODEL, RESULTS = sys.argv[-2:]  # the launcher puts --local_rank before them
+WORLD = find_world()
+TRAINING = TrainingConfig(learning_rate=0.01, max_steps=20, warmup_steps=3, global_batch_size=8, max_grad_norm=0.5)
+SAMPLES = [
+    Sample(tuple(3 + (i * j) % 17 for j in range(1, 3 + i % 4)), (*(4 + (i + j) % 15 for j in range(1 + i % 3)), 2))
+    for i in range(21)
+]
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).requires_grad_(False)
+
+
+def plan_for(model: torch.nn.Module, train_omega: bool = False, lora_dropout: float = 0.0) -> AdapterPlan:
+    return uniform_plan(find_targets(model, "all-linear"), 4, 8, lora_dropout, train_omega)
+
+
+def engine_settings(stage: int, micro: int, dtype: str = "float32", algorithm: str = "sgd") -> EngineSettings:
+    accumulation = 8 // (micro * WORLD.size)
+    return EngineSettings(stage, dtype, micro, accumulation, TRAINING.max_grad_norm, 0.1, 0.5, algorithm, {})
+
+
+def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Adapter values that are nowhere zero, the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.ones(1) if is_omega(name) else torch.randn(p.shape, generator=generator) * 0.2
+        for name, p in adapter_parameters(model).items()
+    }
+
+
+def make_loop(engine: Engine, plan: AdapterPlan, micro: int, progress: Progress, rule: StoIHT | None = None) -> Loop:
+    phase = Phase("train", plan).with_batch(micro, 8)
+    return Loop(engine, phase, rule, SAMPLES, 0, Schedule(TRAINING, len(SAMPLES)), progress, WORLD, seed=3)
+
+
+def run_losses(stage: int, micro: int, steps: int = 20, lora_dropout: float = 0.0) -> list[float]:
+    model = base_model()
+    plan = plan_for(model, lora_dropout=lora_dropout)
+    peft_model = get_peft_model(model, SparseLoraConfig(plan=plan))
+    start = start_values(peft_model)
+    engine = Engine(peft_model, engine_settings(stage, micro))
+    engine.load(start)
+    loop = make_loop(engine, plan, micro, Progress())
+    losses = [step.loss for _, step in zip(range(steps), loop.steps(), strict=False)]
+    engine.close()
+    return losses
+
+
+def reference_losses(steps: int = 20) -> list[float]:
+    """Stock PEFT LoRA, torch's AdamW, the whole global batch in one process, no DeepSpeed."""
+    model = base_model()
+    names = list(find_targets(model, "all-linear"))
+    start = start_values(get_peft_model(base_model(), SparseLoraConfig(plan=plan_for(model))))
+    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, lora_dropout=0.0))
+    for name, parameter in lora.named_parameters():
+        if parameter.requires_grad:
+            short = name.removeprefix("base_model.model.").replace(".default.weight", "")
+            parameter.data.copy_(start[short])
+    parameters = [p for p in lora.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.1)
+    schedule, stream, losses = Schedule(TRAINING, len(SAMPLES)), SampleStream(len(SAMPLES), 3), []
+    for step in range(steps):
+        chosen = [SAMPLES[stream.index(i)] for i in range(8 * step, 8 * step + 8)]
+        loss = completion_loss(lora, training_batch(chosen, 0), keeps_logits=False) / sum(s.supervised for s in chosen)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, TRAINING.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(Progress(step, 8 * step))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def assert_close(ours: list[float], expected: list[float], tolerance: float) -> None:
+    worst = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
+    assert worst < tolerance, f"largest difference {worst}: {ours} against {expected}"
+
+
+@case
+def lora_equals_a_plain_torch_loop_at_every_stage() -> None:
+    expected = reference_losses()
+    assert expected[-1] < expected[0] - 0.1, "the reference learns nothing: the comparison would show nothing"
+    for stage in (0, 1, 2, 3):
+        assert_close(run_losses(stage, micro=2), expected, 1e-5)
+
+
+@case
+def micro_batch_and_accumulation_do_not_change_the_losses() -> None:
+    expected = run_losses(2, micro=1)
+    assert_close(run_losses(2, micro=2), expected, 1e-5)
+    assert_close(run_losses(2, micro=4), expected, 1e-5)
+
+
+@case
+def dropout_is_repeatable_and_differs_between_ranks() -> None:
+    first = run_losses(2, micro=2, steps=4, lora_dropout=0.5)
+    assert first == run_losses(2, micro=2, steps=4, lora_dropout=0.5)
+    assert first != run_losses(2, micro=2, steps=4)
+    loop = object.__new__(Loop)
+    loop.seed, loop.progress, loop.world = 3, Progress(), WORLD
+    loop._seed_generators()
+    drawn = [torch.zeros(3) for _ in range(2)]
+    dist.all_gather(drawn, torch.rand(3))
+    assert not torch.equal(*drawn)
+
+
+@case
+def a_state_read_and_loaded_continues_bit_for_bit_at_every_stage() -> None:
+    for dtype in ("float32", "bfloat16"):
+        for stage in (0, 1, 2, 3):
+            for algorithm in ("sgd", "adamw"):
+                check_continuation(stage, dtype, algorithm)
+
+
+def check_continuation(stage: int, dtype: str, algorithm: str) -> None:
+    model = get_peft_model(base_model(getattr(torch, dtype)), SparseLoraConfig(plan=plan_for(base_model(), True)))
+    plan = model.peft_config["default"].plan
+    start = start_values(model)
+    engine = Engine(model, engine_settings(stage, 2, dtype, algorithm))
+    engine.load(start)
+    assert all(torch.equal(value, start[name]) for name, value in engine.values().items()), "what is read was loaded"
+    assert engine.optimizer_steps() == {"adapter": 0, "omega": 0}
+    take_steps(engine, plan, Progress(), 3)
+    values, moments, steps = engine.values(), engine.moments(), engine.optimizer_steps()
+    assert steps == {"adapter": 3, "omega": 3}
+    assert ("model.layers.0.self_attn.q_proj.lora_omega" in moments) == (algorithm == "adamw")
+    take_steps(engine, plan, Progress(3, 24), 2)
+    expected = engine.values()
+    engine.close()
+    engine = Engine(model, engine_settings(stage, 2, dtype, algorithm))
+    engine.load(values, moments, steps)
+    assert all(torch.equal(value, values[name]) for name, value in engine.values().items())
+    reread = engine.moments()
+    assert all(torch.equal(reread[n][k], moments[n][k]) for n in moments for k in moments[n])
+    take_steps(engine, plan, Progress(3, 24), 2)
+    assert all(torch.equal(value, expected[name]) for name, value in engine.values().items()), (stage, dtype, algorithm)
+    engine.close()
+
+
+def take_steps(engine: Engine, plan: AdapterPlan, progress: Progress, count: int) -> None:
+    for _ in zip(range(count), make_loop(engine, plan, 2, progress).steps(), strict=False):
+        pass
+
+
+@case
+def an_overwritten_omega_reaches_master_and_model() -> None:
+    """What a cut does: after it, the forward pass is that of the model without the adapter, at every stage."""
+    for dtype in ("float32", "bfloat16"):
+        for stage in (0, 1, 2, 3):
+            base = base_model(getattr(torch, dtype))
+            expected = mean_loss(base, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+            model = get_peft_model(base, SparseLoraConfig(plan=plan_for(base, True)))
+            start = start_values(model)
+            engine = Engine(model, engine_settings(stage, 2, dtype))
+            engine.load(start)
+            omegas = [name for name in engine.parameters if is_omega(name)]
+            assert abs(mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size) - expected) > 1e-3
+            engine.load({name: torch.zeros(1) for name in omegas})
+            assert not any(float(value) for value in engine.values(omegas).values())
+            cut = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+            assert abs(cut - expected) < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, cut, expected)
+            engine.close()
+
+
+@case
+def optimizer_bytes_are_those_of_the_shard() -> None:
+    """Twelve bytes for each trained value (master and two moments), divided among two ranks from stage 1 on."""
+    model = base_model(torch.bfloat16)
+    plan = plan_for(model)
+    count = plan.parameters(find_targets(model, "all-linear"))
+    for stage, ranks in ((0, 1), (1, 2), (2, 2), (3, 2)):
+        peft_model = get_peft_model(base_model(torch.bfloat16), SparseLoraConfig(plan=plan))
+        engine = Engine(peft_model, engine_settings(stage, 2, "bfloat16"))
+        excess = engine.optimizer_bytes() - 12 * count / ranks
+        parts = len(engine.parameters) if stage == 0 else 1  # of each, a step count of 4 bytes
+        assert 0 <= excess - 4 * parts < 12 * 64, (stage, excess)  # padding of the flat partition
+        engine.close()
+
+
+@case
+def disconnecting_keeps_survivors_and_leaves_no_trace() -> None:
+    config = parse_config(
+        {
+            "model": {"name": MODEL},
+            "task": {"name": "custom"},
+            "output_dir": "x",
+            "adapter": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+            "method": {"name": "weight_lora", "keep": 3, "steps": 6},
+        }
+    )
+    for stage in (2, 3):
+        check_disconnect(config, stage)
+
+
+def check_disconnect(config, stage: int) -> None:
+    base = base_model()
+    targets = find_targets(base, "all-linear")
+    method = make_method(config)
+    phase = method.first(targets).with_batch(2, 8)
+    torch.manual_seed(0)
+    model = get_peft_model(base, SparseLoraConfig(plan=phase.plan))
+    engine = Engine(model, replace(engine_settings(stage, 2), omega_lr=phase.omega_lr))
+    rule = StoIHT(phase.cut)
+    loop = make_loop(engine, phase.plan, 2, Progress(), rule)
+    active = [step.active_adapters for _, step in zip(range(6), loop.steps(), strict=False)]
+    assert active[0] == len(targets) and active[-1] == 3, active
+    state = TrainState(
+        engine.values(), engine.moments(), engine.optimizer_steps(), loop.progress, phase.to_dict(), rule.to_dict()
+    )
+    following = method.next(phase, state, targets)
+    assert following is not None
+    after, kept = following
+    before_loss = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+    gone = [weakref.ref(p) for name, p in engine.parameters.items() if name.rpartition(".")[0] not in after.plan.active]
+    old_engine, old_optimizer = weakref.ref(engine._engine), weakref.ref(engine._optimizer)
+    assert len(gone) == 3 * (len(targets) - 3)
+    engine.close()
+    del loop
+    model.base_model.set_plan(after.plan)
+    gc.collect()
+    assert old_engine() is None and old_optimizer() is None, "the old engine is still alive"
+    assert not [ref for ref in gone if ref() is not None], "a removed parameter is still alive"
+    wrapped = [name for name, module in model.base_model.model.named_modules() if isinstance(module, SparseLoraLayer)]
+    assert sorted(wrapped) == sorted(after.plan.active)
+    engine = Engine(model, engine_settings(stage, 2))
+    engine.load(kept.tensors, kept.moments, kept.optimizer_steps)
+    assert set(engine.parameters) == set(kept.tensors) and len(kept.tensors) == 6
+    assert all(torch.equal(value, state.tensors[name]) for name, value in engine.values().items())
+    moments = engine.moments()
+    assert all(torch.equal(moments[n][k], state.moments[n][k]) for n in moments for k in ("exp_avg", "exp_avg_sq"))
+    assert engine.optimizer_steps() == {"adapter": 6}
+    held = sum(p.numel() for group in engine._optimizer.param_groups for p in group["params"])
+    expected = after.plan.parameters(targets)
+    assert stage == 3 or expected / WORLD.size <= held < expected / WORLD.size + 64, (held, expected)
+    after_loss = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+    assert abs(after_loss - before_loss) < 1e-5, (before_loss, after_loss)
+    engine.close()
+
+
+@case
+def evaluation_does_not_depend_on_ranks_or_batches() -> None:
+    model = base_model()
+    alone = mean_loss_alone(model)
+    for batch_size in (1, 2, 5):
+        shared = mean_loss(model, SAMPLES[:7], 0, batch_size, WORLD.rank, WORLD.size)
+        assert abs(shared - alone) < 1e-5
+
+
+@torch.no_grad()
+def mean_loss_alone(model: torch.nn.Module) -> float:
+    losses = [float(completion_loss(model, training_batch([sample], 0), False)) for sample in SAMPLES[:7]]
+    return sum(losses) / sum(sample.supervised for sample in SAMPLES[:7])
+
+
+def main() -> None:
+    set_threads(WORLD)
+    init_distributed()
+    results = {}
+    for name, function in CASES.items():
+        try:
+            function()
+            results[name] = "passed"
+        except BaseException:
+            results[name] = traceback.format_exc()
+        if WORLD.rank == 0 or results[name] != "passed":
+            Path(f"{RESULTS}.{WORLD.rank}").write_text(json.dumps(results))
+        if results[name] != "passed":
+            sys.stderr.write(results[name])
+            sys.stderr.flush()
+            os._exit(1)
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

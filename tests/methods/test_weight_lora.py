@@ -1,0 +1,155 @@
+"""WeightLoRA's rule on plain tensors: what is fixed, disconnected, grown, and what is kept of the moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.errors import ConfigError, TrainingError
+from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+
+TARGETS = {"layers.0.q": (6, 8), "layers.0.up": (12, 8), "layers.1.q": (6, 8), "layers.1.up": (12, 8)}
+
+
+def config(name: str = "weight_lora", **method: object):
+    return parse_config(
+        {
+            "model": {"name": "org/base"},
+            "task": {"name": "custom"},
+            "output_dir": "x",
+            "adapter": {"r": 2, "lora_alpha": 6},
+            "method": {"name": name, "keep": 2, "steps": 5} | method,
+        }
+    )
+
+
+def state(phase: Phase, omegas: list[float]) -> TrainState:
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for (name, shape), omega in zip(TARGETS.items(), omegas, strict=True):
+        tensors[f"{name}.lora_A"] = torch.randn(2, shape[1], generator=generator)
+        tensors[f"{name}.lora_B"] = torch.randn(shape[0], 2, generator=generator)
+        tensors[f"{name}.lora_omega"] = torch.tensor([omega])
+    moments = {
+        name: {key: torch.rand(t.shape, generator=generator) for key in ("exp_avg", "exp_avg_sq")}
+        for name, t in tensors.items()
+        if not name.endswith("omega")
+    }
+    return TrainState(
+        tensors, moments, {"adapter": 5, "omega": 5}, Progress(5, 80, 0, 5), phase.to_dict(), {"moved": [], "kept": []}
+    )
+
+
+def delta(phase: Phase, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """omega * alpha / r * B A by hand."""
+    adapter = phase.plan.active[name]
+    trained = tensors.get(f"{name}.lora_omega")
+    omega = adapter.omega if trained is None else float(trained)
+    return omega * adapter.lora_alpha / adapter.r * tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+
+
+def test_the_first_phase_trains_all_adapters_with_omega_one() -> None:
+    phase = make_method(config()).first(TARGETS)
+    assert list(phase.plan.active) == list(TARGETS) and phase.steps == 5
+    assert all(a.train_omega and a.omega == 1.0 for a in phase.plan.active.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("weight_lora", {}),
+        ("weight_lora_plus", {"expansion": "qr"}),
+        ("weight_lora_plus", {"expansion": "gaussian"}),
+    ],
+)
+def test_disconnecting_leaves_the_survivors_delta_unchanged(name: str, method: dict) -> None:
+    rule = make_method(config(name, **method))
+    first = rule.first(TARGETS)
+    before = state(first, [0.9, 0.0, 1.2, -0.1])
+    result = rule.next(first, before, TARGETS)
+    assert result is not None
+    phase, after = result
+    survivors = ["layers.0.q", "layers.1.q"]
+    assert list(phase.plan.active) == survivors
+    assert phase.plan.modules["layers.0.up"] is None and phase.plan.modules["layers.1.up"] is None
+    assert set(after.tensors) == {f"{n}.{part}" for n in survivors for part in ("lora_A", "lora_B")}
+    for survivor in survivors:
+        old, new = delta(first, before.tensors, survivor), delta(phase, after.tensors, survivor)
+        assert (new - old).norm() / old.norm() < 1e-6
+    assert rule.next(phase, after, TARGETS) is None
+
+
+def test_without_growth_parameters_moments_and_step_count_of_survivors_are_bit_equal() -> None:
+    rule = make_method(config())
+    first = rule.first(TARGETS)
+    before = state(first, [0.0, 0.7, 1.2, 0.0])
+    phase, after = rule.next(first, before, TARGETS)
+    for name, tensor in after.tensors.items():
+        assert torch.equal(tensor, before.tensors[name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(after.moments[name][key], before.moments[name][key])
+    assert set(after.moments) == set(after.tensors)
+    assert after.optimizer_steps == {"adapter": 5}
+    assert phase.plan.active["layers.1.q"].omega == pytest.approx(1.2) and after.rule is None
+
+
+def test_growth_uses_the_warm_up_budget_and_keeps_the_scaling() -> None:
+    rule = make_method(config("weight_lora_plus"))
+    first = rule.first(TARGETS)
+    phase, after = rule.next(first, state(first, [1.0, 0.0, 1.0, 0.0]), TARGETS)
+    budget = sum(2 * sum(shape) for shape in TARGETS.values())
+    used = sum(a.r * sum(TARGETS[name]) for name, a in phase.plan.active.items())
+    assert budget - min(map(sum, TARGETS.values())) < used <= budget
+    for name, adapter in phase.plan.active.items():
+        assert adapter.r > 2 and adapter.scaling == pytest.approx(3.0)
+        assert after.tensors[f"{name}.lora_A"].shape == (adapter.r, TARGETS[name][1])
+    assert after.moments == {} and after.optimizer_steps == {}  # qr turns the coordinates: restart
+
+
+def test_gaussian_growth_keeps_old_moments_in_their_block() -> None:
+    rule = make_method(config("weight_lora_plus", expansion="gaussian"))
+    first = rule.first(TARGETS)
+    before = state(first, [1.0, 0.0, 1.0, 0.0])
+    _, after = rule.next(first, before, TARGETS)
+    for name, moments in after.moments.items():
+        old = before.moments[name]["exp_avg"]
+        rows, columns = old.shape
+        assert torch.equal(moments["exp_avg"][:rows, :columns], old)
+        assert moments["exp_avg"].shape == after.tensors[name].shape
+        assert float(moments["exp_avg"].abs().sum()) == pytest.approx(float(old.abs().sum()))
+    assert after.optimizer_steps == {"adapter": 5}
+
+
+def test_keeping_all_is_plain_lora_after_t() -> None:
+    rule = make_method(config("weight_lora_plus", keep=4))
+    first = rule.first(TARGETS)
+    phase, _ = rule.next(first, state(first, [1.0, 1.0, 1.0, 1.0]), TARGETS)
+    assert {name: a.r for name, a in phase.plan.active.items()} == dict.fromkeys(TARGETS, 2)
+
+
+def test_more_to_keep_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method.keep: 5 is more than the 4 adapters .* expected 1 to 4"):
+        make_method(config(keep=5)).first(TARGETS)
+
+
+def test_no_positive_omega_is_said_plainly() -> None:
+    rule = make_method(config())
+    first = rule.first(TARGETS)
+    with pytest.raises(TrainingError, match="every omega is 0 or negative"):
+        rule.next(first, state(first, [0.0, -1.0, 0.0, -0.5]), TARGETS)
+
+
+def test_a_phase_survives_json() -> None:
+    import json
+
+    phase = make_method(config("weight_lora_plus")).first(TARGETS).with_batch(2, 16, 0.5)
+    assert Phase.from_dict(json.loads(json.dumps(phase.to_dict()))) == phase
+
+
+def test_rank_and_alpha_of_a_small_matrix() -> None:
+    """A target smaller than r gets the rank that fits, with the scaling of the others."""
+    phase = make_method(config("weight_lora", keep=1)).first(TARGETS | {"tiny": (1, 8)})
+    assert phase.plan.active["tiny"].r == 1 and phase.plan.active["tiny"].scaling == 3.0

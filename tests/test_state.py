@@ -1,0 +1,111 @@
+"""Checkpoints: whole or not there, checksummed, free of pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.folders import verify_folder, write_folder
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.checkpoints import checkpoint_folder, newest_valid, save_checkpoint
+
+
+def make_state(step: int = 3) -> TrainState:
+    tensors = {"a.lora_A": torch.randn(2, 3), "a.lora_omega": torch.tensor([0.1234567])}
+    moments = {"a.lora_A": {"exp_avg": torch.randn(2, 3), "exp_avg_sq": torch.rand(2, 3)}}
+    record = {"before": {"loss": 1.5}, "phases": [], "current": {"steps": step}}
+    return TrainState(
+        tensors, moments, {"adapter": step}, Progress(step, 8 * step, 0, step), {"name": "x"}, {"kept": []}, record
+    )
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    state = make_state()
+    state.save(tmp_path / "c")
+    loaded = TrainState.load(tmp_path / "c")
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in state.tensors.items())
+    assert torch.equal(loaded.moments["a.lora_A"]["exp_avg_sq"], state.moments["a.lora_A"]["exp_avg_sq"])
+    for name in ("optimizer_steps", "progress", "phase", "rule", "record"):
+        assert getattr(loaded, name) == getattr(state, name)
+    assert {p.suffix for p in (tmp_path / "c").iterdir()} == {".safetensors", ".json"}
+
+
+def damage_truncate(folder: Path) -> None:
+    path = folder / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_flip(folder: Path) -> None:
+    path = folder / "tensors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def damage_escape(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["../outside"] = {"bytes": 0, "sha256": "0"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (damage_truncate, "tensors.safetensors has"),
+        (damage_flip, "tensors.safetensors differs from its checksum"),
+        (damage_manifest, "manifest.json is not readable"),
+        (damage_missing, "state.json is missing"),
+        (damage_escape, "../outside is missing or not a plain file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, damage, what: str) -> None:
+    for step in (3, 6):
+        save_checkpoint(tmp_path, make_state(step), keep=None)
+    damage(checkpoint_folder(tmp_path, 6))
+    newest, complaints = newest_valid(tmp_path)
+    assert newest == checkpoint_folder(tmp_path, 3)
+    assert len(complaints) == 1 and "step-00000006" in complaints[0] and what in complaints[0]
+
+
+def test_a_checkpoint_of_another_format_is_refused_even_with_good_checksums(tmp_path: Path) -> None:
+    write_folder(tmp_path / "c", lambda path: (path / "state.json").write_text("[]"))
+    with pytest.raises(CheckpointError, match="not a checkpoint of this format"):
+        TrainState.load(tmp_path / "c")
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
+    make_state(3).save(tmp_path / "c")
+
+    def fail(path: Path) -> None:
+        (path / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "c", fail)
+    assert TrainState.load(tmp_path / "c").progress.step == 3
+    make_state(4).save(tmp_path / "c")
+    assert TrainState.load(tmp_path / "c").progress.step == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_only_the_newest_are_kept_and_a_good_one_is_not_rewritten(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, make_state(step), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    written = (checkpoint_folder(tmp_path, 3) / "tensors.safetensors").stat().st_mtime_ns
+    save_checkpoint(tmp_path, make_state(3), keep=2)
+    assert (checkpoint_folder(tmp_path, 3) / "tensors.safetensors").stat().st_mtime_ns == written
+    verify_folder(checkpoint_folder(tmp_path, 3))

@@ -1,0 +1,60 @@
+"""Whose folder it is, and what a resumed run does to the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_llm_ft.config import merge, parse_config
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.training.run_folder import RunFolder
+
+
+def test_a_new_or_empty_folder_and_the_same_run_are_fine(settings: dict, tmp_path: Path) -> None:
+    config = parse_config(settings)
+    folder = RunFolder(config.output_dir)
+    folder.check(config)
+    folder.begin(config, 0)
+    folder.check(config)
+    folder.check(parse_config(merge(settings, {"training": {"micro_batch_size": 4, "save_every": 2}})))
+
+
+def test_another_run_is_refused_and_named(settings: dict) -> None:
+    config = parse_config(settings)
+    RunFolder(config.output_dir).begin(config, 0)
+    other = parse_config(merge(settings, {"training": {"learning_rate": 0.5}}))
+    with pytest.raises(ConfigError, match=r"holds another run \(training.learning_rate: 0.01 there, 0.5 here\)"):
+        RunFolder(config.output_dir).check(other)
+
+
+def test_never_means_never(settings: dict) -> None:
+    config = parse_config(settings)
+    RunFolder(config.output_dir).begin(config, 0)
+    with pytest.raises(ConfigError, match="holds a run and resume is never"):
+        RunFolder(config.output_dir).check(parse_config(merge(settings, {"resume": "never"})))
+
+
+def test_files_of_somebody_else_are_not_touched(settings: dict) -> None:
+    config = parse_config(settings)
+    path = Path(config.output_dir)
+    path.mkdir()
+    (path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="holds files but no run"):
+        RunFolder(path).check(config)
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(path / "thesis.tex").check(config)
+
+
+def test_beginning_again_drops_lines_that_will_be_done_again(settings: dict) -> None:
+    config = parse_config(settings)
+    folder = RunFolder(config.output_dir)
+    folder.begin(config, 0)
+    for step in range(1, 6):
+        folder.log({"step": step})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    folder.begin(config, 3)
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
