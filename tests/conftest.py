@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_run import run_settings
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -69,21 +71,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict:
     """A complete tree of settings for a run of 8 steps on the tiny model."""
     return run_settings(model_folder, data_folder, tmp_path / "run")
-
-
-def run_settings(model_folder: Path, data_folder: Path, output_dir: Path) -> dict:
-    return {
-        "model": {"name": str(model_folder), "dtype": "float32"},
-        "task": {
-            "name": "custom",
-            "path": str(data_folder),
-            "max_length": 32,
-            "prompt": "{text} ?",
-            "completion": "{answer}",
-        },
-        "adapter": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-        "method": {"name": "lora"},
-        "training": {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 8, "learning_rate": 0.01},
-        "evaluation": {"samples": 5, "max_new_tokens": 4, "micro_batch_size": 2},
-        "output_dir": str(output_dir),
-    }

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from launching import TRAIN, launch  # noqa: E402
+from launching import TRAIN, launch
 
 
 def edited(settings: dict, changes: dict) -> dict:

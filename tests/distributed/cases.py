@@ -26,7 +26,7 @@ from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_pa
 from sparse_llm_ft.config import TrainingConfig, parse_config
 from sparse_llm_ft.data.encoding import Sample, training_batch
 from sparse_llm_ft.data.stream import SampleStream
-from sparse_llm_ft.distributed import find_world, set_threads
+from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
 from sparse_llm_ft.evaluation import completion_loss, mean_loss
 from sparse_llm_ft.methods import Phase, make_method
@@ -300,7 +300,7 @@ def mean_loss_alone(model: torch.nn.Module) -> float:
 
 
 def main() -> None:
-    set_threads(WORLD)
+    prepare_cpu(WORLD)
     init_distributed()
     results = {}
     for name, function in CASES.items():

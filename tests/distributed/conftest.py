@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from conftest import run_settings  # noqa: E402
-from launching import TRAIN, last_lines, launch  # noqa: E402
+from launching import TRAIN, last_lines, launch
+from tiny_run import run_settings
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from launching import launch
 
 SCRIPT = Path(__file__).with_name("cases.py")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT, TRAIN, command, last_lines, launch
 
+from launching import ROOT, TRAIN, command, last_lines, launch
 from sparse_llm_ft.training.checkpoints import newest_first
 
 pytestmark = pytest.mark.distributed
@@ -49,7 +49,7 @@ def test_killed_in_the_phase_change_and_then_in_a_save(finished_run: Path, plus_
     """First between the engines of two phases, then, resumed, within the writing of the checkpoint of step 8."""
     config = write_config(plus_settings, tmp_path)
     die_at(config, "change:1")
-    assert [path.name for path in newest_first(tmp_path / "run" / "checkpoints")][0] == "step-00000006"
+    assert next(newest_first(tmp_path / "run" / "checkpoints")).name == "step-00000006"
     # The syncs of a resumed run: config and metrics (2 files each with its folder), the plan (1, likewise), again
     # the plan at the change of phase, then the four of the checkpoint.
     die_at(config, "save:11")
