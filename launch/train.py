@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparse_llm_ft.config import load_config
-from sparse_llm_ft.distributed import find_world, set_threads
+from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
@@ -31,7 +31,7 @@ def main() -> None:
         files, overrides = _arguments()
         prepared = prepare(load_config(files, overrides), world)
         quiet_libraries()
-        set_threads(world)
+        prepare_cpu(world)
         from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
 
         run(prepared)

@@ -37,14 +37,18 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))
 
 
-def set_threads(world: World) -> None:
-    """Share this node's cores among its processes, unless the user has said how many threads to use.
+def prepare_cpu(world: World) -> None:
+    """On a node without accelerator: tell DeepSpeed so, and share the cores among the node's processes.
 
-    Without it, every process on a CPU-only node starts a thread per core and they slow each other down.
+    Without the sharing every process starts a thread per core and they slow each other down; OMP_NUM_THREADS, where
+    the user set it, wins. Call before deepspeed is imported.
     """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+    if torch.accelerator.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
 
 

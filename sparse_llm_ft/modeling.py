@@ -39,8 +39,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def empty_model(config: ModelConfig) -> PreTrainedModel:
+def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> PreTrainedModel:
     """The architecture on the meta device: names and shapes, no weights, in about a second.
+
+    Args:
+        attn_implementation: where the model has the choice; None takes the model's default.
 
     Raises:
         ConfigError: no such model, or one that is not a causal language model.
@@ -48,7 +51,8 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
     settings = _from_pretrained(AutoConfig, config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+            options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+            return AutoModelForCausalLM.from_config(settings, **options)
     except ValueError:
         raise ConfigError(
             "model.name",

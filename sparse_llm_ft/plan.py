@@ -38,8 +38,8 @@ class ModuleAdapter:
             raise PlanError(f"r is {self.r!r}; a module's rank must be an integer of at least 1")
         for name in ("lora_alpha", "omega"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise PlanError(f"{name} is {value!r}; it must be a finite number")
+            if not _is_finite(value):
+                raise PlanError(f"{name} is {value!r:.40}; it must be a finite number")
         if not isinstance(self.train_omega, bool):
             raise PlanError(f"train_omega is {self.train_omega!r}; it must be true or false")
 
@@ -68,7 +68,7 @@ class AdapterPlan:
     def __post_init__(self) -> None:
         if not any(self.modules.values()):
             raise PlanError("a plan needs at least one module with an adapter")
-        if not 0.0 <= self.lora_dropout < 1.0:
+        if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise PlanError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
 
     @property
@@ -94,14 +94,25 @@ class AdapterPlan:
         """
         if not isinstance(data, dict) or set(data) != {"version", "lora_dropout", "modules"}:
             raise PlanError("a plan is an object with the keys version, lora_dropout and modules")
-        if data["version"] != PLAN_VERSION:
+        if type(data["version"]) is not int or data["version"] != PLAN_VERSION:
             raise PlanError(f"plan version {data['version']!r} is not supported; this release reads {PLAN_VERSION}")
-        if not isinstance(data["modules"], dict) or not isinstance(data["lora_dropout"], int | float):
-            raise PlanError("a plan's modules must be an object and its lora_dropout a number")
+        if not isinstance(data["modules"], dict):
+            raise PlanError("a plan's modules must be an object")
+        if not _is_finite(data["lora_dropout"]):
+            raise PlanError(f"a plan's lora_dropout is {data['lora_dropout']!r:.40}; it must be a number")
         return cls(
             {name: _module_from_dict(name, value) for name, value in data["modules"].items()},
             float(data["lora_dropout"]),
         )
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 def _module_from_dict(name: str, value: Any) -> ModuleAdapter | None:

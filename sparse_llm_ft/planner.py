@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from sparse_llm_ft.adapters import SparseLoraConfig
 from sparse_llm_ft.config import ModelConfig
@@ -20,17 +20,52 @@ from sparse_llm_ft.plan import AdapterPlan, Shape
 SHARDED_BYTES, REPLICATED_BYTES = 12, 4
 
 
+_FUSED = "sparse_llm_ft_fused"
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What flash-attention keeps, without computing anything: for tracing on the meta device, where torch would
+    take its plain kernel instead, which keeps length² maps that no real run with a fused kernel has.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, _ = query.shape
+        # Laid out as the kernels do it, so that the caller's transpose needs no copy.
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("for tracing only")
+
+
+def _fused_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
+    apply: Any = _FusedAttention.apply
+    return apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_FUSED, _fused_attention)
+
+
 def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
     """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
 
     Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
-    supervised: an upper bound for real batches. Under gradient checkpointing it is the inputs of the layers and what
-    lies outside them.
+    supervised and a complete attention mask. Attention counts as a fused kernel does it (query, key, value, output,
+    log-sum-exp), unless `attn_implementation` is ``eager``, which keeps its heads × length² maps. Under
+    gradient checkpointing it is the inputs of the layers and what lies outside them.
 
     Args:
         length: tokens of the sample.
     """
-    model: Any = empty_model(config)
+    plain = config.attn_implementation == "eager"
+    model: Any = empty_model(config, attn_implementation="eager" if plain else _FUSED)
     model.to(DTYPES[config.dtype])
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:

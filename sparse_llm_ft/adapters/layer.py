@@ -83,6 +83,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Convert this adapter's parameters to `dtype`."""
+        self.lora_A[adapter_name].to(dtype)
+        self.lora_B[adapter_name].to(dtype)
+        if adapter_name in self.lora_omega:
+            self.lora_omega[adapter_name].data = self.lora_omega[adapter_name].data.to(dtype)
+
     def omega(self, adapter_name: str) -> torch.Tensor | float:
         """The factor of this adapter's output: a one-element tensor where it is trained, else a number."""
         if adapter_name in self.lora_omega:
@@ -139,7 +146,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """Add the adapters' weights to the base weight.
 
         Args:
-            safe_merge: refuse, and leave the layer as it was, when the sum is not finite.
+            safe_merge: refuse to add an adapter whose sum with the weight is not finite; those before it in
+                `adapter_names` are merged by then, as in PEFT.
             adapter_names: None merges the active ones.
         """
         for name in self._present(check_adapters_to_merge(self, adapter_names)):

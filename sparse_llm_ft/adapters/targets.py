@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparse_llm_ft.errors import ConfigError
@@ -24,12 +25,15 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules())
     wrappers = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    saved = tuple(name + "." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {}
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in _HEADS:
             continue
         if name.startswith(wrappers) and not name.endswith(".base_layer"):
             continue  # an adapter's own matrices
+        if name.startswith(saved):
+            continue  # PEFT's modules_to_save: trained whole
         found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
     return found
 
