@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import MutableMapping
@@ -58,10 +59,16 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
     environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+        first = _scontrol("show", "hostnames", nodes).split()[0]
+        # A node's name need not be one that can be looked up; its NodeAddr is what Slurm itself connects to.
+        address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
+        environment["MASTER_ADDR"] = address[1] if address else first
     # Every task must come to the same free port without talking: derive it from the job.
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:

@@ -19,8 +19,8 @@ def one_line_errors(world: World) -> Iterator[None]:
     """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1.
 
     All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
-    everyone when the first process fails, and that must not be before rank 0 has spoken. A rank that is still
-    alive then has met an error of its own (a file missing on its node) and says so.
+    everyone when the first process fails, and that must not be before rank 0 has spoken. If then the first process of
+    another node is still alive, the error may be its own (a file missing there), and it says so too.
     """
     try:
         yield
@@ -28,6 +28,7 @@ def one_line_errors(world: World) -> Iterator[None]:
         status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
         if world.rank != 0:
             time.sleep(_GRACE_SECONDS)
-        where = f"rank {world.rank}: " if world.rank else ""
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        if world.local_rank == 0:
+            where = f"rank {world.rank}: " if world.rank else ""
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(status)
