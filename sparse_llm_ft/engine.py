@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +30,7 @@ Moments = dict[str, Tensors]
 def init_distributed() -> None:
     """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(deepspeed.comm.comm.get_local_rank_from_launcher())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

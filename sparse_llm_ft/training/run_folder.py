@@ -77,8 +77,8 @@ class RunFolder:
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_file(self.path / CONFIG, dump_config(config))
+        write_file(self.path / CONFIG, dump_config(config))  # first: it is what makes the folder a run's
+        self.checkpoints.mkdir(exist_ok=True)
         kept = [line for line in self._metric_lines() if line["step"] <= step]
         write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 

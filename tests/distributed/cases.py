@@ -17,19 +17,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_parameters, find_targets, is_omega
-from sparse_llm_ft.config import TrainingConfig, parse_config
+from sparse_llm_ft.config import ModelConfig, TrainingConfig, parse_config
 from sparse_llm_ft.data.encoding import Sample, training_batch
 from sparse_llm_ft.data.stream import SampleStream
 from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
 from sparse_llm_ft.evaluation import completion_loss, mean_loss
 from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.modeling import load_model
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.progress import Progress
@@ -282,6 +284,32 @@ def check_disconnect(config, stage: int) -> None:
     after_loss = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
     assert abs(after_loss - before_loss) < 1e-5, (before_loss, after_loss)
     engine.close()
+
+
+@case
+def a_four_bit_base_trains_through_a_phase_change_untouched() -> None:
+    """The packed weights are the same bytes after training and rebuilding, at stages 2 and 3."""
+    for stage in (2, 3):
+        base = load_model(ModelConfig(name=MODEL, dtype="bfloat16", quantization="nf4"))
+        packed = [m.weight for m in base.modules() if type(m).__name__ == "Linear4bit"]
+        before = [weight.data.clone() for weight in packed]
+        plan = plan_for(base)
+        model = get_peft_model(base, SparseLoraConfig(plan=plan))
+        start = start_values(model)
+        first = next(name for name in plan.modules if "q_proj" in name)
+        smaller = AdapterPlan({name: plan.modules[name] if name == first else None for name in plan.modules})
+        for current in (plan, smaller):
+            model.base_model.set_plan(current)
+            engine = Engine(model, engine_settings(stage, 2, "bfloat16"))
+            engine.load({name: start[name] for name in engine.parameters})
+            take_steps(engine, current, Progress(), 3)
+            values = engine.values()
+            assert all(torch.isfinite(v).all() and not torch.equal(v, start[n]) for n, v in values.items())
+            engine.close()
+        with deepspeed.zero.GatheredParameters(packed):
+            assert all(
+                torch.equal(weight.data.flatten(), old.flatten()) for weight, old in zip(packed, before, strict=True)
+            )
 
 
 @case

@@ -1,0 +1,73 @@
+"""Who a process is, under each launcher; and who speaks when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparse_llm_ft import exits
+from sparse_llm_ft.distributed import World, find_world
+from sparse_llm_ft.errors import TrainingError, UserError
+
+
+def test_alone_it_is_a_world_of_one_with_an_address() -> None:
+    environment: dict[str, str] = {}
+    assert find_world(environment) == World(0, 1, 0, 1)
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) > 0
+
+
+def test_deepspeed_and_torchrun_say_all() -> None:
+    assert find_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}) == World(3, 4, 1, 2)
+    assert find_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == World(3, 4, 1, 2)
+
+
+def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$2" = hostnames ] && { echo node7; echo node8; exit; }\n'
+        '[ "$3" = node7 ] && echo "NodeName=node7 NodeAddr=10.0.0.7 State=IDLE"\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123",
+        "SLURM_STEP_NODELIST": "node[7-8]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    }
+    assert find_world(slurm) == World(3, 4, 1, 2)
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "20123")
+    own = slurm | {"MASTER_ADDR": "head"}
+    del own["RANK"]
+    find_world(own)
+    assert own["MASTER_ADDR"] == "head"
+
+
+def test_a_single_slurm_task_is_alone() -> None:
+    assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == World(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        (World(0, 4, 0, 2), "error: broken\n"),
+        (World(1, 4, 1, 2), ""),
+        (World(2, 4, 0, 2), "error: rank 2: broken\n"),
+    ],
+)
+@pytest.mark.parametrize(("error", "status"), [(UserError("broken"), 2), (TrainingError("broken"), 1)])
+def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(exits.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as stop, exits.one_line_errors(world):
+        raise error
+    assert stop.value.code == status and capsys.readouterr().err == said
+    assert bool(waited) == (world.rank != 0)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), exits.one_line_errors(World(0, 1, 0, 1)):
+        1 / 0  # noqa: B018
