@@ -6,10 +6,9 @@ Runs under deepspeed, torchrun and srun, and alone. Later files win over earlier
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
-from sparse_llm_ft.config import load_config
+from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
@@ -46,9 +45,8 @@ def _arguments() -> tuple[list[str], list[str]]:
     for argument in rest:
         if argument.startswith("-"):
             parser.error(f"unknown option {argument}")
-    # --config also swallows the overrides behind it; they are told apart by their "=".
-    files = [argument for argument in arguments.config if "=" not in argument or Path(argument).is_file()]
-    return files, [argument for argument in (*arguments.config, *rest) if argument not in files]
+    files, overrides = split_arguments(arguments.config)  # --config also swallows the overrides behind it
+    return files, [*overrides, *rest]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from sparse_llm_ft import __version__
-from sparse_llm_ft.config import load_config
+from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
@@ -42,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _check(options: argparse.Namespace) -> None:
     from sparse_llm_ft.training.prepare import prepare
 
-    files = [argument for argument in options.config if "=" not in argument]
-    config = load_config(files, [argument for argument in options.config if argument not in files])
+    config = load_config(*split_arguments(options.config))
     prepared = prepare(config, World(0, options.processes, 0, options.processes))
     from sparse_llm_ft.adapters import find_targets
     from sparse_llm_ft.methods import make_method
@@ -60,8 +61,6 @@ def _check(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     folder = RunFolder(options.run)
     summary = folder.summary()
-    if summary is None:
-        raise UserError(f"{options.run}: no summary.json; the run is not there or not finished")
     from sparse_llm_ft.training.display import Display
     from sparse_llm_ft.training.summary import show_summary
 
@@ -74,7 +73,8 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: exists; choose a new folder")
     if not (folder.path / CONFIG).is_file():
         raise UserError(f"{options.run}: no {CONFIG}; expected a run's output_dir")
-    config = load_config([str(folder.path / CONFIG)])
+    # Only the model's name is needed; data and relative paths need not be where they were.
+    model = RunConfig.model_validate(yaml.safe_load((folder.path / CONFIG).read_text(encoding="utf-8"))).model
     from sparse_llm_ft.adapters import save_stock_lora
     from sparse_llm_ft.folders import write_folder
     from sparse_llm_ft.methods import Phase
@@ -88,7 +88,5 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{options.run}: no checkpoint yet")
     state = TrainState.load(newest)
     plan = Phase.from_dict(state.phase).plan
-    write_folder(
-        output, lambda path: save_stock_lora(path, plan, state.tensors, config.model.name, config.model.revision)
-    )
+    write_folder(output, lambda path: save_stock_lora(path, plan, state.tensors, model.name, model.revision))
     print(json.dumps({"adapter": str(output), "step": state.progress.step}))

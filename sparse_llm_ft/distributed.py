@@ -27,7 +27,7 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun; the batch script itself is no step
         _from_slurm(environment)
     else:
         environment.update(
@@ -39,23 +39,23 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
 
 
 def prepare_cpu(world: World) -> None:
-    """On a node without accelerator: tell DeepSpeed so, and share the cores among the node's processes.
+    """On a node without GPU: tell DeepSpeed so, and share the cores among the node's processes.
 
     Without the sharing every process starts a thread per core and they slow each other down; OMP_NUM_THREADS, where
     the user set it, wins. Call before deepspeed is imported.
     """
     import torch
 
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]

@@ -5,6 +5,7 @@ ZeRO keeps values and moments of the trained parameters in flat float32 partitio
 
 from __future__ import annotations
 
+import difflib
 import gc
 import logging
 import os
@@ -15,10 +16,13 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 
 from sparse_llm_ft import zero
 from sparse_llm_ft.adapters import adapter_parameters, is_omega
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
@@ -30,6 +34,8 @@ Moments = dict[str, Tensors]
 def init_distributed() -> None:
     """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
+            os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
@@ -69,6 +75,27 @@ class EngineSettings:
             "steps_per_print": 10**9,
         }
         return _deep_merge(ours, self.extra)
+
+
+def check_deepspeed(extra: Mapping[str, Any]) -> None:
+    """Refuse unknown or impossible settings of ``deepspeed.zero_optimization`` before anything slow.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    known = list(DeepSpeedZeroConfig.model_fields)
+    given = extra.get("zero_optimization", {})
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json"
+            raise ConfigError(f"deepspeed.zero_optimization.{key}", "unknown key", hint)
+    try:
+        DeepSpeedZeroConfig(**given)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(["deepspeed.zero_optimization", *(str(part) for part in problem["loc"])])
+        raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {problem['msg']}") from None
 
 
 class Engine:

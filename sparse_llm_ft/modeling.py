@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -49,11 +50,18 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> 
         ConfigError: no such model, or one that is not a causal language model.
     """
     settings = _from_pretrained(AutoConfig, config)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
             return AutoModelForCausalLM.from_config(settings, **options)
-    except ValueError:
+    except (ValueError, ImportError) as error:
+        if attn_implementation is not None:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                "model.attn_implementation",
+                f"{attn_implementation!r} cannot be used ({reason})",
+                "expected sdpa or eager",
+            ) from None
         raise ConfigError(
             "model.name",
             f"{config.name!r} is a {settings.model_type} model",
@@ -78,7 +86,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             bnb_4bit_compute_dtype=DTYPES[config.dtype],
             bnb_4bit_quant_storage=DTYPES[config.dtype],
         )
-        options["device_map"] = {"": device()}
+    if config.quantization != "none" or torch.cuda.is_available():
+        options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, **options)
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
@@ -109,7 +118,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     """Load without running code from the repository; a failure to find or read it is the user's to mend."""
     try:
         return kind.from_pretrained(config.name, revision=config.revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             "model.name",

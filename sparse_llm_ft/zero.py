@@ -8,7 +8,7 @@ Together with engine.py the only place that knows DeepSpeed's private parts:
                        which part of it lies here (None: none)
     stage 3            one flat float32 partition per sub-group and rank, every parameter cut into equal shards
 
-Written against deepspeed 0.19; tests/test_engine.py and tests/distributed read and write through it at each stage.
+Written against deepspeed 0.19; tests/distributed/cases.py reads and writes through it at each stage.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ def forget(parameters: Iterable[nn.Parameter]) -> None:
     inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
     parameter: Any
     for parameter in parameters:
-        if hasattr(parameter, "_z3_optimizer"):
-            del parameter._z3_optimizer
+        for attribute in ("_z3_optimizer", "_zero_optimizer"):
+            if hasattr(parameter, attribute):
+                delattr(parameter, attribute)
         if hasattr(parameter, "_hp_mapping"):
             del parameter._hp_mapping
             parameter.data = parameter.data.clone()

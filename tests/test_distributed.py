@@ -32,7 +32,7 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     slurm = {
         "SLURM_PROCID": "3",
-        "SLURM_NTASKS": "4",
+        "SLURM_STEP_NUM_TASKS": "4",
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "123",
         "SLURM_STEP_NODELIST": "node[7-8]",
@@ -46,8 +46,9 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     assert own["MASTER_ADDR"] == "head"
 
 
-def test_a_single_slurm_task_is_alone() -> None:
-    assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == World(0, 1, 0, 1)
+def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job() -> None:
+    assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}) == World(0, 1, 0, 1)
+    assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == World(0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(

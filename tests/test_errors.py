@@ -84,6 +84,15 @@ def test_settings_data_and_folder_are_checked_without_torch(settings: dict) -> N
     [
         ({"method": WEIGHT | {"keep": 15}}, "method.keep: 15 is more than the 14 adapters"),
         ({"adapter.target_modules": ["query"]}, "adapter.target_modules: 'query' matches no linear layer"),
+        ({"model.attn_implementation": "sdpaa"}, "model.attn_implementation: 'sdpaa' cannot be used"),
+        (
+            {"deepspeed": {"zero_optimization": {"overlap_com": True}}},
+            "deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},
+            "deepspeed.zero_optimization.reduce_bucket_size: 'big' is not allowed",
+        ),
     ],
 )
 def test_what_only_the_architecture_shows_is_said_before_weights_are_loaded(

@@ -10,9 +10,13 @@ import torch
 
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.folders import verify_folder, write_folder
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.checkpoints import checkpoint_folder, newest_valid, save_checkpoint
+
+PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})).with_batch(2, 8)
 
 
 def make_state(step: int = 3) -> TrainState:
@@ -20,7 +24,7 @@ def make_state(step: int = 3) -> TrainState:
     moments = {"a.lora_A": {"exp_avg": torch.randn(2, 3), "exp_avg_sq": torch.rand(2, 3)}}
     record = {"before": {"loss": 1.5}, "phases": [], "current": {"steps": step}}
     return TrainState(
-        tensors, moments, {"adapter": step}, Progress(step, 8 * step, 0, step), {"name": "x"}, {"kept": []}, record
+        tensors, moments, {"adapter": step}, Progress(step, 8 * step, 0, step), PHASE.to_dict(), {"kept": []}, record
     )
 
 
@@ -99,6 +103,27 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     make_state(4).save(tmp_path / "c")
     assert TrainState.load(tmp_path / "c").progress.step == 4
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_state_that_cannot_be_used_is_replaced_by_the_next_save_although_its_checksums_are_good(
+    tmp_path: Path,
+) -> None:
+    """Otherwise every restart would do the same steps again and never save them."""
+    broken = make_state(3)
+    broken.phase = {"name": "from another release"}
+    broken.save(checkpoint_folder(tmp_path, 3))
+    assert newest_valid(tmp_path)[0] is None
+    save_checkpoint(tmp_path, make_state(3), keep=None)
+    assert newest_valid(tmp_path)[0] == checkpoint_folder(tmp_path, 3)
+
+
+def test_damaged_folders_of_later_steps_do_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (90, 100, 110):
+        save_checkpoint(tmp_path, make_state(step), keep=None)
+    for step in (100, 110):
+        damage_flip(checkpoint_folder(tmp_path, step))
+    save_checkpoint(tmp_path, make_state(95), keep=2)
+    assert [int(p.name[5:]) for p in sorted(tmp_path.iterdir())] == [90, 95, 100, 110]
 
 
 def test_only_the_newest_are_kept_and_a_good_one_is_not_rewritten(tmp_path: Path) -> None:

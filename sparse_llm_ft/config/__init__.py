@@ -1,6 +1,14 @@
 """Settings: typed sections, loading with overrides, and the checks that need no model."""
 
-from sparse_llm_ft.config.load import check_steps, check_world, dump_config, load_config, merge, parse_config
+from sparse_llm_ft.config.load import (
+    check_steps,
+    check_world,
+    dump_config,
+    load_config,
+    merge,
+    parse_config,
+    split_arguments,
+)
 from sparse_llm_ft.config.methods import LoraMethod, MethodConfig, WeightLoraMethod, WeightLoraPlusMethod
 from sparse_llm_ft.config.sections import (
     AdapterConfig,
@@ -30,4 +38,5 @@ __all__ = [
     "load_config",
     "merge",
     "parse_config",
+    "split_arguments",
 ]

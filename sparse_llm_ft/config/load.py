@@ -36,6 +36,12 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfi
     return parse_config(tree)
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell config files from overrides: what has a "=" is an override, unless there is a file of that name."""
+    files = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    return files, [argument for argument in arguments if argument not in files]
+
+
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate one merged tree of settings. Raises as `load_config`."""
     try:
@@ -103,9 +109,9 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
     where = [str(part) for part in problem["loc"]]
     if where[:1] == ["method"] and len(where) > 1 and where[1] in method_names:
         del where[1]  # pydantic inserts the tag of the union
-    known = _known_keys(where[:-1], tree)
-    setting = ".".join(where)
+    setting = ".".join(where[:2])  # deeper parts tell which kind of a union or which item of a list
     if problem["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1], tree)
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return ConfigError(setting, "unknown key", hint)
@@ -141,20 +147,7 @@ def _check_together(config: RunConfig) -> None:
             f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size}",
             "choose sizes that divide",
         )
-    if training.max_steps is not None and training.warmup_steps > training.max_steps:
-        raise ConfigError(
-            "training.warmup_steps",
-            f"{training.warmup_steps} is more than the run's {training.max_steps} steps",
-            "expected at most training.max_steps",
-        )
-    if config.method.name != "lora":
-        check_steps(config, training.max_steps)
-        if config.method.cut_after >= config.method.steps:
-            raise ConfigError(
-                "method.cut_after",
-                f"{config.method.cut_after} leaves no cut before step {config.method.steps}",
-                "expected less than method.steps",
-            )
+    check_steps(config, training.max_steps)
     _check_deepspeed(config.deepspeed)
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
@@ -184,25 +177,33 @@ def _check_deepspeed(config: DeepSpeedConfig) -> None:
 
 
 def check_steps(config: RunConfig, total_steps: int | None) -> None:
-    """Refuse a warm-up that the run never gets out of, as soon as the run's length is known."""
-    if config.method.name == "lora" or total_steps is None:
-        return
-    if config.method.steps >= total_steps:
+    """Refuse what does not fit the run's length; None as long as that is not known."""
+    warmup_steps = config.training.warmup_steps
+    if total_steps is not None and warmup_steps > total_steps:
         raise ConfigError(
-            "method.steps",
-            f"{config.method.steps} is not before the run's end at step {total_steps}",
-            f"expected 1 to {total_steps - 1}, or more training.max_steps or epochs",
+            "training.warmup_steps",
+            f"{warmup_steps} is more than the run's {total_steps} steps",
+            f"expected at most {total_steps}",
         )
+    config.method.check(total_steps)
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Refuse batch sizes that `world_size` ranks cannot share equally."""
+def check_world(config: RunConfig, world_size: int, resumes: bool = False) -> None:
+    """Refuse batch sizes that `world_size` ranks cannot share equally.
+
+    Args:
+        resumes: the run has checkpoints; it finds a micro-batch that fits by itself.
+    """
     training = config.training
-    share = training.micro_batch_size * world_size
+    share = world_size if resumes else training.micro_batch_size * world_size
     if training.global_batch_size % share:
+        product = (
+            f"{world_size} processes"
+            if resumes
+            else (f"training.micro_batch_size × processes = {training.micro_batch_size} × {world_size}")
+        )
         raise ConfigError(
             "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of training.micro_batch_size × processes = "
-            f"{training.micro_batch_size} × {world_size}",
+            f"{training.global_batch_size} is not a multiple of {product}",
             f"expected a multiple of {share}",
         )

@@ -6,9 +6,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from sparse_llm_ft.config.numbers import Float
+from sparse_llm_ft.errors import ConfigError
+
 
 class _Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def check(self, total_steps: int | None) -> None:
+        """Refuse what contradicts itself or, once it is known, the run's length (in optimizer steps).
+
+        Raises:
+            ConfigError: naming the setting.
+        """
 
 
 class LoraMethod(_Method):
@@ -38,11 +48,26 @@ class WeightLoraMethod(_Method):
     steps: StrictInt = Field(ge=1)
     cut_every: StrictInt = Field(1, ge=1)
     cut_after: StrictInt = Field(0, ge=0)
-    omega_lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    omega_lr: Float = Field(0.1, gt=0)
     omega_optimizer: Literal["sgd", "adamw"] = "sgd"
     choose: Literal["omega", "random"] = "omega"
     batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+
+    def check(self, total_steps: int | None) -> None:
+        """A cut must come before T, and T before the run's end."""
+        if self.cut_after >= self.steps:
+            raise ConfigError(
+                "method.cut_after",
+                f"{self.cut_after} leaves no cut before step {self.steps}",
+                "expected less than method.steps",
+            )
+        if total_steps is not None and self.steps >= total_steps:
+            raise ConfigError(
+                "method.steps",
+                f"{self.steps} is not before the run's end at step {total_steps}",
+                f"expected 1 to {total_steps - 1}, or more training.max_steps or epochs",
+            )
 
 
 class WeightLoraPlusMethod(WeightLoraMethod):

@@ -5,22 +5,21 @@ Imports no torch: a wrong setting is said within a second.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sparse_llm_ft.config.methods import MethodConfig
+from sparse_llm_ft.config.numbers import Float, Int
 
 
-def _no_bool(value: Any) -> Any:
-    """YAML's true would otherwise pass as the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number, not true or false")
-    return value
+def _expand(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+FilePath = Annotated[str, AfterValidator(_expand)]
+"""A path; a leading ~ is the home folder."""
 
 
 class Section(BaseModel):
@@ -40,7 +39,7 @@ class ModelConfig(Section):
             in `dtype`).
     """
 
-    name: str = Field(min_length=1)
+    name: FilePath = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
@@ -55,13 +54,13 @@ class TaskConfig(Section):
         name: an entry of the task registry (sparse_llm_ft/data/tasks).
         path: local folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``; without it the task's data
             set is loaded from the hub.
-        max_length: most tokens of prompt and completion together; a longer prompt is cut from its front, the
-            completion never.
+        max_length: most tokens of prompt and completion together; a longer prompt loses its middle, the
+            completion nothing.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
     """
 
     name: str
-    path: str | None = None
+    path: FilePath | None = None
     max_length: Int = Field(512, ge=8)
     prompt: str | None = None
     completion: str | None = None
@@ -146,7 +145,6 @@ PASSED_THROUGH = frozenset(
     [
         "activation_checkpointing",
         "aio",
-        "amp",
         "autotuning",
         "checkpoint",
         "comms_logger",
@@ -154,13 +152,11 @@ PASSED_THROUGH = frozenset(
         "compile",
         "compression_training",
         "csv_monitor",
-        "curriculum_learning",
         "data_efficiency",
         "data_types",
         "disable_allgather",
         "dump_state",
         "eigenvalue",
-        "elasticity",
         "flops_profiler",
         "gradient_predivide_factor",
         "memory_breakdown",
@@ -202,10 +198,10 @@ class RunConfig(Section):
     model: ModelConfig
     task: TaskConfig
     method: Annotated[MethodConfig, Field(discriminator="name")]
-    output_dir: str = Field(min_length=1)
+    output_dir: FilePath = Field(min_length=1)
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    seed: Int = Field(0, ge=0)
+    seed: Int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "never"] = "auto"

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.data.reading import Example
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import DataError
 
 IGNORED = -100
 """Label of a position that has no part in the loss."""
@@ -49,17 +49,19 @@ def encode_split(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     instructions are. The completion is never cut.
 
     Raises:
-        UserError: a completion that leaves no room for any of its prompt.
+        DataError: a completion that leaves no room for any of its prompt.
     """
     samples, shortened = [], 0
-    for number, example in enumerate(examples, 1):
+    for example in examples:
         prompt = _prompt_ids(example.prompt, tokenizer)
         completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         room = max_length - len(completion)
         if room < 1 or not prompt:
-            raise UserError(
-                f"task.max_length: example {number} has a completion of {len(completion)} tokens and a "
-                f"prompt of {len(prompt)}; expected room for both within {max_length}"
+            raise DataError(
+                example.source,
+                example.line,
+                f"a completion of {len(completion)} tokens and a prompt of {len(prompt)} do not fit into "
+                f"task.max_length {max_length}",
             )
         if len(prompt) > room:
             prompt = [*prompt[: room - room // 2], *prompt[len(prompt) - room // 2 :]]
@@ -75,18 +77,15 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def training_batch(samples: Sequence[Sample], pad_token_id: int, length: int | None = None) -> Batch:
+def training_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
     """Right-padded batch.
 
-    Args:
-        length: pad to this many tokens instead of to the longest sample.
-
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), length) int64; labels of prompt and
+        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
         padding are `IGNORED`.
     """
     rows = [(*sample.prompt, *sample.completion) for sample in samples]
-    width = length or max(map(len, rows))
+    width = max(map(len, rows))
     batch = {
         "input_ids": torch.full((len(rows), width), pad_token_id),
         "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),

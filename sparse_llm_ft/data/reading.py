@@ -16,11 +16,13 @@ from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One row: what the model sees, what it must write, and every text that counts as right."""
+    """One row: what the model sees, what it must write, every text that counts as right, and where it stands."""
 
     prompt: str
     completion: str
     references: tuple[str, ...]
+    source: str = "example"
+    line: int = 0
 
 
 def check_task(config: TaskConfig) -> Task:
@@ -122,4 +124,5 @@ def _example(task: Task, row: Mapping[str, Any], source: str, line: int) -> Exam
     if not completion.strip():
         raise DataError(source, line, "the completion is empty")
     others = [row[column] for column in task.references if isinstance(row.get(column), str)]
-    return Example(render(task.prompt, row), completion, (completion.strip(), *(o.strip() for o in others)))
+    references = (completion.strip(), *(other.strip() for other in others))
+    return Example(render(task.prompt, row), completion, references, source, line)

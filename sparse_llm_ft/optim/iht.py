@@ -13,6 +13,10 @@ def keep_largest(omega: Mapping[str, float], k: int) -> set[str]:
     return set(sorted(omega, key=lambda name: -omega[name])[:k])
 
 
+START = 1.0
+"""The value every omega begins with (WeightLoRA, section 3.3)."""
+
+
 @dataclass(frozen=True)
 class CutRule:
     """How omega is cut; plain values, so that a phase can be saved.
@@ -51,18 +55,17 @@ class StoIHT:
     moved: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
 
-    def after_step(self, step: int, omega: Mapping[str, float], start: float = 1.0) -> tuple[dict[str, float], int]:
+    def after_step(self, step: int, omega: Mapping[str, float]) -> tuple[dict[str, float], int]:
         """What to do after optimizer step `step` (from 1) of the phase.
 
         Args:
-            omega: name -> value after the gradient step.
-            start: the value that every omega began with.
+            omega: name -> value after the gradient step; every omega began at 1.
 
         Returns:
             The omegas to overwrite, name -> 0.0 (empty where nothing is cut), and the number of adapters that this
             cut brought back, swapping out as many.
         """
-        self.moved |= {name for name, value in omega.items() if value != start}
+        self.moved |= {name for name, value in omega.items() if value != START}
         if not self._due(step, omega):
             return {}, 0
         kept = self._choose(omega)

@@ -25,14 +25,35 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
+def check_growth(config: RunConfig, first: Phase) -> None:
+    """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
+
+    Raises:
+        ConfigError: naming the reason.
+    """
+    if getattr(config.method, "batch_growth", "none") == "none":
+        return
+    try:
+        saved_bytes(config.model, first.plan, length=8)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            "method.batch_growth", f"the memory of this model cannot be planned ({reason})", "expected none"
+        ) from error
+
+
 def first_batch(phase: Phase, config: RunConfig) -> Phase:
     """The first phase runs with the configured sizes."""
     return phase.with_batch(config.training.micro_batch_size, config.training.global_batch_size)
 
 
-def resumed_batch(phase: Phase, world_size: int) -> Phase:
-    """A phase from a checkpoint, possibly on another number of ranks: the global batch stays what it was."""
-    micro = largest_micro_batch(phase.global_batch_size, world_size, phase.micro_batch_size)
+def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Phase:
+    """A phase from a checkpoint, possibly on another number of ranks: the global batch stays what it was.
+
+    Args:
+        limit: a micro-batch that the user has set anew since the checkpoint; None keeps the phase's own.
+    """
+    micro = largest_micro_batch(phase.global_batch_size, world_size, limit or phase.micro_batch_size)
     return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError
-from sparse_llm_ft.folders import verify_folder
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.plan import PlanError
 from sparse_llm_ft.state import TrainState
 
 
@@ -26,7 +27,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     complaints = []
     for folder in newest_first(checkpoints):
         try:
-            TrainState.load(folder)
+            load_checkpoint(folder)
         except CheckpointError as error:
             complaints.append(f"{error}; using the checkpoint before it")
         else:
@@ -34,13 +35,29 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def load_checkpoint(folder: Path) -> tuple[TrainState, Phase]:
+    """The state and its phase.
+
+    Raises:
+        CheckpointError: anything about the folder that keeps a run from going on from it.
+    """
+    state = TrainState.load(folder)
+    try:
+        return state, Phase.from_dict(state.phase)
+    except (PlanError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its phase is not readable ({error})") from None
+
+
 def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
-    """Write the state as a checkpoint, unless a good one of its step is there, and drop all but the newest `keep`."""
+    """Write the state as a checkpoint, unless a good one of its step is there, and drop all but the newest `keep`.
+
+    A folder of a later step was found damaged when the run was resumed; it neither counts as kept nor is it removed.
+    """
     folder = checkpoint_folder(checkpoints, state.progress.step)
     try:
-        verify_folder(folder)
+        load_checkpoint(folder)
     except CheckpointError:
         state.save(folder)
     if keep is not None:
-        for old in list(newest_first(checkpoints))[keep:]:
+        for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
             shutil.rmtree(old)

@@ -53,7 +53,7 @@ class Display:
         if "validation_loss" in record:
             status += f"  validation loss {record['validation_loss']:.4f}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], status=status)
+            self._bar.update(self._task, completed=record["step"], total=total, status=status)
             return
         now, done = time.monotonic(), record["step"] - self._first
         if now - self._last < self._between and record["step"] < total and "validation_loss" not in record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,10 +99,10 @@ class Loop:
             self.engine.step(learning_rate)
         dist.all_reduce(total)
         mean_loss = float(total) / supervised
-        if not mean_loss == mean_loss or mean_loss in (float("inf"), float("-inf")):
+        if not (math.isfinite(mean_loss) and math.isfinite(self.engine.grad_norm)):
             raise TrainingError(
-                f"the loss of step {progress.step + 1} is {mean_loss}; lower training.learning_rate, "
-                "or continue from the last checkpoint"
+                f"step {progress.step + 1} has loss {mean_loss} and gradient norm {self.engine.grad_norm}; lower "
+                "training.learning_rate; the last checkpoint is intact"
             )
         progress.step += 1
         progress.phase_step += 1

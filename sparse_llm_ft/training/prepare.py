@@ -36,8 +36,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     Raises:
         UserError: whatever is wrong first.
     """
-    check_world(config, world.size)
     folder = RunFolder(config.output_dir)
+    check_world(config, world.size, resumes=folder.has_checkpoints())
     folder.check(config)
     train = read_split(config.task, "train")
     schedule = Schedule(config.training, len(train))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from peft import PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets, save_stock_lora
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.data.encoding import encode_split
-from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.data.encoding import Sample, encode_split
+from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
+from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.folders import write_folder
-from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.methods import Method, Phase, make_method
 from sparse_llm_ft.modeling import empty_model, load_model, load_tokenizer
 from sparse_llm_ft.optim import StoIHT
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.plan import AdapterPlan, Shape
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.batches import first_batch, grown_batch, resumed_batch
-from sparse_llm_ft.training.checkpoints import newest_valid, save_checkpoint
+from sparse_llm_ft.training.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batch, resumed_batch
+from sparse_llm_ft.training.checkpoints import checkpoint_folder, newest_valid, save_checkpoint
 from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.measure import Measure
@@ -40,54 +43,84 @@ def run(prepared: Prepared) -> dict[str, Any]:
     Every rank calls it. A run that is already complete only shows its summary again.
 
     Raises:
-        UserError: what only the model shows to be wrong, before its weights are loaded.
+        UserError: what only model or DeepSpeed show to be wrong, before weights are loaded; a folder that cannot be
+            written or is in use; checkpoints that are all damaged.
         TrainingError: a loss that is not finite, or no adapter left.
     """
     config, world, folder = prepared.config, prepared.world, prepared.folder
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     display = Display(world.rank)
-    summary = folder.summary()
-    if summary is not None and folder.adapter.is_dir():
-        display.say(f"{folder.path} is complete; nothing to do")
-        show_summary(summary, folder, display)
-        return summary
-    targets = find_targets(empty_model(config.model), config.adapter.target_modules)
+    check_deepspeed(config.deepspeed.extra)
+    targets = find_targets(empty_model(config.model, config.model.attn_implementation), config.adapter.target_modules)
     method = make_method(config)
     first = first_batch(method.first(targets), config)
+    check_growth(config, first)
     tokenizer = load_tokenizer(config.model)
+    samples = Samples.encode(prepared, tokenizer)
     init_distributed()
-    return Run(prepared, display, targets, method, tokenizer).train(first)
+    try:
+        if from_rank_zero(int(folder.is_complete())):
+            display.say(f"{folder.path} is complete; nothing to do")
+            summary = folder.summary()
+            show_summary(summary, folder, display)
+            return summary
+        return Run(prepared, display, targets, method, tokenizer, samples).train(first)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The encoded splits of a run; `validation` and `measured` may be empty."""
+
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    measured: tuple[Sample, ...]
+    shortened: int
+
+    @classmethod
+    def encode(cls, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Samples:
+        """Tokenise all that `prepare` read."""
+        length = prepared.config.task.max_length
+        train, validation, measured = (
+            encode_split(examples, tokenizer, length)
+            for examples in (prepared.train, prepared.validation, prepared.measured)
+        )
+        return cls(train.samples, validation.samples, measured.samples, train.shortened)
 
 
 class Run:
     """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
 
-    def __init__(self, prepared: Prepared, display: Display, targets: Any, method: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        display: Display,
+        targets: dict[str, Shape],
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: Samples,
+    ) -> None:
         self.config: RunConfig = prepared.config
         self.world, self.folder, self.schedule = prepared.world, prepared.folder, prepared.schedule
-        self.display, self.targets, self.method, self.tokenizer = display, targets, method, tokenizer
-        length = self.config.task.max_length
-        train = encode_split(prepared.train, tokenizer, length)
-        self.train_samples = train.samples
-        self.validation = encode_split(prepared.validation, tokenizer, length).samples
-        measured = encode_split(prepared.measured, tokenizer, length).samples
+        self.display, self.targets, self.method = display, targets, method
+        self.samples, self.tokenizer = samples, tokenizer
         self.measure = Measure(
-            self.config.evaluation, prepared.measured, measured, tokenizer, self.world, self.config.deepspeed.zero_stage
+            self.config.evaluation,
+            prepared.measured,
+            samples.measured,
+            tokenizer,
+            self.world,
+            self.config.deepspeed.zero_stage,
         )
-        if train.shortened:
-            display.say(
-                f"{train.shortened} of {len(train.samples)} training prompts were shortened to fit "
-                f"task.max_length {length}"
-            )
 
     def train(self, first: Phase) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
-        state = self._newest_state()
-        phase = resumed_batch(Phase.from_dict(state.phase), self.world.size) if state else first
-        self._begin_folder(state, phase)
+        state, phase = self._begin(first)
         model = self._build_model(phase.plan)
         if state is None:
-            state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record={"before": None, "phases": []})
+            record: dict[str, Any] = {"before": None, "phases": [], "micro_batch_size": self.config.training.micro_batch_size}
+            state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
             if self.measure.samples:
                 self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
                 state.record["before"] = self.measure(model, self.folder.path / "predictions-before.jsonl")
@@ -99,6 +132,25 @@ class Run:
             engine.close()
             phase, state = self._change_phase(model, phase, *following)
 
+    def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
+        """Take the folder, find where to begin, and write what a folder holds from the start."""
+        on_rank_zero(self.world, lambda: self.folder.lock())
+        state = self._newest_state()
+        phase = first
+        if state is not None:
+            configured = self.config.training.micro_batch_size
+            anew = configured if configured != state.record["micro_batch_size"] else None
+            state.record["micro_batch_size"] = configured
+            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+        on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
+        self._write_plan(phase.plan)
+        if self.samples.shortened:
+            self.display.say(
+                f"{self.samples.shortened} of {len(self.samples.train)} training prompts were shortened to fit "
+                f"task.max_length {self.config.task.max_length}"
+            )
+        return state, phase
+
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, self._engine_settings(phase))
@@ -109,7 +161,7 @@ class Run:
             engine,
             phase,
             rule,
-            self.train_samples,
+            self.samples.train,
             self.tokenizer.pad_token_id,
             self.schedule,
             progress,
@@ -120,7 +172,8 @@ class Run:
             phase, state.record, sum(map(torch.numel, engine.values().values())), engine.optimizer_bytes()
         )
         writer = MetricsWriter(self.folder, self.world.rank, progress.step)
-        self.display.begin(phase.name, progress.step, self.schedule.total_steps)
+        total = self.schedule.last_step(progress, phase.global_batch_size)
+        self.display.begin(phase.name, progress.step, total)
         for step in loop.steps():
             record.add(step, phase)
             self._after_step(step, loop, record, writer)
@@ -136,13 +189,13 @@ class Run:
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
     ) -> tuple[Phase, TrainState]:
         """Put the new plan on the model, around the same frozen base."""
-        length = max(len(s.prompt) + len(s.completion) for s in self.train_samples)
+        length = max(len(s.prompt) + len(s.completion) for s in self.samples.train)
         phase = grown_batch(phase, before, self.config, self.targets, length, self.world.size)
         torch.manual_seed(self.config.seed)
         model.base_model.set_plan(phase.plan)
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0)
         finished = [*state.record["phases"], state.record["current"]]
-        record = {"before": state.record["before"], "phases": finished}
+        record = {key: value for key, value in state.record.items() if key != "current"} | {"phases": finished}
         self._write_plan(phase.plan)
         self.display.say(
             f"phase {before.name} ends at step {progress.step}: {len(before.plan.active)} adapters -> "
@@ -158,15 +211,16 @@ class Run:
             after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
         engine.close()
         summary = summarize(self.config, self.world, state.record, after)
-        if self.world.rank == 0:
+
+        def write() -> None:
+            model = self.config.model
             write_folder(
                 self.folder.adapter,
-                lambda path: save_stock_lora(
-                    path, phase.plan, state.tensors, self.config.model.name, self.config.model.revision
-                ),
+                lambda path: save_stock_lora(path, phase.plan, state.tensors, model.name, model.revision),
             )
             self.folder.write_json(SUMMARY, summary)
-        dist.barrier()
+
+        on_rank_zero(self.world, write)
         show_summary(summary, self.folder, self.display)
         return summary
 
@@ -176,7 +230,7 @@ class Run:
         if self._due(training.eval_every, at):
             line["validation_loss"] = mean_loss(
                 loop.engine.module,
-                self.validation,
+                self.samples.validation,
                 self.tokenizer.pad_token_id,
                 self.config.evaluation.micro_batch_size,
                 self.world.rank,
@@ -184,7 +238,7 @@ class Run:
             )
         if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
             writer.write(line)
-            self.display.step(line, self.schedule.total_steps)
+            self.display.step(line, self.schedule.last_step(loop.progress, loop.phase.global_batch_size))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
         return TrainState(
@@ -198,42 +252,43 @@ class Run:
         )
 
     def _save(self, state: TrainState) -> None:
-        if self.world.rank == 0:
-            save_checkpoint(self.folder.checkpoints, state, self.config.training.keep_checkpoints)
-        dist.barrier()
+        keep = self.config.training.keep_checkpoints
+        on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
 
     def _newest_state(self) -> TrainState | None:
         """The newest valid checkpoint. Rank 0 chooses, so that all ranks continue from the same one."""
-        step = torch.tensor([-1])
-        if self.world.rank == 0:
+        chosen = -1
+
+        def choose() -> None:
+            nonlocal chosen
             newest, complaints = newest_valid(self.folder.checkpoints)
+            if newest is None and complaints:
+                raise UserError(
+                    f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "
+                    f"to start anew, choose another output_dir than {self.folder.path}"
+                )
             for complaint in complaints:
                 self.display.say(complaint)
-            if newest is not None:
-                step[0] = int(newest.name.removeprefix("step-"))
-        if torch.cuda.is_available():
-            step = step.cuda()
-        dist.broadcast(step, 0)
-        if int(step) < 0:
-            return None
-        self.display.say(f"resuming from step {int(step)}")
-        return TrainState.load(self.folder.checkpoints / f"step-{int(step):08d}")
+            chosen = int(newest.name.removeprefix("step-")) if newest else -1
 
-    def _begin_folder(self, state: TrainState | None, phase: Phase) -> None:
-        if self.world.rank == 0:
-            self.folder.begin(self.config, state.progress.step if state else 0)
-        self._write_plan(phase.plan)
-        dist.barrier()
+        on_rank_zero(self.world, choose)
+        step = from_rank_zero(chosen)
+        if step < 0:
+            return None
+        self.display.say(f"resuming from step {step}")
+        states: list[TrainState] = []
+        folder = checkpoint_folder(self.folder.checkpoints, step)
+        on_every_rank(
+            lambda: states.append(TrainState.load(folder)), "all nodes must share the file system of output_dir"
+        )
+        return states[0]
 
     def _write_plan(self, plan: AdapterPlan) -> None:
-        if self.world.rank == 0:
-            self.folder.write_json(PLAN, plan.to_dict())
+        on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, plan.to_dict()))
 
     def _build_model(self, plan: AdapterPlan) -> PeftModel:
         self.display.say(f"loading {self.config.model.name}")
-        base: Any = load_model(self.config.model)
-        if torch.cuda.is_available():
-            base.to(torch.device("cuda", torch.cuda.current_device()))
+        base = load_model(self.config.model)
         torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank
         model = get_peft_model(base, SparseLoraConfig(plan=plan, task_type="CAUSAL_LM"))
         assert isinstance(model, PeftModel)

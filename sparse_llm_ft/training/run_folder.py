@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import yaml
 
 from sparse_llm_ft.config import RunConfig, dump_config
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.folders import write_file
 
 CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+LOCK = ".lock"
 
 # Settings that change how a run is carried out, not what it computes: a resumed run may differ in them.
 _FREE = {
@@ -46,10 +50,13 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
+        existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise ConfigError("output_dir", f"{str(existing)!r} cannot be written", "choose a folder that can")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not (self.path / CONFIG).is_file():
-            if all(entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+            if all(entry.name == LOCK or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config
             raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
         if config.resume == "never":
@@ -75,10 +82,29 @@ class RunFolder:
                     "choose another folder",
                 )
 
+    def lock(self) -> None:
+        """Hold the folder until this process ends, however it ends; the lock is the kernel's, on ``.lock``.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "output_dir",
+                f"{str(self.path)!r} is in use by another process",
+                "wait for it, or choose another folder",
+            ) from None
+
     def begin(self, config: RunConfig, step: int) -> None:
         """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
         write_file(self.path / CONFIG, dump_config(config))  # first: it is what makes the folder a run's
         self.checkpoints.mkdir(exist_ok=True)
+        for left_over in (*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")):
+            shutil.rmtree(left_over)  # of a process that was killed while writing
         kept = [line for line in self._metric_lines() if line["step"] <= step]
         write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -91,10 +117,24 @@ class RunFolder:
         """Replace one JSON file of the run."""
         write_file(self.path / name, json.dumps(data, indent=2) + "\n")
 
-    def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
+    def is_complete(self) -> bool:
+        """Whether the run is over and its adapter is there."""
+        return (self.path / SUMMARY).is_file() and self.adapter.is_dir()
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run in this folder would be resumed."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run.
+
+        Raises:
+            UserError: there is none.
+        """
         path = self.path / SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            raise UserError(f"{self.path}: no {SUMMARY}; the run is not there or not finished")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _metric_lines(self) -> Iterator[dict[str, Any]]:
         path = self.path / METRICS

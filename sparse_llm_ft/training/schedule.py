@@ -28,6 +28,12 @@ class Schedule:
             return self.settings.max_steps
         return math.ceil(self._total_samples / self.settings.global_batch_size)
 
+    def last_step(self, progress: Progress, global_batch_size: int) -> int:
+        """The step that the run ends with, if it goes on with this global batch."""
+        if self.settings.max_steps is not None:
+            return self.settings.max_steps
+        return progress.step + math.ceil(max(0, self._total_samples - progress.samples) / global_batch_size)
+
     def finished(self, progress: Progress) -> bool:
         """Whether the run is over."""
         if self.settings.max_steps is not None:
@@ -41,7 +47,7 @@ class Schedule:
         settings = self.settings
         position = progress.step if settings.max_steps is not None else progress.samples / settings.global_batch_size
         if position < settings.warmup_steps:
-            factor = (position + 1) / settings.warmup_steps
+            factor = min(1.0, (position + 1) / settings.warmup_steps)
         elif settings.schedule == "constant":
             factor = 1.0
         else:

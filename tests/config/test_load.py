@@ -76,6 +76,11 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
         ({"deepspeed": {"zero_stge": 3}}, "deepspeed.zero_stge: unknown key; did you mean zero_stage?"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "use deepspeed.zero_stage"),
+        ({"deepspeed": {"elasticity": {}}}, "deepspeed.elasticity: unknown key"),
+        ({"adapter": {"target_modules": 5}}, "adapter.target_modules: 5 is not allowed"),
+        ({"adapter": {"target_modules": [1, 2]}}, "adapter.target_modules: [1, 2] is not allowed"),
+        ({"method": WEIGHT | {"omega_lr": True}}, "method.omega_lr: True is not allowed; expected a number"),
+        ({"seed": 2**63}, "seed: 9223372036854775808 is not allowed"),
         ({"task": 3}, "task: 3 is not allowed"),
         ({"method": None}, "method: None is not allowed"),
         ({"output_dir": ""}, "output_dir: '' is not allowed"),
@@ -127,3 +132,9 @@ def test_the_number_of_processes_must_divide_the_global_batch() -> None:
     check_world(config, 16)
     with pytest.raises(UserError, match=r"16 is not a multiple of .* = 1 × 3; expected a multiple of 3"):
         check_world(config, 3)
+    check_world(parse_config(merge(MINIMAL, {"training": {"micro_batch_size": 4}})), 8, resumes=True)
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_config(MINIMAL | {"output_dir": "~/runs"}).output_dir == f"{tmp_path}/runs"

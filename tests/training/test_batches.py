@@ -13,7 +13,8 @@ from sparse_llm_ft.methods import Phase, make_method
 from sparse_llm_ft.modeling import empty_model
 from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.planner import saved_bytes, state_bytes
-from sparse_llm_ft.training.batches import grown_batch, largest_micro_batch, resumed_batch
+from sparse_llm_ft.training import batches
+from sparse_llm_ft.training.batches import check_growth, grown_batch, largest_micro_batch, resumed_batch
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,16 @@ def test_resuming_elsewhere_keeps_the_global_batch(change) -> None:
     assert resumed_batch(phase, 1) == phase
     moved = resumed_batch(phase, 4)
     assert (moved.micro_batch_size, moved.global_batch_size, moved.lr_factor) == (4, 16, 0.7)
+    assert resumed_batch(phase, 1, limit=3).micro_batch_size == 2  # set anew, after a lack of memory for instance
+
+
+def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypatch) -> None:
+    config, _, before, _ = change
+    check_growth(config, before)
+
+    def fails(*args: object, **kwargs: object) -> int:
+        raise RuntimeError("no meta kernel\nfor this")
+
+    monkeypatch.setattr(batches, "saved_bytes", fails)
+    with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
+        check_growth(config, before)

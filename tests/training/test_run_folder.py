@@ -47,6 +47,24 @@ def test_files_of_somebody_else_are_not_touched(settings: dict) -> None:
         RunFolder(path / "thesis.tex").check(config)
 
 
+def test_a_start_that_was_killed_at_once_can_be_repeated(settings: dict) -> None:
+    """Nothing but the lock and a half-written config is there."""
+    config = parse_config(settings)
+    folder = RunFolder(config.output_dir)
+    folder.lock()
+    (folder.path / ".tmp-config.yaml").write_text("model:")
+    RunFolder(config.output_dir).check(config)
+
+
+def test_a_folder_in_use_is_refused_and_free_after_the_process(settings: dict) -> None:
+    folder, other = RunFolder(settings["output_dir"]), RunFolder(settings["output_dir"])
+    folder.lock()
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        other.lock()
+    folder._lock.close()  # as the kernel does when the process ends
+    other.lock()
+
+
 def test_beginning_again_drops_lines_that_will_be_done_again(settings: dict) -> None:
     config = parse_config(settings)
     folder = RunFolder(config.output_dir)

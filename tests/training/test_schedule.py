@@ -48,6 +48,13 @@ def test_epochs_count_samples_so_a_grown_batch_shortens_the_run_without_bending_
     assert schedule.learning_rate(Progress(2, 50)) == schedule.learning_rate(Progress(5, 50))
 
 
+def test_between_steps_the_warm_up_never_exceeds_the_full_rate() -> None:
+    """A grown global batch ends at positions between those of the initial one."""
+    schedule = Schedule(TrainingConfig(learning_rate=1.0, warmup_steps=4, global_batch_size=8), train_samples=800)
+    assert schedule.learning_rate(Progress(3, 28)) == 1.0
+    assert schedule.last_step(Progress(3, 32), 64) == 3 + 12
+
+
 def test_max_steps_counts_steps() -> None:
     schedule = Schedule(TrainingConfig(max_steps=7, global_batch_size=10), train_samples=48)
     assert schedule.total_steps == 7

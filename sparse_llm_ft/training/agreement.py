@@ -1,0 +1,59 @@
+"""What one rank does or decides and all must follow: nobody waits for a rank that has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import CheckpointError, UserError
+
+
+def on_rank_zero(world: World, action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
+
+    Raises:
+        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use).
+    """
+    failure: Exception | None = None
+    if world.rank == 0:
+        try:
+            action()
+        except (OSError, UserError) as error:
+            failure = error
+    if _any_rank(failure is not None):
+        raise failure if isinstance(failure, UserError) else UserError(str(failure or "rank 0 failed"))
+
+
+def on_every_rank(action: Callable[[], None], hint: str) -> None:
+    """Run `action` on all ranks; if it fails on one, all stop.
+
+    Raises:
+        UserError: on every rank, with the reason where it failed, followed by `hint`.
+    """
+    failure: Exception | None = None
+    try:
+        action()
+    except (OSError, CheckpointError) as error:
+        failure = error
+    if _any_rank(failure is not None):
+        raise UserError(f"{failure or 'another process failed'}; {hint}")
+
+
+def from_rank_zero(value: int) -> int:
+    """Rank 0's value, on every rank."""
+    shared = torch.tensor([value], device=_device())
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
+def _any_rank(failed: bool) -> bool:
+    flag = torch.tensor([int(failed)], device=_device())
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
