@@ -16,6 +16,7 @@ from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.evaluation import generate, mean_loss, rouge
 from sparse_llm_ft.folders import write_file
+from sparse_llm_ft.training.agreement import on_rank_zero
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Measure:
             synced=self.zero_stage == 3,
         )
         metrics |= rouge(texts, [example.references for example in self.examples])
-        if world.rank == 0:
-            rows = [
-                {"prompt": example.prompt, "prediction": text, "references": example.references}
-                for example, text in zip(self.examples, texts, strict=True)
-            ]
-            write_file(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows = [
+            {"prompt": example.prompt, "prediction": text, "references": example.references}
+            for example, text in zip(self.examples, texts, strict=True)
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        on_rank_zero(world, lambda: write_file(predictions, lines))
         return metrics

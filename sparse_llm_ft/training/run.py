@@ -119,7 +119,11 @@ class Run:
         state, phase = self._begin(first)
         model = self._build_model(phase.plan)
         if state is None:
-            record: dict[str, Any] = {"before": None, "phases": [], "micro_batch_size": self.config.training.micro_batch_size}
+            record: dict[str, Any] = {
+                "before": None,
+                "phases": [],
+                "micro_batch_size": self.config.training.micro_batch_size,
+            }
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
             if self.measure.samples:
                 self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")

@@ -20,6 +20,17 @@ from sparse_llm_ft.training.run_folder import RunFolder
 _PACKAGES = ("sparse-llm-ft", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
+_ROWS = {
+    "steps": "optimizer steps",
+    "adapters": "adapters",
+    "trainable_parameters": "trainable parameters",
+    "optimizer_bytes_per_rank": "optimizer bytes per rank",
+    "micro_batch_size": "micro-batch",
+    "global_batch_size": "global batch",
+    "tokens_per_second": "tokens/s",
+}
+
+
 @dataclass
 class PhaseRecord:
     """What is reported of a phase. `seconds` are those of its optimizer steps, without evaluation or saving."""
@@ -113,28 +124,10 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
             table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
         display.console.print(table)
     table = Table(title=f"phases, {summary['world_size']} processes, ZeRO-{summary['zero_stage']}")
-    columns = (
-        "phase",
-        "steps",
-        "adapters",
-        "trainable",
-        "optimizer bytes/rank",
-        "micro-batch",
-        "global batch",
-        "tokens/s",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase in summary["phases"]:
-        table.add_row(
-            phase["name"],
-            f"{phase['steps']}",
-            f"{phase['adapters']}",
-            f"{phase['trainable_parameters']:,}",
-            f"{phase['optimizer_bytes_per_rank']:,}",
-            f"{phase['micro_batch_size']}",
-            f"{phase['global_batch_size']}",
-            f"{phase['tokens_per_second']:,.0f}",
-        )
+    table.add_column("")
+    for phase in summary["phases"]:  # a column each, so that the table fits a narrow terminal
+        table.add_column(phase["name"], justify="right")
+    for key, label in _ROWS.items():
+        table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
     display.console.print(table)
     display.say(f"adapter (stock PEFT LoRA): {folder.adapter}")

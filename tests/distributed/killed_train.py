@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 import signal
@@ -14,6 +15,19 @@ from sparse_llm_ft.training.loop import Loop
 
 name, _, count = os.environ["KILL_AT"].partition(":")
 calls = 0
+
+
+def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but call number `count` finds the disk full."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        global calls
+        calls += 1
+        if calls == int(count):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 def killed_in(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +49,8 @@ elif name == "save":  # on rank 0 with the files written but not yet in place; r
     sparse_llm_ft.folders._sync = killed_in(sparse_llm_ft.folders._sync)
 elif name == "change":  # the old engine is gone, the new one not yet there
     run.grown_batch = killed_in(run.grown_batch)
+elif name == "full":
+    sparse_llm_ft.folders._sync = failing(sparse_llm_ft.folders._sync)
 elif name == "finish":  # trained, but nothing exported
     run.summarize = killed_in(run.summarize)
 else:

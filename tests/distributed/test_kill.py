@@ -60,8 +60,18 @@ def test_killed_in_the_phase_change_and_then_in_a_save(finished_run: Path, plus_
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
+def test_a_full_disk_stops_all_ranks_with_one_line(plus_settings: dict, tmp_path: Path) -> None:
+    """In the first checkpoint: after config, metrics, plan and predictions (two syncs each), at its first file."""
+    config = write_config(plus_settings, tmp_path)
+    environment = {"KILL_AT": "full:9", "TRAIN": str(TRAIN)}
+    result = launch(KILLED, "--config", str(config), environment=environment, timeout=200)
+    assert result.returncode == 2, last_lines(result)
+    assert result.stdout.count("error: ") == 1 and "No space left on device" in result.stdout, last_lines(result)
+    assert not list(newest_first(tmp_path / "run" / "checkpoints"))
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["step:1", "step:5", "step:7", "step:13", "change:1", "finish:1"])
+@pytest.mark.parametrize("place", ["save:1", "step:1", "step:5", "step:7", "step:13", "change:1", "finish:1"])
 def test_killed_anywhere(place: str, finished_run: Path, plus_settings: dict, tmp_path: Path) -> None:
     config = write_config(plus_settings, tmp_path)
     die_at(config, place)
