@@ -38,8 +38,8 @@ def test_the_folder_is_complete_and_free_of_pickle(finished_run: Path) -> None:
     assert [p.name for p in sorted((finished_run / "checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in (4, 6, 8, 12, 14)
     ]
-    suffixes = {p.suffix for p in finished_run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors"}
+    others = (p for p in finished_run.rglob("*") if p.is_file() and "tensorboard" not in p.parts and p.name != ".lock")
+    assert {p.suffix for p in others} <= {".json", ".jsonl", ".yaml", ".safetensors"}
     assert list((finished_run / "tensorboard").iterdir())
 
 
