@@ -1,6 +1,7 @@
 # Everything sets itself up: Python 3.11+, make and a C++ compiler are all that is assumed.
 PYTHON ?= python3
 VENV ?= .venv
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
@@ -18,7 +19,7 @@ $(READY): pyproject.toml
 	touch $@
 
 quickstart: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long"
@@ -34,4 +35,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
