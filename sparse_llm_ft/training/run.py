@@ -58,15 +58,14 @@ def run(prepared: Prepared) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     samples = Samples.encode(prepared, tokenizer)
     init_distributed()
-    try:
-        if from_rank_zero(int(folder.is_complete())):
-            display.say(f"{folder.path} is complete; nothing to do")
-            summary = folder.summary()
-            show_summary(summary, folder, display)
-            return summary
-        return Run(prepared, display, targets, method, tokenizer, samples).train(first)
-    finally:
-        dist.destroy_process_group()
+    if from_rank_zero(int(folder.is_complete())):
+        display.say(f"{folder.path} is complete; nothing to do")
+        summary = folder.summary()
+        show_summary(summary, folder, display)
+    else:
+        summary = Run(prepared, display, targets, method, tokenizer, samples).train(first)
+    dist.destroy_process_group()
+    return summary
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Run:
 
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
-        on_rank_zero(self.world, lambda: self.folder.lock())
+        on_rank_zero(self.world, self.folder.lock)
         state = self._newest_state()
         phase = first
         if state is not None:
