@@ -12,7 +12,7 @@ import yaml
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.distributed import World, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
@@ -37,23 +37,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     export.set_defaults(command=_export)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    with one_line_errors(World(rank=0, size=1, local_rank=0, local_size=1)):
+    world = World(rank=0, size=1, local_rank=0, local_size=1)
+    with one_line_errors(world):
+        prepare_cpu(world)
         options.command(options)
 
 
 def _check(options: argparse.Namespace) -> None:
     from sparse_llm_ft.training.prepare import prepare
 
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes}: expected 1 or more")
     config = load_config(*split_arguments(options.config))
     prepared = prepare(config, World(0, options.processes, 0, options.processes))
     from sparse_llm_ft.adapters import find_targets
     from sparse_llm_ft.methods import make_method
-    from sparse_llm_ft.modeling import empty_model
+    from sparse_llm_ft.modeling import check_weights, empty_model, load_tokenizer
+    from sparse_llm_ft.training.samples import Samples
 
     targets = find_targets(empty_model(config.model), config.adapter.target_modules)
     phase = make_method(config).first(targets)
+    check_weights(config.model)
+    samples = Samples.encode(prepared, load_tokenizer(config.model))
     kinds = Counter(name.rpartition(".")[2] for name in phase.plan.active)
-    print(f"{len(prepared.train)} training samples, {prepared.schedule.total_steps} optimizer steps")
+    print(f"{len(samples.train)} training samples, {prepared.schedule.total_steps} optimizer steps")
+    print(f"{samples.shortened} training prompts shortened to fit task.max_length {config.task.max_length}")
     print(f"phase {phase.name}: {len(phase.plan.active)} adapters ({', '.join(f'{n} {k}' for k, n in kinds.items())})")
     print(f"{phase.plan.parameters(targets):,} trainable parameters")
 
@@ -88,5 +96,8 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{options.run}: no checkpoint yet")
     state = TrainState.load(newest)
     plan = Phase.from_dict(state.phase).plan
-    write_folder(output, lambda path: save_stock_lora(path, plan, state.tensors, model.name, model.revision))
+    try:
+        write_folder(output, lambda path: save_stock_lora(path, plan, state.tensors, model.name, model.revision))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     print(json.dumps({"adapter": str(output), "step": state.progress.step}))

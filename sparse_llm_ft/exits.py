@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import TrainingError, UserError
 
-USER_ERROR, TRAINING_ERROR = 2, 1
+USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
 _GRACE_SECONDS = 5.0
 
 
 @contextmanager
 def one_line_errors(world: World) -> Iterator[None]:
-    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1.
+    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, Ctrl-C
+    into a line and status 130.
 
     All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
     everyone when the first process fails, and that must not be before rank 0 has spoken. If then the first process of
@@ -32,3 +33,7 @@ def one_line_errors(world: World) -> Iterator[None]:
             where = f"rank {world.rank}: " if world.rank else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(status)
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.errors import ConfigError
@@ -53,7 +55,7 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings, **options)
+            model = AutoModelForCausalLM.from_config(settings, **options)
     except (ValueError, ImportError) as error:
         if attn_implementation is not None:
             reason = " ".join(str(error).split())[:300]
@@ -67,6 +69,24 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> 
             f"{config.name!r} is a {settings.model_type} model",
             "expected one that transformers can load as a causal language model",
         ) from None
+    if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not model.config.is_decoder:
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
+            "expected a causal language model",
+        )
+    return model
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Refuse a local model folder without weights before anything is written.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    folder = Path(config.name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:

@@ -69,6 +69,12 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
     assert bool(waited) == (world.rank != 0)
 
 
+def test_an_interruption_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as stop, exits.one_line_errors(World(0, 1, 0, 1)):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().err
+
+
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), exits.one_line_errors(World(0, 1, 0, 1)):
         1 / 0  # noqa: B018

@@ -107,6 +107,22 @@ def test_what_only_the_architecture_shows_is_said_before_weights_are_loaded(
     assert not Path(settings["output_dir"]).exists()
 
 
+def test_an_encoder_and_a_folder_without_weights_are_refused(settings: dict, tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    for name, message in (("encoder", "is an encoder (bert)"), ("empty", "has no weights")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in Path(settings["model"]["name"]).iterdir():
+            if path.suffix != ".safetensors":
+                (folder / path.name).write_bytes(path.read_bytes())
+        if name == "encoder":
+            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+            BertConfig(architectures=["BertForMaskedLM"], **sizes).save_pretrained(folder)
+        assert_one_line(run(edited(settings, {"model.name": str(folder)}), tmp_path), message)
+    assert not Path(settings["output_dir"]).exists()
+
+
 def test_a_bad_row_is_named_with_file_and_line(settings: dict, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -44,6 +44,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate one merged tree of settings. Raises as `load_config`."""
+    tree = {key: value for key, value in tree.items() if value is not None}  # an empty section is its defaults
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -74,7 +75,7 @@ def _read_yaml(path: Path) -> Tree:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -85,6 +86,22 @@ def _read_yaml(path: Path) -> Tree:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UserError(f"--config {path}: a mapping of sections is needed, such as 'model:' and 'training:'")
     return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe types; a key that stands twice in a mapping is an error, where YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As in SafeLoader, after a look at the keys."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 def _parse_override(text: str) -> Tree:
@@ -123,6 +140,8 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
         hint = f"did you mean {near[0]}? " if near else ""
         return ConfigError("method.name", f"{given!r} is unknown", f"{hint}known: {', '.join(sorted(method_names))}")
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if "dictionary" in message:
+        message = "a mapping of settings"
     return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
 
 

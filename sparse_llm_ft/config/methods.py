@@ -62,6 +62,12 @@ class WeightLoraMethod(_Method):
                 f"{self.cut_after} leaves no cut before step {self.steps}",
                 "expected less than method.steps",
             )
+        if self.lr_scaling != "none" and self.batch_growth != "grow_global":
+            raise ConfigError(
+                "method.lr_scaling",
+                f"{self.lr_scaling!r} has no effect under batch_growth {self.batch_growth}",
+                "expected none, or batch_growth: grow_global",
+            )
         if total_steps is not None and self.steps >= total_steps:
             raise ConfigError(
                 "method.steps",

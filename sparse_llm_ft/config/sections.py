@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from sparse_llm_ft.config.methods import MethodConfig
 from sparse_llm_ft.config.numbers import Float, Int
@@ -43,7 +43,7 @@ class ModelConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: StrictBool = False
     attn_implementation: str | None = None
 
 

@@ -120,6 +120,8 @@ def _example(task: Task, row: Mapping[str, Any], source: str, line: int) -> Exam
             raise DataError(source, line, f"no column {column!r}; found {', '.join(row) or 'none'}")
         if not isinstance(row[column], str):
             raise DataError(source, line, f"column {column!r} is {type(row[column]).__name__}, text is needed")
+        if any("\ud800" <= character <= "\udfff" for character in row[column]):
+            raise DataError(source, line, f"column {column!r} holds half of a surrogate pair, which is no text")
     completion = render(task.completion, row)
     if not completion.strip():
         raise DataError(source, line, "the completion is empty")

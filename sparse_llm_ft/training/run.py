@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets, save_stock_lora
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.data.encoding import Sample, encode_split
 from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.folders import write_folder
 from sparse_llm_ft.methods import Method, Phase, make_method
-from sparse_llm_ft.modeling import empty_model, load_model, load_tokenizer
+from sparse_llm_ft.modeling import check_weights, empty_model, load_model, load_tokenizer
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.plan import AdapterPlan, Shape
 from sparse_llm_ft.progress import Progress
@@ -33,6 +32,7 @@ from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.measure import Measure
 from sparse_llm_ft.training.prepare import Prepared
 from sparse_llm_ft.training.run_folder import PLAN, SUMMARY
+from sparse_llm_ft.training.samples import Samples
 from sparse_llm_ft.training.summary import PhaseRecord, show_summary, summarize
 from sparse_llm_ft.training.writers import MetricsWriter
 
@@ -56,6 +56,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
     first = first_batch(method.first(targets), config)
     check_growth(config, first)
     tokenizer = load_tokenizer(config.model)
+    check_weights(config.model)
     samples = Samples.encode(prepared, tokenizer)
     init_distributed()
     if from_rank_zero(int(folder.is_complete())):
@@ -66,26 +67,6 @@ def run(prepared: Prepared) -> dict[str, Any]:
         summary = Run(prepared, display, targets, method, tokenizer, samples).train(first)
     dist.destroy_process_group()
     return summary
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The encoded splits of a run; `validation` and `measured` may be empty."""
-
-    train: tuple[Sample, ...]
-    validation: tuple[Sample, ...]
-    measured: tuple[Sample, ...]
-    shortened: int
-
-    @classmethod
-    def encode(cls, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Samples:
-        """Tokenise all that `prepare` read."""
-        length = prepared.config.task.max_length
-        train, validation, measured = (
-            encode_split(examples, tokenizer, length)
-            for examples in (prepared.train, prepared.validation, prepared.measured)
-        )
-        return cls(train.samples, validation.samples, measured.samples, train.shortened)
 
 
 class Run:
@@ -194,6 +175,7 @@ class Run:
         """Put the new plan on the model, around the same frozen base."""
         length = max(len(s.prompt) + len(s.completion) for s in self.samples.train)
         phase = grown_batch(phase, before, self.config, self.targets, length, self.world.size)
+        grown = phase.micro_batch_size > before.micro_batch_size
         torch.manual_seed(self.config.seed)
         model.base_model.set_plan(phase.plan)
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0)
@@ -204,6 +186,7 @@ class Run:
             f"phase {before.name} ends at step {progress.step}: {len(before.plan.active)} adapters -> "
             f"{len(phase.plan.active)}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
+            + (" (no room for more)" if phase.batch_growth != "none" and not grown else "")
         )
         return phase, replace(state, progress=progress, phase=phase.to_dict(), record=record)
 

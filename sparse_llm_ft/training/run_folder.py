@@ -51,7 +51,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
         existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
-        if not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError("output_dir", f"{str(existing)!r} cannot be written", "choose a folder that can")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
@@ -88,8 +88,13 @@ class RunFolder:
         Raises:
             ConfigError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise ConfigError(
+                "output_dir", f"{str(self.path)!r} cannot be written ({error.strerror})", "choose a folder that can"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

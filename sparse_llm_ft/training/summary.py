@@ -123,7 +123,8 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
         for name in after:
             table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
         display.console.print(table)
-    table = Table(title=f"phases, {summary['world_size']} processes, ZeRO-{summary['zero_stage']}")
+    processes = f"{summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"
+    table = Table(title=f"phases, {processes}, ZeRO-{summary['zero_stage']}")
     table.add_column("")
     for phase in summary["phases"]:  # a column each, so that the table fits a narrow terminal
         table.add_column(phase["name"], justify="right")

@@ -82,7 +82,10 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"method": WEIGHT | {"omega_lr": True}}, "method.omega_lr: True is not allowed; expected a number"),
         ({"seed": 2**63}, "seed: 9223372036854775808 is not allowed"),
         ({"task": 3}, "task: 3 is not allowed"),
-        ({"method": None}, "method: None is not allowed"),
+        ({"method": None}, "method: not given; it has no default"),
+        ({"method": "lora"}, "method: 'lora' is not allowed; expected a mapping of settings"),
+        ({"method": WEIGHT | {"lr_scaling": "sqrt"}}, "method.lr_scaling: 'sqrt' has no effect"),
+        ({"model": {"gradient_checkpointing": 1}}, "model.gradient_checkpointing: 1 is not allowed"),
         ({"output_dir": ""}, "output_dir: '' is not allowed"),
     ],
 )
@@ -91,6 +94,10 @@ def test_a_wrong_setting_is_one_line_that_names_it(change: dict, message: str) -
         parse_config(merge(MINIMAL, change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_section_is_its_defaults() -> None:
+    assert parse_config(MINIMAL | {"training": None}) == parse_config(MINIMAL)
 
 
 def test_a_misspelt_required_key_is_named_rather_than_the_missing_one() -> None:
@@ -102,6 +109,7 @@ def test_a_misspelt_required_key_is_named_rather_than_the_missing_one() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("seed: 1\ntask: {}\nseed: 2", r"broken.yaml:3: not readable as YAML: the key 'seed' stands twice"),
         ("a: [1, 2", r"broken.yaml:\d+: not readable as YAML"),
         ("- 1\n- 2", "a mapping of sections is needed"),
         ("training: &x {a: 1}\n\tb: 2", "not readable as YAML"),

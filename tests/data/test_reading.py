@@ -38,6 +38,7 @@ def test_a_template_replaces_whole_fields_only() -> None:
         (b'["a"]', "train.jsonl:2: a JSON object is needed, not list"),
         (b'{"txt": "a", "answer": "b"}', "train.jsonl:2: no column 'text'; found txt, answer"),
         (b'{"text": 3, "answer": "b"}', "train.jsonl:2: column 'text' is int, text is needed"),
+        (b'{"text": "\\ud800", "answer": "b"}', "train.jsonl:2: column 'text' holds half of a surrogate pair"),
         (b'{"text": "a", "answer": "  "}', "train.jsonl:2: the completion is empty"),
         (b'{"text": "\xff", "answer": "b"}', r"train.jsonl:2: not UTF-8 \(.* at byte 10\)"),
     ],

@@ -159,3 +159,8 @@ def test_the_commands_around_a_run(finished_run: Path, tmp_path: Path, capsys: p
     assert stop.value.code == 2 and "exists; choose a new folder" in capsys.readouterr().err
     command_line(["check", "--config", str(finished_run / "config.yaml"), f"output_dir={tmp_path / 'x'}"])
     assert "phase select: 14 adapters" in capsys.readouterr().out
+    for wrong in (["--processes", "0"], ["task.max_length=8", "task.completion={text} {text} {text}"]):
+        with pytest.raises(SystemExit) as stop:
+            config = ["--config", str(finished_run / "config.yaml"), f"output_dir={tmp_path / 'x'}"]
+            command_line(["check", *config, *wrong] if wrong[0] != "--processes" else ["check", *wrong, *config])
+        assert stop.value.code == 2

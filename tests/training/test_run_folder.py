@@ -45,6 +45,8 @@ def test_files_of_somebody_else_are_not_touched(settings: dict) -> None:
         RunFolder(path).check(config)
     with pytest.raises(ConfigError, match="is a file"):
         RunFolder(path / "thesis.tex").check(config)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(path / "thesis.tex" / "run").check(config)
 
 
 def test_a_start_that_was_killed_at_once_can_be_repeated(settings: dict) -> None:
