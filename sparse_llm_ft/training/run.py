@@ -186,7 +186,7 @@ class Run:
             f"phase {before.name} ends at step {progress.step}: {len(before.plan.active)} adapters -> "
             f"{len(phase.plan.active)}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
-            + (" (no room for more)" if phase.batch_growth != "none" and not grown else "")
+            + (" (no larger micro-batch both fits and divides)" if phase.batch_growth != "none" and not grown else "")
         )
         return phase, replace(state, progress=progress, phase=phase.to_dict(), record=record)
 
