@@ -22,6 +22,7 @@ from torch import nn
 
 from sparse_llm_ft import zero
 from sparse_llm_ft.adapters import adapter_parameters, is_omega
+from sparse_llm_ft.config import merge
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
 
@@ -74,7 +75,7 @@ class EngineSettings:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        return _deep_merge(ours, self.extra)
+        return merge(ours, self.extra)
 
 
 def check_deepspeed(extra: Mapping[str, Any]) -> None:
@@ -234,11 +235,3 @@ class Engine:
                 self._optimizer.allocate(master, group["algorithm"])
             self._optimizer.state[master]["step"].fill_(float(counts.get(group["name"], 0)))
         zero.link_states(self._wrapped)
-
-
-def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged

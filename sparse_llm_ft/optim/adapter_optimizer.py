@@ -8,13 +8,11 @@ DeepSpeed's `safe_set_full_optimizer_state` fails there with an optimizer that m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
-
-Algorithm = Literal["adamw", "sgd"]
 
 MOMENTS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """Names of the per-entry state that each algorithm keeps."""

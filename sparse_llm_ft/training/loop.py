@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sparse_llm_ft.adapters import is_omega
 from sparse_llm_ft.data.encoding import Sample, training_batch
 from sparse_llm_ft.data.stream import SampleStream
 from sparse_llm_ft.distributed import World
@@ -60,7 +61,7 @@ class Loop:
         self.stream = SampleStream(len(self.samples), self.seed)
         self.keeps_logits = takes_logits_to_keep(self.engine.module)
         self.device = next(self.engine.module.parameters()).device
-        self.omegas = [name for name in self.engine.parameters if name.endswith(".lora_omega")]
+        self.omegas = [name for name in self.engine.parameters if is_omega(name)]
         self.active = len(self.phase.plan.active) if self.rule is None else self._count_active()
 
     def steps(self) -> Iterator[Step]:

@@ -21,7 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_parameters, find_targets, is_omega
 from sparse_llm_ft.config import ModelConfig, TrainingConfig, parse_config
@@ -29,7 +29,7 @@ from sparse_llm_ft.data.encoding import Sample, training_batch
 from sparse_llm_ft.data.stream import SampleStream
 from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
-from sparse_llm_ft.evaluation import completion_loss, mean_loss
+from sparse_llm_ft.evaluation import completion_loss, generate, mean_loss
 from sparse_llm_ft.methods import Phase, make_method
 from sparse_llm_ft.modeling import load_model
 from sparse_llm_ft.optim import StoIHT
@@ -310,6 +310,46 @@ def a_four_bit_base_trains_through_a_phase_change_untouched() -> None:
             assert all(
                 torch.equal(weight.data.flatten(), old.flatten()) for weight, old in zip(packed, before, strict=True)
             )
+
+
+@case
+def a_phase_scales_the_schedules_rate() -> None:
+    model = base_model()
+    plan = plan_for(model)
+    engine = Engine(get_peft_model(model, SparseLoraConfig(plan=plan)), engine_settings(2, 2))
+    rates = []
+    for factor in (1.0, 0.25):
+        loop = make_loop(engine, plan, 2, Progress())
+        loop.phase = loop.phase.with_batch(2, 8, factor)
+        rates.append(next(iter(loop.steps())).learning_rate)
+        assert {group["lr"] for group in engine._optimizer.param_groups} == {rates[-1]}
+    assert rates[1] == 0.25 * rates[0] > 0
+    engine.close()
+
+
+@case
+def generation_is_greedy_decoding_at_stages_2_and_3() -> None:
+    """Left padding, batches and ranks change nothing: every text is that of its prompt alone, token by token."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    expected = [by_hand(base_model(), sample, tokenizer) for sample in SAMPLES[:5]]
+    assert len(set(expected)) > 1
+    for stage in (2, 3):
+        model = base_model()
+        engine = Engine(get_peft_model(model, SparseLoraConfig(plan=plan_for(model))), engine_settings(stage, 2))
+        for batch_size in (1, 2):
+            texts = generate(engine.module, SAMPLES[:5], tokenizer, 6, batch_size, WORLD.rank, WORLD.size, stage == 3)
+            assert texts == expected, (stage, batch_size, texts, expected)
+        engine.close()
+
+
+@torch.no_grad()
+def by_hand(model: torch.nn.Module, sample: Sample, tokenizer) -> str:
+    tokens = list(sample.prompt)
+    for _ in range(6):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(tokens[len(sample.prompt) :], skip_special_tokens=True).strip()
 
 
 @case
