@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a target module, as its weight is stored."""
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+
+Tuner = Literal["sparse_lora", "lora", "dora", "vera", "adalora"]
+"""Whose layers the adapters are: this package's, or one of PEFT's own (the baselines)."""
+
+EVERYTHING = ""
+"""In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
 
 
 class PlanError(ValueError):
@@ -18,20 +26,72 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModuleAdapter:
-    """The adapter of one module: ``y = W x + omega * (lora_alpha / r) * B A x``.
+class Kept:
+    """Which rows of B, or columns of A, exist: ascending indices out of `size`.
 
     Attributes:
-        r: rank; A has shape ``(r, in_features)``, B ``(out_features, r)``.
+        size: out_features (rows) or in_features (columns) of the module.
+    """
+
+    size: int
+    indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise PlanError("a mask keeps at least one row and one column")
+        if self.indices[0] < 0 or self.indices[-1] >= self.size:
+            raise PlanError(f"kept indices must lie in 0 to {self.size - 1}")
+        if any(a >= b for a, b in zip(self.indices, self.indices[1:], strict=False)):
+            raise PlanError("kept indices must ascend")
+
+    @classmethod
+    def of(cls, size: int, indices: Sequence[int]) -> Kept | None:
+        """None, that is no mask, where all are kept."""
+        return None if len(indices) == size else cls(size, tuple(indices))
+
+    def to_dict(self) -> dict[str, Any]:
+        """One bit an index, packed: plans of large models are read and written at every phase."""
+        bits = bytearray((self.size + 7) // 8)
+        for index in self.indices:
+            bits[index // 8] |= 1 << index % 8
+        return {"size": self.size, "bits": base64.b64encode(bits).decode()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Kept:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: it is something else.
+        """
+        try:
+            size, bits = int(data["size"]), base64.b64decode(data["bits"], validate=True)
+        except (KeyError, TypeError, ValueError, binascii.Error):
+            raise PlanError(f"{data!r:.60} is no mask") from None
+        if len(bits) != (size + 7) // 8:
+            raise PlanError(f"a mask of size {size} has {len(bits)} bytes")
+        return cls(size, tuple(i for i in range(len(bits) * 8) if bits[i // 8] >> i % 8 & 1))
+
+
+@dataclass(frozen=True)
+class ModuleAdapter:
+    """The adapter of one module: ``y = W x + omega * (lora_alpha / r) * scatter_rows(B A x[cols])``.
+
+    Attributes:
+        r: rank; A has shape ``(r, kept columns)``, B ``(kept rows, r)``.
         lora_alpha: numerator of the scaling.
         omega: the adapter's weight. Its start value where `train_omega`, else a constant of the forward pass.
         train_omega: whether omega is a trained parameter (WeightLoRA, eq. 3).
+        group: modules of one group share one A and one B (LoRA-drop); None: its own.
+        rows, cols: which outputs the adapter writes and which inputs it reads (Partial-LoRA, eq. 6); None: all.
     """
 
     r: int
     lora_alpha: float
     omega: float = 1.0
     train_omega: bool = False
+    group: str | None = None
+    rows: Kept | None = None
+    cols: Kept | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -42,48 +102,119 @@ class ModuleAdapter:
                 raise PlanError(f"{name} is {value!r:.40}; it must be a finite number")
         if not isinstance(self.train_omega, bool):
             raise PlanError(f"train_omega is {self.train_omega!r}; it must be true or false")
+        if self.group is not None and (not isinstance(self.group, str) or not self.group or "." in self.group):
+            raise PlanError(f"group is {self.group!r:.40}; it must be a name without dots")
 
     @property
     def scaling(self) -> float:
         """``lora_alpha / r``, without omega."""
         return self.lora_alpha / self.r
 
-    def parameters(self, shape: Shape) -> int:
-        """Number of trained values on a module of `shape`: A, B and, where it is trained, omega."""
-        return self.r * (shape[0] + shape[1]) + int(self.train_omega)
+    def shape(self, shape: Shape) -> Shape:
+        """(kept rows, kept columns) on a module of `shape`: the sides of B and A."""
+        return (
+            len(self.rows.indices) if self.rows else shape[0],
+            len(self.cols.indices) if self.cols else shape[1],
+        )
+
+    def matrices(self, shape: Shape) -> int:
+        """Number of values in A and B on a module of `shape`."""
+        return self.r * sum(self.shape(shape))
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """For every target module its own adapter, or None where the base layer stays untouched.
+    """For every target module its own adapter, a shared one, or None where the base layer stays untouched.
 
     Attributes:
         modules: full module name in the base model -> its adapter. The order is the model's.
         lora_dropout: dropout probability on the adapters' input.
+        tuner: whose layers carry the adapters. Groups, masks and omega are for ``sparse_lora`` alone.
+        options: further numbers that the tuner needs (AdaLoRA's schedule).
+        trained: modules of the base that are trained whole beside the adapters: a fresh classification head, or
+            `EVERYTHING`.
     """
 
     modules: Mapping[str, ModuleAdapter | None]
     lora_dropout: float = 0.0
+    tuner: Tuner = "sparse_lora"
+    options: Mapping[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(self.modules.values()):
-            raise PlanError("a plan needs at least one module with an adapter")
+        if not any(self.modules.values()) and not self.trained:
+            raise PlanError("a plan needs at least one module with an adapter, or one trained whole")
         if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise PlanError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
+        if self.tuner not in get_args(Tuner):
+            raise PlanError(f"tuner is {self.tuner!r}; known: {', '.join(get_args(Tuner))}")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """All members of a group have the same adapter, but for omega, which is each module's own."""
+        for group, names in self.groups.items():
+            alike = {(a.r, a.lora_alpha, a.rows, a.cols) for name in names if (a := self.modules[name]) is not None}
+            if len(alike) > 1:
+                raise PlanError(f"group {group!r}: its modules differ in rank, lora_alpha or mask")
 
     @property
     def active(self) -> dict[str, ModuleAdapter]:
         """The modules that have an adapter, in the model's order."""
         return {name: adapter for name, adapter in self.modules.items() if adapter is not None}
 
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> the modules that share its adapter."""
+        found: dict[str, list[str]] = {}
+        for name, adapter in self.active.items():
+            if adapter.group is not None:
+                found.setdefault(adapter.group, []).append(name)
+        return found
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Active module -> under whose name its A and B are kept: its own, or its group's (``shared.<group>``)."""
+        return {name: name if a.group is None else f"{SHARED}.{a.group}" for name, a in self.active.items()}
+
+    def matrix_owners(self) -> dict[str, str]:
+        """Each pair of A and B once: owner -> the first module that uses it."""
+        first: dict[str, str] = {}
+        for name, owner in self.owners.items():
+            first.setdefault(owner, name)
+        return first
+
+    def describe(self) -> str:
+        """For people: ``18 adapters``, ``3 own and 15 shared adapters``, ``classifier``, ``all parameters``."""
+        if EVERYTHING in self.trained:
+            return "all parameters"
+        shared = sum(a.group is not None for a in self.active.values())
+        own = len(self.active) - shared
+        if not self.active:
+            return ", ".join(self.trained)
+        return f"{own} own and {shared} shared adapters" if shared else f"{own} adapters"
+
     def parameters(self, shapes: Mapping[str, Shape]) -> int:
-        """Number of trained values, given every active module's shape."""
-        return sum(adapter.parameters(shapes[name]) for name, adapter in self.active.items())
+        """Number of trained adapter values, given every active module's shape; `trained` modules are not counted."""
+        if self.tuner == "vera":
+            return sum(a.r + shapes[name][0] for name, a in self.active.items())
+        active = self.active
+        count = sum(active[name].matrices(shapes[name]) for name in self.matrix_owners().values())
+        if self.tuner == "dora":  # the magnitude of every row
+            count += sum(shapes[name][0] for name in active)
+        if self.tuner == "adalora":  # the singular values
+            count += sum(a.r for a in active.values())
+        return count + sum(a.train_omega for a in active.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same plan back."""
-        modules = {name: None if a is None else asdict(a) for name, a in self.modules.items()}
-        return {"version": PLAN_VERSION, "lora_dropout": self.lora_dropout, "modules": modules}
+        return {
+            "version": PLAN_VERSION,
+            "lora_dropout": self.lora_dropout,
+            "tuner": self.tuner,
+            "options": dict(self.options),
+            "trained": list(self.trained),
+            "modules": {name: None if a is None else _module_to_dict(a) for name, a in self.modules.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: Any) -> AdapterPlan:
@@ -92,18 +223,30 @@ class AdapterPlan:
         Raises:
             PlanError: a missing or unknown key, a wrong type, or another version, naming the module.
         """
-        if not isinstance(data, dict) or set(data) != {"version", "lora_dropout", "modules"}:
-            raise PlanError("a plan is an object with the keys version, lora_dropout and modules")
+        keys = {"version", *(known.name for known in fields(cls))}
+        if not isinstance(data, dict) or "version" not in data:
+            raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
         if type(data["version"]) is not int or data["version"] != PLAN_VERSION:
             raise PlanError(f"plan version {data['version']!r} is not supported; this release reads {PLAN_VERSION}")
-        if not isinstance(data["modules"], dict):
-            raise PlanError("a plan's modules must be an object")
+        if set(data) != keys:
+            raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
+        if not isinstance(data["modules"], dict) or not isinstance(data["options"], dict):
+            raise PlanError("a plan's modules and options must be objects")
+        if not isinstance(data["trained"], list) or not all(isinstance(name, str) for name in data["trained"]):
+            raise PlanError("a plan's trained must be a list of module names")
         if not _is_finite(data["lora_dropout"]):
             raise PlanError(f"a plan's lora_dropout is {data['lora_dropout']!r:.40}; it must be a number")
         return cls(
             {name: _module_from_dict(name, value) for name, value in data["modules"].items()},
             float(data["lora_dropout"]),
+            data["tuner"],
+            data["options"],
+            tuple(data["trained"]),
         )
+
+
+SHARED = "shared"
+"""First part of the names of parameters that a group shares."""
 
 
 def _is_finite(value: object) -> bool:
@@ -115,6 +258,11 @@ def _is_finite(value: object) -> bool:
         return False
 
 
+def _module_to_dict(adapter: ModuleAdapter) -> dict[str, Any]:
+    masks = {name: kept.to_dict() for name in ("rows", "cols") if (kept := getattr(adapter, name)) is not None}
+    return {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
+
+
 def _module_from_dict(name: str, value: Any) -> ModuleAdapter | None:
     if value is None:
         return None
@@ -122,13 +270,14 @@ def _module_from_dict(name: str, value: Any) -> ModuleAdapter | None:
     if not isinstance(value, dict) or set(value) != known:
         raise PlanError(f"module {name!r} needs exactly the keys {', '.join(sorted(known))}")
     try:
-        return ModuleAdapter(**value)
+        masks = {key: None if value[key] is None else Kept.from_dict(value[key]) for key in ("rows", "cols")}
+        return ModuleAdapter(**(value | masks))
     except PlanError as error:
         raise PlanError(f"module {name!r}: {error}") from None
 
 
 def uniform_plan(
-    targets: Mapping[str, Shape], r: int, lora_alpha: float, lora_dropout: float = 0.0, train_omega: bool = False
+    targets: Mapping[str, Shape], r: int, lora_alpha: float, lora_dropout: float = 0.0, trained: tuple[str, ...] = ()
 ) -> AdapterPlan:
     """The same adapter on every target; the rank is cut to the smaller side of a smaller matrix.
 
@@ -136,9 +285,35 @@ def uniform_plan(
 
     Args:
         targets: module name -> (out_features, in_features).
+        trained: as in `AdapterPlan`.
     """
     modules = {}
     for name, shape in targets.items():
         rank = min(r, *shape)
-        modules[name] = ModuleAdapter(r=rank, lora_alpha=lora_alpha * rank / r, train_omega=train_omega)
-    return AdapterPlan(modules, lora_dropout)
+        modules[name] = ModuleAdapter(r=rank, lora_alpha=lora_alpha * rank / r)
+    return AdapterPlan(modules, lora_dropout, trained=trained)
+
+
+def with_omega(plan: AdapterPlan) -> AdapterPlan:
+    """The plan with a trained omega, starting at 1, on every adapter."""
+    modules = {name: a and replace(a, omega=1.0, train_omega=True) for name, a in plan.modules.items()}
+    return replace(plan, modules=modules)
+
+
+def module_layer(name: str) -> int | None:
+    """The number of the layer that a module belongs to; None where its name has no number."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def module_kind(name: str) -> str:
+    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``; the last part of a
+    name without number.
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(part for part in parts[number + 1 :] if not part.isdigit()) or name
+
+
+def group_name(kind: str, shape: Shape) -> str:
+    """The group in which modules of one kind share: only those of equal shape can."""
+    return f"{kind.replace('.', '-')}-{shape[0]}x{shape[1]}"

@@ -8,18 +8,38 @@ from dataclasses import replace
 
 import pytest
 
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan
+from sparse_llm_ft.plan import (
+    AdapterPlan,
+    Kept,
+    ModuleAdapter,
+    PlanError,
+    group_name,
+    module_kind,
+    module_layer,
+    uniform_plan,
+    with_omega,
+)
 
 ADAPTER = ModuleAdapter(r=4, lora_alpha=8.0, omega=0.25, train_omega=True)
 PLAN = AdapterPlan({"a.q": ADAPTER, "a.k": None, "b.q": ModuleAdapter(r=1, lora_alpha=3.5)}, lora_dropout=0.125)
 
 
 def module(**changes):
-    return {"r": 2, "lora_alpha": 4.0, "omega": 1.0, "train_omega": False} | changes
+    given = {"r": 2, "lora_alpha": 4.0, "omega": 1.0, "train_omega": False, "group": None, "rows": None, "cols": None}
+    return given | changes
 
 
 def plan_dict(**changes):
-    return {"version": 1, "lora_dropout": 0.0, "modules": {"layers.3.q_proj": module()}} | changes
+    modules = {"layers.3.q_proj": module()}
+    given = {
+        "version": 2,
+        "lora_dropout": 0.0,
+        "tuner": "sparse_lora",
+        "options": {},
+        "trained": [],
+        "modules": modules,
+    }
+    return given | changes
 
 
 def test_a_plan_survives_its_own_json():
@@ -37,7 +57,7 @@ def test_active_keeps_the_order_and_leaves_out_the_untouched():
     assert list(PLAN.active) == ["a.q", "b.q"]
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_version_is_refused(version):
     with pytest.raises(PlanError, match="version"):
         AdapterPlan.from_dict(plan_dict(version=version))
@@ -50,14 +70,18 @@ def test_another_version_is_refused(version):
         [],
         "plan",
         {},
-        {"version": 1, "modules": {}},
+        {"version": 2, "modules": {}},
         plan_dict(extra=1),
         plan_dict(modules=[]),
         plan_dict(lora_dropout="0.1"),
         plan_dict(lora_dropout=None),
+        plan_dict(tuner="ia3"),
+        plan_dict(options=[]),
+        plan_dict(trained="classifier"),
+        plan_dict(trained=[1]),
     ],
 )
-def test_anything_but_the_three_keys_is_refused(data):
+def test_anything_but_the_known_keys_is_refused(data):
     with pytest.raises(PlanError):
         AdapterPlan.from_dict(data)
 
@@ -84,6 +108,13 @@ def test_anything_but_the_three_keys_is_refused(data):
         module(omega=None),
         module(train_omega=1),
         module(train_omega="yes"),
+        module(group="a.b"),
+        module(group=3),
+        module(rows=[0, 1]),
+        module(rows={"size": 9, "bits": "AA=="}),
+        module(cols={"size": 3, "bits": "AA=="}),
+        module(cols={"size": 3, "bits": "not base64"}),
+        module(cols={"size": 3, "bits": "CA=="}),
     ],
     ids=repr,
 )
@@ -119,16 +150,56 @@ def test_negative_omega_is_a_state_not_an_error():
 def test_parameters_are_the_values_of_a_b_and_a_trained_omega():
     # a.q: A is 4 × 6, B is 10 × 4, omega is 1 value: 24 + 40 + 1. b.q: A is 1 × 3, B is 7 × 1: 10.
     shapes = {"a.q": (10, 6), "a.k": (100, 100), "b.q": (7, 3)}
-    assert ADAPTER.parameters((10, 6)) == 65
+    assert ADAPTER.matrices((10, 6)) == 64
     assert PLAN.parameters(shapes) == 75
 
 
 def test_uniform_plan_cuts_the_rank_to_the_smaller_side_and_keeps_the_scaling():
     targets = {"wide": (3, 50), "tall": (50, 5), "large": (50, 60), "equal": (8, 8)}
-    plan = uniform_plan(targets, r=8, lora_alpha=20.0, lora_dropout=0.1, train_omega=True)
+    plan = with_omega(uniform_plan(targets, r=8, lora_alpha=20.0, lora_dropout=0.1))
     assert {name: a.r for name, a in plan.active.items()} == {"wide": 3, "tall": 5, "large": 8, "equal": 8}
     assert [a.scaling for a in plan.active.values()] == pytest.approx([2.5] * 4)
     assert list(plan.modules) == list(targets)
     assert plan.lora_dropout == 0.1
     assert all(a.train_omega and a.omega == 1.0 for a in plan.active.values())
     assert not any(a.train_omega for a in uniform_plan(targets, 8, 20.0).active.values())
+
+
+def test_masks_and_groups_survive_json_and_count_once():
+    kept = Kept(70, (0, 1, 8, 69))
+    masked = ModuleAdapter(r=3, lora_alpha=6.0, group="q-70x9", rows=kept, cols=Kept(9, (2,)))
+    plan = AdapterPlan({"a.q": masked, "b.q": masked, "c.q": ModuleAdapter(2, 4.0)}, trained=("classifier",))
+    assert AdapterPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.groups == {"q-70x9": ["a.q", "b.q"]}
+    assert plan.matrix_owners() == {"shared.q-70x9": "a.q", "c.q": "c.q"}
+    shapes = dict.fromkeys(plan.modules, (70, 9))
+    assert masked.shape((70, 9)) == (4, 1)
+    assert plan.parameters(shapes) == 3 * (4 + 1) + 2 * (70 + 9)
+    assert plan.describe() == "1 own and 2 shared adapters"
+
+
+@pytest.mark.parametrize("indices", [(), (3,), (-1,), (1, 1), (2, 1)])
+def test_kept_indices_ascend_within_their_size(indices):
+    with pytest.raises(PlanError):
+        Kept(3, indices)
+
+
+def test_a_mask_that_keeps_all_is_none():
+    assert Kept.of(3, (0, 1, 2)) is None and Kept.of(3, (0, 2)) == Kept(3, (0, 2))
+
+
+def test_members_of_a_group_are_alike_but_for_omega():
+    one = ModuleAdapter(r=2, lora_alpha=4.0, group="g")
+    AdapterPlan({"a": one, "b": replace(one, omega=0.5)})
+    with pytest.raises(PlanError, match="group 'g'"):
+        AdapterPlan({"a": one, "b": replace(one, r=3)})
+
+
+def test_layer_and_kind_of_a_name():
+    assert module_kind("model.layers.3.self_attn.q_proj") == "self_attn.q_proj"
+    assert module_layer("model.layers.3.self_attn.q_proj") == 3
+    assert module_kind("bert.encoder.layer.0.attention.output.dense") == "attention.output.dense"
+    assert module_kind("layers.2.experts.7.w1") == "experts.w1" and module_layer("layers.2.experts.7.w1") == 2
+    assert module_kind("pooler.dense") == "dense" and module_layer("pooler.dense") is None
+    assert module_kind("lone") == "lone"
+    assert group_name("self_attn.k_proj", (4, 8)) == "self_attn-k_proj-4x8"

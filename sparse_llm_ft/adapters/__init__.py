@@ -6,8 +6,17 @@ PEFT's `register_peft_method` refuses names outside its own enum, so the mapping
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from sparse_llm_ft.adapters.build import add_adapters, change_plan, save_peft_adapter
 from sparse_llm_ft.adapters.config import SparseLoraConfig, SparsePeftType
-from sparse_llm_ft.adapters.convert import adapter_parameters, is_omega, save_stock_lora, to_stock_lora
+from sparse_llm_ft.adapters.convert import (
+    is_adapter,
+    is_omega,
+    orthogonality,
+    residual_norms,
+    to_stock_lora,
+    trained_parameters,
+    whole_tensors,
+)
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.model import SparseLoraModel
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
@@ -21,10 +30,16 @@ __all__ = [
     "SparseLoraLayer",
     "SparseLoraModel",
     "SparsePeftType",
-    "adapter_parameters",
+    "add_adapters",
+    "change_plan",
     "check_plan",
     "find_targets",
+    "is_adapter",
     "is_omega",
-    "save_stock_lora",
+    "orthogonality",
+    "residual_norms",
+    "save_peft_adapter",
     "to_stock_lora",
+    "trained_parameters",
+    "whole_tensors",
 ]

@@ -1,36 +1,39 @@
-"""Names of adapter parameters, and conversion of trained adapters to a stock PEFT LoRA."""
+"""Names of trained parameters, and conversion of trained adapters to what stock PEFT or transformers load."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from sparse_llm_ft.adapters.layer import SparseLoraLayer
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.adapters.layer import scatter
+from sparse_llm_ft.plan import SHARED, AdapterPlan
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The trainable adapter parameters in the model's order, under short names that outlive wrappers:
-    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,).
+def trained_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, in the model's order, under short names that outlive wrappers.
+
+    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,); those of a group once,
+    as ``shared.<group>.lora_A`` and ``shared.<group>.lora_B``; those of PEFT's own tuners likewise
+    (``<module>.lora_magnitude_vector``, ...); a parameter of the base under its own name.
     """
-    named = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, SparseLoraLayer) or adapter_name not in module.adapters:
-            continue
-        name = name.removeprefix("base_model.model.")
-        named[f"{name}.lora_A"] = module.lora_A[adapter_name].weight
-        named[f"{name}.lora_B"] = module.lora_B[adapter_name].weight
-        if adapter_name in module.lora_omega:
-            named[f"{name}.lora_omega"] = module.lora_omega[adapter_name]
-    return named
+    return {short_name(name, adapter_name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def short_name(name: str, adapter_name: str = "default") -> str:
+    """A parameter's name in a `PeftModel` without wrapper, adapter name and what follows it."""
+    name = name.removeprefix("base_model.model.")
+    name = name.replace(f"base_model.lora_shared.{adapter_name}.", f"{SHARED}.")
+    for marker in (f".{adapter_name}.", f".{adapter_name}"):
+        if marker.endswith(".") and ".lora_" in name and marker in name:
+            return name.partition(marker)[0]
+        if name.endswith(marker):
+            return name.removesuffix(marker)
+    return name.removesuffix(".weight") if name.startswith(f"{SHARED}.") else name
 
 
 def is_omega(name: str) -> bool:
@@ -38,12 +41,23 @@ def is_omega(name: str) -> bool:
     return name.endswith(".lora_omega")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a short parameter name is that of an adapter, and not of a module of the base that is trained whole."""
+    return name.rpartition(".")[2].startswith(("lora_", "vera_"))
+
+
+def task_type(plan: AdapterPlan) -> str:
+    """PEFT's name of what the model does: a module trained whole is a classification head."""
+    return "SEQ_CLS" if plan.trained else "CAUSAL_LM"
+
+
 def to_stock_lora(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """A LoRA that PEFT loads without this package: its ``adapter_config.json`` and its tensors.
 
-    omega is folded into B. PEFT computes ``lora_alpha / r`` from one pair and per-module exceptions
-    (``rank_pattern``, ``alpha_pattern``); the most frequent pair becomes the general one. A trained omega <= 0
-    and a module without adapter are left out.
+    omega is folded into B; masked rows and columns are zero; a shared pair is written for each of its modules. PEFT
+    computes ``lora_alpha / r`` from one pair and per-module exceptions (``rank_pattern``, ``alpha_pattern``); the most
+    frequent pair becomes the general one. A trained omega <= 0 and a module without adapter are left out. Modules
+    trained whole become ``modules_to_save``.
 
     Args:
         plan: the plan that was trained.
@@ -61,27 +75,61 @@ def to_stock_lora(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object
         "bias": "none",
         "target_modules": sorted(kept),
         "inference_mode": True,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(plan),
         "rank_pattern": {name: a.r for name, a in kept.items() if a.r != r},
         "alpha_pattern": {name: a.lora_alpha for name, a in kept.items() if a.lora_alpha != alpha},
     }
     weights = {}
     for name in kept:
-        prefix = f"base_model.model.{name}"
-        weights[f"{prefix}.lora_A.weight"] = tensors[f"{name}.lora_A"].contiguous()
-        weights[f"{prefix}.lora_B.weight"] = tensors[f"{name}.lora_B"] * _omega(name, plan, tensors)
+        a, b = full_pair(name, plan, tensors)
+        weights[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # a shared pair is written more than once
+        weights[f"base_model.model.{name}.lora_B.weight"] = b * _omega(name, plan, tensors)
+    if plan.trained:
+        config["modules_to_save"] = list(plan.trained)
+        weights |= {f"base_model.model.{name}": tensor for name, tensor in whole_tensors(tensors).items()}
     return config, weights
 
 
-def save_stock_lora(folder: Path, plan: AdapterPlan, tensors: Tensors, base_model: str, revision: str | None) -> None:
-    """Write `to_stock_lora` as ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`."""
-    config, weights = to_stock_lora(plan, tensors)
-    config |= {"base_model_name_or_path": base_model, "revision": revision}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, d_in) and B (d_out, r) of one module, with zeros where the plan masks."""
+    adapter, owner = plan.active[name], plan.owners[name]
+    return (
+        scatter(tensors[f"{owner}.lora_A"], None, adapter.cols),
+        scatter(tensors[f"{owner}.lora_B"], adapter.rows, None),
+    )
+
+
+def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of modules trained whole, under their names in the base model."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if not is_adapter(name)}
+
+
+def residual_norms(plan: AdapterPlan, tensors: Tensors) -> dict[str, float]:
+    """Frobenius norm of every module's residual omega * (lora_alpha / r) * B A, without forming it:
+    ||B A||² = sum((BᵀB) * (A Aᵀ)). Only for tuners whose residual is that product.
+    """
+    if plan.tuner not in ("sparse_lora", "lora"):
+        return {}
+    norms = {}
+    for name, owner in plan.owners.items():
+        a, b = tensors[f"{owner}.lora_A"].double(), tensors[f"{owner}.lora_B"].double()
+        product = float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+        norms[name] = max(_omega(name, plan, tensors), 0.0) * plan.active[name].scaling * product
+    return norms
 
 
 def _omega(name: str, plan: AdapterPlan, tensors: Tensors) -> float:
     trained = tensors.get(f"{name}.lora_omega")
     return float(trained) if trained is not None else plan.active[name].omega
+
+
+def orthogonality(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """AdaLoRA's penalty (Zhang et al., 2023, eq. 4) as PEFT takes it: the mean over all P (``lora_B``, d_out × r) and
+    Q (``lora_A``, r × d_in) of ||PᵀP - I||_F and ||Q Qᵀ - I||_F.
+    """
+    norms = []
+    for name, matrix in parameters.items():
+        if name.endswith((".lora_A", ".lora_B")):
+            gram = matrix @ matrix.T if name.endswith(".lora_A") else matrix.T @ matrix
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
+    return torch.stack(norms).mean()

@@ -1,20 +1,25 @@
 """The adapter layer: one wrapped linear module and the adapters on it.
 
-y = W x + gate(omega) * (lora_alpha / r) * B (A dropout(x))          x: (..., d_in), y: (..., d_out)
+y = W x + gate(omega) * (lora_alpha / r) * scatter_rows(B (A dropout(x[cols])))      x: (..., d_in), y: (..., d_out)
+
+Masked rows and columns do not exist: A is (r, kept columns), B is (kept rows, r). Modules of one group hold references
+to one A and one B, which live in the tuner (`SparseLoraModel.lora_shared`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
-from sparse_llm_ft.plan import ModuleAdapter
+from sparse_llm_ft.plan import Kept, ModuleAdapter
 
 
 def gate(omega: torch.Tensor) -> torch.Tensor:
@@ -24,6 +29,38 @@ def gate(omega: torch.Tensor) -> torch.Tensor:
     it can come back before step T.
     """
     return omega + (omega.clamp(min=0) - omega).detach()
+
+
+def scatter(matrix: torch.Tensor, rows: Kept | None, cols: Kept | None) -> torch.Tensor:
+    """A matrix over kept rows and columns at its place in the full one, which is zero elsewhere; None: all kept."""
+    for dimension, kept in enumerate((rows, cols)):
+        if kept is not None:
+            sides = [*matrix.shape]
+            sides[dimension] = kept.size
+            indices = torch.tensor(kept.indices, device=matrix.device)
+            matrix = matrix.new_zeros(sides).index_copy(dimension, indices, matrix)
+    return matrix
+
+
+class Pair(nn.Module):
+    """A and B of one adapter, for a module of (out_features, in_features); fresh, so that it changes nothing.
+
+    A is drawn as PEFT's LoRA draws it, at full width and then cut to the kept columns, so that a mask changes no
+    entry that it keeps. B is zero.
+    """
+
+    def __init__(self, out_features: int, in_features: int, adapter: ModuleAdapter) -> None:
+        super().__init__()
+        rows, columns = adapter.shape((out_features, in_features))
+        with torch.random.fork_rng(devices=[]):  # their own draws depend on the mask, and would shift all later ones
+            self.lora_A = nn.Linear(columns, adapter.r, bias=False)
+            self.lora_B = nn.Linear(adapter.r, rows, bias=False)
+        weight = nn.init.kaiming_uniform_(torch.empty(adapter.r, in_features), a=math.sqrt(5))
+        if adapter.cols is not None:
+            weight = weight[:, list(adapter.cols.indices)]
+        with torch.no_grad():
+            self.lora_A.weight.copy_(weight)
+            nn.init.zeros_(self.lora_B.weight)
 
 
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
@@ -38,7 +75,6 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     active_adapters: Any
     get_base_weight: Any
     set_base_weight: Any
-    set_adapter: Any
     delete_adapter: Any
     _cast_input_dtype: Any
     _move_adapter_to_device_of_base_layer: Any
@@ -46,9 +82,19 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     merged: Any
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_omega")
-    other_param_names = ("adapters", "lora_dropout", "_scale")
+    other_param_names = ("adapters", "lora_dropout", "_scale", "_shared", "lora_rows", "lora_cols")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, adapter: ModuleAdapter, lora_dropout: float) -> None:
+    observe: Callable[[torch.Tensor], None] | None = None
+    """Sees every adapter's output, (..., kept rows), scaled; for scores that are taken during forward passes."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        adapter: ModuleAdapter,
+        lora_dropout: float,
+        shared: Pair | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -56,26 +102,46 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
         self.adapters: dict[str, ModuleAdapter] = {}
         self._scale: dict[str, float] = {}  # a factor that users may set, 1 otherwise
+        self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers them, once for all their modules
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_omega = nn.ParameterDict()
+        # Indices as buffers: they follow the module to its device, and are no part of the saved state.
+        self.lora_rows, self.lora_cols = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self.update_layer(adapter_name, adapter, lora_dropout)
+        self.update_layer(adapter_name, adapter, lora_dropout, shared=shared)
 
     def update_layer(
-        self, adapter_name: str, adapter: ModuleAdapter, lora_dropout: float, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        adapter: ModuleAdapter,
+        lora_dropout: float,
+        inference_mode: bool = False,
+        shared: Pair | None = None,
     ) -> None:
-        """Add the adapter, or build it anew: A as PEFT's LoRA initialises it, B zero, so that it changes nothing."""
+        """Add the adapter, or build it anew (`Pair`).
+
+        Args:
+            shared: the pair of the adapter's group; None: a pair of its own.
+        """
         self.adapters[adapter_name] = adapter
         self._scale[adapter_name] = 1.0
         self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, adapter.r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(adapter.r, self.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        parts: Any
+        for parts in (self.lora_A, self.lora_B, self._shared, self.lora_rows, self.lora_cols):
+            if adapter_name in parts:
+                del parts[adapter_name]
+        if shared is None:
+            pair = Pair(self.out_features, self.in_features, adapter)
+            self.lora_A[adapter_name], self.lora_B[adapter_name] = pair.lora_A, pair.lora_B
+        else:
+            self._shared[adapter_name] = shared
+        for buffers, kept in ((self.lora_rows, adapter.rows), (self.lora_cols, adapter.cols)):
+            if kept is not None:
+                buffers[adapter_name] = torch.tensor(kept.indices, device=self.base_layer.weight.device)
         if adapter.train_omega:
             self.lora_omega[adapter_name] = nn.Parameter(torch.full((1,), float(adapter.omega)))
         elif adapter_name in self.lora_omega:
@@ -85,10 +151,17 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Convert this adapter's parameters to `dtype`."""
-        self.lora_A[adapter_name].to(dtype)
-        self.lora_B[adapter_name].to(dtype)
+        for part in self.pair(adapter_name):
+            part.to(dtype)
         if adapter_name in self.lora_omega:
             self.lora_omega[adapter_name].data = self.lora_omega[adapter_name].data.to(dtype)
+
+    def pair(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+        """A and B, its own or its group's."""
+        if adapter_name in self._shared:
+            shared = self._shared[adapter_name]
+            return shared.lora_A, shared.lora_B
+        return self.lora_A[adapter_name], self.lora_B[adapter_name]
 
     def omega(self, adapter_name: str) -> torch.Tensor | float:
         """The factor of this adapter's output: a one-element tensor where it is trained, else a number."""
@@ -104,6 +177,19 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """Multiply this adapter's output by `scale`; 1 is as trained."""
         if adapter_name in self._scale:
             self._scale[adapter_name] = scale
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT: activate the adapters, and let gradients flow to them and no others; shared pairs included."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name, pair in self._shared.items():
+            pair.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in PEFT; shared pairs included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in set(names) & self._shared.keys():
+            self._shared[name].requires_grad_(requires_grad)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' output by `scale`."""
@@ -125,21 +211,28 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return result
         for name in self._present(self.active_adapters):
-            result = result + self._adapter_output(name, x).to(result.dtype)
+            output = self._adapter_output(name, x).to(result.dtype)  # Shape: (..., kept rows)
+            if self.observe is not None:
+                self.observe(output)
+            masked = name in self.lora_rows
+            result = result.index_add(-1, self.lora_rows[name], output) if masked else result + output
         return result
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        down, up = self.lora_A[name], self.lora_B[name]
+        down, up = self.pair(name)
+        if name in self.lora_cols:
+            x = x.index_select(-1, self.lora_cols[name])
         hidden = down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype)))  # (..., r)
         # The factor goes onto the r-wide tensor, not onto the d_out-wide one: fewer bytes kept for backward.
         return up(hidden * (self.omega(name) * self.get_scaling(name)))
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Omega * (lora_alpha / r) * B A, shape (d_out, d_in), float32."""
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        delta: torch.Tensor = (up.float() @ down.float()) * self.get_scaling(adapter)
+        down, up = self.pair(adapter)
         omega = self.omega(adapter)
-        return delta * (omega.float() if isinstance(omega, torch.Tensor) else omega)
+        delta: torch.Tensor = (up.weight.float() @ down.weight.float()) * self.get_scaling(adapter)
+        delta = delta * (omega.float() if isinstance(omega, torch.Tensor) else omega)
+        return scatter(delta, self.adapters[adapter].rows, self.adapters[adapter].cols)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from sparse_llm_ft.adapters.config import SparseLoraConfig
-from sparse_llm_ft.adapters.layer import SparseLoraLayer
+from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
-from sparse_llm_ft.plan import AdapterPlan, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
 
 
 class SparseLoraModel(BaseTuner):
-    """PEFT tuner driven by an `AdapterPlan`. A module without adapter in the plan is the untouched base layer."""
+    """PEFT tuner driven by an `AdapterPlan`. A module without adapter in the plan is the untouched base layer.
+
+    Attributes:
+        lora_shared: adapter name -> group -> the pair that the group's modules share. They refer to it without
+            registering it, so it is one parameter in state dict, optimizer and ZeRO's bookkeeping.
+    """
+
+    lora_shared: nn.ModuleDict
 
     prefix = "lora_"
     tuner_layer_cls = SparseLoraLayer
@@ -24,18 +33,23 @@ class SparseLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         # Ours is completed with this model's plan; the caller's may serve for another model.
         self.peft_config[adapter_name] = copy.copy(config)
+        if "lora_shared" not in self._modules:
+            self.lora_shared = nn.ModuleDict()
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         """Complete the config's plan and check it against the model, before anything is changed."""
         if peft_config.plan is None:
             targets = find_targets(model, peft_config.target_modules or "all-linear")
-            peft_config.plan = uniform_plan(
-                targets, peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout, peft_config.train_omega
-            )
+            peft_config.plan = uniform_plan(targets, peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout)
+            if peft_config.train_omega:
+                peft_config.plan = with_omega(peft_config.plan)
         else:
             check_plan(model, _plan(peft_config))
         # PEFT wants target modules to be there; the plan decides (see _check_target_module_exists).
-        peft_config.target_modules = sorted(_plan(peft_config).active)
+        peft_config.target_modules = sorted(_plan(peft_config).active) or DUMMY_TARGET_MODULES
+
+    def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
+        _train_whole(model, _plan(self.peft_config[adapter_name]))
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> bool:
@@ -54,16 +68,61 @@ class SparseLoraModel(BaseTuner):
     ) -> None:
         plan = _plan(peft_config)
         adapter = plan.active[current_key]
+        shared = self._shared_pair(adapter_name, adapter, target)
         if isinstance(target, SparseLoraLayer):
-            target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode)
+            target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode, shared)
             return
-        layer = SparseLoraLayer(target, adapter_name, adapter, plan.lora_dropout)
+        layer = SparseLoraLayer(target, adapter_name, adapter, plan.lora_dropout, shared)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def set_plan(self, plan: AdapterPlan, adapter_name: str = "default") -> None:
+    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: Any) -> Pair | None:
+        """The pair of the adapter's group, made by the first module that needs it; None for an adapter of its own."""
+        if adapter.group is None:
+            return None
+        if adapter_name not in self.lora_shared:
+            self.lora_shared[adapter_name] = nn.ModuleDict()
+        groups: Any = self.lora_shared[adapter_name]
+        if adapter.group not in groups:
+            base = target.base_layer if isinstance(target, SparseLoraLayer) else target
+            pair = Pair(base.out_features, base.in_features, adapter)
+            groups[adapter.group] = pair.to(base.weight.device)
+        return groups[adapter.group]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; shared pairs included."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.lora_shared:
+            del self.lora_shared[adapter_name]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Beside the layers' own parameters the shared ones, once each, and the modules trained whole."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        whole = tuple(f"base_model.model.{name}." for name in _plan(config).trained)
+        inside = f"base_model.lora_shared.{adapter_name}."
+        return found | {key: value for key, value in state_dict.items() if key.startswith((inside, *whole))}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        inside = "base_model.lora_shared."
+        if key.startswith(f"{inside}{adapter_name}."):
+            return key.replace(f"{inside}{adapter_name}.", inside, 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def set_plan(self, plan: AdapterPlan, adapter_name: str = "default", fresh: bool = False) -> None:
         """Change the model to `plan`: disconnect the adapters it lacks, build those that differ anew, leave the rest.
+
+        Args:
+            fresh: build all of them anew.
 
         A disconnected module is its base layer again, without wrapper; a rebuilt adapter has fresh weights, in the
         type of the adapters there were. Which adapters are active, and training or evaluation mode, stay.
@@ -77,10 +136,11 @@ class SparseLoraModel(BaseTuner):
         if any(layer.merged for layer in layers.values()):
             raise ValueError("set_plan: adapters are merged; call unmerge_adapter() first")
         active, config = plan.active, self.peft_config[adapter_name]
-        dropout_stays = _plan(config).lora_dropout == plan.lora_dropout
-        dtype = next(
-            layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if adapter_name in layer.adapters
-        )
+        same_groups = _plan(config).groups == plan.groups
+        stays = not fresh and same_groups and _plan(config).lora_dropout == plan.lora_dropout
+        dtype = self._adapter_dtype(adapter_name)
+        if not stays and adapter_name in self.lora_shared:
+            del self.lora_shared[adapter_name]
         for name, layer in layers.items():
             if adapter_name in layer.adapters and name not in active:
                 layer.delete_adapter(adapter_name)
@@ -89,22 +149,39 @@ class SparseLoraModel(BaseTuner):
         for name, adapter in active.items():
             module = self.model.get_submodule(name)
             if isinstance(module, SparseLoraLayer):
-                if dropout_stays and module.adapters.get(adapter_name) == adapter:
+                if stays and module.adapters.get(adapter_name) == adapter:
                     continue
-                module.update_layer(adapter_name, adapter, plan.lora_dropout)
+                shared = self._shared_pair(adapter_name, adapter, module)
+                module.update_layer(adapter_name, adapter, plan.lora_dropout, shared=shared)
             else:
-                module = SparseLoraLayer(module, adapter_name, adapter, plan.lora_dropout)
+                shared = self._shared_pair(adapter_name, adapter, module)
+                module = SparseLoraLayer(module, adapter_name, adapter, plan.lora_dropout, shared)
                 self._put(name, module)
             module.cast_adapter(adapter_name, dtype)
             module.train(self.training)
-        config.plan, config.target_modules = plan, sorted(active)
+        for whole in set(_plan(config).trained) - set(plan.trained):
+            self.model.get_submodule(whole).requires_grad_(False)
+        config.plan, config.target_modules = plan, sorted(active) or DUMMY_TARGET_MODULES
         everywhere = {name for other in self.peft_config.values() for name in _plan(other).active}
         self.targeted_module_names = [name for name in layers.keys() | active.keys() if name in everywhere]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        _train_whole(self.model, plan)
+
+    def _adapter_dtype(self, adapter_name: str) -> torch.dtype:
+        """The type of the adapters there are; where there are none, of what else is trained."""
+        for layer in self.model.modules():
+            if isinstance(layer, SparseLoraLayer) and adapter_name in layer.adapters:
+                return layer.pair(adapter_name)[0].weight.dtype
+        return next(p.dtype for p in self.model.parameters() if p.requires_grad)
 
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
+
+
+def _train_whole(model: nn.Module, plan: AdapterPlan) -> None:
+    for name in plan.trained:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def _plan(config: SparseLoraConfig) -> AdapterPlan:

@@ -79,14 +79,26 @@ def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
         PlanError: naming the first such module.
     """
     linear = linear_modules(model)
+    for whole in plan.trained:
+        if whole and not any(name == whole for name, _ in model.named_modules()):
+            raise PlanError(f"the plan trains module {whole!r} whole, which the model lacks")
+    for group, names in plan.groups.items():
+        if len(shapes := {linear[name] for name in names if name in linear}) > 1:
+            raise PlanError(f"group {group!r}: its modules have different shapes ({sorted(shapes)})")
     for name, adapter in plan.modules.items():
         if name not in linear:
             raise PlanError(
                 f"the plan names module {name!r}, which is not a linear layer of the model; "
                 f"the model has {_summary(linear)}"
             )
-        if adapter is not None and adapter.r > min(linear[name]):
-            out_features, in_features = linear[name]
+        if adapter is None:
+            continue
+        out_features, in_features = linear[name]
+        for kept, size in ((adapter.rows, out_features), (adapter.cols, in_features)):
+            if kept is not None and kept.size != size:
+                raise PlanError(f"module {name!r}: a mask of size {kept.size} where its matrix has {size}")
+        # AdaLoRA starts with more than it ends with, VeRA's rank is that of fixed projections.
+        if plan.tuner not in ("adalora", "vera") and adapter.r > min(linear[name]):
             raise PlanError(
                 f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"
             )

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from sparse_llm_ft.adapters import adapter_parameters, is_omega, save_stock_lora, to_stock_lora
+from sparse_llm_ft.adapters import is_omega, save_peft_adapter, to_stock_lora
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
-from tiny_models import IDS, LLAMA_MODULES, llama, logits, with_adapters
+from tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 
 LAYERS, WIDTH = 12, 16
 MODULES = [f"model.layers.{i}.{module}" for i in range(LAYERS) for module in LLAMA_MODULES]
@@ -74,14 +74,14 @@ assert "sparse_llm_ft" not in sys.modules
 def trained(plan):
     """A model under `plan`, every value set as training might have left it; one trained omega is negative."""
     model = with_adapters(llama(LAYERS, WIDTH), plan=plan)
-    for i, (name, parameter) in enumerate(adapter_parameters(model).items()):
+    for i, (name, parameter) in enumerate(adapters_of(model).items()):
         if is_omega(name):
             parameter.data.fill_(-0.3 if name.startswith(OFF) else 0.4 + i % 7 / 5)
     return model
 
 
 def tensors_of(model):
-    return {name: value.detach().float() for name, value in adapter_parameters(model).items()}
+    return {name: value.detach().float() for name, value in adapters_of(model).items()}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def exported(tmp_path_factory):
     for name, plan in PLANS.items():
         model = trained(plan)
         expected[name] = logits(model)
-        save_stock_lora(folder / f"case_{name}", plan, tensors_of(model), "some/base", "main")
+        save_peft_adapter(folder / f"case_{name}", plan, tensors_of(model), "some/base", "main")
     command = [sys.executable, "-c", LOAD_WITH_PEFT_ALONE, str(folder), json.dumps(IDS.tolist())]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -172,9 +172,9 @@ def test_a_plan_with_every_adapter_off_cannot_be_exported(omega, train_omega, tm
     adapter = ModuleAdapter(2, 4.0, 1.0 if train_omega else omega, train_omega)
     plan = AdapterPlan(dict.fromkeys(MODULES[:2], adapter))
     model = with_adapters(llama(LAYERS, WIDTH), plan=plan)
-    for name, parameter in adapter_parameters(model).items():
+    for name, parameter in adapters_of(model).items():
         if is_omega(name):
             parameter.data.fill_(omega)
     with pytest.raises(ValueError, match="no adapter is on"):
-        save_stock_lora(tmp_path / "stock", plan, tensors_of(model), "some/base", None)
+        save_peft_adapter(tmp_path / "stock", plan, tensors_of(model), "some/base", None)
     assert not (tmp_path / "stock").exists()

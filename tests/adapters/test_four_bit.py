@@ -10,10 +10,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn import modules as bitsandbytes_modules
 
-from sparse_llm_ft.adapters import SparseLoraLayer, adapter_parameters
+from sparse_llm_ft.adapters import SparseLoraLayer
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import DTYPES, load_model
-from tiny_models import IDS, LLAMA_MODULES, llama, logits, with_adapters
+from tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
 
@@ -83,7 +83,7 @@ def test_fresh_adapters_leave_the_logits_and_backward_reaches_only_the_adapters(
     base = load(folder, dtype)
     expected = logits(base)
     model = with_adapters(base, r=4, train_omega=True)
-    named = adapter_parameters(model)
+    named = adapters_of(model)
     assert len(named) == 3 * 2 * len(LLAMA_MODULES)
     assert not torch.allclose(logits(model), expected)
     with torch.no_grad(), model.disable_adapter():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_parameters
+from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
-from tiny_models import IDS, llama, logits, randomize, with_adapters
+from tiny_models import IDS, adapters_of, llama, logits, randomize, with_adapters
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 UP0, UP1 = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
@@ -29,7 +29,7 @@ def model(base):
 
 
 def values(model, module=""):
-    named = adapter_parameters(model)
+    named = adapters_of(model)
     return {name: value.detach().clone() for name, value in named.items() if name.startswith(module)}
 
 
@@ -57,10 +57,10 @@ def test_a_plan_need_not_name_what_it_drops(model, base):
 
 
 def test_an_identical_adapter_keeps_its_very_parameters(model):
-    before, objects = values(model, UP0), adapter_parameters(model)
+    before, objects = values(model, UP0), adapters_of(model)
     assert len(before) == 3
     model.base_model.set_plan(AdapterPlan({Q0: None, UP0: replace(ADAPTER), Q1: replace(ADAPTER, r=3)}))
-    after = adapter_parameters(model)
+    after = adapters_of(model)
     for name, value in before.items():
         assert after[name] is objects[name]
         assert torch.equal(after[name], value)
@@ -80,7 +80,7 @@ def test_a_changed_adapter_is_built_anew(model, base, changes):
     assert ("default" in layer.lora_omega) is adapter.train_omega
     if adapter.train_omega:
         assert layer.lora_omega["default"].item() == adapter.omega
-    assert all(parameter.requires_grad for parameter in adapter_parameters(model).values())
+    assert all(parameter.requires_grad for parameter in adapters_of(model).values())
     after = values(model)
     assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith(Q1))
     assert before[f"{Q1}.lora_B"].any()
@@ -96,7 +96,7 @@ def test_a_new_module_gets_a_fresh_trainable_adapter(model, base):
     model(input_ids=IDS, labels=IDS).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 3 * 3 + 2
-    assert all(parameter.grad.any() for parameter in adapter_parameters(model).values())
+    assert all(parameter.grad.any() for parameter in adapters_of(model).values())
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trained)
 
 
@@ -176,15 +176,15 @@ def test_another_adapter_keeps_its_place(base):
 def test_a_new_module_of_an_inactive_adapter_is_not_trained(model):
     model.add_adapter("other", SparseLoraConfig(plan=PLAN))
     model.base_model.set_plan(AdapterPlan({UP1: ADAPTER, Q0: replace(ADAPTER, r=3)}), "other")
-    assert len(adapter_parameters(model, "other")) == 6
-    assert not any(parameter.requires_grad for parameter in adapter_parameters(model, "other").values())
-    assert all(parameter.requires_grad for parameter in adapter_parameters(model).values())
+    assert len(adapters_of(model, "other")) == 6
+    assert not any(parameter.requires_grad for parameter in adapters_of(model, "other").values())
+    assert all(parameter.requires_grad for parameter in adapters_of(model).values())
 
 
 def test_names_are_right_on_a_model_wrapped_by_peft_and_after_a_change():
     model = get_peft_model(llama(), SparseLoraConfig(plan=PLAN))
     model.base_model.set_plan(AdapterPlan({UP1: ModuleAdapter(3, 6.0), Q0: ADAPTER}))
-    shapes = {name: tuple(value.shape) for name, value in adapter_parameters(model).items()}
+    shapes = {name: tuple(value.shape) for name, value in adapters_of(model).items()}
     assert shapes == {
         f"{Q0}.lora_A": (2, 32),
         f"{Q0}.lora_B": (32, 2),

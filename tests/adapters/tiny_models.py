@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from sparse_llm_ft.adapters import SparseLoraConfig
+from sparse_llm_ft.adapters.convert import short_name
 
 IDS = torch.tensor([[2, 17, 5, 40, 8, 3], [2, 9, 33, 33, 1, 3]])
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -177,3 +178,12 @@ def randomize(model: nn.Module, seed: int = 1, adapter_name: str = "default") ->
     for name, parameter in model.named_parameters():
         if f"lora_B.{adapter_name}." in name:
             parameter.data.normal_(std=0.2, generator=generator)
+
+
+def adapters_of(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    """An adapter's parameters under their short names, whether they are trained at the moment or not."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and f".{adapter_name}" in name:
+            found[short_name(name, adapter_name)] = parameter
+    return found

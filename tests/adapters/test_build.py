@@ -1,0 +1,111 @@
+"""PEFT's own tuners from a plan: what they train, what is exported, and masks on AdaLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from sparse_llm_ft.adapters import (
+    add_adapters,
+    change_plan,
+    find_targets,
+    orthogonality,
+    save_peft_adapter,
+    trained_parameters,
+)
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, uniform_plan
+from tiny_models import IDS, MODELS
+
+SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
+
+
+def plan_for(model: nn.Module, tuner: str, trained: tuple[str, ...] = ()) -> AdapterPlan:
+    plan = uniform_plan(find_targets(model, "all-linear"), 4, 8.0, 0.0, trained)
+    return replace(plan, tuner=tuner, options=SCHEDULE if tuner == "adalora" else {})
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: str, tuner: str, tmp_path) -> None:
+    tiny = MODELS[kind]
+    base = tiny.build()
+    heads = ("classifier",) if kind == "bert" else ()
+    plan = plan_for(base, tuner, heads)
+    model = add_adapters(base, plan)
+    torch.testing.assert_close(logits(model), logits(tiny.build()), rtol=1e-4, atol=1e-5)  # fresh: nothing changes
+    trained = trained_parameters(model)
+    whole = sum(p.numel() for name, p in trained.items() if name.startswith("classifier."))
+    assert sum(p.numel() for p in trained.values()) == plan.parameters(find_targets(base, "all-linear")) + whole
+    assert bool(whole) == bool(heads)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if "magnitude" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            else:
+                parameter.mul_(1.25)
+    save_peft_adapter(tmp_path, plan, {name: p.detach() for name, p in trained.items()}, "base", None)
+    stock = PeftModel.from_pretrained(tiny.build(), tmp_path)
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
+    base = MODELS["llama"].build()
+    plan = plan_for(base, "adalora")
+    name = next(iter(plan.modules))
+    d_out, d_in = find_targets(base, "all-linear")[name]
+    rows, cols = Kept(d_out, (0, d_out - 1)), Kept(d_in, (1, 2, 5))
+    plan = replace(plan, modules=plan.modules | {name: replace(plan.active[name], rows=rows, cols=cols)})
+    model = add_adapters(base, plan).train()
+    trained = trained_parameters(model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.05, weight_decay=0.1)
+    for _ in range(4):
+        loss = model(input_ids=IDS).logits.square().mean() + orthogonality(trained)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    a, b = trained[f"{name}.lora_A"].detach(), trained[f"{name}.lora_B"].detach()
+    assert set(a.abs().sum(0).nonzero().flatten().tolist()) == set(cols.indices)
+    assert set(b.abs().sum(1).nonzero().flatten().tolist()) == set(rows.indices)
+    other = list(plan.modules)[1]
+    assert trained[f"{other}.lora_A"].abs().sum(0).min() > 0
+
+
+def test_the_orthogonality_penalty_is_that_of_peft() -> None:
+    base = MODELS["llama"].build()
+    model = add_adapters(base, plan_for(base, "adalora")).train()
+    plain = model(input_ids=IDS, labels=IDS)
+    with torch.no_grad():
+        alone = base(input_ids=IDS, labels=IDS).loss
+    ours = SCHEDULE["orth_reg_weight"] * orthogonality(trained_parameters(model))
+    torch.testing.assert_close(plain.loss - alone, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_of_tuner_leaves_the_base_alone() -> None:
+    tiny = MODELS["bert"]
+    base = tiny.build()
+    head = AdapterPlan(dict.fromkeys(tiny.targets), trained=("classifier",))
+    model = add_adapters(base, head)
+    for tuner in ("adalora", "sparse_lora", "lora"):
+        plan = plan_for(base, tuner, ("classifier",))
+        model = change_plan(model, head, plan)
+        names = trained_parameters(model)
+        assert {name.split(".")[0] for name in names} == {"bert", "classifier"}
+        torch.testing.assert_close(logits(model), logits(tiny.build()), rtol=1e-4, atol=1e-5)
+        head = plan
+
+
+def test_everything_trains_every_parameter() -> None:
+    base = MODELS["llama"].build()
+    names = {name for name, _ in base.named_parameters()}
+    model = add_adapters(base, AdapterPlan(dict.fromkeys(MODELS["llama"].targets), trained=(EVERYTHING,)))
+    assert set(trained_parameters(model)) == names
