@@ -1,0 +1,258 @@
+"""Sparsity ratios from the pretrained model (Partial-LoRA, section 4.2, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.scoring.blocks import evaluating
+from sparse_llm_ft.scoring.contracts import ALONE, Batch, DerivationSettings, MeasureName, Objective, Split
+from sparse_llm_ft.scoring.gradients import gradient_importance
+from sparse_llm_ft.scoring.importance import (
+    Importance,
+    check_finite,
+    dense_weight,
+    overlap,
+    preserve_flow,
+    svd_importance,
+)
+from sparse_llm_ft.scoring.layer_search import SIDES, LayerSearch
+from sparse_llm_ft.scoring.trial import Trial
+
+
+@dataclass(frozen=True, eq=False)
+class Derivation:
+    """What `derive` found; the same on every rank, whatever their number.
+
+    Attributes:
+        settings: what it was derived with.
+        mu: accuracy of the whole model on D_t, over the scored units.
+        standard_error: of `mu`: sqrt(μ (1 - μ) / units).
+        majority: accuracy that always giving the most frequent answer would have.
+        loss: mean loss of the whole model on D_t per unit of the loss.
+        samples, units: of D_t: samples, and scored units among them.
+        ratios: module -> (p_row, p_col), kept / size; 0 where nothing had to be kept.
+        importance: module -> the scores as measured (before `preserve_flow`).
+        notes: sentences about what was done differently than asked.
+        overlaps: ``svd-snip`` and so on -> module -> share of common top indices (`overlap`), where it was asked for.
+    """
+
+    settings: DerivationSettings
+    mu: float
+    standard_error: float
+    majority: float
+    loss: float
+    samples: int
+    units: int
+    ratios: dict[str, tuple[float, float]]
+    importance: dict[str, Importance]
+    notes: tuple[str, ...] = ()
+    overlaps: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The scores as tensors named ``module/rows`` and ``module/cols``, and everything else as JSON values."""
+        tensors = {
+            f"{name}/{side}": getattr(scores, side).contiguous()
+            for name, scores in self.importance.items()
+            for side in SIDES
+        }
+        keys = ("mu", "standard_error", "majority", "loss", "samples", "units")
+        return tensors, {
+            "settings": asdict(self.settings),
+            **{key: getattr(self, key) for key in keys},
+            "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
+            "notes": list(self.notes),
+            "overlaps": {pair: {n: list(shares) for n, shares in both.items()} for pair, both in self.overlaps.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Derivation:
+        """Read what `to_tensors` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        values = dict(metadata)
+        settings = DerivationSettings(**values.pop("settings"))
+        ratios = {name: (float(row), float(col)) for name, (row, col) in values.pop("ratios").items()}
+        notes = tuple(values.pop("notes"))
+        overlaps = {pair: {n: (r, c) for n, (r, c) in both.items()} for pair, both in values.pop("overlaps").items()}
+        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+        importance = {name: Importance(tensors[f"{name}/rows"], tensors[f"{name}/cols"]) for name in names}
+        return cls(settings=settings, ratios=ratios, importance=importance, notes=notes, overlaps=overlaps, **values)
+
+    def describe(self) -> str:
+        """In a line, for people."""
+        if not self.ratios:
+            return f"importance {self.settings.importance} of {len(self.importance)} modules"
+        kept = [share for pair in self.ratios.values() for share in pair]
+        accuracy = f"accuracy {self.mu:.3f} ± {self.standard_error:.3f} (majority {self.majority:.3f})"
+        return (
+            f"{accuracy} on {self.samples} samples; importance {self.settings.importance}, "
+            f"mean kept share {sum(kept) / len(kept):.3f}"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """All but the scores, as JSON values, for the report."""
+        return {
+            "kind": "partial",
+            "importance": self.settings.importance,
+            "accuracy_floor": self.settings.accuracy_floor,
+            "floor_metric": self.settings.floor_metric,
+            **{key: getattr(self, key) for key in ("mu", "standard_error", "majority", "loss", "samples", "units")},
+            "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
+            "overlap": {pair: {n: list(shares) for n, shares in both.items()} for pair, both in self.overlaps.items()},
+            "notes": list(self.notes),
+        }
+
+
+def derive(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    samples: Sequence[Any],
+    objective: Objective,
+    settings: DerivationSettings,
+    split: Split = ALONE,
+    report: Callable[[int, int], None] | None = None,
+    compare: bool = False,
+) -> Derivation:
+    """Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
+
+    The least important indices are zeroed one after the other until the metric on D_t falls below its floor; what is
+    left at that point is kept. The point is found by `bisect_crossing`, which says what that means where the metric
+    is not monotone. A module in a numbered layer costs only the layers from its own upward (`PrefixCache`); before
+    each layer the outcome is compared with that of the whole model, and where the two differ all passes are whole
+    from there on, with a note. Forward passes over the whole of D_t: two at the start (accuracy and loss), one for
+    each test, one for each layer but the first. Forward passes over one micro-batch: two at the start of the search,
+    one for each layer but the first, and one where `candidates_per_forward` is more than 1.
+
+    Collective: with several ranks the searches of a layer are dealt out, and every rank returns the same.
+
+    Args:
+        model: on its device; its parameters are neither changed nor given gradients. Evaluation mode meanwhile.
+        modules: target name -> the linear layer whose W is meant (the base layer where it is wrapped).
+        samples: D_t; the same on every rank.
+        report: called after each layer with the number of layers done and of all.
+        compare: also measure the other two importances, and how far their top indices agree.
+
+    Raises:
+        UserError: D_t is empty or has nothing to score; or its accuracy cannot be told from that of the majority
+            answer, so that the ratios would be noise (only with ``floor_metric: accuracy``).
+        TrainingError: a score or the loss is not finite.
+    """
+    units = sum(objective.scored(sample) for sample in samples)
+    if units == 0:
+        raise UserError(f"the few-shot subset has {len(samples)} samples and nothing to score; raise method.shots")
+    with evaluating(model), torch.no_grad():
+        batches = _batches(model, samples, objective, settings.micro_batch_size)
+        trial = Trial(model, objective, batches, settings.floor_metric)
+        # One rank's numbers for all: a floor that differs in its last digit could send ranks different ways.
+        own = torch.tensor([trial.total("accuracy"), trial.total("loss")], dtype=torch.float64)
+        correct, loss = split.reduce(own if split.rank == 0 else torch.zeros_like(own)).tolist()
+        mu, majority = correct / units, objective.majority(samples)
+        error = math.sqrt(max(mu * (1 - mu), 0.0) / units)
+        if not math.isfinite(loss):
+            raise TrainingError("the loss of the pretrained model on the few-shot subset is not a finite number")
+        if settings.floor_metric == "accuracy":
+            _check_signal(mu, error, majority, units)
+        importance = _measure(model, modules, batches, objective, settings.importance, split)
+        scores = preserve_flow(importance) if settings.flow_preservation else importance
+        search = LayerSearch(
+            model, modules, scores, trial, _floor(settings, correct, loss), settings.candidates_per_forward, split
+        )
+        ratios = search.run(report)
+        overlaps: dict[str, dict[str, tuple[float, float]]] = {}
+        if compare:
+            every = {
+                name: importance
+                if name == settings.importance
+                else _measure(model, modules, batches, objective, name, split)
+                for name in get_args(MeasureName)
+            }
+            overlaps = {f"{a}-{b}": overlap(every[a], every[b], ratios) for a, b in combinations(every, 2)}
+    mean_loss = loss / sum(objective.units(sample) for sample in samples)
+    return Derivation(
+        settings, mu, error, majority, mean_loss, len(samples), units, ratios, importance, search.notes, overlaps
+    )
+
+
+def measure_only(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    samples: Sequence[Any],
+    objective: Objective,
+    settings: DerivationSettings,
+    split: Split = ALONE,
+) -> Derivation:
+    """Importance without a search for ratios, for masks whose ratios are given: no accuracy is needed or measured.
+
+    Arguments as of `derive`. Raises TrainingError where a score is not finite.
+    """
+    with evaluating(model), torch.no_grad():
+        batches = _batches(model, samples, objective, settings.micro_batch_size)
+        importance = _measure(model, modules, batches, objective, settings.importance, split)
+    units = sum(objective.scored(sample) for sample in samples)
+    return Derivation(settings, 0.0, 0.0, 0.0, 0.0, len(samples), units, {}, importance)
+
+
+def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective, size: int) -> list[Batch]:
+    device = next(model.parameters()).device
+    chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+    return [{key: tensor.to(device) for key, tensor in objective.batch(chunk).items()} for chunk in chunks]
+
+
+def _check_signal(mu: float, error: float, majority: float, units: int) -> None:
+    # A model below the majority share has learned nothing that zeroing could destroy either.
+    if mu <= majority + 2 * error:
+        raise UserError(
+            f"the pretrained model's accuracy on the few-shot subset is {mu:.4f} over n = {units}, not more than two "
+            f"standard errors ({2 * error:.4f}) above the share of the most frequent answer, {majority:.4f}: derived "
+            f"ratios would be noise; raise method.shots, or set method.floor_metric: loss"
+        )
+
+
+def _floor(settings: DerivationSettings, correct: float, loss: float) -> Callable[[float], bool]:
+    """Whether a sum over D_t is still good enough."""
+    if settings.floor_metric == "accuracy":
+        least = settings.accuracy_floor * correct - 1e-6  # counts are whole; 0.7 * 10 is a little more than 7
+        return lambda total: total >= least
+    most = loss / settings.accuracy_floor
+    return lambda total: total <= most
+
+
+def _measure(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    objective: Objective,
+    measure: MeasureName,
+    split: Split,
+) -> dict[str, Importance]:
+    """The scores of all modules, on every rank."""
+    if measure == "svd":
+        own = {}
+        for i, (name, module) in enumerate(modules.items()):
+            mine = i % split.size == split.rank
+            if mine or split.lockstep:
+                with split.gather(module):
+                    if mine:
+                        own[name] = svd_importance(dense_weight(module))
+    else:
+        own = gradient_importance(model, modules, batches, objective, measure, split)
+    parts = []
+    for name, module in modules.items():
+        linear: Any = module
+        nothing = Importance(torch.zeros(linear.out_features), torch.zeros(linear.in_features))
+        scores = own.get(name, nothing)
+        parts += [scores.rows, scores.cols]
+    whole = iter(split.reduce(torch.cat(parts)).split([len(part) for part in parts]))
+    importance = {name: Importance(next(whole).clone(), next(whole).clone()) for name in modules}
+    check_finite(importance)  # after the sum: all ranks stop, and none waits for another
+    return importance

@@ -1,0 +1,123 @@
+"""SNIP and IMP importance of rows and columns, from gradients of weights that have none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparse_llm_ft.scoring.blocks import evaluating, group_by_block
+from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
+from sparse_llm_ft.scoring.importance import Importance, dense_weight
+
+
+class _Call:
+    """One call of a linear layer: its input, and its output before anything changed it."""
+
+    def __init__(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.name, self.x, self.y = name, x, y
+
+
+def gradient_importance(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    objective: Objective,
+    measure: Literal["snip", "imp"],
+    split: Split = ALONE,
+) -> dict[str, Importance]:
+    """``|∂L/∂W|`` (SNIP) or ``|W ⊙ ∂L/∂W|`` (IMP), summed along the rows and along the columns.
+
+    L is the loss summed over all `batches`; gradients are added up over them before the absolute value. With x the
+    input of a layer and δ the gradient of its output, ``∂L/∂W = Σ δᵀ x``, so it makes no difference whether a weight
+    is frozen or 4-bit, and no ``.grad`` is written. One numbered layer is done at a time, which bounds the memory by
+    a float32 copy of its weights: one pass over the batches a layer and rank.
+
+    With N ranks, rank k does layer i * N + k in pass i. In lockstep every rank lets gradients begin at the lowest
+    layer of the pass, so that all go backward through the same layers, and all make equally many passes.
+
+    Args:
+        modules: name -> linear layer.
+        batches: on the model's device.
+
+    Returns:
+        The scores of the modules that fell to this rank; whether they are finite is for the caller to check.
+    """
+    found: dict[str, Importance] = {}
+    with evaluating(model):
+        for shares in _passes(modules, split):
+            own = shares.get(split.rank, [])
+            together = [name for share in shares.values() for name in share]
+            hooked = list(dict.fromkeys([*next(iter(shares.values())), *own])) if split.lockstep else own
+            if not hooked:
+                continue
+            chosen = {name: modules[name] for name in hooked}
+            gradients = _weight_gradients(model, chosen, set(own), batches, objective)
+            for name in together if split.lockstep else own:  # the same gathers in the same order on every rank
+                with split.gather(modules[name]):
+                    if name in gradients:
+                        found[name] = _scores(gradients.pop(name), modules[name], measure)
+    return found
+
+
+def _passes(modules: Mapping[str, nn.Module], split: Split) -> Iterator[dict[int, list[str]]]:
+    """For every pass, rank -> the modules that it does; the first share is that of the lowest layer."""
+    groups, unnumbered = group_by_block(modules)
+    layers = list(groups.values())
+    for start in range(0, len(layers), split.size):
+        yield dict(enumerate(layers[start : start + split.size]))
+    for i, name in enumerate(unnumbered):  # where they stand is not known, so each has a pass of its own
+        yield {i % split.size: [name]}
+
+
+def _weight_gradients(
+    model: nn.Module,
+    hooked: Mapping[str, nn.Module],
+    wanted: set[str],
+    batches: Sequence[Batch],
+    objective: Objective,
+) -> dict[str, torch.Tensor]:
+    """Module -> ∂L/∂W of shape (d_out, d_in), float32, for the modules `wanted`."""
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        with torch.enable_grad(), _observed(hooked) as calls:
+            loss = objective.loss(model, batch)
+            if not calls:
+                continue
+            deltas = torch.autograd.grad(loss, [call.y for call in calls], allow_unused=True)
+        for call, delta in zip(calls, deltas, strict=True):
+            if delta is None or call.name not in wanted:
+                continue
+            term = delta.flatten(0, -2).float().T @ call.x.flatten(0, -2).float()
+            total[call.name] = total[call.name].add_(term) if call.name in total else term
+    for name in wanted - total.keys():  # a layer without influence on the loss
+        linear: Any = hooked[name]
+        total[name] = torch.zeros(linear.out_features, linear.in_features)
+    return total
+
+
+@contextmanager
+def _observed(modules: Mapping[str, nn.Module]) -> Iterator[list[_Call]]:
+    """Every call of the modules; their outputs carry gradients even where nothing below does."""
+    calls: list[_Call] = []
+
+    def observe(name: str, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        y = output if output.requires_grad else output.detach().requires_grad_()
+        calls.append(_Call(name, args[0].detach(), y))
+        return y.clone()  # the model may change it in place, and the gradient of y itself is wanted
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(lambda _, args, output, name=name: observe(name, args, output))
+            stack.callback(handle.remove)
+        yield calls
+
+
+def _scores(gradient: torch.Tensor, module: nn.Module, measure: str) -> Importance:
+    if measure == "imp":
+        gradient = gradient * dense_weight(module).to(gradient.device)
+    size = gradient.abs()
+    return Importance(size.sum(1).cpu(), size.sum(0).cpu())

@@ -1,0 +1,182 @@
+"""The searches of Algorithm 1 over all modules, layer by layer, dealt to ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
+from sparse_llm_ft.scoring.contracts import Split
+from sparse_llm_ft.scoring.importance import Importance, ranking
+from sparse_llm_ft.scoring.search import most_rounds, section_crossing
+from sparse_llm_ft.scoring.trial import Side, Trial, zeroed
+
+SIDES: tuple[Side, Side] = ("rows", "cols")
+
+
+class Job(NamedTuple):
+    """One search: the rows or the columns of one module, `width` cuts in one forward pass."""
+
+    name: str
+    side: Side
+    size: int
+    width: int
+
+    @property
+    def rounds(self) -> int:
+        """The most tests it takes."""
+        return most_rounds(self.size, self.width)
+
+
+class Stage(NamedTuple):
+    """Modules that are searched with the same blocks passed.
+
+    Attributes:
+        below: blocks to pass before, beyond those of the stages before.
+    """
+
+    below: list[str]
+    names: list[str]
+
+
+def deal(jobs: Sequence[Job], loads: list[int]) -> list[list[Job]]:
+    """The jobs of each rank: the longest first, each to the rank with least to do so far.
+
+    Args:
+        loads: tests given to each rank so far; brought up to date.
+    """
+    shares: list[list[Job]] = [[] for _ in loads]
+    for job in sorted(jobs, key=lambda job: -job.rounds):
+        rank = loads.index(min(loads))
+        shares[rank].append(job)
+        loads[rank] += job.rounds
+    return shares
+
+
+class LayerSearch:
+    """Runs the searches. Evaluation mode and `torch.no_grad` are the caller's.
+
+    Args:
+        modules: target name -> linear layer.
+        scores: module -> the order in which its indices are zeroed, least important first.
+        good_enough: whether a sum of the trial's metric over D_t is above the floor.
+        width: `candidates_per_forward`.
+
+    Attributes:
+        notes: what was done differently than asked, one sentence each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        scores: Mapping[str, Importance],
+        trial: Trial,
+        good_enough: Callable[[float], bool],
+        width: int,
+        split: Split,
+    ) -> None:
+        self._model, self._modules, self._scores = model, modules, scores
+        self._trial, self._good_enough, self._split = trial, good_enough, split
+        self._width = width
+        self._loads = [0] * split.size
+        self.notes: tuple[str, ...] = ()
+
+    def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, tuple[float, float]]:
+        """Module -> (p_row, p_col), kept / size; the same on every rank.
+
+        Args:
+            report: called with the number of stages (numbered layers) done and of all.
+        """
+        reference = self._trial.score(0, "loss")
+        batched = self._trial.batched(self._modules) if self._width > 1 else set()
+        stages = self._stages()
+        kept = {name: [0, 0] for name in self._modules}
+        for done, stage in enumerate(stages, start=1):
+            self._pass(stage.below, reference)
+            jobs = [
+                Job(name, side, len(getattr(self._scores[name], side)), self._width if name in batched else 1)
+                for name in stage.names
+                for side in SIDES
+            ]
+            for job, count in self._searched(jobs):
+                kept[job.name][SIDES.index(job.side)] = count
+            if report is not None:
+                report(done, len(stages))
+        counts = self._split.reduce(torch.tensor(list(kept.values()), dtype=torch.float64)).tolist()
+        return {
+            name: (rows / len(self._scores[name].rows), cols / len(self._scores[name].cols))
+            for name, (rows, cols) in zip(kept, counts, strict=True)
+        }
+
+    def _stages(self) -> list[Stage]:
+        """Modules in no numbered layer first, with whole passes; then layer by layer in the order of the calls."""
+        groups, whole = group_by_block(self._modules)
+        blocks = find_blocks(self._model, self._modules)
+        order = self._trial.call_order(blocks)
+        if order is None:
+            self._note("layers are called more than once in a forward pass")
+            return [Stage([], list(self._modules))]
+        self._trial.cache = PrefixCache(blocks, len(self._trial.batches))
+        whole += [name for block, names in groups.items() if block not in order for name in names]
+        stages = [Stage([], whole)] if whole else []
+        below: list[str] = []
+        for block in order:
+            if block in groups:
+                stages.append(Stage(below, groups[block]))
+                below = []
+            below.append(block)
+        return stages
+
+    def _pass(self, below: Sequence[str], reference: torch.Tensor) -> None:
+        """Compute the blocks `below` a last time, and see that the model gives the same without them."""
+        trial = self._trial
+        if not below or self.notes:
+            return
+        held = trial.cache.advance(below, lambda i: trial.score(i, trial.metric))
+        same = held and torch.allclose(trial.score(0, "loss"), reference, rtol=1e-3, atol=1e-4)
+        # If one rank must go back to whole passes, all do: in lockstep they go through the same layers.
+        if float(self._split.reduce(torch.tensor([0.0 if same else 1.0], dtype=torch.float64))) > 0:
+            trial.cache.clear()
+            self._note("a layer's output is used elsewhere than in the next layer")
+
+    def _note(self, reason: str) -> None:
+        self.notes += (f"{reason}: lower layers were computed anew for every test of a higher one",)
+
+    def _searched(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
+        """This rank's jobs with the numbers of indices they keep."""
+        split = self._split
+        loads = [0] * split.size if split.lockstep else self._loads  # in lockstep every layer is waited for
+        shares = deal(jobs, loads)
+        biases = self._biases(jobs)
+        before = self._trial.forwards
+        for job in shares[split.rank]:
+            passes = partial(self._test, job, biases.get(job.name))
+            yield job, job.size - section_crossing(passes, job.size, job.width)
+        if split.lockstep:
+            rounds = (self._trial.forwards - before) // len(self._trial.batches)
+            for _ in range(max(loads) - rounds):
+                self._trial.totals(1)
+
+    def _biases(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
+        """Copies of the modules' biases, whole."""
+        biases = {}
+        for name in dict.fromkeys(job.name for job in jobs):
+            linear: Any = self._modules[name]
+            if linear.bias is not None:
+                with self._split.gather(linear):
+                    biases[name] = linear.bias.detach().clone()
+        return biases
+
+    def _test(self, job: Job, bias: torch.Tensor | None, cuts: Sequence[int]) -> list[bool]:
+        """For each k of `cuts`, whether the model is good enough with the k least important indices zeroed."""
+        order = ranking(getattr(self._scores[job.name], job.side)).flip(0)
+        keep = torch.ones(len(cuts), job.size, dtype=torch.bool)
+        for row, k in zip(keep, cuts, strict=True):
+            row[order[:k]] = False
+        with zeroed(self._modules[job.name], job.side, keep, bias):
+            return [self._good_enough(total) for total in self._trial.totals(len(cuts)).tolist()]

@@ -1,0 +1,138 @@
+"""How large the outputs of adapters are, and which layers to keep by that (LoRA-drop, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.scoring.contracts import alone
+
+
+class OutputScores:
+    """g_i: ‖ΔW_i x_i‖², averaged over the samples that went through the model.
+
+    The paper averages "over the training dataset" and does not say what a sample's norm is over. Here x_i is the
+    sample's whole input to the layer, so the square is summed over its tokens (the Frobenius norm of ΔW_i X_i), and
+    the mean is over samples. A mean over all tokens would divide every g_i by the same number and leave
+    y_i = g_i / Σ g as it is. Padding counts nothing. Nothing of the activations is kept.
+
+    Forward passes should be without gradients: recomputation under gradient checkpointing would count twice.
+
+    Args:
+        names: the modules to observe.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._sums: dict[str, torch.Tensor | None] = dict.fromkeys(names)
+        self._mask: torch.Tensor | None = None
+        self._samples = 0
+
+    def begin_batch(self, mask: torch.Tensor) -> None:
+        """Say which positions of the next forward pass are no padding.
+
+        Args:
+            mask: (batch, length), 1 at a token and 0 at padding; a row of zeros is no sample.
+        """
+        self._mask = mask != 0
+        self._samples += int(self._mask.any(1).sum())
+
+    def observer(self, name: str) -> Callable[[torch.Tensor], None]:
+        """What to call with the adapter's output, scaling included: (batch, length, d_out) or (batch, d_out).
+
+        Raises:
+            KeyError: an unknown module.
+            RuntimeError: `begin_batch` was not called; ValueError: an output that does not fit its mask.
+        """
+        if name not in self._sums:
+            raise KeyError(f"module {name!r} is not observed")
+
+        def observe(output: torch.Tensor) -> None:
+            if self._mask is None:
+                raise RuntimeError("begin_batch has to come before a forward pass")
+            mask = self._mask if output.dim() == 3 else self._mask.any(1)
+            if output.shape[:-1] != mask.shape:
+                raise ValueError(
+                    f"the output of module {name!r} has shape {tuple(output.shape)}; expected one vector for each "
+                    f"position, or sample, of a batch of shape {tuple(self._mask.shape)}"
+                )
+            squares = output.detach().float().square().sum(-1, dtype=torch.float64)
+            added = torch.where(mask.to(output.device), squares, squares.new_zeros(())).sum()
+            before = self._sums[name]
+            self._sums[name] = added if before is None else before + added
+
+        return observe
+
+    def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor] = alone) -> dict[str, float]:
+        """Module -> g_i over all samples of all ranks.
+
+        Args:
+            reduce: sum of a CPU tensor over ranks; a collective.
+
+        Raises:
+            TrainingError: no samples, or a sum that is not finite, naming the module.
+        """
+        sums = [0.0 if value is None else float(value) for value in self._sums.values()]
+        *sums, samples = reduce(torch.tensor([*sums, self._samples], dtype=torch.float64)).tolist()
+        if samples == 0:
+            raise TrainingError("no sample went through the model, so the outputs of the adapters were not seen")
+        g = {name: value / samples for name, value in zip(self._sums, sums, strict=True)}
+        _check(g)
+        return g
+
+
+def importance_by_type(g: Mapping[str, float], kind: Callable[[str], str]) -> dict[str, float]:
+    """y_i = g_i / Σ g within each module type; equal shares where all g of a type are zero.
+
+    Args:
+        g: module -> averaged squared norm, in the model's order.
+        kind: name -> its type, such as ``q_proj``.
+
+    Raises:
+        TrainingError: a g that is not finite, naming the module.
+    """
+    _check(g)
+    types: dict[str, list[str]] = {}
+    for name in g:
+        types.setdefault(kind(name), []).append(name)
+    sums = {key: math.fsum(g[name] for name in names) for key, names in types.items()}
+    return {
+        name: value / sums[kind(name)] if sums[kind(name)] > 0 else 1 / len(types[kind(name)])
+        for name, value in g.items()
+    }
+
+
+def select_layers(y: Mapping[str, float], threshold: float) -> list[str]:
+    """The most important layers of one module type, until their share reaches `threshold`; at least one.
+
+    The test is on what is left out, Σ y of the rest <= 1 - T: near T = 1 the sum of those kept is rounded to 1 long
+    before small shares are in. At T = 1 every layer with a share above zero is kept.
+
+    Args:
+        y: module -> share, all modules of one type, in the model's order; among equals the earlier one comes first.
+        threshold: T, above 0, at most 1.
+
+    Returns:
+        The kept modules in the model's order.
+
+    Raises:
+        TrainingError: a share that is not finite, naming the module.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"the threshold is {threshold!r}; expected more than 0, at most 1")
+    _check(y)
+    ordered = sorted(y, key=lambda name: -y[name])
+    allowed = math.fsum(y.values()) * (1 - threshold) * (1 + 1e-9)  # 1 - 0.9 is a little less than 0.1
+    count = 1
+    while math.fsum(y[name] for name in ordered[count:]) > allowed:
+        count += 1
+    kept = set(ordered[:count])
+    return [name for name in y if name in kept]
+
+
+def _check(values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"the output of the adapter on module {name!r} has the squared norm {value}")

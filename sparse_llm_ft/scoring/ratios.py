@@ -1,0 +1,104 @@
+"""Ratios that are given and not derived: one for all, falling with depth, or a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.scoring.blocks import layer_of
+
+Ratio = tuple[float, float]
+"""(p_row, p_col)"""
+
+SETTING = "method.ratios"
+
+
+def balanced(names: Iterable[str], p: float) -> dict[str, Ratio]:
+    """The same p for rows and columns of every module (Frankle & Carbin; section 5.3)."""
+    return dict.fromkeys(names, (p, p))
+
+
+def pyramidal(names: Iterable[str], p: float) -> dict[str, Ratio]:
+    """p_l = p^l in the l-th layer, counted from 1 (Liu et al.; section 5).
+
+    Depth is the layer's own number in the model plus 1, also where lower layers are no targets; a decoder beside an
+    encoder counts from 1 again. A module in no numbered layer gets p, as in the first.
+    """
+    ratios = {}
+    for name in names:
+        layer = layer_of(name)
+        value = p ** (1 if layer is None else layer.number + 1)
+        ratios[name] = (value, value)
+    return ratios
+
+
+def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]:
+    """A table, YAML or JSON: module, or ending of module names -> p, or [p_row, p_col].
+
+    ``q_proj: 0.5`` means every module whose name ends in ``.q_proj``. The longest ending that fits counts.
+
+    Raises:
+        ConfigError: the file cannot be read; a value is no ratio; an entry fits no module, or no entry a module.
+    """
+    table = {key: _ratio(path, key, value) for key, value in _read(path).items()}
+    used: set[str] = set()
+    ratios = {}
+    for name in names:
+        fitting = [key for key in table if name == key or name.endswith("." + key)]
+        if not fitting:
+            raise ConfigError(SETTING, f"{str(path)!r} has no entry for module {name!r}", "expected one, or an ending")
+        used |= set(fitting)
+        ratios[name] = table[max(fitting, key=len)]
+    unused = [key for key in table if key not in used]
+    if unused:
+        raise ConfigError(
+            SETTING, f"{str(path)!r}: {unused[0]!r} is no target module", "expected module names or endings of them"
+        )
+    return ratios
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    try:
+        table = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # JSON is YAML
+    except OSError as error:
+        raise ConfigError(SETTING, f"{str(path)!r} cannot be read ({error.strerror})", "name a file that can") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({problem:.200})", "correct the file") from None
+    if not isinstance(table, dict) or not table or not all(isinstance(key, str) for key in table):
+        raise ConfigError(SETTING, f"{str(path)!r} is no table", "expected module: p or module: [p_row, p_col]")
+    return table
+
+
+def _ratio(path: str | Path, key: str, value: Any) -> Ratio:
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(_is_share(p) for p in pair):
+        raise ConfigError(SETTING, f"{str(path)!r}: {key} is {value!r:.60}", "expected p or [p_row, p_col] in 0 to 1")
+    return float(pair[0]), float(pair[1])
+
+
+def _is_share(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and 0.0 <= value <= 1.0
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe types; a key that stands twice is an error, where YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As in SafeLoader, after a look at the keys."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of this table; SafeLoader or the check after it says so
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

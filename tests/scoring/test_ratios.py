@@ -1,0 +1,73 @@
+"""Ratios that are given: one for all, falling with depth, a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file
+
+NAMES = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "pooler"]
+
+
+def test_balanced_and_pyramidal() -> None:
+    assert balanced(NAMES, 0.3) == dict.fromkeys(NAMES, (0.3, 0.3))
+    assert pyramidal([*NAMES, "h.11.q_proj"], 0.5) == dict(
+        zip([*NAMES, "h.11.q_proj"], [(p, p) for p in (0.5, 0.5, 0.25, 0.5, 0.5**12)], strict=True)
+    )
+    assert pyramidal(NAMES, 1.0) == balanced(NAMES, 1.0) and pyramidal(NAMES, 0.0) == balanced(NAMES, 0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "q_proj: 0.5\n0.v_proj: [0.25, 1]\nh.1.q_proj: 0\npooler: 1.0\n",
+        '{"q_proj": 0.5, "0.v_proj": [0.25, 1], "h.1.q_proj": 0, "pooler": 1.0}',
+    ],
+)
+def test_a_table_of_names_and_endings(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ratios.yaml"
+    path.write_text(text)
+    found = ratios_from_file(path, NAMES)
+    assert found == {
+        "h.0.q_proj": (0.5, 0.5),
+        "h.0.v_proj": (0.25, 1.0),
+        "h.1.q_proj": (0.0, 0.0),
+        "pooler": (1.0, 1.0),
+    }
+    assert list(found) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("q_proj: 0.5\n", "no entry for module 'h.0.v_proj'"),
+        ("q_proj: 1\nv_proj: 1\npooler: 1\nproj: 1\n", "'proj' is no target module"),
+        ("q_proj: 1.5\n", "q_proj is 1.5"),
+        ("q_proj: [0.1, 0.2, 0.3]\n", "q_proj is [0.1, 0.2, 0.3]"),
+        ("q_proj: .nan\n", "q_proj is nan"),
+        ("q_proj: true\n", "q_proj is True"),
+        ("q_proj: half\n", "q_proj is 'half'"),
+        ("q_proj: 1\nq_proj: 0.5\n", "stands twice"),
+        ("? [1]\n: 1\n", "ratios.yaml"),
+        ("- 1\n", "no table"),
+        ("", "no table"),
+        ("1: 0.5\n", "no table"),
+        ("q_proj: [\n", "not YAML or JSON"),
+        (b"\xff\xfe\x00", "not YAML or JSON"),
+    ],
+)
+def test_errors_name_the_setting_and_the_entry(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = tmp_path / "ratios.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        ratios_from_file(path, NAMES)
+    assert str(error.value).startswith("method.ratios: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ratios_from_file(tmp_path / "none.yaml", NAMES)

@@ -1,0 +1,166 @@
+"""Masking a layer's input or output is zeroing columns or rows of its weight; passed blocks are not computed again."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from scored_models import RowObjective, bart, bert, deberta, linears, llama, rows_for
+from sparse_llm_ft.scoring.blocks import PrefixCache, evaluating, find_blocks, group_by_block, layer_of
+from sparse_llm_ft.scoring.trial import Trial, zeroed
+
+MODELS = {"llama": llama, "bert": bert, "deberta": deberta, "bart": bart}
+
+
+def with_zero_weights(linear: nn.Linear, side: str, keep: torch.Tensor) -> nn.Linear:
+    changed = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    changed.load_state_dict(linear.state_dict())
+    with torch.no_grad():
+        if side == "rows":
+            changed.weight[~keep] = 0
+        else:
+            changed.weight[:, ~keep] = 0
+    return changed
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (4, 1)])
+def test_masking_equals_zeroing_the_weight(side: str, bias: bool, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=bias)
+    size = shape[0] if side == "rows" else shape[1]
+    for x in (torch.randn(3, shape[1]), torch.randn(3, 5, shape[1])):
+        for kept in range(size + 1):
+            keep = torch.randperm(size) < kept
+            with zeroed(linear, side, keep.unsqueeze(0), linear.bias), torch.no_grad():
+                found = linear(x)
+            torch.testing.assert_close(found, with_zero_weights(linear, side, keep)(x).detach())
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))  # and nothing is left behind
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_repetitions_have_masks_of_their_own(side: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5)
+    x = torch.randn(2, 3, 6)
+    keep = torch.rand(4, 5 if side == "rows" else 6) < 0.5
+    with zeroed(linear, side, keep, linear.bias):
+        found = linear(torch.cat([x] * 4)).view(4, 2, 3, 5)
+    for one, mask in zip(found, keep, strict=True):
+        torch.testing.assert_close(one, with_zero_weights(linear, side, mask)(x))
+    with zeroed(linear, side, keep, linear.bias), pytest.raises(ValueError, match="4 repetitions"):
+        linear(x)
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_masking_a_four_bit_layer_equals_zeroing_what_its_codes_stand_for(side: str) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from sparse_llm_ft.scoring.importance import dense_weight
+
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 8, quant_type="nf4", compute_dtype=torch.float32)
+    layer.support_avx512bf16_for_cpu = False
+    layer = layer.to("cpu").requires_grad_(False)
+    dense = nn.Linear(64, 8)
+    dense.load_state_dict({"weight": dense_weight(layer), "bias": layer.bias})
+    keep = torch.rand(8 if side == "rows" else 64) < 0.5
+    x = torch.randn(3, 64)
+    with zeroed(layer, side, keep.unsqueeze(0), layer.bias):
+        found = layer(x)
+    torch.testing.assert_close(found, with_zero_weights(dense, side, keep)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_names_tell_the_layer() -> None:
+    layer = layer_of("model.layers.3.mlp.experts.5.up_proj")
+    assert layer is not None
+    assert layer == ("model.layers", 3, "mlp.experts.5.up_proj") and layer.block == "model.layers.3"
+    assert layer_of("encoder.layer.0.attention.self.query").block == "encoder.layer.0"
+    assert layer_of("2").block == "2" and layer_of("pooler.dense") is None
+    groups, rest = group_by_block(["a.10.x", "a.9.x", "pooler", "a.10.y"])
+    assert groups == {"a.10": ["a.10.x", "a.10.y"], "a.9": ["a.9.x"]} and rest == ["pooler"]
+
+
+def test_blocks_are_found_in_order_and_under_a_wrapper() -> None:
+    model = llama(11)
+    blocks = find_blocks(model, ["model.layers.3.self_attn.q_proj"])
+    assert list(blocks) == [f"model.layers.{i}" for i in range(11)]
+    assert list(blocks.values()) == list(model.model.layers)
+    wrapper = nn.Module()
+    wrapper.base_model = nn.Module()
+    wrapper.base_model.inner = model
+    assert find_blocks(wrapper, ["model.layers.3.self_attn.q_proj"]) == blocks
+    with pytest.raises(KeyError, match=r"'h\.layers'"):
+        find_blocks(model, ["h.layers.0.q"])
+
+
+def make_trial(model: nn.Module) -> Trial:
+    rows = rows_for(model, count=10, wrong=0)
+    objective = RowObjective()
+    return Trial(model, objective, [objective.batch(rows[:7]), objective.batch(rows[7:])], "accuracy")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_passed_blocks_change_nothing_and_are_not_computed(kind: str) -> None:
+    model = MODELS[kind]()
+    trial = make_trial(model)
+    names = linears(model)
+    blocks = find_blocks(model, names)
+    order = trial.call_order(blocks)
+    assert order is not None and set(order) == set(blocks)
+    runs: Counter[str] = Counter()
+    for name, block in blocks.items():  # counted inside: a block that is passed still runs its hooks
+        next(iter(linears(block).values())).register_forward_hook(lambda *_, name=name: runs.update([name]))
+    whole = [trial.score(i, "loss") for i in range(2)]
+    trial.cache = PrefixCache(blocks, 2)
+    for passed, name in enumerate(order, start=1):
+        assert trial.cache.advance([name], lambda i: trial.score(i, "accuracy"))
+        assert trial.cache.passed == passed
+        runs.clear()
+        for i in range(2):
+            assert torch.equal(trial.score(i, "loss"), whole[i])
+            torch.testing.assert_close(trial.score(i, "loss", repeats=3), whole[i].repeat(3), rtol=1e-4, atol=1e-5)
+        assert set(runs) == set(order[passed:])
+        held = trial.cache._outputs
+        assert len(held) == len({layer_of(name).stack for name in order[:passed]})
+    trial.cache.clear()
+    assert all("forward" not in vars(block) for block in blocks.values())
+    assert torch.equal(trial.score(0, "loss"), whole[0])
+
+
+@torch.no_grad()
+def test_several_blocks_are_passed_in_one_go() -> None:
+    model = bart()
+    trial = make_trial(model)
+    blocks = find_blocks(model, linears(model))
+    order = trial.call_order(blocks)
+    whole = trial.score(1, "loss")
+    trial.cache = PrefixCache(blocks, 2)
+    before = trial.forwards
+    assert trial.cache.advance(order[:3], lambda i: trial.score(i, "loss"))  # both encoder layers, one of the decoder
+    assert trial.forwards - before == 2
+    assert torch.equal(trial.score(1, "loss"), whole)
+
+
+@torch.no_grad()
+def test_inputs_without_the_batch_are_told_apart() -> None:
+    model = deberta()
+    trial = make_trial(model)
+    modules = linears(model)
+    shared = {name for name in modules if name.endswith(("pos_key_proj", "pos_query_proj"))}
+    assert shared and trial.batched(modules) == set(modules) - shared
+
+
+def test_evaluating_gives_every_module_its_mode_back() -> None:
+    model = llama().train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == modes
