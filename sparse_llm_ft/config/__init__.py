@@ -9,7 +9,21 @@ from sparse_llm_ft.config.load import (
     parse_config,
     split_arguments,
 )
-from sparse_llm_ft.config.methods import LoraMethod, MethodConfig, WeightLoraMethod, WeightLoraPlusMethod
+from sparse_llm_ft.config.methods import (
+    AdaLoraMethod,
+    DoraMethod,
+    FullMethod,
+    LoraDropMethod,
+    LoraMethod,
+    LoraPlusMethod,
+    MethodConfig,
+    PartialLoraMethod,
+    SparseAdapterMethod,
+    TiedLoraMethod,
+    VeraMethod,
+    WeightLoraMethod,
+    WeightLoraPlusMethod,
+)
 from sparse_llm_ft.config.sections import (
     AdapterConfig,
     DeepSpeedConfig,
@@ -21,15 +35,24 @@ from sparse_llm_ft.config.sections import (
 )
 
 __all__ = [
+    "AdaLoraMethod",
     "AdapterConfig",
     "DeepSpeedConfig",
+    "DoraMethod",
     "EvaluationConfig",
+    "FullMethod",
+    "LoraDropMethod",
     "LoraMethod",
+    "LoraPlusMethod",
     "MethodConfig",
     "ModelConfig",
+    "PartialLoraMethod",
     "RunConfig",
+    "SparseAdapterMethod",
     "TaskConfig",
+    "TiedLoraMethod",
     "TrainingConfig",
+    "VeraMethod",
     "WeightLoraMethod",
     "WeightLoraPlusMethod",
     "check_steps",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from sparse_llm_ft.config.methods import MethodConfig
+from sparse_llm_ft.config.compose import check_chain, check_method
+from sparse_llm_ft.config.methods import method_class, method_names
 from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, RunConfig
 from sparse_llm_ft.errors import ConfigError, UserError
 
@@ -122,38 +123,46 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
     problems = error.errors(include_url=False)
     # A misspelt key also leaves a required one missing: the misspelling is what the user can see.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    method_names = {get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(MethodConfig)}
-    where = [str(part) for part in problem["loc"]]
-    if where[:1] == ["method"] and len(where) > 1 and where[1] in method_names:
-        del where[1]  # pydantic inserts the tag of the union
+    where, item = [str(part) for part in problem["loc"]], 0
+    if where[:1] == ["method"]:
+        if len(where) > 1 and where[1].isdigit():
+            item = int(where.pop(1))
+        if len(where) > 1 and where[1] in method_names():
+            del where[1]  # pydantic inserts the tag of the union
+    method = _method_item(tree, item)
     setting = ".".join(where[:2])  # deeper parts tell which kind of a union or which item of a list
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1], tree)
+        known = _known_keys(where[:-1], method)
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return ConfigError(setting, "unknown key", hint)
     if problem["type"] == "missing":
         return ConfigError(setting, "not given", "it has no default")
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = tree["method"].get("name") if isinstance(tree.get("method"), Mapping) else None
-        near = difflib.get_close_matches(str(given), sorted(method_names), n=1)
+        given = method.get("name")
+        near = difflib.get_close_matches(str(given), method_names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return ConfigError("method.name", f"{given!r} is unknown", f"{hint}known: {', '.join(sorted(method_names))}")
+        return ConfigError("method.name", f"{given!r} is unknown", f"{hint}known: {', '.join(method_names())}")
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if "dictionary" in message:
         message = "a mapping of settings"
     return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
 
 
-def _known_keys(section: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+def _method_item(tree: Mapping[str, Any], item: int) -> Mapping[str, Any]:
+    """The method section that an error is about: the only one, or one of a list."""
+    method = tree.get("method")
+    if isinstance(method, list | tuple):
+        method = method[item] if item < len(method) else None
+    if isinstance(method, str):
+        return {"name": method}
+    return method if isinstance(method, Mapping) else {}
+
+
+def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
     kind: Any = RunConfig
     for part in section:
-        if part == "method":
-            name = tree["method"].get("name")
-            options: Iterable[type[BaseModel]] = get_args(MethodConfig)
-            kind = next(k for k in options if name in get_args(k.model_fields["name"].annotation))
-        else:
-            kind = kind.model_fields[part].annotation
+        kind = method_class(method.get("name")) if part == "method" else kind.model_fields[part].annotation
     return list(kind.model_fields)
 
 
@@ -166,7 +175,9 @@ def _check_together(config: RunConfig) -> None:
             f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size}",
             "choose sizes that divide",
         )
+    check_chain(config.method)
     check_steps(config, training.max_steps)
+    check_method(config)
     _check_deepspeed(config.deepspeed)
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
@@ -204,7 +215,8 @@ def check_steps(config: RunConfig, total_steps: int | None) -> None:
             f"{warmup_steps} is more than the run's {total_steps} steps",
             f"expected at most {total_steps}",
         )
-    config.method.check(total_steps)
+    for method in config.method:
+        method.check(total_steps)
 
 
 def check_world(config: RunConfig, world_size: int, resumes: bool = False) -> None:

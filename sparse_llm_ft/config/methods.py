@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from sparse_llm_ft.config.numbers import Float
 from sparse_llm_ft.errors import ConfigError
@@ -22,9 +23,221 @@ class _Method(BaseModel):
 
 
 class LoraMethod(_Method):
-    """LoRA on every target module for the whole run."""
+    """LoRA on every target module for the whole run, by PEFT."""
 
     name: Literal["lora"]
+
+
+class LoraPlusMethod(_Method):
+    """LoRA+ (Hayou et al., 2024): LoRA with a larger learning rate for B.
+
+    Attributes:
+        lr_ratio: learning rate of B over that of A.
+    """
+
+    name: Literal["lora_plus"]
+    lr_ratio: Float = Field(16.0, gt=0)
+
+
+class DoraMethod(_Method):
+    """DoRA (Liu et al., 2024), by PEFT."""
+
+    name: Literal["dora"]
+
+
+class VeraMethod(_Method):
+    """VeRA (Kopiczko et al., 2024), by PEFT: frozen random projections, trained scaling vectors.
+
+    Attributes:
+        r: rank of the projections; far larger than LoRA's, since only r + d_out values a module are trained.
+    """
+
+    name: Literal["vera"]
+    r: StrictInt = Field(256, ge=1)
+
+
+class AdaLoraSettings(_Method):
+    """AdaLoRA's (Zhang et al., 2023) schedule: it starts at `adapter.r` and prunes singular values.
+
+    Attributes:
+        target_r: mean rank that is left; less than `adapter.r`.
+        tinit, tfinal: optimizer steps before pruning begins and after it has ended; None: a tenth and three tenths
+            of the run.
+        delta_t: steps between two prunings.
+        orth_reg_weight: coefficient of the orthogonality penalty.
+    """
+
+    target_r: StrictInt = Field(4, ge=1)
+    tinit: StrictInt | None = Field(None, ge=0)
+    tfinal: StrictInt | None = Field(None, ge=0)
+    delta_t: StrictInt = Field(1, ge=1)
+    orth_reg_weight: Float = Field(0.5, ge=0)
+
+    def schedule(self, total_steps: int) -> tuple[int, int]:
+        """(tinit, tfinal) of a run of `total_steps`."""
+        tinit = total_steps // 10 if self.tinit is None else self.tinit
+        tfinal = 3 * total_steps // 10 if self.tfinal is None else self.tfinal
+        return tinit, tfinal
+
+    def check(self, total_steps: int | None) -> None:
+        """Between tinit and tfinal must lie a step to prune in."""
+        if total_steps is not None and sum(self.schedule(total_steps)) >= total_steps:
+            raise ConfigError(
+                "method.tinit",
+                f"tinit and tfinal take all {total_steps} steps of the run",
+                "expected tinit + tfinal < steps",
+            )
+
+
+class AdaLoraMethod(AdaLoraSettings):
+    """AdaLoRA on every target module, by PEFT."""
+
+    name: Literal["adalora"]
+
+
+class FullMethod(_Method):
+    """Full fine-tuning of every parameter; no adapters."""
+
+    name: Literal["full"]
+
+
+class TiedLoraMethod(_Method):
+    """Tied-LoRA (Renduchintala et al., 2023) as LoRA-drop's paper compares it: all layers share one pair per module
+    type and shape.
+    """
+
+    name: Literal["tied_lora"]
+
+
+Share = Annotated[Float, Field(gt=0, le=1)]
+Unit = Annotated[Float, Field(ge=0, le=1)]
+
+
+class LoraDropMethod(_Method):
+    """LoRA-drop (Zhou et al., 2024): a pilot scores every layer's LoRA output; unimportant layers share one LoRA.
+
+    Attributes:
+        sample_fraction: alpha, stratified share of the training set that the pilot trains and is scored on.
+        pilot_epochs: n, passes of the pilot over the sample.
+        threshold: T; of each module type the most important layers are kept until their shares sum to T.
+        share: whether the others share one LoRA per type and shape; false removes them.
+        choose: which layers keep their own: by ``importance``; ``inverted`` the least important, as many;
+            ``random`` as many; ``top`` as many of the highest layers.
+    """
+
+    name: Literal["lora_drop"]
+    sample_fraction: Share = 0.1
+    pilot_epochs: Float = Field(3.0, gt=0)
+    threshold: Share = 0.9
+    share: StrictBool = True
+    choose: Literal["importance", "inverted", "random", "top"] = "importance"
+
+
+class PartialLoraMethod(_Method):
+    """Partial-LoRA (Damirchi et al., 2024): random row and column masks, with ratios derived from the base.
+
+    Attributes:
+        shots: samples per class in D_t, the few-shot set that ratios are derived from.
+        sample_fraction: a share of the training set instead, stratified.
+        importance: what ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
+        accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
+        floor_metric: ``loss`` stops where the mean loss exceeds the base's / accuracy_floor instead; for bases that
+            cannot do the task yet.
+        head_epochs, head_learning_rate: passes over D_t that a fresh classification head is fitted for, alone, before
+            the derivation, and their learning rate.
+        selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
+            ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
+        ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, ratio to the power of the
+            layer's depth; or a JSON or YAML file with a ratio per module.
+        ratio: kept share of rows and of columns under ``balanced`` and ``pyramidal``.
+        flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
+        compare_importance: also measure the two other importances, for the report's picture of their overlap.
+        base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA); `adalora` are its settings.
+        masking: where masks live; ``compact`` makes A and B physically smaller.
+        cache_dir: where derivations are kept, by content; null: the user's cache folder.
+    """
+
+    name: Literal["partial_lora"]
+    shots: StrictInt | None = Field(None, ge=1)
+    sample_fraction: Share | None = None
+    importance: Literal["svd", "snip", "imp"] = "svd"
+    accuracy_floor: Share = 0.9
+    floor_metric: Literal["accuracy", "loss"] = "accuracy"
+    head_epochs: Float = Field(20.0, gt=0)
+    head_learning_rate: Float = Field(0.01, gt=0)
+    selection: Literal["random", "targeted", "inverted", "stochastic"] = "random"
+    temperature: Float = Field(1.0, gt=0)
+    ratios: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))] = "derived"
+    ratio: Unit | None = None
+    flow_preservation: StrictBool = False
+    compare_importance: StrictBool = False
+    base: Literal["lora", "adalora"] = "lora"
+    adalora: AdaLoraSettings = AdaLoraSettings()
+    masking: Literal["compact"] = "compact"
+    micro_batch_size: StrictInt = Field(32, ge=1)
+    cache_dir: str | None = None
+
+    DEFAULT_SHOTS: ClassVar[int] = 16
+
+    @property
+    def derives(self) -> bool:
+        """Whether ratios come from Algorithm 1."""
+        return self.ratios == "derived"
+
+    @property
+    def ranks(self) -> bool:
+        """Whether importance is needed at all."""
+        return self.derives or self.selection != "random"
+
+    def check(self, total_steps: int | None) -> None:
+        """Settings that exclude or need each other."""
+        if self.shots is not None and self.sample_fraction is not None:
+            raise ConfigError("method.shots", "given beside method.sample_fraction", "expected one of them")
+        needs = self.ratios in ("balanced", "pyramidal")
+        if needs and self.ratio is None:
+            raise ConfigError("method.ratio", f"not given, and ratios is {self.ratios}", "expected 0 to 1")
+        if not needs and self.ratio is not None:
+            raise ConfigError(
+                "method.ratio", f"has no effect under ratios {self.ratios!r}", "expected ratios: balanced"
+            )
+        if not needs and not self.derives and not Path(self.ratios).is_file():
+            raise ConfigError(
+                "method.ratios",
+                f"{self.ratios!r} is no file",
+                "expected derived, balanced, pyramidal, or a JSON or YAML file",
+            )
+        if self.adalora != AdaLoraSettings() and self.base != "adalora":
+            raise ConfigError("method.adalora", "has no effect under base lora", "expected base: adalora")
+        if self.base == "adalora":
+            self.adalora.check(total_steps)
+
+
+class SparseAdapterMethod(_Method):
+    """Sparse Adapter as LoRA-drop's paper compares it: a targeted SNIP mask on LoRA at a fixed sparsity.
+
+    Attributes:
+        sparsity: share of rows, and of columns, that is masked.
+        shots: samples per class that the gradients are taken from.
+    """
+
+    name: Literal["sparse_adapter"]
+    sparsity: Annotated[Float, Field(ge=0, lt=1)] = 0.5
+    shots: StrictInt = Field(16, ge=1)
+    head_epochs: Float = Field(20.0, gt=0)
+    head_learning_rate: Float = Field(0.01, gt=0)
+
+    def as_partial(self) -> PartialLoraMethod:
+        """The Partial-LoRA that it is."""
+        return PartialLoraMethod(
+            name="partial_lora",
+            shots=self.shots,
+            importance="snip",
+            selection="targeted",
+            ratios="balanced",
+            ratio=1 - self.sparsity,
+            head_epochs=self.head_epochs,
+            head_learning_rate=self.head_learning_rate,
+        )
 
 
 class WeightLoraMethod(_Method):
@@ -87,4 +300,42 @@ class WeightLoraPlusMethod(WeightLoraMethod):
     expansion: Literal["qr", "gaussian"] = "qr"
 
 
-MethodConfig = LoraMethod | WeightLoraMethod | WeightLoraPlusMethod
+MethodConfig = (
+    LoraMethod
+    | LoraPlusMethod
+    | DoraMethod
+    | VeraMethod
+    | AdaLoraMethod
+    | FullMethod
+    | TiedLoraMethod
+    | SparseAdapterMethod
+    | PartialLoraMethod
+    | LoraDropMethod
+    | WeightLoraMethod
+    | WeightLoraPlusMethod
+)
+
+
+def _as_list(value: Any) -> Any:
+    """One method, or a list of methods or of their names."""
+    if isinstance(value, list | tuple):
+        return [{"name": item} if isinstance(item, str) else item for item in value]
+    return [{"name": value} if isinstance(value, str) else value]
+
+
+Methods = Annotated[
+    tuple[Annotated[MethodConfig, Field(discriminator="name")], ...], BeforeValidator(_as_list), Field(min_length=1)
+]
+"""The method, or several that are applied one after the other."""
+
+
+def method_class(name: object) -> type[_Method] | None:
+    """The settings class of the method of that name."""
+    kinds: tuple[type[_Method], ...] = get_args(MethodConfig)
+    return next((kind for kind in kinds if name in get_args(kind.model_fields["name"].annotation)), None)
+
+
+def method_names() -> list[str]:
+    """All names that `method.name` may have."""
+    kinds: tuple[type[_Method], ...] = get_args(MethodConfig)
+    return sorted(get_args(kind.model_fields["name"].annotation)[0] for kind in kinds)

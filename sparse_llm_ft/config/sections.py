@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_serializer
 
-from sparse_llm_ft.config.methods import MethodConfig
+from sparse_llm_ft.config.methods import Methods
 from sparse_llm_ft.config.numbers import Float, Int
 
 
@@ -55,8 +55,12 @@ class TaskConfig(Section):
         path: local folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``; without it the task's data
             set is loaded from the hub.
         max_length: most tokens of prompt and completion together; a longer prompt loses its middle, the
-            completion nothing.
+            completion nothing. What an encoder sees loses its end.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
+        labels: makes the task a classification: the label words in the order of the integer labels.
+        texts: columns an encoder sees, one or a pair; None takes the task's own, or those of its prompt.
+        label_column: holds the integer label or the label word; None takes the task's own.
+        metric: what a classification is judged by; accuracy is measured in any case.
     """
 
     name: str
@@ -64,6 +68,10 @@ class TaskConfig(Section):
     max_length: Int = Field(512, ge=8)
     prompt: str | None = None
     completion: str | None = None
+    labels: tuple[str, ...] | None = Field(None, min_length=2)
+    texts: tuple[str, ...] | None = Field(None, min_length=1, max_length=2)
+    label_column: str | None = None
+    metric: Literal["accuracy", "matthews"] | None = None
 
 
 class AdapterConfig(Section):
@@ -197,7 +205,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     task: TaskConfig
-    method: Annotated[MethodConfig, Field(discriminator="name")]
+    method: Methods
     output_dir: FilePath = Field(min_length=1)
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
@@ -205,3 +213,14 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     seed: Int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "never"] = "auto"
+
+    @field_serializer("method")
+    def _as_written(self, methods: Methods) -> Any:
+        """A single method is a mapping again, not a list of one."""
+        dumped = [method.model_dump(mode="json") for method in methods]
+        return dumped[0] if len(dumped) == 1 else dumped
+
+    @property
+    def method_name(self) -> str:
+        """For people: ``lora_drop + partial_lora``."""
+        return " + ".join(method.name for method in self.method)

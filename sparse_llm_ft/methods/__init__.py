@@ -3,20 +3,36 @@
 from collections.abc import Callable
 
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.methods.lora import Lora
-from sparse_llm_ft.methods.phase import Method, Phase
+from sparse_llm_ft.methods.baselines import Full, PeftBaseline, TiedLora
+from sparse_llm_ft.methods.chain import Chain
+from sparse_llm_ft.methods.lora_drop import LoraDrop
+from sparse_llm_ft.methods.partial_lora import PartialLora
+from sparse_llm_ft.methods.phase import Measurement, Method, Phase, Scores, Subset
 from sparse_llm_ft.methods.weight_lora import WeightLora
 
-METHODS: dict[str, Callable[[RunConfig], Method]] = {
-    "lora": Lora,
+METHODS: dict[str, Callable[[RunConfig, int, int], Method]] = {
+    "lora": PeftBaseline,
+    "lora_plus": PeftBaseline,
+    "dora": PeftBaseline,
+    "vera": PeftBaseline,
+    "adalora": PeftBaseline,
+    "full": Full,
+    "tied_lora": TiedLora,
+    "sparse_adapter": PartialLora,
+    "partial_lora": PartialLora,
+    "lora_drop": LoraDrop,
     "weight_lora": WeightLora,
     "weight_lora_plus": WeightLora,
 }
 
 
-def make_method(config: RunConfig) -> Method:
-    """The rule that `method.name` names."""
-    return METHODS[config.method.name](config)
+def make_methods(config: RunConfig, total_steps: int) -> Chain:
+    """The rules that `method` names, in order.
+
+    Args:
+        total_steps: optimizer steps of the run at its initial global batch.
+    """
+    return Chain([METHODS[method.name](config, i, total_steps) for i, method in enumerate(config.method)])
 
 
-__all__ = ["METHODS", "Method", "Phase", "make_method"]
+__all__ = ["METHODS", "Chain", "Measurement", "Method", "Phase", "Scores", "Subset", "make_methods"]

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from sparse_llm_ft.optim import CutRule
 from sparse_llm_ft.plan import AdapterPlan, Shape
+from sparse_llm_ft.scoring import Derivation
 from sparse_llm_ft.state import TrainState
 
 BatchGrowth = Literal["none", "keep_global", "grow_global"]
 LrScaling = Literal["none", "sqrt", "linear"]
+OutputScores: TypeAlias = dict[str, float]
+"""Module -> g, the mean squared norm of its adapter's output (LoRA-drop)."""
+
+Scores: TypeAlias = OutputScores | Derivation | None
+"""What was measured at a phase's end, if anything."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class."""
+
+    fraction: float | None
+    shots: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured at a phase's end, on its subset.
+
+    Attributes:
+        kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
+        importance, accuracy_floor, floor_metric, flow_preservation, micro_batch_size: of a derivation.
+        compare: also measure the other importances, to see how far they agree.
+        search: whether ratios are searched for (Algorithm 1), or only importance is measured.
+        cache_dir: where derivations are kept; None: the user's cache folder.
+    """
+
+    kind: Literal["lora_output", "derivation"]
+    importance: Literal["svd", "snip", "imp"] = "svd"
+    accuracy_floor: float = 0.9
+    floor_metric: Literal["accuracy", "loss"] = "accuracy"
+    flow_preservation: bool = False
+    search: bool = True
+    compare: bool = False
+    micro_batch_size: int = 32
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True)
@@ -19,11 +57,19 @@ class Phase:
     """One phase, as plain values: a checkpoint holds it, so that a resumed run need not derive it again.
 
     Attributes:
-        name: for people; nothing decides by it but the method itself.
+        name: for people, and for the method to know its own phases by.
         plan: what is trained.
-        steps: optimizer steps of the phase; None: to the end of the run.
+        steps: optimizer steps of the phase; None: `epochs` decides, or it goes to the end of the run.
+        epochs: passes over `subset`.
+        method: which of the run's methods the phase belongs to, from 0.
+        subset: what part of the training set is used; None: all of it.
+        prelude: whether the phase precedes the counted part of the run: it has a schedule of its own, and neither
+            its steps nor its samples count towards the run's length.
+        measure: what is measured at its end.
+        learning_rate: of a prelude; None: the run's.
         cut: how omega is cut after each step, if it is.
         omega_lr, omega_algorithm: step rule of trained omegas, constant over the phase.
+        lora_b_lr_factor: learning rate of B over that of A (LoRA+).
         batch_growth: what the memory freed since the phase before is used for.
         lr_scaling: how the learning rate follows a grown global batch.
         micro_batch_size, global_batch_size: filled in when the phase begins.
@@ -33,14 +79,26 @@ class Phase:
     name: str
     plan: AdapterPlan
     steps: int | None = None
+    epochs: float | None = None
+    method: int = 0
+    subset: Subset | None = None
+    prelude: bool = False
+    measure: Measurement | None = None
+    learning_rate: float | None = None
     cut: CutRule | None = None
     omega_lr: float = 0.0
     omega_algorithm: Literal["adamw", "sgd"] = "sgd"
+    lora_b_lr_factor: float = 1.0
     batch_growth: BatchGrowth = "none"
     lr_scaling: LrScaling = "none"
     micro_batch_size: int = 0
     global_batch_size: int = 0
     lr_factor: float = 1.0
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether it goes to the end of the run: where the next method of a chain takes over."""
+        return self.steps is None and self.epochs is None
 
     def with_batch(self, micro_batch_size: int, global_batch_size: int, lr_factor: float = 1.0) -> Phase:
         """The phase with its batch sizes settled."""
@@ -50,23 +108,31 @@ class Phase:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same phase back."""
-        data = {name: value for name, value in vars(self).items() if name not in ("plan", "cut")}
-        return data | {"plan": self.plan.to_dict(), "cut": asdict(self.cut) if self.cut else None}
+        parts = {name: asdict(part) if (part := getattr(self, name)) else None for name in _PARTS}
+        return vars(self) | parts | {"plan": self.plan.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Phase:
         """Read what `to_dict` wrote."""
-        cut = CutRule(**data["cut"]) if data["cut"] else None
-        return cls(**{**data, "plan": AdapterPlan.from_dict(data["plan"]), "cut": cut})
+        parts = {name: kind(**data[name]) if data[name] else None for name, kind in _PARTS.items()}
+        return cls(**{**data, **parts, "plan": AdapterPlan.from_dict(data["plan"])})
+
+
+_PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "measure": Measurement}
 
 
 class Method(Protocol):
-    """A rule that turns what one phase measured into the next phase's plan. It knows no engine and no loop."""
+    """A rule that turns what one phase measured into the next phase's plan. It knows no engine and no loop.
 
-    def first(self, targets: Mapping[str, Shape]) -> Phase:
-        """The phase a run begins with.
+    A method refines a phase that would train a plan to the end of the run: the uniform plan, or what another method
+    has come to.
+    """
+
+    def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
+        """What to do in place of `phase`, which would begin in `state` and go to the end of the run.
 
         Args:
+            state: without tensors where nothing has been trained.
             targets: every target module, in the model's order: name -> (out_features, in_features).
 
         Raises:
@@ -74,10 +140,12 @@ class Method(Protocol):
         """
         ...
 
-    def next(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState] | None:
-        """What follows `phase`, which ended in `state`: the next phase and the state it starts from.
+    def next(
+        self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
+    ) -> tuple[Phase, TrainState] | None:
+        """What follows `phase`, which ended in `state` and measured `scores`.
 
-        The new state's tensors and moments are exactly those of the new plan; a moment that is missing starts at
-        zero. None: the run is over when `phase` is.
+        The new state's tensors and moments are of the new plan; a moment that is missing starts at zero, and a value
+        that is missing as it would in a new run. None: the run is over when `phase` is.
         """
         ...

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sparse_llm_ft.adapters import is_omega
 from sparse_llm_ft.config import RunConfig, WeightLoraMethod, WeightLoraPlusMethod
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods.phase import Phase
+from sparse_llm_ft.methods.phase import Phase, Scores
 from sparse_llm_ft.methods.rank_growth import (
     expand_gaussian,
     expand_qr,
@@ -20,68 +21,85 @@ from sparse_llm_ft.methods.rank_growth import (
     pad_moments,
 )
 from sparse_llm_ft.optim import CutRule
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, with_omega
 from sparse_llm_ft.state import TrainState
 
 
 class WeightLora:
     """Both variants: what the method's settings class has decides."""
 
-    def __init__(self, config: RunConfig) -> None:
-        assert isinstance(config.method, WeightLoraMethod)
-        self.method, self.adapter, self.seed = config.method, config.adapter, config.seed
+    def __init__(self, config: RunConfig, index: int, total_steps: int) -> None:
+        method = config.method[index]
+        assert isinstance(method, WeightLoraMethod)
+        self.method, self.seed = method, config.seed
 
-    def first(self, targets: Mapping[str, Shape]) -> Phase:
+    def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
         """All n adapters, each with a trained omega that starts at 1."""
-        method, adapter = self.method, self.adapter
-        if method.keep > len(targets):
+        method, n = self.method, len(phase.plan.active)
+        if method.keep > n:
             raise ConfigError(
                 "method.keep",
-                f"{method.keep} is more than the {len(targets)} adapters that adapter.target_modules gives",
-                f"expected 1 to {len(targets)}",
+                f"{method.keep} is more than the {n} adapters that adapter.target_modules gives",
+                f"expected 1 to {n}",
             )
-        plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, adapter.lora_dropout, train_omega=True)
         cut = CutRule(method.keep, method.steps, method.cut_every, method.cut_after, method.choose, self.seed)
-        return Phase(
-            "select",
-            plan,
+        select = replace(
+            phase,
+            name="select",
+            plan=with_omega(phase.plan),
             steps=method.steps,
             cut=cut,
             omega_lr=method.omega_lr,
             omega_algorithm=method.omega_optimizer,
         )
+        return select, state
 
-    def next(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState] | None:
+    def next(
+        self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
+    ) -> tuple[Phase, TrainState] | None:
         """Fix omega, disconnect what has omega <= 0, and for WeightLoRA+ grow the survivors' ranks."""
         if phase.cut is None:
             return None
         plan = _disconnect(phase.plan, state)
         state = _only(plan, state)
         if isinstance(self.method, WeightLoraPlusMethod):
-            budget = sum(a.r * sum(targets[name]) for name, a in phase.plan.active.items())
+            budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
             plan, state = self._grow(plan, state, targets, budget, self.method.expansion)
-        after = Phase("train", plan, batch_growth=self.method.batch_growth, lr_scaling=self.method.lr_scaling)
+        after = replace(
+            phase,
+            name="train",
+            plan=plan,
+            steps=None,
+            cut=None,
+            omega_lr=0.0,
+            batch_growth=self.method.batch_growth,
+            lr_scaling=self.method.lr_scaling,
+        )
         return after, state
 
     def _grow(
         self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int, expansion: str
     ) -> tuple[AdapterPlan, TrainState]:
-        ranks = grow_ranks({name: a.r for name, a in plan.active.items()}, targets, budget)
+        shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
+        ranks = grow_ranks({name: a.r for name, a in plan.active.items()}, shapes, budget)
         expand = expand_qr if expansion == "qr" else expand_gaussian
         modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
-        tensors, moments = dict(state.tensors), {}
+        tensors = dict(state.tensors)
+        moments = {name: entry for name, entry in state.moments.items() if not _is_matrix(name)}
         for name, adapter in plan.active.items():
-            rank = ranks[name]
+            rank, keys = ranks[name], (f"{name}.lora_A", f"{name}.lora_B")
+            pair = (tensors[keys[0]], tensors[keys[1]])
+            if adapter.r <= min(shapes[name]):  # else a mask left fewer rows or columns than the rank: it stays
+                pair = expand(*pair, rank, module_generator(self.seed, name))
             # The scaling lora_alpha / r stays: growing r alone would shrink what the adapter computes.
             modules[name] = replace(adapter, r=rank, lora_alpha=adapter.scaling * rank)
-            pair = expand(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], rank, module_generator(self.seed, name))
-            for key, tensor in zip((f"{name}.lora_A", f"{name}.lora_B"), pair, strict=True):
+            for key, tensor in zip(keys, pair, strict=True):
                 tensors[key] = tensor
                 if expansion == "gaussian":  # qr turns the coordinates: old moments would belong to other entries
                     moments[key] = pad_moments(state.moments[key], tensor.shape)
-        steps = state.optimizer_steps if expansion == "gaussian" else {}
+        steps = {g: n for g, n in state.optimizer_steps.items() if expansion == "gaussian" or g != "adapter"}
         return (
-            AdapterPlan(modules, plan.lora_dropout),
+            replace(plan, modules=modules),
             replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
         )
 
@@ -97,12 +115,12 @@ def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
             "every omega is 0 or negative after method.steps: no adapter is left to train; "
             "lower method.omega_lr or raise method.cut_after"
         )
-    return AdapterPlan(modules, plan.lora_dropout)
+    return replace(plan, modules=modules)
 
 
 def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
-    """The part of the state that belongs to the plan's A and B."""
-    names = [f"{name}.{part}" for name in plan.active for part in ("lora_A", "lora_B")]
+    """The part of the state that lives on: the survivors' A and B, and modules trained whole; no omega."""
+    names = [n for n in state.tensors if (not _is_matrix(n) or n.rpartition(".")[0] in plan.active) and not is_omega(n)]
     steps = {group: count for group, count in state.optimizer_steps.items() if group != "omega"}
     return replace(
         state,
@@ -111,3 +129,7 @@ def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
         optimizer_steps=steps,
         rule=None,
     )
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))

@@ -83,7 +83,7 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"seed": 2**63}, "seed: 9223372036854775808 is not allowed"),
         ({"task": 3}, "task: 3 is not allowed"),
         ({"method": None}, "method: not given; it has no default"),
-        ({"method": "lora"}, "method: 'lora' is not allowed; expected a mapping of settings"),
+        ({"method": 7}, "method: 7 is not allowed; expected a mapping of settings"),
         ({"method": WEIGHT | {"lr_scaling": "sqrt"}}, "method.lr_scaling: 'sqrt' has no effect"),
         ({"model": {"gradient_checkpointing": 1}}, "model.gradient_checkpointing: 1 is not allowed"),
         ({"output_dir": ""}, "output_dir: '' is not allowed"),

@@ -7,7 +7,8 @@ import torch
 
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.methods import Chain, Phase, make_methods
+from sparse_llm_ft.plan import uniform_plan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.state import TrainState
 
@@ -24,6 +25,14 @@ def config(name: str = "weight_lora", **method: object):
             "method": {"name": name, "keep": 2, "steps": 5} | method,
         }
     )
+
+
+def rules(settings) -> Chain:
+    return make_methods(settings, total_steps=20)
+
+
+def first_phase(chain: Chain, targets: dict = TARGETS) -> Phase:
+    return chain.first(uniform_plan(targets, 2, 6.0), targets)
 
 
 def state(phase: Phase, omegas: list[float]) -> TrainState:
@@ -52,7 +61,7 @@ def delta(phase: Phase, tensors: dict[str, torch.Tensor], name: str) -> torch.Te
 
 
 def test_the_first_phase_trains_all_adapters_with_omega_one() -> None:
-    phase = make_method(config()).first(TARGETS)
+    phase = first_phase(rules(config()), TARGETS)
     assert list(phase.plan.active) == list(TARGETS) and phase.steps == 5
     assert all(a.train_omega and a.omega == 1.0 for a in phase.plan.active.values())
 
@@ -66,10 +75,10 @@ def test_the_first_phase_trains_all_adapters_with_omega_one() -> None:
     ],
 )
 def test_disconnecting_leaves_the_survivors_delta_unchanged(name: str, method: dict) -> None:
-    rule = make_method(config(name, **method))
-    first = rule.first(TARGETS)
+    rule = rules(config(name, **method))
+    first = first_phase(rule)
     before = state(first, [0.9, 0.0, 1.2, -0.1])
-    result = rule.next(first, before, TARGETS)
+    result = rule.next(first, before, None, TARGETS)
     assert result is not None
     phase, after = result
     survivors = ["layers.0.q", "layers.1.q"]
@@ -79,14 +88,14 @@ def test_disconnecting_leaves_the_survivors_delta_unchanged(name: str, method: d
     for survivor in survivors:
         old, new = delta(first, before.tensors, survivor), delta(phase, after.tensors, survivor)
         assert (new - old).norm() / old.norm() < 1e-6
-    assert rule.next(phase, after, TARGETS) is None
+    assert rule.next(phase, after, None, TARGETS) is None
 
 
 def test_without_growth_parameters_moments_and_step_count_of_survivors_are_bit_equal() -> None:
-    rule = make_method(config())
-    first = rule.first(TARGETS)
+    rule = rules(config())
+    first = first_phase(rule)
     before = state(first, [0.0, 0.7, 1.2, 0.0])
-    phase, after = rule.next(first, before, TARGETS)
+    phase, after = rule.next(first, before, None, TARGETS)
     for name, tensor in after.tensors.items():
         assert torch.equal(tensor, before.tensors[name])
         for key in ("exp_avg", "exp_avg_sq"):
@@ -97,9 +106,9 @@ def test_without_growth_parameters_moments_and_step_count_of_survivors_are_bit_e
 
 
 def test_growth_uses_the_warm_up_budget_and_keeps_the_scaling() -> None:
-    rule = make_method(config("weight_lora_plus"))
-    first = rule.first(TARGETS)
-    phase, after = rule.next(first, state(first, [1.0, 0.0, 1.0, 0.0]), TARGETS)
+    rule = rules(config("weight_lora_plus"))
+    first = first_phase(rule)
+    phase, after = rule.next(first, state(first, [1.0, 0.0, 1.0, 0.0]), None, TARGETS)
     budget = sum(2 * sum(shape) for shape in TARGETS.values())
     used = sum(a.r * sum(TARGETS[name]) for name, a in phase.plan.active.items())
     assert budget - min(map(sum, TARGETS.values())) < used <= budget
@@ -110,10 +119,10 @@ def test_growth_uses_the_warm_up_budget_and_keeps_the_scaling() -> None:
 
 
 def test_gaussian_growth_keeps_old_moments_in_their_block() -> None:
-    rule = make_method(config("weight_lora_plus", expansion="gaussian"))
-    first = rule.first(TARGETS)
+    rule = rules(config("weight_lora_plus", expansion="gaussian"))
+    first = first_phase(rule)
     before = state(first, [1.0, 0.0, 1.0, 0.0])
-    _, after = rule.next(first, before, TARGETS)
+    _, after = rule.next(first, before, None, TARGETS)
     for name, moments in after.moments.items():
         old = before.moments[name]["exp_avg"]
         rows, columns = old.shape
@@ -124,32 +133,32 @@ def test_gaussian_growth_keeps_old_moments_in_their_block() -> None:
 
 
 def test_keeping_all_is_plain_lora_after_t() -> None:
-    rule = make_method(config("weight_lora_plus", keep=4))
-    first = rule.first(TARGETS)
-    phase, _ = rule.next(first, state(first, [1.0, 1.0, 1.0, 1.0]), TARGETS)
+    rule = rules(config("weight_lora_plus", keep=4))
+    first = first_phase(rule)
+    phase, _ = rule.next(first, state(first, [1.0, 1.0, 1.0, 1.0]), None, TARGETS)
     assert {name: a.r for name, a in phase.plan.active.items()} == dict.fromkeys(TARGETS, 2)
 
 
 def test_more_to_keep_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"method.keep: 5 is more than the 4 adapters .* expected 1 to 4"):
-        make_method(config(keep=5)).first(TARGETS)
+        first_phase(rules(config(keep=5)), TARGETS)
 
 
 def test_no_positive_omega_is_said_plainly() -> None:
-    rule = make_method(config())
-    first = rule.first(TARGETS)
+    rule = rules(config())
+    first = first_phase(rule)
     with pytest.raises(TrainingError, match="every omega is 0 or negative"):
-        rule.next(first, state(first, [0.0, -1.0, 0.0, -0.5]), TARGETS)
+        rule.next(first, state(first, [0.0, -1.0, 0.0, -0.5]), None, TARGETS)
 
 
 def test_a_phase_survives_json() -> None:
     import json
 
-    phase = make_method(config("weight_lora_plus")).first(TARGETS).with_batch(2, 16, 0.5)
+    phase = first_phase(rules(config("weight_lora_plus")), TARGETS).with_batch(2, 16, 0.5)
     assert Phase.from_dict(json.loads(json.dumps(phase.to_dict()))) == phase
 
 
 def test_rank_and_alpha_of_a_small_matrix() -> None:
     """A target smaller than r gets the rank that fits, with the scaling of the others."""
-    phase = make_method(config("weight_lora", keep=1)).first(TARGETS | {"tiny": (1, 8)})
+    phase = first_phase(rules(config("weight_lora", keep=1)), TARGETS | {"tiny": (1, 8)})
     assert phase.plan.active["tiny"].r == 1 and phase.plan.active["tiny"].scaling == 3.0

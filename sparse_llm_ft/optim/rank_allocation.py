@@ -1,0 +1,100 @@
+"""AdaLoRA's rank allocation (Zhang et al., 2023), step by step, by PEFT's own `RankAllocator`.
+
+The allocator reads ``parameter`` and ``parameter.grad``. Under ZeRO neither is whole on any rank, so it is given copies
+of the unsharded values and gradients, and what it sets to zero is returned to be written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.adalora.config import AdaLoraConfig
+from peft.tuners.adalora.layer import RankAllocator
+
+Tensors = Mapping[str, torch.Tensor]
+_SENSITIVITY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_ADAPTER = "default"
+
+
+def is_singular_value(name: str) -> bool:
+    """Whether a short parameter name is that of an AdaLoRA adapter's singular values."""
+    return name.endswith(".lora_E")
+
+
+class _Copies:
+    """What the allocator takes for a model: named parameters with gradients."""
+
+    def __init__(self, values: Tensors, gradients: Tensors) -> None:
+        self.parameters = {}
+        for name, value in values.items():
+            self.parameters[f"{name}.{_ADAPTER}"] = parameter = torch.nn.Parameter(value.clone())
+            parameter.grad = gradients.get(name)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As of a module."""
+        yield from self.parameters.items()
+
+
+@dataclass
+class RankAllocation:
+    """Prunes singular values on AdaLoRA's budget schedule.
+
+    Args:
+        config: PEFT's configuration, with ``init_r``, ``target_r``, ``tinit``, ``tfinal``, ``deltaT``, ``total_step``.
+        values: the adapters' values now (only their shapes matter).
+    """
+
+    config: AdaLoraConfig
+    values: Tensors
+    rank_pattern: dict[str, Any] | None = None
+    allocator: RankAllocator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.allocator = RankAllocator(_Copies(self.values, {}), self.config, _ADAPTER)
+        self.values = {}
+
+    def after_step(self, step: int, values: Tensors, gradients: Tensors) -> dict[str, torch.Tensor]:
+        """As `AdaLoraModel.update_and_allocate` after optimizer step `step` (from 1).
+
+        Args:
+            values: short name -> float32 value after the step, of every ``lora_A``, ``lora_B`` and ``lora_E``.
+            gradients: their gradients in that step.
+
+        Returns:
+            The singular values to overwrite.
+        """
+        copies: Any = _Copies(values, gradients)
+        last = self.config.total_step - self.config.tfinal
+        if step < last and self.allocator.budget_schedule(step)[0] >= self.allocator.init_bgt:
+            self.allocator.update_ipt(copies)  # nothing to prune yet, which PEFT's threshold cannot express
+        elif step < last:
+            _, pattern = self.allocator.update_and_allocate(copies, step)
+            self.rank_pattern = pattern or self.rank_pattern
+        elif step == last:
+            _, self.rank_pattern = self.allocator.update_and_allocate(copies, step, force_mask=True)
+            self.allocator.reset_ipt()
+        elif self.rank_pattern is not None:
+            self.allocator.mask_using_rank_pattern(copies, self.rank_pattern)
+        return {
+            name: copies.parameters[f"{name}.{_ADAPTER}"].detach()
+            for name, value in values.items()
+            if is_singular_value(name) and not torch.equal(copies.parameters[f"{name}.{_ADAPTER}"], value)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the tensors."""
+        return {"rank_pattern": self.rank_pattern}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The smoothed sensitivities, ``<kind>/<parameter>``: what the next choice rests on."""
+        return {f"{kind}/{name}": t for kind in _SENSITIVITY for name, t in getattr(self.allocator, kind).items()}
+
+    def restore(self, data: Mapping[str, Any] | None, tensors: Tensors) -> None:
+        """Continue from `to_dict` and `tensors`."""
+        self.rank_pattern = data["rank_pattern"] if data else None
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            getattr(self.allocator, kind)[name] = tensor

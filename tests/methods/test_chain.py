@@ -1,0 +1,100 @@
+"""Methods one after the other, what refuses to be composed, and the baselines' plans."""
+
+from __future__ import annotations
+
+import pytest
+
+from rules import TARGETS, config, derivation, start, state
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.plan import EVERYTHING
+
+WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 5}
+PLUS = WEIGHT | {"name": "weight_lora_plus"}
+BALANCED = {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "tuner"),
+    [("lora", "lora"), ("lora_plus", "lora"), ("dora", "dora"), ("vera", "vera"), ("adalora", "adalora")],
+)
+def test_peft_baselines_are_one_phase_of_pefts_tuner(name: str, tuner: str) -> None:
+    method = {"name": name, "target_r": 1} if name == "adalora" else {"name": name}
+    chain, phase = start(method)
+    assert phase.plan.tuner == tuner and list(phase.plan.active) == list(TARGETS) and phase.open_ended
+    assert phase.lora_b_lr_factor == (16 if name == "lora_plus" else 1)
+    assert chain.next(phase, state(phase), None, TARGETS) is None
+    if name == "adalora":
+        assert phase.plan.options["total_step"] == 20 and phase.plan.options["tinit"] == 2
+
+
+def test_tied_lora_shares_per_type_and_shape_and_full_trains_everything() -> None:
+    _, tied = start("tied_lora")
+    assert {group: len(names) for group, names in tied.plan.groups.items()} == {
+        "attn-q-8x8": 4,
+        "attn-k-4x8": 4,
+        "mlp-up-12x8": 4,
+    }
+    _, full = start("full")
+    assert not full.plan.active and full.plan.trained == (EVERYTHING,)
+
+
+def test_masks_then_weights() -> None:
+    """Masked adapters are weighed; for WeightLoRA+ the masked budget is what ranks grow into."""
+    chain, select = start([BALANCED, PLUS])
+    assert select.name == "select" and select.method == 1
+    assert all(a.train_omega for a in select.plan.active.values())
+    assert all(a.matrices(TARGETS[n]) < 2 * sum(TARGETS[n]) for n, a in select.plan.active.items())
+    before = state(select)
+    for i, name in enumerate(TARGETS):
+        before.tensors[f"{name}.lora_omega"].fill_(float(i < 2))
+    train, after = chain.next(select, before, None, TARGETS)
+    budget = sum(a.matrices(TARGETS[name]) for name, a in select.plan.active.items())
+    used = sum(a.matrices(TARGETS[name]) for name, a in train.plan.active.items())
+    assert len(train.plan.active) == 2 and used <= budget
+    for name, adapter in train.plan.active.items():
+        old = select.plan.active[name]
+        delta = after.tensors[f"{name}.lora_B"] @ after.tensors[f"{name}.lora_A"] * adapter.scaling
+        expected = before.tensors[f"{name}.lora_B"] @ before.tensors[f"{name}.lora_A"] * old.scaling
+        assert adapter.rows == old.rows and (delta - expected).norm() <= 1e-5 * expected.norm()
+    assert chain.next(train, after, None, TARGETS) is None
+
+
+def test_sharing_then_masks() -> None:
+    chain, pilot = start([{"name": "lora_drop", "threshold": 0.5}, {"name": "partial_lora"}])
+    scores = {name: float(i + 1) for i, name in enumerate(TARGETS)}
+    derive, fresh = chain.next(pilot, state(pilot), scores, TARGETS)
+    assert derive.name == "derive" and derive.method == 1 and derive.plan.groups and fresh.tensors == {}
+    train, _ = chain.next(derive, state(derive), derivation(), TARGETS)
+    assert train.plan.groups == derive.plan.groups
+    assert train.plan.parameters(TARGETS) < derive.plan.parameters(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("methods", "reason"),
+    [
+        (["lora", BALANCED], "lora trains PEFT's LoRA as it is"),
+        ([BALANCED, "full"], "full has no adapters"),
+        ([WEIGHT, PLUS], "of weight_lora and weight_lora_plus only one"),
+        ([BALANCED, "sparse_adapter"], "of partial_lora and sparse_adapter only one"),
+        (["lora_drop", "tied_lora"], "of lora_drop and tied_lora only one"),
+        (["lora_drop", WEIGHT], "an omega weighs one adapter"),
+        ([BALANCED, "lora_drop"], "must come first"),
+        ([WEIGHT, {"name": "partial_lora", "base": "adalora", "adalora": {"target_r": 1}}], "base: adalora"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_with_the_reason(methods: list, reason: str) -> None:
+    with pytest.raises(ConfigError, match=r"method: .* cannot be composed") as error:
+        config(methods)
+    assert reason in str(error.value)
+
+
+def test_a_list_of_one_and_a_bare_name_are_the_method() -> None:
+    assert config("tied_lora") == config([{"name": "tied_lora"}]) == config({"name": "tied_lora"})
+    assert config(["tied_lora", BALANCED]).method_name == "tied_lora + partial_lora"
+
+
+def test_adalora_and_full_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed\.zero_stage: 3, but adalora"):
+        config({"name": "adalora", "target_r": 1}, deepspeed={"zero_stage": 3})
+    with pytest.raises(ConfigError, match="full cannot train a base in nf4"):
+        config("full", model={"name": "org/base", "quantization": "nf4"})

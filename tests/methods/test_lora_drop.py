@@ -1,0 +1,83 @@
+"""LoRA-drop's rule: who keeps an adapter, who shares, and that all begins anew."""
+
+from __future__ import annotations
+
+import pytest
+
+from rules import TARGETS, start, state
+from sparse_llm_ft.methods import Subset
+
+# Shares of q: .1 .2 .3 .4; of k: all equal; of up: all in layer 2.
+SCORES = {
+    f"layers.{layer}.{kind}": value
+    for layer in range(4)
+    for kind, value in (("attn.q", float(layer + 1)), ("attn.k", 5.0), ("mlp.up", 7.0 * (layer == 2)))
+}
+
+
+def own(method: dict) -> tuple[set[str], dict[str, list[str]], object]:
+    chain, pilot = start({"name": "lora_drop"} | method)
+    phase, after = chain.next(pilot, state(pilot), SCORES, TARGETS)
+    return {n for n, a in phase.plan.active.items() if a.group is None}, phase.plan.groups, (phase, after)
+
+
+def test_the_pilot_trains_all_adapters_on_a_sample_and_does_not_count() -> None:
+    _, pilot = start({"name": "lora_drop", "sample_fraction": 0.2, "pilot_epochs": 2})
+    assert list(pilot.plan.active) == list(TARGETS) and pilot.prelude
+    assert pilot.epochs == 2 and pilot.subset == Subset(0.2, None, 0) and pilot.measure.kind == "lora_output"
+
+
+def test_per_type_the_most_important_layers_keep_their_own_until_their_shares_sum_to_t() -> None:
+    """T = 0.7: of q the shares .4 + .3; of k, all equal, three of four; of up the one layer that has any."""
+    kept, groups, _ = own({"threshold": 0.7})
+    assert kept == {
+        "layers.3.attn.q",
+        "layers.2.attn.q",
+        "layers.0.attn.k",
+        "layers.1.attn.k",
+        "layers.2.attn.k",
+        "layers.2.mlp.up",
+    }
+    assert groups == {
+        "attn-q-8x8": ["layers.0.attn.q", "layers.1.attn.q"],
+        "attn-k-4x8": ["layers.3.attn.k"],
+        "mlp-up-12x8": ["layers.0.mlp.up", "layers.1.mlp.up", "layers.3.mlp.up"],
+    }
+
+
+def test_all_begins_anew() -> None:
+    _, _, (phase, after) = own({})
+    assert after.tensors == {} and after.moments == {} and after.optimizer_steps == {}
+    assert phase.open_ended and phase.subset is None and not phase.prelude and phase.measure is None
+
+
+def test_without_sharing_the_others_are_removed() -> None:
+    kept, groups, (phase, _) = own({"threshold": 0.7, "share": False})
+    assert groups == {} and set(phase.plan.active) == kept and len(kept) == 6
+
+
+@pytest.mark.parametrize(
+    ("choose", "expected_q"),
+    [("inverted", {"layers.0.attn.q", "layers.1.attn.q"}), ("top", {"layers.2.attn.q", "layers.3.attn.q"})],
+)
+def test_other_choices_keep_as_many(choose: str, expected_q: set[str]) -> None:
+    kept, _, _ = own({"threshold": 0.7, "choose": choose})
+    assert {name for name in kept if name.endswith("attn.q")} == expected_q
+    assert len(kept) == 6
+
+
+def test_a_random_choice_is_as_large_and_reproducible() -> None:
+    first, second = (own({"threshold": 0.7, "choose": "random"})[0] for _ in range(2))
+    assert first == second and len(first) == 6
+
+
+def test_a_threshold_of_one_keeps_every_layer_with_a_share() -> None:
+    kept, groups, _ = own({"threshold": 1.0})
+    assert len([n for n in kept if "attn" in n]) == 8 and "layers.2.mlp.up" in kept and len(kept) == 9
+    assert list(groups) == ["mlp-up-12x8"]
+
+
+def test_all_outputs_zero_keeps_by_equal_shares() -> None:
+    chain, pilot = start({"name": "lora_drop", "threshold": 0.5})
+    phase, _ = chain.next(pilot, state(pilot), dict.fromkeys(TARGETS, 0.0), TARGETS)
+    assert sum(a.group is None for a in phase.plan.active.values()) == 6  # two of four layers of each type

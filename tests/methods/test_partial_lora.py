@@ -1,0 +1,153 @@
+"""Partial-LoRA's rule: what is measured, which masks follow, and what becomes of trained values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rules import TARGETS, derivation, start, state
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.methods import Phase, Subset
+
+
+def masked(method: dict, ratio: tuple[float, float] = (0.5, 0.25)) -> Phase:
+    chain, phase = start({"name": "partial_lora"} | method)
+    return chain.next(phase, state(phase), derivation(ratio), TARGETS)[0]
+
+
+def test_a_causal_model_is_measured_before_any_step() -> None:
+    _, phase = start({"name": "partial_lora", "importance": "snip", "accuracy_floor": 0.8})
+    assert phase.name == "derive" and phase.steps == 0 and not phase.prelude
+    assert phase.subset == Subset(None, 16, 0)
+    measure = phase.measure
+    assert (measure.kind, measure.importance, measure.accuracy_floor, measure.search) == (
+        "derivation",
+        "snip",
+        0.8,
+        True,
+    )
+
+
+def test_a_fresh_head_is_fitted_alone_first_and_begins_anew_after() -> None:
+    chain, phase = start({"name": "partial_lora", "sample_fraction": 0.05, "head_epochs": 7}, ("classifier",))
+    assert phase.name == "head" and not phase.plan.active and phase.plan.trained == ("classifier",)
+    assert phase.prelude and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0)
+    after, begins = chain.next(phase, state(phase, head=True), derivation(), TARGETS)
+    assert list(after.plan.active) == list(TARGETS) and after.plan.trained == ("classifier",)
+    assert begins.tensors == {} and after.open_ended and not after.prelude
+
+
+@pytest.mark.parametrize("selection", ["random", "targeted", "inverted", "stochastic"])
+def test_masks_have_the_ratios_and_are_reproducible(selection: str) -> None:
+    first, second = (masked({"selection": selection}) for _ in range(2))
+    assert first.plan == second.plan
+    for name, adapter in first.plan.active.items():
+        rows, columns = adapter.shape(TARGETS[name])
+        assert rows >= 1 and columns >= 1
+        if selection != "random":
+            assert (rows, columns) == (TARGETS[name][0] // 2, 2 if selection != "inverted" else 6)
+    if selection == "targeted":  # in the derivation later indices matter more
+        adapter = first.plan.active["layers.0.attn.q"]
+        assert adapter.rows.indices == (4, 5, 6, 7) and adapter.cols.indices == (6, 7)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_ratio_zero_keeps_one_and_ratio_one_is_plain_lora(ratio: float) -> None:
+    phase = masked({}, (ratio, ratio))
+    for name, adapter in phase.plan.active.items():
+        assert adapter.shape(TARGETS[name]) == ((1, 1) if ratio == 0 else TARGETS[name])
+    if ratio == 1:
+        assert all(a.rows is None and a.cols is None for a in phase.plan.active.values())
+
+
+def test_given_ratios_need_no_measurement(tmp_path) -> None:
+    _, balanced = start({"name": "partial_lora", "ratios": "balanced", "ratio": 0.5})
+    assert balanced.measure is None and balanced.open_ended and balanced.plan.active["layers.0.attn.q"].rows
+    table = tmp_path / "ratios.json"
+    table.write_text(json.dumps({"attn.q": [0.0, 1.0], "attn.k": 1.0, "mlp.up": 0.0}))
+    _, listed = start({"name": "partial_lora", "ratios": str(table)})
+    shapes = {name: adapter.shape(TARGETS[name]) for name, adapter in listed.plan.active.items()}
+    assert shapes["layers.2.attn.q"] == (1, 8) and shapes["layers.2.attn.k"] == (4, 8)
+    assert shapes["layers.2.mlp.up"] == (1, 1)
+
+
+def test_targeted_masks_of_given_ratios_measure_importance_only() -> None:
+    _, phase = start({"name": "partial_lora", "ratios": "balanced", "ratio": 0.5, "selection": "targeted"})
+    assert phase.measure is not None and not phase.measure.search
+
+
+def test_sparse_adapter_is_targeted_snip_at_its_sparsity() -> None:
+    chain, phase = start({"name": "sparse_adapter", "sparsity": 0.75})
+    assert (phase.measure.importance, phase.measure.search) == ("snip", False)
+    after, _ = chain.next(phase, state(phase), derivation((1.0, 1.0)), TARGETS)
+    assert after.plan.active["layers.0.attn.q"].cols.indices == (6, 7)
+    assert after.plan.active["layers.0.attn.k"].rows.indices == (3,)
+
+
+def test_what_was_trained_is_cut_to_the_mask() -> None:
+    """After WeightLoRA the survivors' values and moments go on, at the kept indices."""
+    method = [{"name": "weight_lora", "keep": 3, "steps": 5}, {"name": "partial_lora", "selection": "targeted"}]
+    chain, select = start(method, ("classifier",))
+    assert select.name == "select"
+    before = state(select, head=True)
+    for i, name in enumerate(TARGETS):
+        before.tensors[f"{name}.lora_omega"].fill_(float(i < 3))
+    derive, survivors = chain.next(select, before, None, TARGETS)
+    assert derive.name == "derive" and derive.method == 1 and derive.steps == 0 and len(derive.plan.active) == 3
+    train, after = chain.next(derive, survivors, derivation(), TARGETS)
+    assert train.open_ended and train.plan.trained == ("classifier",)
+    for name, adapter in train.plan.active.items():
+        rows, columns = list(adapter.rows.indices), list(adapter.cols.indices)
+        assert torch.equal(after.tensors[f"{name}.lora_A"], before.tensors[f"{name}.lora_A"][:, columns])
+        assert torch.equal(after.tensors[f"{name}.lora_B"], before.tensors[f"{name}.lora_B"][rows])
+        moments = after.moments[f"{name}.lora_B"]["exp_avg"]
+        assert torch.equal(moments, before.moments[f"{name}.lora_B"]["exp_avg"][rows])
+    assert torch.equal(after.tensors["classifier.weight"], before.tensors["classifier.weight"])
+
+
+def test_a_shared_pair_has_one_mask() -> None:
+    chain, phase = start(["tied_lora", {"name": "partial_lora", "selection": "targeted"}])
+    assert phase.name == "derive" and len(phase.plan.groups) == 3
+    after, _ = chain.next(phase, state(phase), derivation(), TARGETS)
+    for members in after.plan.groups.values():
+        assert len({(after.plan.active[n].rows, after.plan.active[n].cols) for n in members}) == 1
+    assert after.plan.parameters(TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2)
+
+
+def test_partial_adalora_masks_adalora() -> None:
+    method = {"name": "partial_lora", "base": "adalora", "adalora": {"target_r": 1, "tinit": 2}}
+    chain, phase = start(method)
+    assert phase.plan.tuner == "sparse_lora"  # measured on the base; AdaLoRA begins after
+    after, begins = chain.next(phase, state(phase), derivation(), TARGETS)
+    assert after.plan.tuner == "adalora" and begins.tensors == {}
+    assert after.plan.options["tinit"] == 2 and after.plan.options["total_step"] == 20
+    assert after.plan.active["layers.0.attn.q"].rows is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"shots": 4, "sample_fraction": 0.1}, "method.shots: given beside method.sample_fraction"),
+        ({"ratios": "balanced"}, "method.ratio: not given, and ratios is balanced"),
+        ({"ratio": 0.5}, "method.ratio: has no effect under ratios 'derived'"),
+        ({"ratios": "nowhere.json"}, "method.ratios: 'nowhere.json' is no file"),
+        ({"adalora": {"target_r": 1}}, "method.adalora: has no effect under base lora"),
+        ({"base": "adalora", "adalora": {"target_r": 2}}, "method.target_r: 2 leaves nothing to prune"),
+        ({"accuracy_floor": 0.0}, "method.accuracy_floor: 0.0 is not allowed"),
+        ({"ratios": "balanced", "ratio": 1.5}, "method.ratio: 1.5 is not allowed"),
+        ({"selection": "best"}, "method.selection: 'best' is not allowed"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(method: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        start({"name": "partial_lora"} | method)
+    assert str(error.value).startswith(message)
+
+
+def test_a_phase_with_a_measurement_survives_json() -> None:
+    _, phase = start({"name": "partial_lora"}, ("classifier",))
+    phase = replace(phase, steps=3).with_batch(2, 16, 0.5)
+    assert Phase.from_dict(json.loads(json.dumps(phase.to_dict()))) == phase
