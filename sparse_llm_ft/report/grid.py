@@ -1,0 +1,77 @@
+"""Where a module stands in the model: its layer and its type, read from its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModuleGrid:
+    """Modules as a table: layers in the model's order × types in order of first appearance.
+
+    Attributes:
+        layers: what to call each layer: its number; with the stack's name where there are several stacks (encoder and
+            decoder); ``#position`` where the name has no number.
+        kinds: module types, for instance ``q_proj``.
+        places: module -> (layer index, type index).
+    """
+
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    places: Mapping[str, tuple[int, int]]
+
+    def of_kind(self, kind: int) -> list[str]:
+        """The modules of one type, by layer."""
+        return sorted(
+            (name for name, place in self.places.items() if place[1] == kind), key=lambda n: self.places[n][0]
+        )
+
+
+def module_grid(names: Iterable[str]) -> ModuleGrid:
+    """Place every module of `names`, in the model's order.
+
+    ``model.layers.3.self_attn.q_proj`` is layer 3, type ``q_proj``. A type is as many trailing parts of the name as
+    tell it from the other types (``attention.output.dense`` from ``output.dense``). Modules under no number share a
+    layer where they share a parent.
+    """
+    split = {name: _split(name) for name in names}
+    kinds = _short_kinds(dict.fromkeys(tail for _, _, tail in split.values()))
+    layers = list(dict.fromkeys((stack, number) for stack, number, _ in split.values()))
+    stacks = dict.fromkeys(stack for stack, number in layers if number is not None)
+    labels = []
+    for position, (stack, number) in enumerate(layers):
+        prefix = f"{_short_stack(stack, list(stacks))} " if len(stacks) > 1 else ""
+        labels.append(f"#{position}" if number is None else f"{prefix}{number}")
+    row = {layer: i for i, layer in enumerate(layers)}
+    column = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
+    places = {name: (row[stack, number], column[kinds[tail]]) for name, (stack, number, tail) in split.items()}
+    return ModuleGrid(tuple(labels), tuple(column), places)
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """(what is before the first number, the number, what is after it); without number (parent, None, last part)."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return ".".join(parts[:-1]), None, parts[-1]
+
+
+def _short_kinds(tails: Iterable[str]) -> dict[str, str]:
+    """Tail -> its shortest ending, in whole parts, that no other tail has."""
+    endings = {tail: [tail.split(".", i)[-1] for i in range(tail.count("."), -1, -1)] for tail in tails}
+    counts: dict[str, int] = {}
+    for of_one in endings.values():
+        for ending in of_one:
+            counts[ending] = counts.get(ending, 0) + 1
+    return {tail: next((e for e in of_one if counts[e] == 1), tail) for tail, of_one in endings.items()}
+
+
+def _short_stack(stack: str, stacks: list[str]) -> str:
+    """The first part of a stack's name that the others do not share."""
+    parts = stack.split(".")
+    for part in parts:
+        if all(part not in other.split(".") for other in stacks if other != stack):
+            return part
+    return stack
