@@ -1,61 +1,130 @@
-"""The pretrained base: tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
+"""The pretrained base: its kind, tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Kind = Literal["causal_lm", "classifier"]
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
+_ARCHITECTURES: dict[Kind, tuple[Any, str]] = {
+    "causal_lm": (AutoModelForCausalLM, "as a causal language model"),
+    "classifier": (AutoModelForSequenceClassification, "for sequence classification"),
+}
+
+_HEADS = ("score", "pre_classifier", "classifier", "classification_head")
+"""What transformers calls the heads of its classification models. They are trained even where a checkpoint has one."""
+
+
+def model_kind(config: ModelConfig, labels: int | None) -> Kind:
+    """How a task is learned on a model: an encoder gets a classification head, a causal language model writes.
+
+    Args:
+        labels: how many the task has; None where it is no classification.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no end-of-sequence token.
+        ConfigError: no such model, or an encoder for a task without labels.
+    """
+    return _kind(_settings(config), config, labels)
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether the model, bare or under PEFT, has a classification head."""
+    return type(base_of(model)).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model itself, without PEFT around it."""
+    bare: Any = model
+    return bare.get_base_model() if hasattr(bare, "get_base_model") else model
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules of a classifier that are trained whole, in the model's order; none in a causal language
+    model.
+
+    They are the classification head and whatever else the checkpoint lacks, a pooler for instance: what `empty_model`
+    and `load_model` found missing.
+    """
+    base = base_of(model)
+    if not classifies(base):
+        return ()
+    wanted = {*_HEADS, *getattr(base, _FRESH, ())}
+    return tuple(name for name, _ in base.named_modules() if name in wanted)
+
+
+def load_tokenizer(config: ModelConfig, labels: int | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
+
+    Args:
+        labels: as in `model_kind`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has no end-of-sequence token for a model that writes, or none to pad with.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and model_kind(config, labels) == "causal_lm":
         raise ConfigError(
             "model.name",
             f"{config.name!r} has a tokenizer without end-of-sequence token",
             "expected a model for text generation",
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "model.name", f"{config.name!r} has a tokenizer without padding token", "expected one that has it"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+def empty_model(
+    config: ModelConfig, attn_implementation: str | None = None, labels: int | None = None
+) -> PreTrainedModel:
     """The architecture on the meta device: names and shapes, no weights, in about a second.
+
+    Of an encoder's checkpoint the names are read, to know what it lacks (`head_modules`).
 
     Args:
         attn_implementation: where the model has the choice; None takes the model's default.
+        labels: as in `model_kind`.
 
     Raises:
-        ConfigError: no such model, or one that is not a causal language model.
+        ConfigError: no such model, or one that cannot learn such a task.
     """
-    settings = _from_pretrained(AutoConfig, config)
+    settings = _settings(config)
+    kind = _kind(settings, config, labels)
+    architecture, use = _ARCHITECTURES[kind]
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, **options)
+            model: PreTrainedModel = architecture.from_config(settings, **options)
     except (ValueError, ImportError) as error:
         if attn_implementation is not None:
             reason = " ".join(str(error).split())[:300]
@@ -67,15 +136,9 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None) -> 
         raise ConfigError(
             "model.name",
             f"{config.name!r} is a {settings.model_type} model",
-            "expected one that transformers can load as a causal language model",
+            f"expected one that transformers can load {use}",
         ) from None
-    if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not model.config.is_decoder:
-        raise ConfigError(
-            "model.name",
-            f"{config.name!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
-            "expected a causal language model",
-        )
-    return model
+    return model if kind == "causal_lm" else _load_classifier(config, labels, device_map={"": "meta"}, **options)
 
 
 def check_weights(config: ModelConfig) -> None:
@@ -89,26 +152,39 @@ def check_weights(config: ModelConfig) -> None:
         raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, labels: int | None = None, seed: int = 0) -> PreTrainedModel:
     """The frozen base with its weights, on this process's device.
+
+    Args:
+        labels: as in `model_kind`.
+        seed: of a fresh classification head, which is the same on every rank. Sets torch's generators.
 
     Raises:
         ConfigError: weights that cannot be loaded.
     """
+    kind = model_kind(config, labels)
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
+        # What is trained whole stays as it is; None: only the output embeddings do, which transformers knows.
+        whole = list(head_modules(empty_model(config, labels=labels))) if kind == "classifier" else None
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[config.dtype],
             bnb_4bit_quant_storage=DTYPES[config.dtype],
+            llm_int8_skip_modules=whole,
         )
     if config.quantization != "none" or torch.cuda.is_available():
         options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, **options)
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    if kind == "classifier":
+        model = _load_classifier(config, labels, **options)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, config, **options)
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
     if config.gradient_checkpointing:
@@ -132,6 +208,84 @@ def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+_FRESH = "_sparse_llm_ft_fresh"
+"""Attribute of a classifier: names of the modules that its checkpoint lacks. Only loading shows them."""
+
+
+def _load_classifier(config: ModelConfig, labels: int | None, **options: Any) -> PreTrainedModel:
+    """An encoder with a classification head; what the checkpoint lacks is drawn from torch's generator.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, or that lack more than a head.
+    """
+    with _silence():  # transformers reports at length what is missing: the head, as it must be
+        model, report = _from_pretrained(
+            AutoModelForSequenceClassification,
+            config,
+            num_labels=labels,
+            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced as well
+            output_loading_info=True,
+            **options,
+        )
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    fresh = tuple(_without_weights(model, missing))
+    for name in fresh:
+        module = model.get_submodule(name)
+        inside_layer = any(part.isdigit() for part in name.split("."))
+        if inside_layer or any(isinstance(m, nn.ModuleList | nn.Embedding) for m in module.modules()):
+            raise ConfigError(
+                "model.name",
+                f"{config.name!r} has no fitting weights for {name}",
+                "expected a checkpoint that lacks nothing but a classification head",
+            )
+    setattr(model, _FRESH, fresh)
+    return model
+
+
+def _without_weights(model: nn.Module, missing: Iterable[str]) -> Iterator[str]:
+    """Names of the outermost modules all of whose parameters are `missing`, or of the one that owns a lone one."""
+    names = {name for name, _ in model.named_parameters()}
+    rest = names & set(missing)
+    for name, _ in model.named_modules():
+        inside = {parameter for parameter in names if parameter.startswith(name + ".")}
+        if inside and inside <= rest:
+            rest -= inside
+            yield name
+    yield from sorted({parameter.rpartition(".")[0] for parameter in rest})
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no progress bar from transformers."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _settings(config: ModelConfig) -> PreTrainedConfig:
+    return _from_pretrained(AutoConfig, config)
+
+
+def _kind(settings: PreTrainedConfig, config: ModelConfig, labels: int | None) -> Kind:
+    decodes = getattr(settings, "is_decoder", False) or getattr(settings, "is_encoder_decoder", False)
+    if settings.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or decodes:
+        return "causal_lm"
+    if labels is None:
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
+            "expected a causal language model, or a task with labels",
+        )
+    return "classifier"
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:

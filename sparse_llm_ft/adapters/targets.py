@@ -13,7 +13,7 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
-_HEADS = frozenset({"score", "classifier", "qa_outputs", "classification_head"})
+_HEADS = frozenset({"score", "classifier", "pre_classifier", "qa_outputs", "classification_head"})
 
 
 def linear_modules(model: nn.Module) -> dict[str, Shape]:

@@ -19,10 +19,15 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of prompt and completion; the completion ends with the end-of-sequence token."""
+    """Token ids of prompt and completion; the completion ends with the end-of-sequence token.
+
+    Attributes:
+        label: in a classification by label words, the number of the right one.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    label: int | None = None
 
     @property
     def supervised(self) -> int:
@@ -31,14 +36,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TextSample:
+    """What an encoder sees: token ids of one text or a pair, with the tokenizer's special tokens, and its label.
+
+    Attributes:
+        type_ids: which text a token belongs to; None where the model does not ask.
+    """
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...] | None
+    label: int
+
+
+@dataclass(frozen=True)
 class EncodedSplit:
     """The samples of a split, in its order.
 
     Attributes:
-        shortened: how many prompts were too long and lost tokens from their middle.
+        shortened: how many were too long and lost tokens.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] | tuple[TextSample, ...]
     shortened: int
 
 
@@ -54,7 +72,7 @@ def encode_split(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     samples, shortened = [], 0
     for example in examples:
         prompt = _prompt_ids(example.prompt, tokenizer)
-        completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        completion = [*completion_ids(example.completion, tokenizer), tokenizer.eos_token_id]
         room = max_length - len(completion)
         if room < 1 or not prompt:
             raise DataError(
@@ -66,8 +84,33 @@ def encode_split(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
         if len(prompt) > room:
             prompt = [*prompt[: room - room // 2], *prompt[len(prompt) - room // 2 :]]
             shortened += 1
-        samples.append(Sample(tuple(prompt), tuple(completion)))
+        samples.append(Sample(tuple(prompt), tuple(completion), example.label))
     return EncodedSplit(tuple(samples), shortened)
+
+
+def encode_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
+    """Tokenise for an encoder. What is longer than `max_length`, or than the tokenizer says its model can take, loses
+    tokens from its end; of a pair, the longer text first.
+
+    Args:
+        examples: labelled ones.
+    """
+    samples, shortened = [], 0
+    length = min(max_length, tokenizer.model_max_length)
+    for example in examples:
+        assert example.label is not None, "the task has labels"
+        encoded = tokenizer(*example.texts, verbose=False)
+        if len(encoded["input_ids"]) > length:
+            encoded = tokenizer(*example.texts, truncation="longest_first", max_length=length)
+            shortened += 1
+        types = encoded.get("token_type_ids")
+        samples.append(TextSample(tuple(encoded["input_ids"]), None if types is None else tuple(types), example.label))
+    return EncodedSplit(tuple(samples), shortened)
+
+
+def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a completion, without the end-of-sequence token."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -95,6 +138,28 @@ def training_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         batch["input_ids"][i, : len(row)] = torch.tensor(row)
         batch["attention_mask"][i, : len(row)] = 1
         batch["labels"][i, len(sample.prompt) : len(row)] = torch.tensor(sample.completion)
+    return batch
+
+
+def text_batch(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
+    """Right-padded batch for an encoder.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
+        (len(samples), longest) int64; ``labels`` (len(samples),) int64.
+    """
+    shape = (len(samples), max(len(sample.ids) for sample in samples))
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.tensor([sample.label for sample in samples]),
+    }
+    for i, sample in enumerate(samples):
+        batch["input_ids"][i, : len(sample.ids)] = torch.tensor(sample.ids)
+        batch["attention_mask"][i, : len(sample.ids)] = 1
+        if sample.type_ids is not None:
+            types = batch.setdefault("token_type_ids", torch.zeros(shape, dtype=torch.long))
+            types[i, : len(sample.ids)] = torch.tensor(sample.type_ids)
     return batch
 
 

@@ -1,11 +1,11 @@
-"""Rows of a split -> prompts, completions and references, from a local folder or the hub. Imports no torch."""
+"""Rows of a split -> examples, from a local folder or the hub. Imports no torch."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,43 @@ from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One row: what the model sees, what it must write, every text that counts as right, and where it stands."""
+    """One row: what the model sees, what it must write, every text that counts as right, and where it stands.
+
+    Attributes:
+        prompt, completion: what a causal language model sees and writes.
+        label: in a classification, the number of the right label.
+        texts: in a classification, what an encoder sees: one text or a pair.
+    """
 
     prompt: str
     completion: str
     references: tuple[str, ...]
     source: str = "example"
     line: int = 0
+    label: int | None = None
+    texts: tuple[str, ...] = ()
 
 
 def check_task(config: TaskConfig) -> Task:
-    """The registry's task with the config's templates in place.
+    """The registry's task with the config's settings in place.
 
     Raises:
-        ConfigError: an unknown task, a template missing, or no place to read from.
+        ConfigError: an unknown task, a setting missing or at odds with another, or no place to read from.
     """
-    task = TASKS.get(config.name)
-    if task is None:
+    entry = TASKS.get(config.name)
+    if entry is None:
         near = difflib.get_close_matches(config.name, TASKS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError("task.name", f"{config.name!r} is unknown", f"{hint}known: {', '.join(sorted(TASKS))}")
-    prompt, completion = config.prompt or task.prompt, config.completion or task.completion
-    for setting, template in (("task.prompt", prompt), ("task.completion", completion)):
-        if not template:
-            raise ConfigError(
-                setting, f"not given, and task {task.name} has none", "expected a template such as '{text}'"
-            )
-        if not template_columns(template):
+    given = {
+        key: getattr(config, key)
+        for key in ("prompt", "completion", "labels", "texts", "label_column", "metric")
+        if getattr(config, key)
+    }
+    task = replace(entry, **given)
+    task = _check_generation(task, config) if task.labels is None else _check_classification(task, task.labels)
+    for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+        if template and not template_columns(template):
             raise ConfigError(setting, f"{template!r} has no {{column}} field", "expected one at least")
     if config.path is None and task.hub_id is None:
         raise ConfigError(
@@ -50,7 +60,45 @@ def check_task(config: TaskConfig) -> Task:
             f"not given, and task {task.name} has no data set on the hub",
             "expected a folder with train.jsonl",
         )
-    return Task(task.name, task.hub_id, prompt, completion, task.references, task.splits)
+    return task
+
+
+def _check_generation(task: Task, config: TaskConfig) -> Task:
+    for key in ("texts", "label_column", "metric"):
+        if getattr(config, key) is not None:
+            raise ConfigError(
+                f"task.{key}", f"{getattr(config, key)!r} is for classification", "expected task.labels beside it"
+            )
+    for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+        if not template:
+            raise ConfigError(
+                setting, f"not given, and task {task.name} has none", "expected a template such as '{text}'"
+            )
+    return task
+
+
+def _check_classification(task: Task, labels: tuple[str, ...]) -> Task:
+    """The task with its completion and texts filled in: the label word, and what the prompt shows."""
+    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+        raise ConfigError("task.labels", f"{list(labels)} has an empty or a repeated word", "expected distinct words")
+    shown = template_columns(task.prompt or "")
+    if task.label_column in (*shown, *task.texts):
+        raise ConfigError(
+            "task.label_column",
+            f"{task.label_column!r} is in task.prompt or task.texts",
+            "expected a column that the model does not see",
+        )
+    completion = task.completion or f" {{{task.label_column}}}"
+    if template_columns(completion) != [task.label_column]:
+        raise ConfigError(
+            "task.completion",
+            f"{completion!r} is not the label alone",
+            f"expected '{{{task.label_column}}}' as its only column, or no task.labels",
+        )
+    if not task.texts and not shown:
+        raise ConfigError("task.texts", "not given, nor is task.prompt", "expected one column or two")
+    texts = task.texts or (tuple(shown) if len(shown) <= 2 else ())  # more than a pair no encoder takes
+    return replace(task, completion=completion, texts=texts)
 
 
 def read_split(config: TaskConfig, split: str) -> list[Example]:
@@ -70,7 +118,8 @@ def read_split(config: TaskConfig, split: str) -> list[Example]:
             )
         source, rows = str(path), _json_lines(path)
     else:
-        source, rows = f"{task.hub_id}[{task.splits[split]}]", enumerate(_hub_rows(task, split), 1)
+        name = "/".join(part for part in (task.hub_id, task.hub_config) if part)
+        source, rows = f"{name}[{task.splits[split]}]", enumerate(_hub_rows(task, split), 1)
     examples = [_example(task, row, source, line) for line, row in rows]
     if not examples:
         raise UserError(f"{source}: no rows")
@@ -104,7 +153,7 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets  # slow to import, and only needed without a local folder
 
     try:
-        return datasets.load_dataset(task.hub_id, split=task.splits[split])
+        return datasets.load_dataset(task.hub_id, task.hub_config, split=task.splits[split])
     except Exception as error:  # the library raises a dozen types for "not there" and "no network"
         raise UserError(
             f"task.name: {task.hub_id} cannot be loaded from the hub "
@@ -114,17 +163,42 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _example(task: Task, row: Mapping[str, Any], source: str, line: int) -> Example:
-    assert task.prompt and task.completion, "check_task made sure"
-    for column in (*template_columns(task.prompt), *template_columns(task.completion)):
-        if column not in row:
-            raise DataError(source, line, f"no column {column!r}; found {', '.join(row) or 'none'}")
-        if not isinstance(row[column], str):
-            raise DataError(source, line, f"column {column!r} is {type(row[column]).__name__}, text is needed")
-        if any("\ud800" <= character <= "\udfff" for character in row[column]):
-            raise DataError(source, line, f"column {column!r} holds half of a surrogate pair, which is no text")
+    assert task.completion, "check_task made sure"
+    label = None
+    if task.labels is not None:
+        label = _label(task.labels, _column(row, task.label_column, source, line), source, line)
+        row = {**row, task.label_column: task.labels[label]}
+    prompt_columns = template_columns(task.prompt or "")
+    for column in dict.fromkeys((*prompt_columns, *template_columns(task.completion), *task.texts)):
+        _check_text(_column(row, column, source, line), column, source, line)
     completion = render(task.completion, row)
     if not completion.strip():
         raise DataError(source, line, "the completion is empty")
     others = [row[column] for column in task.references if isinstance(row.get(column), str)]
     references = (completion.strip(), *(other.strip() for other in others))
-    return Example(render(task.prompt, row), completion, references, source, line)
+    texts = tuple(row[column] for column in task.texts)
+    prompt = render(task.prompt, row) if task.prompt else "\n".join(texts)
+    return Example(prompt, completion, references, source, line, label, texts)
+
+
+def _column(row: Mapping[str, Any], column: str, source: str, line: int) -> Any:
+    if column not in row:
+        raise DataError(source, line, f"no column {column!r}; found {', '.join(row) or 'none'}")
+    return row[column]
+
+
+def _check_text(value: Any, column: str, source: str, line: int) -> None:
+    if not isinstance(value, str):
+        raise DataError(source, line, f"column {column!r} is {type(value).__name__}, text is needed")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(source, line, f"column {column!r} holds half of a surrogate pair, which is no text")
+
+
+def _label(labels: Sequence[str], value: Any, source: str, line: int) -> int:
+    """The number of a row's label, which is that number or the label word."""
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+        return value
+    reason = "the row has no label, as in GLUE's test splits" if value == -1 else f"task.labels is {', '.join(labels)}"
+    raise DataError(source, line, f"label {value!r} is not 0 to {len(labels) - 1} ({reason})")

@@ -1,43 +1,18 @@
-"""The completion-only loss, for training and for evaluation."""
+"""The mean loss over samples that are dealt to all ranks."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
-from sparse_llm_ft.data.encoding import IGNORED, Batch, Sample, training_batch
+from sparse_llm_ft.data.encoding import Batch
+from sparse_llm_ft.evaluation.objective import Objective
 
-
-def completion_loss(forward: Callable[..., Any], batch: Batch, keeps_logits: bool) -> torch.Tensor:
-    """Cross-entropy summed over the completion tokens of a batch, float32.
-
-    Args:
-        forward: the model, or an engine around it.
-        batch: from `training_batch`, on the model's device.
-        keeps_logits: whether the model takes ``logits_to_keep`` (`takes_logits_to_keep`); then it computes logits
-            only at positions that some sample of the batch supervises.
-    """
-    labels = batch["labels"]
-    # The logits at position t predict the token at t + 1.
-    positions = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
-    options: dict[str, Any] = {"logits_to_keep": positions} if keeps_logits else {}
-    output = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)
-    logits = output.logits if keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
-    targets = labels[:, positions + 1]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the base model's forward has the parameter ``logits_to_keep``."""
-    base: Any = model
-    base = base.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+S = TypeVar("S")
 
 
 def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
@@ -51,27 +26,41 @@ def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> lis
     return [mine[i : i + batch_size] for i in range(0, most, batch_size)]
 
 
+def batches_on(
+    device: torch.device,
+    samples: Sequence[S],
+    objective: Objective[S],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[tuple[list[int], Batch]]:
+    """This rank's batches on `device`, of samples of like length, with the indices of their samples; where a rank has
+    none left, no indices and the first sample, for a forward pass whose result nobody counts.
+    """
+    order = sorted(range(len(samples)), key=lambda i: objective.tokens(samples[i]))  # little padding in a batch
+    for places in rank_batches(len(samples), batch_size, rank, world_size):
+        indices = [order[place] for place in places]
+        batch = objective.batch([samples[i] for i in indices] or samples[:1])
+        yield indices, {name: value.to(device) for name, value in batch.items()}
+
+
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, samples: Sequence[Sample], pad_token_id: int, batch_size: int, rank: int, world_size: int
+    model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
 ) -> float:
-    """Mean cross-entropy per completion token over all `samples`, each counted once whatever the world size.
+    """Mean loss per unit over all `samples`, each counted once whatever the world size.
 
     Collective. The model is in evaluation mode meanwhile.
     """
     device = next(model.parameters()).device
-    keeps_logits = takes_logits_to_keep(model)
     total = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for indices in rank_batches(len(samples), batch_size, rank, world_size):
-        chosen = [samples[i] for i in indices]
-        batch = training_batch(chosen or samples[:1], pad_token_id)
-        loss = completion_loss(model, {k: v.to(device) for k, v in batch.items()}, keeps_logits)
-        if chosen:
-            total += torch.tensor(
-                [float(loss), float(sum(sample.supervised for sample in chosen))], dtype=torch.float64
-            )
+    for indices, batch in batches_on(device, samples, objective, batch_size, rank, world_size):
+        loss = objective.loss(model, batch)
+        if indices:
+            units = sum(objective.units(samples[i]) for i in indices)
+            total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
     model.train(was_training)
     total = total.to(device)
     dist.all_reduce(total)

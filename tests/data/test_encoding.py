@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.data.encoding import IGNORED, Sample, encode_split, prompt_batch, training_batch
+from sparse_llm_ft.data.encoding import (
+    IGNORED,
+    Sample,
+    TextSample,
+    encode_split,
+    encode_texts,
+    prompt_batch,
+    text_batch,
+    training_batch,
+)
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.errors import UserError
 
@@ -61,3 +70,54 @@ def test_batches_are_padded_on_the_side_that_their_use_needs() -> None:
     prompts = prompt_batch(samples, pad_token_id=0)
     assert prompts["input_ids"].tolist() == [[5, 6, 7], [0, 0, 9]]
     assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def encoder_tokenizer(encoder_folder: Path):
+    return AutoTokenizer.from_pretrained(encoder_folder)
+
+
+def labelled(label: int, *texts: str) -> Example:
+    return Example("", "", (), label=label, texts=texts)
+
+
+def test_a_completion_sample_knows_its_label(tokenizer) -> None:
+    example = Example("anna ?", "red", ("red",), label=1)
+    assert encode_split([example], tokenizer, 16).samples[0].label == 1
+
+
+def test_an_encoder_sees_texts_and_pairs_with_special_tokens(encoder_tokenizer) -> None:
+    one, two = encode_texts(
+        [labelled(0, "anna meets tom"), labelled(1, "red cake", "a book")], encoder_tokenizer, 16
+    ).samples
+    assert encoder_tokenizer.convert_ids_to_tokens(one.ids) == ["[CLS]", "anna", "meets", "tom", "[SEP]"]
+    assert encoder_tokenizer.convert_ids_to_tokens(two.ids) == ["[CLS]", "red", "cake", "[SEP]", "a", "book", "[SEP]"]
+    assert (one.type_ids, two.type_ids) == ((0,) * 5, (0, 0, 0, 0, 1, 1, 1))
+    assert (one.label, two.label) == (0, 1)
+
+
+def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_tokenizer) -> None:
+    long = "anna meets tom at the park in station"
+    encoded = encode_texts([labelled(0, long), labelled(0, long, "red cake"), labelled(0, "red")], encoder_tokenizer, 8)
+    assert encoded.shortened == 2
+    tokens = [encoder_tokenizer.decode(sample.ids) for sample in encoded.samples]
+    assert tokens == [
+        "[CLS] anna meets tom at the park [SEP]",
+        "[CLS] anna meets tom [SEP] red cake [SEP]",
+        "[CLS] red [SEP]",
+    ]
+
+
+def test_an_encoder_sees_no_more_than_it_can_take(encoder_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(encoder_tokenizer, "model_max_length", 4)
+    encoded = encode_texts([labelled(0, "anna meets tom at the park")], encoder_tokenizer, 512)
+    assert len(encoded.samples[0].ids) == 4 and encoded.shortened == 1
+
+
+def test_text_batches_are_padded_right_with_types_where_there_are_some() -> None:
+    batch = text_batch([TextSample((2, 5, 3), (0, 0, 1), 1), TextSample((2, 3), (0, 1), 0)], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[2, 5, 3], [2, 3, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [0, 1, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert "token_type_ids" not in text_batch([TextSample((2, 5, 3), None, 1)], 9)

@@ -1,33 +1,13 @@
-"""The completion-only loss against a direct computation, and how samples are dealt to ranks."""
+"""How samples are dealt to ranks, the mean over them, and ROUGE."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from sparse_llm_ft.data.encoding import Sample, training_batch
-from sparse_llm_ft.evaluation import completion_loss, rank_batches, rouge, takes_logits_to_keep
+from sparse_llm_ft.data.encoding import Sample
+from sparse_llm_ft.evaluation import CompletionObjective, mean_loss, rank_batches, rouge
 
 SAMPLES = [Sample((1, 5, 6, 7), (8, 9, 2)), Sample((1, 4), (11, 2)), Sample((1, 12, 3), (5, 5, 5, 2))]
-
-
-def by_hand(model: torch.nn.Module, sample: Sample) -> float:
-    """-sum log p(completion token | all before it), without batch or padding."""
-    ids = [*sample.prompt, *sample.completion]
-    logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return -sum(float(logp[t - 1, ids[t]]) for t in range(len(sample.prompt), len(ids)))
-
-
-@pytest.mark.parametrize("keeps_logits", [True, False])
-def test_the_loss_is_the_sum_over_completion_tokens(model_folder: Path, keeps_logits: bool) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    assert takes_logits_to_keep(model)
-    with torch.no_grad():
-        loss = completion_loss(model, training_batch(SAMPLES, 0), keeps_logits)
-        assert float(loss) == pytest.approx(sum(by_hand(model, sample) for sample in SAMPLES), rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -36,6 +16,15 @@ def test_every_sample_goes_to_one_rank_and_all_ranks_get_as_many_batches(world_s
     dealt = [rank_batches(count, 2, rank, world_size) for rank in range(world_size)]
     assert sorted(i for batches in dealt for batch in batches for i in batch) == list(range(count))
     assert len({len(batches) for batches in dealt}) == 1
+
+
+def test_the_mean_is_over_units_whatever_the_batch(process_group, causal) -> None:
+    objective = CompletionObjective(0, keeps_logits=True)
+    alone = sum(float(objective.loss(causal, objective.batch([sample]))) for sample in SAMPLES) / 9
+    causal.train()
+    for batch_size in (1, 2, 3):
+        assert mean_loss(causal, SAMPLES, objective, batch_size, 0, 1) == pytest.approx(alone, rel=1e-6)
+    assert causal.training
 
 
 def test_rouge_takes_the_best_reference_and_is_in_percent() -> None:

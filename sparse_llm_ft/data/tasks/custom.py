@@ -1,4 +1,4 @@
-"""The user's own data: a local folder, with templates given as `task.prompt` and `task.completion`."""
+"""The user's own data: a local folder, with `task.prompt` and `task.completion`, or `task.labels` and `task.texts`."""
 
 from sparse_llm_ft.data.tasks.task import Task
 

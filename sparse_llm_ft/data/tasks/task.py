@@ -1,12 +1,15 @@
-"""What a task is: where its data lies and how a row becomes a prompt and a completion."""
+"""What a task is: where its data lies and how a row becomes a prompt and a completion, or texts and a label."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 _FIELD = re.compile(r"\{(\w+)\}")
+
+Metric = Literal["accuracy", "matthews"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,14 @@ class Task:
         name: as in ``task.name``.
         hub_id: data set on the Hugging Face hub; None where only a local folder will do.
         prompt, completion: templates whose ``{column}`` fields are the row's columns. None: the user gives them.
+            In a classification the completion's only field is the label column, which stands for the label word.
         references: further columns that hold alternative completions, used in evaluation where a row has them.
         splits: our split -> the hub's.
+        hub_config: configuration of the hub's data set, where it has several.
+        labels: label words in the order of the integer labels; None where the task is no classification.
+        texts: the columns an encoder sees, one or a pair.
+        label_column: holds the integer label, or the label word itself.
+        metric: what a classification is judged by; accuracy is measured in any case.
     """
 
     name: str
@@ -29,6 +38,16 @@ class Task:
     splits: Mapping[str, str] = field(
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
+    hub_config: str | None = None
+    labels: tuple[str, ...] | None = None
+    texts: tuple[str, ...] = ()
+    label_column: str = "label"
+    metric: Metric | None = None
+
+    @property
+    def classes(self) -> int | None:
+        """Number of labels; None where the task is no classification."""
+        return None if self.labels is None else len(self.labels)
 
 
 def template_columns(template: str) -> list[str]:

@@ -1,0 +1,44 @@
+"""A seeded part of the training set, drawn class by class. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def stratified(labels: Sequence[int | None], *, fraction: float | None, shots: int | None, seed: int) -> list[int]:
+    """Sorted indices of a random part of the samples, drawn from each class by itself.
+
+    Samples without label are one class. What is drawn of a class depends on `seed`, the class and its members only:
+    not on the world size, nor on the other classes.
+
+    Args:
+        labels: of all samples, in their order.
+        fraction: share of each class, rounded up; in (0, 1].
+        shots: samples of each class; all of a class that has fewer. Exactly one of the two is given.
+
+    Raises:
+        ValueError: no samples, or not exactly one of `fraction` and `shots`, or one out of range.
+    """
+    if not len(labels):
+        raise ValueError("there are no samples to draw from")
+    if (fraction is None) == (shots is None):
+        raise ValueError(f"exactly one of fraction and shots is needed, not {fraction} and {shots}")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction}: expected more than 0 and at most 1")
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots {shots}: expected 1 or more")
+    members: dict[int | None, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label, indices in members.items():
+        # 0.07 · 100 is a little more than 7 in floating point, and rounding that up would give 8.
+        wanted = shots if shots is not None else math.ceil(round((fraction or 0) * len(indices), 9))
+        # The key keeps the draw apart from the order of samples, which comes from the same seed.
+        sequence = np.random.SeedSequence(seed, spawn_key=(0 if label is None else label + 1,))
+        order = np.random.default_rng(sequence).permutation(len(indices))
+        chosen += [indices[place] for place in order[: max(1, wanted)]]
+    return sorted(chosen)
