@@ -12,7 +12,7 @@ import yaml
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
-from sparse_llm_ft.distributed import World, prepare_cpu
+from sparse_llm_ft.distributed import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="sparse-llm-ft", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="check settings and data, and show the plan a run would begin with")
     check.add_argument("--config", nargs="+", required=True, metavar="FILE")
@@ -35,9 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     export.add_argument("run", metavar="RUN", help="a run's output_dir; the run need not be finished")
     export.add_argument("--output", required=True, metavar="FOLDER", help="must not exist yet")
     export.set_defaults(command=_export)
+    derive = commands.add_parser(
+        "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
+    )
+    derive.add_argument("--config", nargs="+", required=True, metavar="FILE")
+    derive.set_defaults(command=_derive)
+    report = commands.add_parser("report", help="draw pictures of a run, or compare several in one table")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it need not be finished")
+    report.add_argument("--output", metavar="FOLDER", help="default: RUN/report for one run, report for several")
+    report.set_defaults(command=_report)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    world = World(rank=0, size=1, local_rank=0, local_size=1)
+    world = find_world()
     with one_line_errors(world):
         prepare_cpu(world)
         options.command(options)
@@ -50,20 +60,42 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
     config = load_config(*split_arguments(options.config))
     prepared = prepare(config, World(0, options.processes, 0, options.processes))
-    from sparse_llm_ft.adapters import find_targets
-    from sparse_llm_ft.methods import make_method
-    from sparse_llm_ft.modeling import check_weights, empty_model, load_tokenizer
+    from sparse_llm_ft.modeling import check_weights
+    from sparse_llm_ft.plan import module_kind
     from sparse_llm_ft.training.samples import Samples
+    from sparse_llm_ft.training.setup import Setup
 
-    targets = find_targets(empty_model(config.model), config.adapter.target_modules)
-    phase = make_method(config).first(targets)
+    setup = Setup.of(prepared)
+    phase = setup.methods.first(setup.plan, setup.targets)
     check_weights(config.model)
-    samples = Samples.encode(prepared, load_tokenizer(config.model))
-    kinds = Counter(name.rpartition(".")[2] for name in phase.plan.active)
+    samples = Samples.encode(prepared, setup.tokenizer)
+    kinds = Counter(module_kind(name).rpartition(".")[2] for name in phase.plan.active)
+    adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
     print(f"{len(samples.train)} training samples, {prepared.schedule.total_steps} optimizer steps")
-    print(f"{samples.shortened} training prompts shortened to fit task.max_length {config.task.max_length}")
-    print(f"phase {phase.name}: {len(phase.plan.active)} adapters ({', '.join(f'{n} {k}' for k, n in kinds.items())})")
-    print(f"{phase.plan.parameters(targets):,} trainable parameters")
+    print(f"{samples.shortened} training texts shortened to fit task.max_length {config.task.max_length}")
+    print(f"phase {phase.name}: {phase.plan.describe()}{adapters}")
+    whole = sum(
+        parameter.numel() for name in phase.plan.trained for parameter in setup.empty.get_submodule(name).parameters()
+    )
+    print(f"{phase.plan.parameters(setup.targets) + whole:,} trainable parameters")
+
+
+def _derive(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.training.prepare import prepare
+
+    prepared = prepare(load_config(*split_arguments(options.config)), find_world())
+    from sparse_llm_ft.training.run import derive
+
+    derive(prepared)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    output = Path(options.output) if options.output else runs[0] / "report" if len(runs) == 1 else Path("report")
+    for path in write_report(runs, output):
+        print(path)
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -81,13 +113,14 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: exists; choose a new folder")
     if not (folder.path / CONFIG).is_file():
         raise UserError(f"{options.run}: no {CONFIG}; expected a run's output_dir")
-    # Only the model's name is needed; data and relative paths need not be where they were.
-    model = RunConfig.model_validate(yaml.safe_load((folder.path / CONFIG).read_text(encoding="utf-8"))).model
-    from sparse_llm_ft.adapters import save_stock_lora
-    from sparse_llm_ft.folders import write_folder
+    # Only model and task are needed; data and relative paths need not be where they were.
+    config = RunConfig.model_validate(yaml.safe_load((folder.path / CONFIG).read_text(encoding="utf-8")))
+    from sparse_llm_ft.data.reading import check_task
     from sparse_llm_ft.methods import Phase
+    from sparse_llm_ft.modeling import empty_model
     from sparse_llm_ft.state import TrainState
     from sparse_llm_ft.training.checkpoints import newest_valid
+    from sparse_llm_ft.training.export import export
 
     newest, complaints = newest_valid(folder.checkpoints)
     for complaint in complaints:
@@ -97,7 +130,12 @@ def _export(options: argparse.Namespace) -> None:
     state = TrainState.load(newest)
     plan = Phase.from_dict(state.phase).plan
     try:
-        write_folder(output, lambda path: save_stock_lora(path, plan, state.tensors, model.name, model.revision))
+        empty = empty_model(config.model, labels=check_task(config.task).classes)
+        export(output, config.model, empty, plan, state.tensors)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     print(json.dumps({"adapter": str(output), "step": state.progress.step}))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparse_llm_ft import zero
-from sparse_llm_ft.adapters import adapter_parameters, is_omega
+from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
 from sparse_llm_ft.config import merge
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
@@ -51,6 +52,7 @@ class EngineSettings:
         dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
         omega_lr, omega_algorithm: of trained omegas.
         extra: settings merged into DeepSpeed's own.
+        lora_b_lr_factor: learning rate of B over that of everything else (LoRA+).
     """
 
     zero_stage: int
@@ -62,6 +64,7 @@ class EngineSettings:
     omega_lr: float
     omega_algorithm: Literal["adamw", "sgd"]
     extra: Mapping[str, Any]
+    lora_b_lr_factor: float = 1.0
 
     def to_deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
@@ -104,7 +107,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, settings: EngineSettings) -> None:
         self.settings = settings
-        self.parameters = adapter_parameters(model)
+        self.parameters = trained_parameters(model)
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
         self._hooks_before = zero.hooks(model)
@@ -116,15 +119,27 @@ class Engine:
         self._set_optimizer_steps({})
 
     def _groups(self) -> list[dict[str, Any]]:
-        """One parameter group for A and B, one for omega; an empty one is left out (DeepSpeed cannot take it)."""
-        matrices = [p for name, p in self.parameters.items() if not is_omega(name)]
-        omegas = [p for name, p in self.parameters.items() if is_omega(name)]
+        """Parameter groups by `_group_of`; an empty one is left out (DeepSpeed cannot take it)."""
         settings = self.settings
         groups: list[dict[str, Any]] = [
-            {"name": "adapter", "params": matrices, "algorithm": "adamw", "weight_decay": settings.weight_decay},
-            {"name": "omega", "params": omegas, "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
+            {"name": "adapter", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "lora_B", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "whole", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "omega", "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
         ]
+        for group in groups:
+            group["params"] = [p for name, p in self.parameters.items() if self._group_of(name) == group["name"]]
         return [group for group in groups if group["params"]]
+
+    def _group_of(self, name: str) -> str:
+        """``omega``; ``whole`` for modules of the base, whose moments outlive a change of adapters and so need a step
+        count of their own; under LoRA+ ``lora_B``; else ``adapter``.
+        """
+        if is_omega(name):
+            return "omega"
+        if not is_adapter(name):
+            return "whole"
+        return "lora_B" if self.settings.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
 
     def forward(self, **batch: Any) -> Any:
         """The model's output for this rank's micro-batch."""
@@ -136,8 +151,10 @@ class Engine:
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; on the last of the accumulation, update with `learning_rate`."""
+        settings = self.settings
+        rates = {"omega": settings.omega_lr, "lora_B": learning_rate * settings.lora_b_lr_factor}
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.omega_lr if group["name"] == "omega" else learning_rate
+            group["lr"] = rates.get(group["name"], learning_rate)
         if self._wrapped is self._optimizer and self._engine.is_gradient_accumulation_boundary():
             # Without a wrapper DeepSpeed clips and forgets the norm.
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -149,6 +166,14 @@ class Engine:
         """Norm of the last update's gradients before clipping, over all ranks."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_norm if norm is None else float(norm)
+
+    def gradients(self) -> Tensors:
+        """float32 gradients of the optimizer step that is about to be made, before clipping, averaged over ranks,
+        unsharded, on the CPU. Between the last `backward` of an accumulation and its `step`.
+        """
+        return {
+            name: zero.read_gradient(parameter).float().cpu().clone() for name, parameter in self.parameters.items()
+        }
 
     def values(self, names: Iterable[str] | None = None) -> Tensors:
         """float32 values of the named parameters (None: of all), unsharded, on the CPU."""
@@ -191,6 +216,10 @@ class Engine:
             zero.copy_masters_to_model(self._wrapped)
         if optimizer_steps is not None:
             self._set_optimizer_steps(optimizer_steps)
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which `module`'s own parameters are whole on every rank. Collective at stage 3."""
+        return zero.gathered(module)
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state on the rank that holds most: moments, step counts, and the float32 masters that

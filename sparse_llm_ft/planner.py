@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from sparse_llm_ft.adapters import SparseLoraConfig
+from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import DTYPES, empty_model
+from sparse_llm_ft.modeling import DTYPES, classifies, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
 # Beside each trained value lie, under bfloat16, its float32 master (4) and two moments (8), sharded from stage 1 on,
@@ -53,7 +52,7 @@ def _fused_attention(
 AttentionInterface.register(_FUSED, _fused_attention)
 
 
-def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
+def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, labels: int | None = None) -> int:
     """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
 
     Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
@@ -63,16 +62,17 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
 
     Args:
         length: tokens of the sample.
+        labels: as in `model_kind`.
     """
     plain = config.attn_implementation == "eager"
-    model: Any = empty_model(config, attn_implementation="eager" if plain else _FUSED)
+    model: Any = empty_model(config, "eager" if plain else _FUSED, labels)
     model.to(DTYPES[config.dtype])
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    peft_model = get_peft_model(
-        model, SparseLoraConfig(plan=plan), low_cpu_mem_usage=True, autocast_adapter_dtype=False
-    ).to(DTYPES[config.dtype])
+    peft_model = add_adapters(model, plan, low_cpu_mem_usage=True, autocast_adapter_dtype=False).to(
+        DTYPES[config.dtype]
+    )
     peft_model.train()
     kept: dict[int, torch.Tensor] = {}  # storage -> one tensor of it, which keeps its address from being used again
 
@@ -86,8 +86,10 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int) -> int:
     # A mask that is complete: transformers would look at the values of any other, and there are none.
     mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = peft_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits  # Shape: (1, length, V)
-        F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
+        options = {} if classifies(model) else {"use_cache": False}
+        logits = peft_model(input_ids=tokens, attention_mask=mask, **options).logits  # Shape: (1, length, V) or (1, C)
+        logits = logits.flatten(0, -2)
+        F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
 
 

@@ -1,4 +1,4 @@
-"""Where a run is: four integers."""
+"""Where a run is, as plain numbers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,30 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Counters of a run. A checkpoint holds them.
 
     Attributes:
-        step: optimizer steps done in the whole run.
-        samples: training samples consumed; the run's place in its data.
-        phase: index of the current phase, from 0.
-        phase_step: optimizer steps done in it.
+        step: optimizer steps done.
+        samples: samples consumed.
+        phase: number of the current phase, from 0.
+        phase_step: optimizer steps done in the current phase.
+        start_step, start_samples: where the counted part of the run began: what precedes it (a pilot) has a length
+            and a schedule of its own, and the data begin anew after it.
     """
 
     step: int = 0
     samples: int = 0
     phase: int = 0
     phase_step: int = 0
+    start_step: int = 0
+    start_samples: int = 0
+
+    @property
+    def counted_steps(self) -> int:
+        """Steps done of the part that counts."""
+        return self.step - self.start_step
+
+    @property
+    def position(self) -> int:
+        """Samples consumed of the part that counts: the place in the data."""
+        return self.samples - self.start_samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.folders import verify_folder, write_folder
 from sparse_llm_ft.progress import Progress
 
-STATE_VERSION = 1
+Tensors = dict[str, torch.Tensor]
+
+STATE_VERSION = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
-_VALUE = "value"
+_VALUE, _RULE = "value", "rule"
 
 
 @dataclass
@@ -31,7 +33,7 @@ class TrainState:
         moments: parameter name -> {"exp_avg": ..., "exp_avg_sq": ...} of the same shape; absent under SGD.
         optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
         phase: the current phase as plain values (`Phase.to_dict`).
-        rule: state of the phase's cut rule, or None.
+        rule, rule_tensors: state of the phase's rule (cuts of omega, AdaLoRA's ranks), if it has one.
         record: what the run's summary needs from the past (metrics before training, finished phases).
     """
 
@@ -42,6 +44,11 @@ class TrainState:
     phase: dict[str, Any]
     rule: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    rule_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def fresh(self) -> TrainState:
+        """The same place in the run with nothing trained: what it lacks starts from its initial value."""
+        return replace(self, tensors={}, moments={}, optimizer_steps={}, rule=None, rule_tensors={})
 
     def save(self, folder: Path) -> None:
         """Write the state as safetensors and JSON; atomically, with checksums (`write_folder`)."""
@@ -50,6 +57,7 @@ class TrainState:
             flat = {f"{_VALUE}/{name}": tensor for name, tensor in self.tensors.items()}
             for name, moments in self.moments.items():
                 flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
+            flat |= {f"{_RULE}/{key}": tensor for key, tensor in self.rule_tensors.items()}
             save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
             data = {
                 "version": STATE_VERSION,
@@ -76,7 +84,7 @@ class TrainState:
             data = json.loads((folder / STATE).read_text(encoding="utf-8"))
             if data["version"] != STATE_VERSION:
                 raise CheckpointError(f"{folder}: version {data['version']!r}; this release reads {STATE_VERSION}")
-            tensors, moments = _split(flat)
+            tensors, moments, rule_tensors = _split(flat)
             return cls(
                 tensors,
                 moments,
@@ -85,18 +93,22 @@ class TrainState:
                 data["phase"],
                 data["rule"],
                 data["record"],
+                rule_tensors,
             )
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
 
 
-def _split(flat: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    tensors: dict[str, torch.Tensor] = {}
+def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
+    tensors: Tensors = {}
+    rule_tensors: Tensors = {}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in flat.items():
         kind, _, name = key.partition("/")
         if kind == _VALUE:
             tensors[name] = tensor
+        elif kind == _RULE:
+            rule_tensors[name] = tensor
         else:
             moments.setdefault(name, {})[kind] = tensor
-    return tensors, moments
+    return tensors, moments, rule_tensors

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
@@ -70,6 +73,20 @@ def read(wrapped: Any, optimizer: AdapterOptimizer, parameter: nn.Parameter, key
         return full.detach().view(full_shape(parameter))
     master = _whole_master(wrapped, parameter)
     return (master if key is None else optimizer.state[master][key]).detach()
+
+
+def read_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient of the next step, averaged over ranks, unsharded. Collective."""
+    gradient = safe_get_full_grad(parameter) if _is_sharded(parameter) else parameter.grad
+    if gradient is None:
+        return torch.zeros(full_shape(parameter), device=parameter.device)
+    return gradient.detach().view(full_shape(parameter))
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which the module's own parameters are whole; nothing to do but at stage 3. Collective there."""
+    sharded = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
+    return GatheredParameters(sharded) if sharded else nullcontext()
 
 
 def write(wrapped: Any, optimizer: AdapterOptimizer, parameter: Any, value: torch.Tensor, key: str | None) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import DTYPES, empty_model
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
 from sparse_llm_ft.planner import grown_micro_batch, saved_bytes, state_bytes
 
 LAYERS, WIDTH = 4, 32
@@ -30,7 +30,7 @@ with torch.device("meta"):
 TOP = AdapterPlan({name: ModuleAdapter(4, 8.0) if ".3." in name else None for name in TARGETS})
 PLANS = {
     "all": uniform_plan(TARGETS, 4, 8.0),
-    "omega": uniform_plan(TARGETS, 4, 8.0, train_omega=True),
+    "omega": with_omega(uniform_plan(TARGETS, 4, 8.0)),
     "dropout": uniform_plan(TARGETS, 4, 8.0, lora_dropout=0.1),
     "top": TOP,
 }

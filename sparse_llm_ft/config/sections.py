@@ -213,6 +213,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     seed: Int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "never"] = "auto"
+    report: StrictBool = True
 
     @field_serializer("method")
     def _as_written(self, methods: Methods) -> Any:

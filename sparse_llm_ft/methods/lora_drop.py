@@ -48,7 +48,9 @@ class LoraDrop:
         assert isinstance(scores, dict)
         kept = self.choose(importance_by_type(scores, module_kind))
         plan = self._shared(phase.plan, kept, targets)
-        after = replace(phase, name="train", plan=plan, epochs=None, subset=None, prelude=False, measure=None)
+        after = replace(
+            phase, name="train", plan=plan, steps=None, epochs=None, subset=None, prelude=False, measure=None
+        )
         return after, state.fresh()
 
     def choose(self, y: Mapping[str, float]) -> set[str]:

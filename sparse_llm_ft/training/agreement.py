@@ -49,6 +49,16 @@ def from_rank_zero(value: int) -> int:
     return int(shared)
 
 
+def bytes_from_rank_zero(data: bytes) -> bytes:
+    """Rank 0's bytes, on every rank."""
+    size = from_rank_zero(len(data))
+    shared = torch.zeros(size, dtype=torch.uint8, device=_device())
+    if dist.get_rank() == 0:
+        shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else shared)
+    dist.broadcast(shared, 0)
+    return bytes(shared.cpu().numpy())
+
+
 def _any_rank(failed: bool) -> bool:
     flag = torch.tensor([int(failed)], device=_device())
     dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -25,16 +25,16 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
-def check_growth(config: RunConfig, first: Phase) -> None:
+def check_growth(config: RunConfig, first: Phase, labels: int | None) -> None:
     """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
 
     Raises:
         ConfigError: naming the reason.
     """
-    if getattr(config.method, "batch_growth", "none") == "none":
+    if all(getattr(method, "batch_growth", "none") == "none" for method in config.method):
         return
     try:
-        saved_bytes(config.model, first.plan, length=8)
+        saved_bytes(config.model, first.plan, 8, labels)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -58,22 +58,28 @@ def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Ph
 
 
 def grown_batch(
-    phase: Phase, before: Phase, config: RunConfig, targets: dict[str, Shape], length: int, world_size: int
+    phase: Phase,
+    before: Phase,
+    config: RunConfig,
+    targets: dict[str, Shape],
+    length: int,
+    world_size: int,
+    labels: int | None,
 ) -> Phase:
     """The phase after a change of plan, its micro-batch grown into the freed memory as `batch_growth` says.
 
     Args:
         before: the phase that just ended.
         length: tokens of the longest training sample; memory is compared at that length.
+        labels: as in `model_kind`.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor)
     stage = config.deepspeed.zero_stage
     freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
-    limit = grown_micro_batch(
-        micro, saved_bytes(config.model, before.plan, length), saved_bytes(config.model, phase.plan, length), freed
-    )
+    old, new = (saved_bytes(config.model, plan, length, labels) for plan in (before.plan, phase.plan))
+    limit = grown_micro_batch(micro, old, new, freed)
     if phase.batch_growth == "keep_global":
         return phase.with_batch(largest_micro_batch(total, world_size, limit), total, before.lr_factor)
     grown = total // micro * limit

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Display:
@@ -61,6 +62,17 @@ class Display:
         self._last = now
         left = (total - record["step"]) * (now - self._started) / max(done, 1)
         self.say(f"{record['phase']} {record['step']}/{total}  {status}  {_clock(left)} left")
+
+    def show_ratios(self, title: str | None, ratios: Mapping[str, tuple[float, float]]) -> None:
+        """Kept shares of rows and columns by module."""
+        if not self.enabled:
+            return
+        table = Table(title=title)
+        for column in ("module", "rows kept", "columns kept"):
+            table.add_column(column, justify="left" if column == "module" else "right")
+        for name, (rows, cols) in ratios.items():
+            table.add_row(name, f"{rows:.3f}", f"{cols:.3f}")
+        self.console.print(table)
 
     def end(self) -> None:
         """A phase is over."""

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sparse_llm_ft.adapters import is_omega
-from sparse_llm_ft.data.encoding import Sample, training_batch
+from sparse_llm_ft.adapters import orthogonality
 from sparse_llm_ft.data.stream import SampleStream
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.engine import Engine
 from sparse_llm_ft.errors import TrainingError
-from sparse_llm_ft.evaluation import completion_loss, takes_logits_to_keep
+from sparse_llm_ft.evaluation import Objective
 from sparse_llm_ft.methods import Phase
-from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.training.rules import Rule
 from sparse_llm_ft.training.schedule import Schedule
 
 
@@ -35,7 +34,7 @@ class Step:
     tokens: int
     seconds: float
     active_adapters: int
-    cut: dict[str, Any] = field(default_factory=dict)
+    rule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,15 +42,16 @@ class Loop:
     """Steps of one phase on one engine.
 
     Args:
+        rule: acts on parameters after each step.
         samples: the training set, the same on every rank.
         progress: where the run is; moved on by every step.
     """
 
     engine: Engine
     phase: Phase
-    rule: StoIHT | None
-    samples: Sequence[Sample]
-    pad_token_id: int
+    rule: Rule | None
+    samples: Sequence[Any]
+    objective: Objective[Any]
     schedule: Schedule
     progress: Progress
     world: World
@@ -59,10 +59,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.stream = SampleStream(len(self.samples), self.seed)
-        self.keeps_logits = takes_logits_to_keep(self.engine.module)
         self.device = next(self.engine.module.parameters()).device
-        self.omegas = [name for name in self.engine.parameters if is_omega(name)]
-        self.active = len(self.phase.plan.active) if self.rule is None else self._count_active()
+        self.orth_reg_weight = self.phase.plan.options.get("orth_reg_weight", 0.0)
+        self.active = self._count_active()
 
     def steps(self) -> Iterator[Step]:
         """Train; yields after each optimizer step, with `progress` already moved on."""
@@ -81,25 +80,26 @@ class Loop:
         self._seed_generators()
         shares = list(
             self.stream.micro_batches(
-                progress.samples, phase.global_batch_size, phase.micro_batch_size, world.rank, world.size
+                progress.position, phase.global_batch_size, phase.micro_batch_size, world.rank, world.size
             )
         )
-        supervised, tokens = self._count_global()
+        units, tokens = self._count_global()
         # DeepSpeed averages over ranks and accumulation steps; this factor turns the average of sums into the mean
-        # over all supervised tokens of the global batch, so that it does not matter who got the long completions.
-        factor = len(shares) * world.size / supervised
+        # over all units of the global batch, so that it does not matter who got the long completions.
+        factor = len(shares) * world.size / units
         learning_rate = self.schedule.learning_rate(progress) * phase.lr_factor
         total = torch.zeros(1, device=self.device)
-        for indices in shares:
-            batch = training_batch([self.samples[i] for i in indices], self.pad_token_id)
-            loss = completion_loss(
-                self.engine.forward, {k: v.to(self.device) for k, v in batch.items()}, self.keeps_logits
-            )
+        gradients: dict[str, torch.Tensor] = {}
+        for i, indices in enumerate(shares):
+            batch = self.objective.batch([self.samples[k] for k in indices])
+            loss = self.objective.loss(self.engine.forward, {k: v.to(self.device) for k, v in batch.items()})
             total += loss.detach()
-            self.engine.backward(loss * factor)
+            self.engine.backward(loss * factor + self._penalty())
+            if self.rule is not None and self.rule.needs_gradients and i == len(shares) - 1:
+                gradients = self.engine.gradients()
             self.engine.step(learning_rate)
         dist.all_reduce(total)
-        mean_loss = float(total) / supervised
+        mean_loss = float(total) / units
         if not (math.isfinite(mean_loss) and math.isfinite(self.engine.grad_norm)):
             raise TrainingError(
                 f"step {progress.step + 1} has loss {mean_loss} and gradient norm {self.engine.grad_norm}; lower "
@@ -108,31 +108,25 @@ class Loop:
         progress.step += 1
         progress.phase_step += 1
         progress.samples += phase.global_batch_size
-        cut = self._apply_rule()
-        return Step(
-            mean_loss, learning_rate, self.engine.grad_norm, tokens, time.perf_counter() - started, self.active, cut
-        )
+        logged = {} if self.rule is None else self.rule.after_step(self.engine, progress.phase_step, gradients)
+        self.active = self._count_active()
+        seconds = time.perf_counter() - started
+        return Step(mean_loss, learning_rate, self.engine.grad_norm, tokens, seconds, self.active, logged)
 
-    def _apply_rule(self) -> dict[str, Any]:
-        """Cut omega if the phase has a rule and a cut is due."""
-        if self.rule is None:
-            return {}
-        omega = {name: float(value) for name, value in self.engine.values(self.omegas).items()}
-        zeroed, swaps = self.rule.after_step(self.progress.phase_step, omega)
-        if zeroed:
-            self.engine.load({name: torch.tensor([value]) for name, value in zeroed.items()})
-        self.active = sum(value > 0 for value in (omega | zeroed).values())
-        return {"swaps": swaps} if self.rule.kept else {}
+    def _penalty(self) -> torch.Tensor | float:
+        """AdaLoRA's, on every micro-batch: the average over them is the penalty once."""
+        if not self.orth_reg_weight:
+            return 0.0
+        return self.orth_reg_weight * orthogonality(self.engine.parameters)
 
     def _count_active(self) -> int:
-        return sum(float(value) > 0 for value in self.engine.values(self.omegas).values())
+        return len(self.phase.plan.active) if self.rule is None else self.rule.active_adapters(self.engine)
 
     def _count_global(self) -> tuple[int, int]:
-        """Supervised and all tokens of the global batch; every rank knows every sample, so nothing is sent."""
-        first = self.progress.samples
+        """Loss units and tokens of the global batch; every rank knows every sample, so nothing is sent."""
+        first = self.progress.position
         chosen = [self.samples[self.stream.index(i)] for i in range(first, first + self.phase.global_batch_size)]
-        supervised = sum(sample.supervised for sample in chosen)
-        return supervised, supervised + sum(len(sample.prompt) for sample in chosen)
+        return sum(map(self.objective.units, chosen)), sum(map(self.objective.tokens, chosen))
 
     def _seed_generators(self) -> None:
         """Dropout as a function of (seed, samples consumed, rank): a resumed run draws what the first one drew."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_llm_ft.config import RunConfig, check_steps, check_world
-from sparse_llm_ft.data.reading import Example, has_split, read_split
+from sparse_llm_ft.data.reading import Example, check_task, has_split, read_split
+from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.training.run_folder import RunFolder
@@ -17,6 +18,7 @@ class Prepared:
     """A run whose settings, data and folder are in order.
 
     Attributes:
+        task: the registry's, with the config's settings in place.
         validation: empty unless `training.eval_every` asks for it.
         measured: the subset for ``metrics.before`` and ``metrics.after``; may be empty.
     """
@@ -28,6 +30,7 @@ class Prepared:
     validation: list[Example]
     measured: list[Example]
     schedule: Schedule
+    task: Task
 
 
 def prepare(config: RunConfig, world: World) -> Prepared:
@@ -60,4 +63,4 @@ def prepare(config: RunConfig, world: World) -> Prepared:
                 "expected a split that is there, or evaluation.samples=0",
             )
         measured = read_split(config.task, config.evaluation.split)[: config.evaluation.samples]
-    return Prepared(config, world, folder, train, validation, measured, schedule)
+    return Prepared(config, world, folder, train, validation, measured, schedule, check_task(config.task))

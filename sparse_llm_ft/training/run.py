@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
 
-from sparse_llm_ft.adapters import SparseLoraConfig, find_targets, save_stock_lora
+from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.sampling import stratified
 from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import mean_loss
-from sparse_llm_ft.folders import write_folder
-from sparse_llm_ft.methods import Method, Phase, make_method
-from sparse_llm_ft.modeling import check_weights, empty_model, load_model, load_tokenizer
-from sparse_llm_ft.optim import StoIHT
-from sparse_llm_ft.plan import AdapterPlan, Shape
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.modeling import check_weights, load_model
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
 from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.report import write_report
 from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
 from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batch, resumed_batch
-from sparse_llm_ft.training.checkpoints import checkpoint_folder, newest_valid, save_checkpoint
+from sparse_llm_ft.training.checkpoints import save_checkpoint
 from sparse_llm_ft.training.display import Display
+from sparse_llm_ft.training.export import export
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.measure import Measure
+from sparse_llm_ft.training.phase_files import finished_phase_file, in_brief, phase_file
 from sparse_llm_ft.training.prepare import Prepared
+from sparse_llm_ft.training.resuming import newest_state
+from sparse_llm_ft.training.rules import make_rule
 from sparse_llm_ft.training.run_folder import PLAN, SUMMARY
 from sparse_llm_ft.training.samples import Samples
+from sparse_llm_ft.training.scores import Scorer
+from sparse_llm_ft.training.setup import Setup
 from sparse_llm_ft.training.summary import PhaseRecord, show_summary, summarize
 from sparse_llm_ft.training.writers import MetricsWriter
 
@@ -51,48 +58,64 @@ def run(prepared: Prepared) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     display = Display(world.rank)
     check_deepspeed(config.deepspeed.extra)
-    targets = find_targets(empty_model(config.model, config.model.attn_implementation), config.adapter.target_modules)
-    method = make_method(config)
-    first = first_batch(method.first(targets), config)
-    check_growth(config, first)
-    tokenizer = load_tokenizer(config.model)
+    setup = Setup.of(prepared)
+    first = first_batch(setup.methods.first(setup.plan, setup.targets), config)
+    check_growth(config, first, setup.labels)
     check_weights(config.model)
-    samples = Samples.encode(prepared, tokenizer)
+    samples = Samples.encode(prepared, setup.tokenizer)
     init_distributed()
     if from_rank_zero(int(folder.is_complete())):
         display.say(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
         show_summary(summary, folder, display)
     else:
-        summary = Run(prepared, display, targets, method, tokenizer, samples).train(first)
+        summary = Run(prepared, display, setup, samples).train(first)
     dist.destroy_process_group()
     return summary
+
+
+def derive(prepared: Prepared) -> None:
+    """Only what a run with Partial-LoRA measures before it trains; the result stays in the cache. Changes no folder.
+
+    Raises:
+        UserError: as `run`; or the run derives nothing.
+    """
+    config, world = prepared.config, prepared.world
+    transformers.utils.logging.disable_progress_bar()
+    display = Display(world.rank)
+    setup = Setup.of(prepared)
+    first = first_batch(setup.methods.first(setup.plan, setup.targets), config)
+    if first.measure is None or first.measure.kind != "derivation":
+        raise UserError(
+            f"method.name: {config.method_name} derives nothing before it trains; expected partial_lora, with "
+            "ratios: derived or another selection than random"
+        )
+    check_weights(config.model)
+    samples = Samples.encode(prepared, setup.tokenizer)
+    init_distributed()
+    Run(prepared, display, setup, samples).derive(first)
+    dist.destroy_process_group()
 
 
 class Run:
     """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        display: Display,
-        targets: dict[str, Shape],
-        method: Method,
-        tokenizer: PreTrainedTokenizerBase,
-        samples: Samples,
-    ) -> None:
+    def __init__(self, prepared: Prepared, display: Display, setup: Setup, samples: Samples) -> None:
         self.config: RunConfig = prepared.config
         self.world, self.folder, self.schedule = prepared.world, prepared.folder, prepared.schedule
-        self.display, self.targets, self.method = display, targets, method
-        self.samples, self.tokenizer = samples, tokenizer
+        self.display, self.setup, self.samples = display, setup, samples
+        self.targets = setup.targets
         self.measure = Measure(
             self.config.evaluation,
+            prepared.task,
             prepared.measured,
             samples.measured,
-            tokenizer,
+            setup.tokenizer,
+            setup.objective,
             self.world,
             self.config.deepspeed.zero_stage,
         )
+        self.scorer = Scorer(self.config, self.world, setup.objective, display)
 
     def train(self, first: Phase) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
@@ -110,24 +133,40 @@ class Run:
                 state.record["before"] = self.measure(model, self.folder.path / "predictions-before.jsonl")
         while True:
             engine, state = self._train_phase(model, phase, state)
-            following = self.method.next(phase, state, self.targets)
+            scores = self.scorer(engine, phase, self._samples(phase), state.tensors)
+            following = self.setup.methods.next(phase, state, scores, self.targets)
+            self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
                 return self._finish(engine, phase, state)
             engine.close()
-            phase, state = self._change_phase(model, phase, *following)
+            state.record["current"]["measured"] = in_brief(scores, phase)
+            model, phase, state = self._change_phase(model, phase, *following)
+
+    def derive(self, first: Phase) -> None:
+        """Fit the head if the first phase does, measure, and show the ratios."""
+        phase = self._with_steps(first)
+        model = self._build_model(phase.plan)
+        engine = Engine(model, self._engine_settings(phase))
+        loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
+        for _ in loop.steps():
+            pass
+        scores = self.scorer(engine, phase, self._samples(phase), engine.values())
+        engine.close()
+        self.display.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
 
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
         on_rank_zero(self.world, self.folder.lock)
-        state = self._newest_state()
+        state = newest_state(self.folder, self.world, self.display)
         phase = first
         if state is not None:
             configured = self.config.training.micro_batch_size
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+        phase = self._with_steps(phase)
         on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
-        self._write_plan(phase.plan)
+        self._write_phase(phase, state.progress if state else Progress())
         if self.samples.shortened:
             self.display.say(
                 f"{self.samples.shortened} of {len(self.samples.train)} training prompts were shortened to fit "
@@ -139,25 +178,11 @@ class Run:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, self._engine_settings(phase))
         engine.load(state.tensors, state.moments, state.optimizer_steps)
-        rule = StoIHT.from_dict(phase.cut, state.rule) if phase.cut else None
-        progress = copy.copy(state.progress)
-        loop = Loop(
-            engine,
-            phase,
-            rule,
-            self.samples.train,
-            self.tokenizer.pad_token_id,
-            self.schedule,
-            progress,
-            self.world,
-            self.config.seed,
-        )
-        record = PhaseRecord.of(
-            phase, state.record, sum(map(torch.numel, engine.values().values())), engine.optimizer_bytes()
-        )
+        loop = self._loop(engine, phase, state)
+        progress = loop.progress
+        record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
         writer = MetricsWriter(self.folder, self.world.rank, progress.step)
-        total = self.schedule.last_step(progress, phase.global_batch_size)
-        self.display.begin(phase.name, progress.step, total)
+        self.display.begin(phase.name, progress.step, self._last_step(loop))
         for step in loop.steps():
             record.add(step, phase)
             self._after_step(step, loop, record, writer)
@@ -169,29 +194,51 @@ class Run:
         self._save(state)
         return engine, state
 
+    def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
+        """The phase's loop, going on from `state`."""
+        samples, schedule = self._samples(phase), self.schedule
+        if phase.prelude:
+            schedule = schedule.prelude(phase.steps or 0, len(samples), phase.learning_rate)
+        return Loop(
+            engine,
+            phase,
+            make_rule(phase, state, engine),
+            samples,
+            self.setup.objective,
+            schedule,
+            copy.copy(state.progress),
+            self.world,
+            self.config.seed,
+        )
+
     def _change_phase(
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
-    ) -> tuple[Phase, TrainState]:
+    ) -> tuple[PeftModel, Phase, TrainState]:
         """Put the new plan on the model, around the same frozen base."""
-        length = max(len(s.prompt) + len(s.completion) for s in self.samples.train)
-        phase = grown_batch(phase, before, self.config, self.targets, length, self.world.size)
+        length = max(map(self.setup.objective.tokens, self.samples.train))
+        phase = self._with_steps(
+            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.labels)
+        )
         grown = phase.micro_batch_size > before.micro_batch_size
         torch.manual_seed(self.config.seed)
-        model.base_model.set_plan(phase.plan)
+        model = change_plan(model, before.plan, phase.plan)
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0)
+        if before.prelude:
+            progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
         finished = [*state.record["phases"], state.record["current"]]
         record = {key: value for key, value in state.record.items() if key != "current"} | {"phases": finished}
-        self._write_plan(phase.plan)
+        self._write_phase(phase, progress)
         self.display.say(
-            f"phase {before.name} ends at step {progress.step}: {len(before.plan.active)} adapters -> "
-            f"{len(phase.plan.active)}, micro-batch {before.micro_batch_size} -> "
+            f"phase {before.name} ends at step {progress.step}: {before.plan.describe()} -> "
+            f"{phase.plan.describe()}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
             + (" (no larger micro-batch both fits and divides)" if phase.batch_growth != "none" and not grown else "")
         )
-        return phase, replace(state, progress=progress, phase=phase.to_dict(), record=record)
+        tensors = self.head | state.tensors  # a method that starts anew leaves the head out: it begins as it was loaded
+        return model, phase, replace(state, tensors=tensors, progress=progress, phase=phase.to_dict(), record=record)
 
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
-        """Measure the trained adapter, export it, write the summary."""
+        """Measure what was trained, export it, write the summary and the report."""
         after = None
         if self.measure.samples:
             after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
@@ -199,12 +246,11 @@ class Run:
         summary = summarize(self.config, self.world, state.record, after)
 
         def write() -> None:
-            model = self.config.model
-            write_folder(
-                self.folder.adapter,
-                lambda path: save_stock_lora(path, phase.plan, state.tensors, model.name, model.revision),
-            )
+            folder = self.folder.model if EVERYTHING in phase.plan.trained else self.folder.adapter
+            export(folder, self.config.model, self.setup.empty, phase.plan, state.tensors)
             self.folder.write_json(SUMMARY, summary)
+            if self.config.report:
+                write_report([self.folder.path], self.folder.report)
 
         on_rank_zero(self.world, write)
         show_summary(summary, self.folder, self.display)
@@ -217,14 +263,41 @@ class Run:
             line["validation_loss"] = mean_loss(
                 loop.engine.module,
                 self.samples.validation,
-                self.tokenizer.pad_token_id,
+                self.setup.objective,
                 self.config.evaluation.micro_batch_size,
                 self.world.rank,
                 self.world.size,
             )
         if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
             writer.write(line)
-            self.display.step(line, self.schedule.last_step(loop.progress, loop.phase.global_batch_size))
+            self.display.step(line, self._last_step(loop))
+
+    def _last_step(self, loop: Loop) -> int:
+        """The step that the phase's part of the run ends with."""
+        return loop.schedule.last_step(loop.progress, loop.phase.global_batch_size)
+
+    def _samples(self, phase: Phase) -> Sequence[Any]:
+        """The training samples that the phase uses."""
+        train = self.samples.train
+        if phase.subset is None:
+            return train
+        subset = phase.subset
+        chosen = stratified(
+            [sample.label for sample in train], fraction=subset.fraction, shots=subset.shots, seed=subset.seed
+        )
+        return [train[i] for i in chosen]
+
+    def _with_steps(self, phase: Phase) -> Phase:
+        """The phase with the steps that its passes over its subset make."""
+        if phase.epochs is None:
+            return phase
+        samples = phase.epochs * len(self._samples(phase))
+        return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
+
+    def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
+        """Number of trained values: the adapters', without what a mask holds at zero, and modules trained whole."""
+        whole = [name for name in engine.parameters if not is_adapter(name)]
+        return plan.parameters(self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
         return TrainState(
@@ -235,49 +308,28 @@ class Run:
             loop.phase.to_dict(),
             loop.rule.to_dict() if loop.rule else None,
             {**before.record, "current": record.to_dict()},
+            loop.rule.tensors() if loop.rule else {},
         )
 
     def _save(self, state: TrainState) -> None:
         keep = self.config.training.keep_checkpoints
         on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
 
-    def _newest_state(self) -> TrainState | None:
-        """The newest valid checkpoint. Rank 0 chooses, so that all ranks continue from the same one."""
-        chosen = -1
+    def _write_phase(self, phase: Phase, progress: Progress) -> None:
+        """What a phase is, when it begins."""
+        on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, phase.plan.to_dict()))
+        self._write(phase_file(phase, progress, self.targets))
 
-        def choose() -> None:
-            nonlocal chosen
-            newest, complaints = newest_valid(self.folder.checkpoints)
-            if newest is None and complaints:
-                raise UserError(
-                    f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "
-                    f"to start anew, choose another output_dir than {self.folder.path}"
-                )
-            for complaint in complaints:
-                self.display.say(complaint)
-            chosen = int(newest.name.removeprefix("step-")) if newest else -1
-
-        on_rank_zero(self.world, choose)
-        step = from_rank_zero(chosen)
-        if step < 0:
-            return None
-        self.display.say(f"resuming from step {step}")
-        states: list[TrainState] = []
-        folder = checkpoint_folder(self.folder.checkpoints, step)
-        on_every_rank(
-            lambda: states.append(TrainState.load(folder)), "all nodes must share the file system of output_dir"
-        )
-        return states[0]
-
-    def _write_plan(self, plan: AdapterPlan) -> None:
-        on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, plan.to_dict()))
+    def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:
+        on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, plan: AdapterPlan) -> PeftModel:
         self.display.say(f"loading {self.config.model.name}")
-        base = load_model(self.config.model)
+        base = load_model(self.config.model, self.setup.labels, self.config.seed)
         torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank
-        model = get_peft_model(base, SparseLoraConfig(plan=plan, task_type="CAUSAL_LM"))
-        assert isinstance(model, PeftModel)
+        model = add_adapters(base, plan)
+        heads = {} if EVERYTHING in plan.trained else trained_parameters(model)
+        self.head = {n: p.detach().float().cpu().clone() for n, p in heads.items() if not is_adapter(n)}
         return model
 
     def _engine_settings(self, phase: Phase) -> EngineSettings:
@@ -292,6 +344,7 @@ class Run:
             omega_lr=phase.omega_lr,
             omega_algorithm=phase.omega_algorithm,
             extra=config.deepspeed.extra,
+            lora_b_lr_factor=phase.lora_b_lr_factor,
         )
 
     @staticmethod

@@ -22,6 +22,7 @@ LOCK = ".lock"
 # Settings that change how a run is carried out, not what it computes: a resumed run may differ in them.
 _FREE = {
     "resume",
+    "report",
     "output_dir",
     "training.micro_batch_size",
     "training.save_every",
@@ -31,6 +32,8 @@ _FREE = {
     "evaluation.micro_batch_size",
     "model.gradient_checkpointing",
     "model.attn_implementation",
+    "method.cache_dir",
+    "method.micro_batch_size",
 }
 
 
@@ -41,6 +44,9 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"  # in place of an adapter, after full fine-tuning
+        self.phases = self.path / "phases"
+        self.report = self.path / "report"
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that this run must not write into. Changes nothing.
@@ -123,8 +129,8 @@ class RunFolder:
         write_file(self.path / name, json.dumps(data, indent=2) + "\n")
 
     def is_complete(self) -> bool:
-        """Whether the run is over and its adapter is there."""
-        return (self.path / SUMMARY).is_file() and self.adapter.is_dir()
+        """Whether the run is over and its adapter, or model, is there."""
+        return (self.path / SUMMARY).is_file() and (self.adapter.is_dir() or self.model.is_dir())
 
     def has_checkpoints(self) -> bool:
         """Whether a run in this folder would be resumed."""

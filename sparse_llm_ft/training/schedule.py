@@ -15,7 +15,7 @@ class Schedule:
 
     With `max_steps` the run is measured in optimizer steps; otherwise in samples, so that a global batch that grows
     on the way shortens the rest of the run and does not bend the curve. A sample-measured position is expressed in
-    steps of the initial global batch.
+    steps of the initial global batch. What precedes the counted part of a run has a schedule of its own (`prelude`).
     """
 
     settings: TrainingConfig
@@ -31,21 +31,22 @@ class Schedule:
     def last_step(self, progress: Progress, global_batch_size: int) -> int:
         """The step that the run ends with, if it goes on with this global batch."""
         if self.settings.max_steps is not None:
-            return self.settings.max_steps
-        return progress.step + math.ceil(max(0, self._total_samples - progress.samples) / global_batch_size)
+            return progress.start_step + self.settings.max_steps
+        return progress.step + math.ceil(max(0, self._total_samples - progress.position) / global_batch_size)
 
     def finished(self, progress: Progress) -> bool:
         """Whether the run is over."""
         if self.settings.max_steps is not None:
-            return progress.step >= self.settings.max_steps
-        return progress.samples >= self._total_samples
+            return progress.counted_steps >= self.settings.max_steps
+        return progress.position >= self._total_samples
 
     def learning_rate(self, progress: Progress) -> float:
         """Rate of the next step: a linear rise over the first `warmup_steps`, the last of which has the full rate;
         then constant, or falling linearly, or as half a cosine, towards 0 at the end.
         """
         settings = self.settings
-        position = progress.step if settings.max_steps is not None else progress.samples / settings.global_batch_size
+        counted = settings.max_steps is not None
+        position = progress.counted_steps if counted else progress.position / settings.global_batch_size
         if position < settings.warmup_steps:
             factor = min(1.0, (position + 1) / settings.warmup_steps)
         elif settings.schedule == "constant":
@@ -55,6 +56,20 @@ class Schedule:
             done = min(1.0, (position - settings.warmup_steps) / rest)
             factor = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return settings.learning_rate * factor
+
+    def prelude(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
+        """The schedule of `steps` steps on `samples` samples before the counted part: the same course, in small.
+
+        Args:
+            learning_rate: None: the run's.
+        """
+        settings = self.settings
+        update = {
+            "max_steps": steps,
+            "warmup_steps": settings.warmup_steps * steps // max(self.total_steps, 1),
+            "learning_rate": learning_rate or settings.learning_rate,
+        }
+        return Schedule(settings.model_copy(update=update), samples)
 
     @property
     def _total_samples(self) -> int:

@@ -80,7 +80,7 @@ class PhaseRecord:
             "tokens_per_second": step.tokens / step.seconds,
             "trainable_parameters": self.trainable_parameters,
             "active_adapters": step.active_adapters,
-            **step.cut,
+            **step.rule,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def summarize(
         record: of the last state: metrics before training and all phases.
     """
     return {
-        "method": config.method.name,
+        "method": config.method_name,
         "model": config.model.name,
         "task": config.task.name,
         "world_size": world.size,
@@ -131,4 +131,12 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
     display.console.print(table)
-    display.say(f"adapter (stock PEFT LoRA): {folder.adapter}")
+    for phase in summary["phases"]:
+        if phase.get("measured"):
+            display.say(f"phase {phase['name']} measured: {phase['measured']}")
+    if folder.model.is_dir():
+        display.say(f"model: {folder.model}")
+    else:
+        display.say(f"adapter (stock PEFT): {folder.adapter}")
+    if folder.report.is_dir():
+        display.say(f"pictures: {folder.report / 'index.html'}")

@@ -28,7 +28,10 @@ class MetricsWriter:
             return
         self.folder.log(line)
         for key, value in line.items():
-            if key not in ("step", "phase"):
+            if isinstance(value, Mapping):  # omega by module
+                for name, part in value.items():
+                    self.events.add_scalar(f"{key}/{name}", part, line["step"])
+            elif key not in ("step", "phase"):
                 self.events.add_scalar(key, value, line["step"])
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,64 +20,40 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, adapter_parameters, find_targets, is_omega
-from sparse_llm_ft.config import ModelConfig, TrainingConfig, parse_config
-from sparse_llm_ft.data.encoding import Sample, training_batch
+import method_cases  # noqa: F401  (registers its cases)
+from case_tools import (
+    CASES,
+    MODEL,
+    OBJECTIVE,
+    PLAIN,
+    RESULTS,
+    SAMPLES,
+    TRAINING,
+    WORLD,
+    base_model,
+    case,
+    engine_settings,
+    make_loop,
+    plan_for,
+    start_values,
+)
+from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
+from sparse_llm_ft.config import ModelConfig, parse_config
+from sparse_llm_ft.data.encoding import Sample
 from sparse_llm_ft.data.stream import SampleStream
-from sparse_llm_ft.distributed import find_world, prepare_cpu
-from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
-from sparse_llm_ft.evaluation import completion_loss, generate, mean_loss
-from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.distributed import prepare_cpu
+from sparse_llm_ft.engine import Engine, init_distributed
+from sparse_llm_ft.evaluation import choose_labels, generate, mean_loss
+from sparse_llm_ft.methods import make_methods
 from sparse_llm_ft.modeling import load_model
-from sparse_llm_ft.optim import StoIHT
-from sparse_llm_ft.plan import AdapterPlan, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.rules import make_rule
 from sparse_llm_ft.training.schedule import Schedule
-
-MODEL, RESULTS = sys.argv[-2:]  # the launcher puts --local_rank before them
-WORLD = find_world()
-TRAINING = TrainingConfig(learning_rate=0.01, max_steps=20, warmup_steps=3, global_batch_size=8, max_grad_norm=0.5)
-SAMPLES = [
-    Sample(tuple(3 + (i * j) % 17 for j in range(1, 3 + i % 4)), (*(4 + (i + j) % 15 for j in range(1 + i % 3)), 2))
-    for i in range(21)
-]
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(function: Callable[[], None]) -> Callable[[], None]:
-    CASES[function.__name__] = function
-    return function
-
-
-def base_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).requires_grad_(False)
-
-
-def plan_for(model: torch.nn.Module, train_omega: bool = False, lora_dropout: float = 0.0) -> AdapterPlan:
-    return uniform_plan(find_targets(model, "all-linear"), 4, 8, lora_dropout, train_omega)
-
-
-def engine_settings(stage: int, micro: int, dtype: str = "float32", algorithm: str = "sgd") -> EngineSettings:
-    accumulation = 8 // (micro * WORLD.size)
-    return EngineSettings(stage, dtype, micro, accumulation, TRAINING.max_grad_norm, 0.1, 0.5, algorithm, {})
-
-
-def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Adapter values that are nowhere zero, the same on every rank."""
-    generator = torch.Generator().manual_seed(7)
-    return {
-        name: torch.ones(1) if is_omega(name) else torch.randn(p.shape, generator=generator) * 0.2
-        for name, p in adapter_parameters(model).items()
-    }
-
-
-def make_loop(engine: Engine, plan: AdapterPlan, micro: int, progress: Progress, rule: StoIHT | None = None) -> Loop:
-    phase = Phase("train", plan).with_batch(micro, 8)
-    return Loop(engine, phase, rule, SAMPLES, 0, Schedule(TRAINING, len(SAMPLES)), progress, WORLD, seed=3)
 
 
 def run_losses(stage: int, micro: int, steps: int = 20, lora_dropout: float = 0.0) -> list[float]:
@@ -109,7 +84,7 @@ def reference_losses(steps: int = 20) -> list[float]:
     schedule, stream, losses = Schedule(TRAINING, len(SAMPLES)), SampleStream(len(SAMPLES), 3), []
     for step in range(steps):
         chosen = [SAMPLES[stream.index(i)] for i in range(8 * step, 8 * step + 8)]
-        loss = completion_loss(lora, training_batch(chosen, 0), keeps_logits=False) / sum(s.supervised for s in chosen)
+        loss = PLAIN.loss(lora, PLAIN.batch(chosen)) / sum(s.supervised for s in chosen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, TRAINING.max_grad_norm)
         for group in optimizer.param_groups:
@@ -197,16 +172,16 @@ def an_overwritten_omega_reaches_master_and_model() -> None:
     for dtype in ("float32", "bfloat16"):
         for stage in (0, 1, 2, 3):
             base = base_model(getattr(torch, dtype))
-            expected = mean_loss(base, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+            expected = mean_loss(base, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
             model = get_peft_model(base, SparseLoraConfig(plan=plan_for(base, True)))
             start = start_values(model)
             engine = Engine(model, engine_settings(stage, 2, dtype))
             engine.load(start)
             omegas = [name for name in engine.parameters if is_omega(name)]
-            assert abs(mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size) - expected) > 1e-3
+            assert abs(mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size) - expected) > 1e-3
             engine.load({name: torch.zeros(1) for name in omegas})
             assert not any(float(value) for value in engine.values(omegas).values())
-            cut = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+            cut = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
             assert abs(cut - expected) < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, cut, expected)
             engine.close()
 
@@ -244,22 +219,22 @@ def disconnecting_keeps_survivors_and_leaves_no_trace() -> None:
 def check_disconnect(config, stage: int) -> None:
     base = base_model()
     targets = find_targets(base, "all-linear")
-    method = make_method(config)
-    phase = method.first(targets).with_batch(2, 8)
+    method = make_methods(config, total_steps=20)
+    phase = method.first(plan_for(base), targets).with_batch(2, 8)
     torch.manual_seed(0)
     model = get_peft_model(base, SparseLoraConfig(plan=phase.plan))
     engine = Engine(model, replace(engine_settings(stage, 2), omega_lr=phase.omega_lr))
-    rule = StoIHT(phase.cut)
+    rule = make_rule(phase, TrainState({}, {}, {}, Progress(), {}), engine)
     loop = make_loop(engine, phase.plan, 2, Progress(), rule)
     active = [step.active_adapters for _, step in zip(range(6), loop.steps(), strict=False)]
     assert active[0] == len(targets) and active[-1] == 3, active
     state = TrainState(
         engine.values(), engine.moments(), engine.optimizer_steps(), loop.progress, phase.to_dict(), rule.to_dict()
     )
-    following = method.next(phase, state, targets)
+    following = method.next(phase, state, None, targets)
     assert following is not None
     after, kept = following
-    before_loss = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+    before_loss = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
     gone = [weakref.ref(p) for name, p in engine.parameters.items() if name.rpartition(".")[0] not in after.plan.active]
     old_engine, old_optimizer = weakref.ref(engine._engine), weakref.ref(engine._optimizer)
     assert len(gone) == 3 * (len(targets) - 3)
@@ -281,7 +256,7 @@ def check_disconnect(config, stage: int) -> None:
     held = sum(p.numel() for group in engine._optimizer.param_groups for p in group["params"])
     expected = after.plan.parameters(targets)
     assert stage == 3 or expected / WORLD.size <= held < expected / WORLD.size + 64, (held, expected)
-    after_loss = mean_loss(engine.module, SAMPLES[:4], 0, 2, WORLD.rank, WORLD.size)
+    after_loss = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
     assert abs(after_loss - before_loss) < 1e-5, (before_loss, after_loss)
     engine.close()
 
@@ -357,13 +332,27 @@ def evaluation_does_not_depend_on_ranks_or_batches() -> None:
     model = base_model()
     alone = mean_loss_alone(model)
     for batch_size in (1, 2, 5):
-        shared = mean_loss(model, SAMPLES[:7], 0, batch_size, WORLD.rank, WORLD.size)
+        shared = mean_loss(model, SAMPLES[:7], OBJECTIVE, batch_size, WORLD.rank, WORLD.size)
         assert abs(shared - alone) < 1e-5
+
+
+@case
+def labels_chosen_do_not_depend_on_ranks_or_batches() -> None:
+    """The samples' first completion tokens are the label words; every rank gets all choices, in order."""
+    model, samples = base_model(), SAMPLES[:7]
+    words = sorted({sample.completion[0] for sample in samples})
+    objective = replace(OBJECTIVE, label_tokens=torch.tensor(words))
+    with torch.no_grad():
+        logits = [model(torch.tensor([sample.prompt])).logits[0, -1, words] for sample in samples]
+    for batch_size in (1, 2, 5):
+        loss, choices = choose_labels(model, samples, objective, batch_size, WORLD.rank, WORLD.size)
+        assert choices == [int(row.argmax()) for row in logits]
+        assert abs(loss - mean_loss_alone(model)) < 1e-5
 
 
 @torch.no_grad()
 def mean_loss_alone(model: torch.nn.Module) -> float:
-    losses = [float(completion_loss(model, training_batch([sample], 0), False)) for sample in SAMPLES[:7]]
+    losses = [float(PLAIN.loss(model, PLAIN.batch([sample]))) for sample in SAMPLES[:7]]
     return sum(losses) / sum(sample.supervised for sample in SAMPLES[:7])
 
 

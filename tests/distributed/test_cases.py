@@ -13,7 +13,8 @@ from launching import launch
 SCRIPT = Path(__file__).with_name("cases.py")
 NAMES = [
     node.name
-    for node in ast.parse(SCRIPT.read_text()).body
+    for script in (SCRIPT, SCRIPT.with_name("method_cases.py"))
+    for node in ast.parse(script.read_text()).body
     if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "case" for d in node.decorator_list)
 ]
 
@@ -38,4 +39,5 @@ def test_there_are_cases() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_case(name: str, results: dict[str, str]) -> None:
-    assert results.get(name) == "passed", results.get(name) or "not reached: a case before it failed"
+    result = results.get(name, "not reached: a case before it failed")
+    assert result == "passed", result

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from launching import TRAIN, last_lines, launch
-from sparse_llm_ft.adapters import SparseLoraConfig, adapter_parameters
+from sparse_llm_ft.adapters import SparseLoraConfig, trained_parameters
 from sparse_llm_ft.cli import main as command_line
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.plan import AdapterPlan
@@ -121,7 +121,7 @@ def test_the_adapter_is_a_stock_peft_lora(finished_run: Path, model_folder: Path
     tokens = torch.randint(3, 20, (3, 9))
     untrained = base(tokens).logits
     model = get_peft_model(base, SparseLoraConfig(plan=Phase.from_dict(state.phase).plan)).eval()
-    for name, parameter in adapter_parameters(model).items():
+    for name, parameter in trained_parameters(model).items():
         parameter.data.copy_(state.tensors[name])
     trained = model(tokens).logits
     assert (stock - trained).abs().max() < 1e-5

@@ -9,9 +9,9 @@ import pytest
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import Phase, make_method
+from sparse_llm_ft.methods import Phase, make_methods
 from sparse_llm_ft.modeling import empty_model
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.planner import saved_bytes, state_bytes
 from sparse_llm_ft.training import batches
 from sparse_llm_ft.training.batches import check_growth, grown_batch, largest_micro_batch, resumed_batch
@@ -34,7 +34,7 @@ def change(settings: dict):
     """Config, targets, the phase before with 14 adapters and the phase after with one in the last layer."""
     config = parse_config(merge(settings, {"method": {"name": "weight_lora", "keep": 1, "steps": 2}}))
     targets = find_targets(empty_model(config.model), "all-linear")
-    before = make_method(config).first(targets).with_batch(2, 8, 0.5)
+    before = make_methods(config, 8).first(uniform_plan(targets, 4, 8.0), targets).with_batch(2, 8, 0.5)
     last = list(targets)[-1]
     plan = AdapterPlan({name: before.plan.modules[name] if name == last else None for name in targets})
     return config, targets, before, Phase("train", plan)
@@ -42,13 +42,13 @@ def change(settings: dict):
 
 def test_no_growth_keeps_both(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(phase, before, config, targets, 16, 1)
+    grown = grown_batch(phase, before, config, targets, 16, 1, None)
     assert (grown.micro_batch_size, grown.global_batch_size, grown.lr_factor) == (2, 8, 0.5)
 
 
 def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1)
+    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, None)
     assert grown.micro_batch_size in (4, 8) and grown.global_batch_size == 8 and grown.lr_factor == 0.5
 
 
@@ -56,7 +56,7 @@ def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
 def test_grow_global_fills_the_freed_memory_and_scales_the_rate(change, scaling: str, exponent: float) -> None:
     config, targets, before, phase = change
     after = replace(phase, batch_growth="grow_global", lr_scaling=scaling)
-    grown = grown_batch(after, before, config, targets, 16, 1)
+    grown = grown_batch(after, before, config, targets, 16, 1, None)
     old, new = (saved_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
     freed = state_bytes(before.plan, targets, 2, 1) - state_bytes(phase.plan, targets, 2, 1)
     assert grown.micro_batch_size == (2 * old + freed) // new > 2
@@ -74,11 +74,11 @@ def test_resuming_elsewhere_keeps_the_global_batch(change) -> None:
 
 def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypatch) -> None:
     config, _, before, _ = change
-    check_growth(config, before)
+    check_growth(config, before, None)
 
     def fails(*args: object, **kwargs: object) -> int:
         raise RuntimeError("no meta kernel\nfor this")
 
     monkeypatch.setattr(batches, "saved_bytes", fails)
     with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
-        check_growth(config, before)
+        check_growth(config, before, None)

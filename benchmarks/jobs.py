@@ -1,0 +1,187 @@
+"""What the reproduction runs: two models, their tasks, seeds and learning rates; and what a finished run gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from systems import SYSTEMS, System, settle
+
+HELD_OUT = 200
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model's part of the reproduction.
+
+    Attributes:
+        model: folder below --models.
+        tasks: the first one, with the first seed, chooses the learning rates for all.
+        train, test: at most so many samples of each task.
+        long_tasks: tasks that ablations leave out.
+        settings: method name -> settings in which this model differs.
+    """
+
+    title: str
+    model: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    steps: int
+    train: int
+    test: int
+    systems: tuple[System, ...]
+    sections: dict[str, Any]
+    long_tasks: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def runs_on(self, system: System, task: str) -> bool:
+        """Whether the system is trained on the task."""
+        return system.main or task not in self.long_tasks
+
+
+MINILM = Setting(
+    title="all-MiniLM-L6-v2",
+    model="all-minilm-l6-v2",
+    tasks=("sst2", "cola", "rte"),
+    seeds=(0, 1, 2),
+    learning_rates=(2.5e-4, 1e-3, 4e-3),
+    steps=40,
+    train=1600,
+    test=300,
+    systems=SYSTEMS,
+    sections={
+        "model": {"dtype": "float32"},
+        "task": {"max_length": 48},
+        "adapter": {"target_modules": r".*encoder\.layer\..*"},
+        "training": {"micro_batch_size": 16, "global_batch_size": 16, "warmup_steps": 2},
+        "evaluation": {"micro_batch_size": 32},
+    },
+    long_tasks=("cola", "rte"),
+)
+SMOLLM2 = Setting(
+    title="SmolLM2-135M",
+    model="smollm2-135m-instruct",
+    tasks=("sst2",),
+    seeds=(0,),
+    learning_rates=(5e-4, 2e-3),
+    steps=30,
+    train=1600,
+    test=150,
+    systems=tuple(system for system in SYSTEMS if system.smollm2),
+    sections={
+        "model": {"dtype": "bfloat16"},
+        "task": {"max_length": 96},
+        "adapter": {"target_modules": ["q_proj", "v_proj"]},
+        "training": {"micro_batch_size": 8, "global_batch_size": 8, "warmup_steps": 2},
+        "evaluation": {"micro_batch_size": 32},
+    },
+    # Before training the model answers no better than chance, and forward passes are slow.
+    settings={"partial_lora": {"shots": 4, "floor_metric": "loss"}, "sparse_adapter": {"shots": 4}},
+)
+SETTINGS = (MINILM, SMOLLM2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    setting: Setting
+    system: System
+    task: str
+    learning_rate: float
+    seed: int
+
+    def folder(self, runs: Path) -> Path:
+        """Its output_dir."""
+        name = "".join(c if c.isalnum() else "-" for c in self.system.name.lower().replace("+", "-plus")).strip("-")
+        return runs / self.setting.model / self.task / name / f"lr-{self.learning_rate:g}-seed-{self.seed}"
+
+    def config(self, models: Path, data: Path, runs: Path) -> dict[str, Any]:
+        """Its settings."""
+        setting = self.setting
+        tree: dict[str, Any] = {
+            "model": {"name": str(models / setting.model)},
+            "task": {"name": self.task, "path": str(data)},
+            "method": settle(self.system.method, setting.steps, setting.settings),
+            "adapter": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+            "training": {
+                "learning_rate": self.learning_rate,
+                "max_steps": setting.steps,
+                "schedule": "linear",
+                "eval_every": setting.steps,
+                "keep_checkpoints": 2,
+            },
+            "evaluation": {"split": "test", "samples": setting.test},
+            "deepspeed": {"zero_stage": 0},
+            "output_dir": str(self.folder(runs)),
+            "seed": self.seed,
+            "report": False,
+        }
+        for section, values in setting.sections.items():
+            tree[section] = tree.get(section, {}) | values
+        return tree
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gave."""
+
+    metric: float
+    validation_loss: float
+    parameters: int
+    seconds: float
+    measured: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Result | None:
+        """None: the run is not finished."""
+        if not (folder / "summary.json").is_file():
+            return None
+        summary = json.loads((folder / "summary.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        after = summary["metrics"]["after"]
+        phases = summary["phases"]
+        return cls(
+            after.get("matthews", after["accuracy"]),
+            [line["validation_loss"] for line in lines if "validation_loss" in line][-1],
+            phases[-1]["trainable_parameters"],
+            sum(phase["seconds"] for phase in phases),
+            tuple(phase["measured"] for phase in phases if phase.get("measured")),
+        )
+
+
+def tuning_jobs(setting: Setting) -> list[Job]:
+    """Every learning rate, on the first task with the first seed."""
+    return [
+        Job(setting, system, setting.tasks[0], rate, setting.seeds[0])
+        for system in setting.systems
+        for rate in setting.learning_rates
+    ]
+
+
+def best_rate(setting: Setting, system: System, runs: Path) -> float | None:
+    """The rate with the lowest held-out loss; None while a run of the grid is missing."""
+    found = {}
+    for job in tuning_jobs(setting):
+        if job.system == system:
+            result = Result.read(job.folder(runs))
+            if result is None:
+                return None
+            found[job.learning_rate] = result.validation_loss
+    return min(found, key=lambda rate: found[rate])
+
+
+def final_jobs(setting: Setting, runs: Path) -> Iterator[Job]:
+    """Every task and seed with the system's rate, as far as that is known."""
+    for task in setting.tasks:
+        for seed in setting.seeds:
+            for system in setting.systems:
+                if not setting.runs_on(system, task):
+                    continue
+                rate = best_rate(setting, system, runs)
+                if rate is not None:
+                    yield Job(setting, system, task, rate, seed)

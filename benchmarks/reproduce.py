@@ -1,0 +1,107 @@
+"""Every method and variant of the three papers on two small models, into docs/results.md.
+
+    python benchmarks/reproduce.py --models FOLDER --data FOLDER [--runs FOLDER] [--only NAME ...]
+
+FOLDER of models holds ``all-minilm-l6-v2`` and ``smollm2-135m-instruct``; FOLDER of data ``sst2``, ``rte`` and
+``cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. Killed at any time, the same command goes on: a finished
+run is not done again, an unfinished one resumes.
+
+Every system has the same tuning: learning rates from one grid, the one with the lowest loss on samples held out of
+the training set is reported, on GLUE's own validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, final_jobs, tuning_jobs
+from tables import write_results
+
+
+def prepare_data(source: Path, target: Path, setting: Setting, task: str) -> Path:
+    """The task's splits: training samples, some held out of them, and GLUE's validation set as test."""
+    folder = target / setting.model / task
+    if (folder / "test.jsonl").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    train = (source / task / "train.jsonl").read_text().splitlines(keepends=True)
+    kept = train[HELD_OUT : HELD_OUT + setting.train]
+    test = (source / task / "validation.jsonl").read_text().splitlines(keepends=True)
+    splits = (("validation", train[:HELD_OUT]), ("train", kept), ("test", test[: setting.test]))
+    for name, lines in splits:
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
+    """In a process of its own: one run, its output in a file beside it."""
+    from sparse_llm_ft.config import parse_config
+    from sparse_llm_ft.distributed import find_world, prepare_cpu
+    from sparse_llm_ft.training.prepare import prepare
+    from sparse_llm_ft.training.run import run
+
+    folder = job.folder(runs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            world = find_world()
+            prepare_cpu(world)
+            run(prepare(parse_config(job.config(models, data, runs)), world))
+        except Exception as error:
+            traceback.print_exc()
+            return f"{folder}: {type(error).__name__}: {str(error)[:200]} (see {log})"
+    return f"{folder}"
+
+
+def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, processes: int) -> None:
+    """Train what is not finished. Each run is a fork of this process, which has imported everything once."""
+    left = [job for job in jobs if Result.read(job.folder(runs)) is None]
+    if not left:
+        return
+    prepared: dict[tuple[str, str], Path] = {}
+    for job in left:
+        key = (job.setting.model, job.task)
+        prepared.setdefault(key, prepare_data(data, runs / "data", job.setting, job.task))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(processes, maxtasksperchild=1) as pool:
+        work = [(job, models, prepared[job.setting.model, job.task], runs) for job in left]
+        for i, line in enumerate(pool.imap_unordered(_train_one, work), 1):
+            print(f"{i}/{len(left)} {line}", flush=True)
+
+
+def _train_one(work: tuple[Job, Path, Path, Path]) -> str:
+    return _train(*work)
+
+
+def main() -> None:
+    """Tune, train, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--only", nargs="+", choices=[setting.model for setting in SETTINGS])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
+
+    for setting in SETTINGS:
+        if options.only and setting.model not in options.only:
+            continue
+        for stage in ("tune", "train"):
+            jobs = tuning_jobs(setting) if stage == "tune" else list(final_jobs(setting, options.runs))
+            train_all(jobs, options.models, options.data, options.runs, options.processes)
+            write_results(SETTINGS, options.runs, options.output)
+
+
+if __name__ == "__main__":
+    main()

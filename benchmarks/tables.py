@@ -1,0 +1,167 @@
+"""From finished runs to the tables and claims of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from jobs import HELD_OUT, Result, Setting, best_rate, final_jobs
+
+BEGIN, END = "<!-- reproduce: begin -->", "<!-- reproduce: end -->"
+METRIC = {"sst2": "SST-2, accuracy", "rte": "RTE, accuracy", "cola": "CoLA, Matthews"}
+
+Cell = dict[str, dict[int, Result]]
+"""Task -> seed -> result."""
+Table = dict[str, Cell]
+"""System -> cell."""
+
+
+def collect(setting: Setting, runs: Path) -> Table:
+    """Every finished final run."""
+    table: Table = {}
+    for job in final_jobs(setting, runs):
+        result = Result.read(job.folder(runs))
+        if result is not None:
+            table.setdefault(job.system.name, {}).setdefault(job.task, {})[job.seed] = result
+    return table
+
+
+def write_results(settings: Sequence[Setting], runs: Path, output: Path) -> None:
+    """Replace what stands between the markers in `output`; the rest of the file stays."""
+    text = output.read_text(encoding="utf-8") if output.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
+    before, found, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    if not found:
+        before, after = text.rstrip() + "\n\n", "\n"
+    body = "\n".join([_introduction(), *(_section(setting, collect(setting, runs), runs) for setting in settings)])
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    temporary.replace(output)
+
+
+def _introduction() -> str:
+    return f"""## The three papers on small models
+
+```
+python benchmarks/reproduce.py --models MODELS --data DATA
+```
+
+MODELS holds all-MiniLM-L6-v2 and SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF file), DATA GLUE's SST-2, CoLA
+and RTE as JSON lines. Reported is GLUE's validation set, in percent: mean ± standard deviation over seeds. Learning
+rates come from one grid for every system: the rate with the lowest loss on {HELD_OUT} samples held out of the training
+set, first task and first seed, is used for all of the system's runs. Parameters are those of the last phase, by task
+where they differ; seconds are the median over runs of the time of all optimizer steps, pilot and head fitting included,
+measured with as many runs side by side as there are cores. Both are small models, trained for few steps on a part of
+the data: the tables compare systems with each other, not with the papers' figures.
+"""
+
+
+def _section(setting: Setting, table: Table, runs: Path) -> str:
+    if not table:
+        return ""
+    rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
+    lines = [
+        f"### {setting.title}",
+        "",
+        f"{setting.steps} optimizer steps of {setting.sections['training']['global_batch_size']} samples, at most "
+        f"{setting.train} training samples, r = 8, lora_alpha = 16, no dropout; {len(setting.seeds)} "
+        f"seed{'s' if len(setting.seeds) > 1 else ''}; learning rates {rates}.",
+        "",
+    ]
+    titles = [METRIC[task] for task in setting.tasks]
+    for paper in dict.fromkeys(system.paper for system in setting.systems):
+        rows = [system for system in setting.systems if system.paper == paper and system.name in table]
+        if not rows:
+            continue
+        lines += [f"| {paper} | {' | '.join(titles)} | trained parameters | seconds | rate |"]
+        lines += ["|---" * (len(titles) + 4) + "|"]
+        for system in rows:
+            cell = table[system.name]
+            scores = [_spread([r.metric for r in cell.get(task, {}).values()]) for task in setting.tasks]
+            results = [result for task in setting.tasks for result in cell.get(task, {}).values()]
+            parameters = " / ".join(
+                dict.fromkeys(_parameters([*cell.get(task, {}).values()]) for task in setting.tasks)
+            )
+            rate = best_rate(setting, system, runs)
+            seconds = f"{median(result.seconds for result in results):.0f}"
+            lines += [f"| {system.name} | {' | '.join(scores)} | {parameters} | {seconds} | {rate:g} |"]
+        lines += [""]
+    lines += _claims(setting, table)
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def _parameters(results: Sequence[Result]) -> str:
+    return f"{round(mean(result.parameters for result in results)):,}" if results else "–"
+
+
+SAME, MORE = "not below", "above"
+
+
+def _claims(setting: Setting, table: Table) -> list[str]:
+    """Each claim as a comparison of two systems over all tasks, with the difference and its spread over seeds."""
+    claims = [
+        ("Partial-LoRA ≈ LoRA", "Partial-LoRA", "LoRA", SAME),
+        ("Partial-AdaLoRA ≈ AdaLoRA", "Partial-AdaLoRA", "AdaLoRA", SAME),
+        ("Targeted ≈ Partial", "Targeted-LoRA", "Partial-LoRA", SAME),
+        (
+            "the derived ratios matter, not the indices: inverted masks ≈ Partial",
+            "Inverted masks",
+            "Partial-LoRA",
+            SAME,
+        ),
+        ("LoRA-drop ≈ LoRA", "LoRA-drop", "LoRA", SAME),
+        ("sharing beats removing", "LoRA-drop", "LoRA-drop, no sharing", MORE),
+        ("importance beats inverted", "LoRA-drop", "LoRA-drop, inverted", MORE),
+        ("importance beats random", "LoRA-drop", "LoRA-drop, random", MORE),
+        ("importance beats the top layers", "LoRA-drop", "LoRA-drop, top layers", MORE),
+        ("LoRA-drop beats Sparse Adapter", "LoRA-drop", "Sparse Adapter", MORE),
+        ("LoRA-drop beats Tied-LoRA", "LoRA-drop", "Tied-LoRA", MORE),
+        ("LoRA-drop beats VeRA", "LoRA-drop", "VeRA", MORE),
+        ("WLoRA beats RLoRA, K = 10", "WLoRA, K = 10", "RLoRA, K = 10", MORE),
+        ("WLoRA beats RLoRA, K = 5", "WLoRA, K = 5", "RLoRA, K = 5", MORE),
+        ("WLoRA beats RLoRA, K = 1", "WLoRA, K = 1", "RLoRA, K = 1", MORE),
+        ("WLoRA+ ≥ LoRA", "WLoRA+, K = 10", "LoRA", SAME),
+        ("WLoRA+ beats WLoRA", "WLoRA+, K = 10", "WLoRA, K = 10", MORE),
+    ]
+    lines = ["| claim | difference, mean over tasks | standard error | here |", "|---|---|---|---|"]
+    for text, left, right, kind in claims:
+        pairs = _pairs(setting, table, left, right)
+        if not pairs:
+            continue
+        difference = mean(pairs)
+        error = stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
+        shown = f"{error:.1f}" if len(pairs) > 1 else "–"
+        lines += [f"| {text} | {difference:+.1f} | {shown} | {_verdict(kind, difference, error)} |"]
+    note = (
+        "A claim of *more* holds where the difference is more than two standard errors above zero, fails where it is "
+        "more than two below, and is undecided between; one of *as good* fails where the difference is more than two "
+        "standard errors below zero. Pairs are runs of the same task and seed."
+    )
+    return [*lines, "", note, ""]
+
+
+def _pairs(setting: Setting, table: Table, left: str, right: str) -> list[float]:
+    """Differences of runs with the same task and seed."""
+    if left not in table or right not in table:
+        return []
+    return [
+        result.metric - table[right][task][seed].metric
+        for task in setting.tasks
+        for seed, result in table[left].get(task, {}).items()
+        if seed in table[right].get(task, {})
+    ]
+
+
+def _verdict(kind: str, difference: float, error: float) -> str:
+    if error != error:  # one run: nothing to compare with
+        return "one run each: says nothing"
+    if kind == SAME:
+        return "fails" if difference < -2 * error else "holds"
+    return "holds" if difference > 2 * error else "fails" if difference < -2 * error else "undecided"

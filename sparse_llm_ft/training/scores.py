@@ -1,0 +1,214 @@
+"""What a phase measures at its end: LoRA outputs, or the importance and ratios of a Partial-LoRA derivation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
+from sparse_llm_ft.config import ModelConfig, RunConfig
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.engine import Engine
+from sparse_llm_ft.evaluation import Objective
+from sparse_llm_ft.evaluation.loss import batches_on
+from sparse_llm_ft.methods import Measurement, Phase, Scores
+from sparse_llm_ft.scoring import (
+    Derivation,
+    DerivationSettings,
+    OutputScores,
+    Split,
+    content_key,
+    derive,
+    hash_files,
+    hash_samples,
+    load,
+    measure_only,
+    save,
+)
+from sparse_llm_ft.training.agreement import bytes_from_rank_zero, on_rank_zero
+from sparse_llm_ft.training.display import Display
+
+
+class Scorer:
+    """Measures on the model as an engine has it: whole, in 4 bit, or sharded over ranks. Collective.
+
+    Args:
+        config: of the run.
+        objective: how samples become a loss and right answers.
+    """
+
+    def __init__(self, config: RunConfig, world: World, objective: Objective[Any], display: Display) -> None:
+        self.config, self.world, self.objective, self.display = config, world, objective, display
+
+    def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
+        """The phase's measurement on `samples`.
+
+        Args:
+            values: the trained parameters at the phase's end.
+        """
+        if phase.measure is None:
+            return None
+        if phase.measure.kind == "lora_output":
+            return self.lora_output(engine.module, list(phase.plan.active), samples)
+        return self.derivation(engine, phase, phase.measure, samples, values)
+
+    @torch.no_grad()
+    def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
+        """g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
+        size, world = self.config.evaluation.micro_batch_size, self.world
+        scores = OutputScores(names)
+        layers = {name: _layer(model, name) for name in names}
+        for name, layer in layers.items():
+            layer.observe = scores.observer(name)
+        was_training = model.training
+        model.eval()
+        try:
+            device = next(model.parameters()).device
+            for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
+                scores.begin_batch(batch["attention_mask"] if indices else torch.zeros_like(batch["attention_mask"]))
+                self.objective.loss(model, batch)
+        finally:
+            for layer in layers.values():
+                layer.observe = None
+            model.train(was_training)
+        return scores.totals(self._sum)
+
+    def derivation(
+        self,
+        engine: Engine,
+        phase: Phase,
+        measure: Measurement,
+        samples: Sequence[Any],
+        values: dict[str, torch.Tensor],
+    ) -> Derivation:
+        """Importance and ratios of the pretrained weights, from the cache where they have been derived before."""
+        names = [name for name in phase.plan.modules if phase.name == "head" or phase.plan.modules[name] is not None]
+        folder = _cache_folder(measure)
+        key = self._key(phase, names, samples, values) if self.world.rank == 0 else ""
+        found = self._from_cache(folder, key)
+        if found is not None:
+            self.display.say(f"ratios of {len(names)} modules are in {folder}")
+            return found
+        self.display.say(f"deriving on {len(samples)} samples: {len(names)} modules, importance {measure.importance}")
+        derivation = self._derive(engine, phase, measure, names, samples)
+        on_rank_zero(self.world, lambda: save(folder, key, derivation))
+        return derivation
+
+    def _derive(
+        self, engine: Engine, phase: Phase, measure: Measurement, names: list[str], samples: Sequence[Any]
+    ) -> Derivation:
+        model: Any = engine.module
+        base = model.get_base_model()
+        samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
+        modules = {name: _base_layer(base.get_submodule(name)) for name in names}
+        size = self.world.size
+        split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
+        settings = DerivationSettings(
+            importance=measure.importance,
+            accuracy_floor=measure.accuracy_floor,
+            floor_metric=measure.floor_metric,
+            micro_batch_size=measure.micro_batch_size,
+            flow_preservation=measure.flow_preservation,
+        )
+        # The pretrained model, whatever has been trained on it. PEFT cannot disable what is not there.
+        with model.disable_adapter() if phase.plan.active else nullcontext():
+            if measure.search:
+                return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
+            return measure_only(model, modules, samples, self.objective, settings, split)
+
+    def _report(self, done: int, layers: int) -> None:
+        self.display.say(f"derived {done} of {layers} layers")
+
+    def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
+        """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
+        config, measure, training = self.config, phase.measure, self.config.training
+        assert measure is not None
+        if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
+            head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, training.schedule]
+        else:
+            head = {name: _digest(tensor) for name, tensor in whole_tensors(values).items()}
+        return content_key(
+            model=_model_fingerprint(config.model),
+            dtype=config.model.dtype,
+            quantization=config.model.quantization,
+            samples=hash_samples(samples),
+            head=head,
+            modules=names,
+            **{key: value for key, value in asdict(measure).items() if key not in ("cache_dir", "micro_batch_size")},
+        )
+
+    def _from_cache(self, folder: Path, key: str) -> Derivation | None:
+        """Rank 0 looks, and sends what it finds to the others, whose nodes need not share its cache."""
+        data = b""
+        if self.world.rank == 0:
+            found = load(folder, key, warn=self.display.say)
+            data = _pack(found) if found else b""
+        data = bytes_from_rank_zero(data)
+        return _unpack(data) if data else None
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over ranks; on the process group's device."""
+        if self.world.size > 1:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            moved = tensor.to(device)
+            dist.all_reduce(moved)
+            return moved.to(tensor.device)
+        return tensor
+
+
+def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
+    base: Any = model
+    layer = base.get_base_model().get_submodule(name)
+    assert isinstance(layer, SparseLoraLayer)
+    return layer
+
+
+def _base_layer(module: Any) -> nn.Module:
+    """The linear layer itself, without adapters around it."""
+    return getattr(module, "base_layer", module)
+
+
+def _cache_folder(measure: Measurement) -> Path:
+    if measure.cache_dir is not None:
+        return Path(measure.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
+
+
+def _model_fingerprint(model: ModelConfig) -> str:
+    """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        return hash_files(sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json")))
+    snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+    return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})
+
+
+_METADATA = "metadata"
+
+
+def _pack(derivation: Derivation) -> bytes:
+    tensors, metadata = derivation.to_tensors()
+    text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
+    return safetensors.torch.save(tensors | {_METADATA: text})
+
+
+def _unpack(data: bytes) -> Derivation:
+    tensors = safetensors.torch.load(data)
+    metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
+    return Derivation.from_tensors(tensors, metadata)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()

@@ -1,0 +1,65 @@
+"""What the two-rank cases share: the registry, a tiny model, samples, engines and loops."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_llm_ft.adapters import find_targets, is_omega, trained_parameters
+from sparse_llm_ft.config import TrainingConfig
+from sparse_llm_ft.data.encoding import Sample
+from sparse_llm_ft.distributed import find_world
+from sparse_llm_ft.engine import Engine, EngineSettings
+from sparse_llm_ft.evaluation import CompletionObjective
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.plan import AdapterPlan, uniform_plan, with_omega
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.rules import Rule
+from sparse_llm_ft.training.schedule import Schedule
+
+MODEL, RESULTS = sys.argv[-2:]  # the launcher puts --local_rank before them
+WORLD = find_world()
+TRAINING = TrainingConfig(learning_rate=0.01, max_steps=20, warmup_steps=3, global_batch_size=8, max_grad_norm=0.5)
+SAMPLES = [
+    Sample(tuple(3 + (i * j) % 17 for j in range(1, 3 + i % 4)), (*(4 + (i + j) % 15 for j in range(1 + i % 3)), 2))
+    for i in range(21)
+]
+OBJECTIVE, PLAIN = CompletionObjective(0, keeps_logits=True), CompletionObjective(0, keeps_logits=False)
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).requires_grad_(False)
+
+
+def plan_for(model: torch.nn.Module, train_omega: bool = False, lora_dropout: float = 0.0) -> AdapterPlan:
+    plan = uniform_plan(find_targets(model, "all-linear"), 4, 8, lora_dropout)
+    return with_omega(plan) if train_omega else plan
+
+
+def engine_settings(stage: int, micro: int, dtype: str = "float32", algorithm: str = "sgd") -> EngineSettings:
+    accumulation = 8 // (micro * WORLD.size)
+    return EngineSettings(stage, dtype, micro, accumulation, TRAINING.max_grad_norm, 0.1, 0.5, algorithm, {})
+
+
+def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Adapter values that are nowhere zero, the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.ones(1) if is_omega(name) else torch.randn(p.shape, generator=generator) * 0.2
+        for name, p in trained_parameters(model).items()
+    }
+
+
+def make_loop(engine: Engine, plan: AdapterPlan, micro: int, progress: Progress, rule: Rule | None = None) -> Loop:
+    phase = Phase("train", plan).with_batch(micro, 8)
+    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(TRAINING, len(SAMPLES)), progress, WORLD, seed=3)

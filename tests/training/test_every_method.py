@@ -1,0 +1,229 @@
+"""Every method and composition as a complete run, on a tiny Llama and a tiny encoder: what it leaves is what it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.data.reading import check_task, read_split
+from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.evaluation import make_objective
+from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.checkpoints import newest_valid
+from tiny_run import run_settings
+
+WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
+PARTIAL = {"name": "partial_lora", "floor_metric": "loss", "shots": 6}
+DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
+METHODS: dict[str, Any] = {
+    "lora": "lora",
+    "lora_plus": "lora_plus",
+    "dora": "dora",
+    "vera": {"name": "vera", "r": 16},
+    "adalora": {"name": "adalora", "target_r": 2},
+    "full": "full",
+    "tied_lora": "tied_lora",
+    "sparse_adapter": "sparse_adapter",
+    "partial": PARTIAL,
+    "partial_imp": PARTIAL | {"importance": "imp", "selection": "stochastic", "compare_importance": True},
+    "partial_adalora": PARTIAL | {"base": "adalora", "adalora": {"target_r": 2}},
+    "pyramidal": {"name": "partial_lora", "ratios": "pyramidal", "ratio": 0.7},
+    "lora_drop": DROP,
+    "lora_drop_removed": DROP | {"share": False},
+    "weight_lora": WEIGHT,
+    "weight_lora_one": WEIGHT | {"keep": 1, "steps": 1, "cut_after": 0},
+    "weight_lora_all": WEIGHT | {"keep": 14, "batch_growth": "none"},
+    "weight_lora_plus": WEIGHT | {"name": "weight_lora_plus"},
+    "weight_then_partial": [WEIGHT, PARTIAL],
+    "partial_then_weight_plus": [PARTIAL, WEIGHT | {"name": "weight_lora_plus"}],
+    "drop_then_partial": [DROP, PARTIAL],
+}
+ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
+
+
+@pytest.fixture(scope="module")
+def trees(
+    model_folder: Path,
+    data_folder: Path,
+    encoder_folder: Path,
+    labelled_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("every-method")
+    trees = {}
+    for name, method in METHODS.items():
+        method = _with_cache(method, folder / "cache")
+        tree = run_settings(model_folder, data_folder, folder / name)
+        tree["adapter"]["lora_dropout"] = 0.0
+        trees[name] = tree | {"method": method}
+        if name in ENCODER:
+            tree = run_settings(encoder_folder, labelled_folder, folder / f"encoder-{name}")
+            tree["task"] = {
+                "name": "custom",
+                "path": str(labelled_folder),
+                "labels": ["no", "yes"],
+                "texts": ["sentence"],
+                "max_length": 32,
+            }
+            tree["evaluation"] |= {"split": "validation", "samples": 12}
+            trees[f"encoder-{name}"] = tree | {"method": method}
+    return trees
+
+
+def _with_cache(method: Any, folder: Path) -> Any:
+    if isinstance(method, list):
+        return [_with_cache(part, folder) for part in method]
+    partial = isinstance(method, dict) and method["name"] == "partial_lora"
+    return method | {"cache_dir": str(folder)} if partial else method
+
+
+# Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
+KILLED = [("lora_drop", 1), ("lora_drop", 4), ("weight_then_partial", 6), ("adalora", 5), ("encoder-partial", 5)]
+NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
+
+
+@pytest.fixture(scope="module")
+def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """All runs; some are killed and resumed; one is done once more, when its derivation is in the cache."""
+    folder = tmp_path_factory.mktemp("results")
+    runs = {name: [tree] for name, tree in trees.items()}
+    runs["partial"].append(trees["partial"] | {"output_dir": trees["partial"]["output_dir"] + "-again"})
+    for name, steps in KILLED:
+        tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}"}
+        tree["training"] = tree["training"] | {"save_every": 3}
+        runs[f"{name}-killed-{steps}"] = [tree | {"kill_after_steps": steps}, tree]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    script = Path(__file__).with_name("many_runs.py")
+    command = [sys.executable, str(script), str(folder / "runs.json"), str(folder / "results.json")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, process.stderr[-4000:]
+    (folder / "output.txt").write_text(process.stdout)
+    return json.loads((folder / "results.json").read_text()) | {"output": process.stdout}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], results: dict[str, str]) -> None:
+    """The adapter as stock PEFT loads it, or the model, has the loss of ``metrics.after``."""
+    assert results[name] == "passed", results[name]
+    tree, run = trees[name], Path(trees[name]["output_dir"])
+    summary = json.loads((run / "summary.json").read_text())
+    encoder = name.startswith("encoder-")
+    kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
+    options = {"num_labels": 2} if encoder else {}
+    if name.endswith("full"):
+        model = kind.from_pretrained(run / "model")
+    else:
+        model = PeftModel.from_pretrained(kind.from_pretrained(tree["model"]["name"], **options), run / "adapter")
+    loss = _loss(model.eval(), tree, check_task(parse_config(tree).task))
+    assert loss == pytest.approx(summary["metrics"]["after"]["loss"], abs=2e-4)
+    assert (run / "report" / "index.html").is_file()
+    newest, _ = newest_valid(run / "checkpoints")
+    assert TrainState.load(newest).progress.counted_steps == 8
+
+
+@pytest.mark.parametrize(("name", "steps"), KILLED)
+def test_a_killed_run_ends_as_the_other(name: str, steps: int, trees: dict[str, dict], results: dict[str, str]) -> None:
+    """Bit for bit: pilot, scores, masks, shared pairs and AdaLoRA's sensitivities survive."""
+    assert results[f"{name}-killed-{steps}"] == "passed", results[f"{name}-killed-{steps}"]
+    whole, resumed = (
+        load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+        for folder in (
+            trees[name]["output_dir"],
+            f"{trees[name]['output_dir']}-killed-{steps}",
+        )
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
+    """Mean loss over the measured samples, one after the other."""
+    tokenizer = AutoTokenizer.from_pretrained(tree["model"]["name"])
+    objective = make_objective(model, tokenizer, task)
+    config = parse_config(tree)
+    split = config.evaluation.split
+    examples = read_split(config.task, split)[: config.evaluation.samples]
+    total, units = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            sample = _encode(example, tokenizer, config.task.max_length, bool(task.labels))
+            total += float(objective.loss(model, objective.batch([sample])))
+            units += objective.units(sample)
+    return total / units
+
+
+def _encode(example: Any, tokenizer: Any, length: int, labelled: bool) -> Any:
+    from sparse_llm_ft.data.encoding import encode_split, encode_texts
+
+    return (encode_texts if labelled else encode_split)([example], tokenizer, length).samples[0]
+
+
+def plans(trees: dict[str, dict], name: str) -> list[AdapterPlan]:
+    files = sorted((Path(trees[name]["output_dir"]) / "phases").iterdir())
+    return [AdapterPlan.from_dict(json.loads(file.read_text())["plan"]) for file in files]
+
+
+def test_the_plans_are_what_the_methods_say(trees: dict[str, dict], results: dict[str, str]) -> None:
+    assert len(plans(trees, "weight_lora_one")[-1].active) == 1
+    assert len(plans(trees, "weight_lora_all")[-1].active) == 14
+    pilot, shared = plans(trees, "lora_drop")
+    assert len(pilot.active) == len(shared.active) == 14 and shared.groups
+    assert not plans(trees, "lora_drop_removed")[-1].groups
+    select, derive, train = plans(trees, "weight_then_partial")
+    assert len(select.active) == 14 and len(derive.active) == len(train.active) == 4
+    assert any(a.rows or a.cols for a in train.active.values())
+    composed = plans(trees, "drop_then_partial")[-1]
+    assert composed.groups and any(a.cols for a in composed.active.values())
+    assert plans(trees, "encoder-partial")[0].trained and not plans(trees, "encoder-partial")[0].active
+
+
+def test_parameters_count_what_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:
+    """A mask makes the trained tensors smaller; a shared pair is counted and stored once."""
+    for name in ("lora_drop", "partial", "drop_then_partial", "encoder-partial", "sparse_adapter"):
+        run = Path(trees[name]["output_dir"])
+        newest, _ = newest_valid(run / "checkpoints")
+        count = sum(tensor.numel() for tensor in TrainState.load(newest).tensors.values())
+        assert json.loads((run / "summary.json").read_text())["phases"][-1]["trainable_parameters"] == count
+
+
+def test_a_second_run_finds_the_derivation(trees: dict[str, dict], results: dict[str, str]) -> None:
+    first = Path(trees["partial"]["output_dir"])
+    second = first.with_name(first.name + "-again")
+    assert (first / "plan.json").read_text() == (second / "plan.json").read_text()
+    assert f"ratios of 14 modules are in {first.parent / 'cache'}" in results["output"]
+
+
+def test_omega_is_logged_while_it_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:
+    run = Path(trees["weight_lora"]["output_dir"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    selecting = [line for line in lines if line["phase"] == "select"]
+    assert [len(line["omega"]) for line in selecting] == [14] * 4
+    assert sum(value > 0 for value in selecting[-1]["omega"].values()) == 4 and "swaps" in selecting[-1]
+    assert not any("omega" in line for line in lines if line["phase"] == "train")
+
+
+def test_a_fitted_head_is_said_in_the_summary(trees: dict[str, dict], results: dict[str, str]) -> None:
+    summaries = {
+        name: json.loads((Path(trees[name]["output_dir"]) / "summary.json").read_text())
+        for name in ("partial", "encoder-partial")
+    }
+    assert summaries["partial"]["phases"][0]["measured"].endswith("no head fitted")
+    assert summaries["encoder-partial"]["phases"][0]["measured"].endswith("the head fitted on them first")
+
+
+def test_adalora_prunes_to_its_target(trees: dict[str, dict], results: dict[str, str]) -> None:
+    run = Path(trees["adalora"]["output_dir"])
+    newest, _ = newest_valid(run / "checkpoints")
+    values = [t for name, t in TrainState.load(newest).tensors.items() if name.endswith("lora_E")]
+    assert sum(int((t != 0).sum()) for t in values) == 14 * 2

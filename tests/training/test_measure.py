@@ -1,0 +1,88 @@
+"""From a labelled folder to metrics and predictions, on an encoder and on a causal language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.evaluation import make_objective
+from sparse_llm_ft.modeling import load_model, load_tokenizer
+from sparse_llm_ft.training.measure import Measure
+from sparse_llm_ft.training.prepare import Prepared, prepare
+from sparse_llm_ft.training.samples import Samples
+
+WORLD = World(0, 1, 0, 1)
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture
+def prepared(labelled_folder: Path, settings: dict) -> Make:
+    """Reads a labelled run on a model; its task settings are those of a classification, with changes."""
+
+    def make(model: Path, **task: object) -> Prepared:
+        settings["model"]["name"] = str(model)
+        settings["task"] = {"name": "custom", "path": str(labelled_folder), "max_length": 32}
+        settings["task"] |= {"prompt": "{sentence} ?", "labels": ["cake", "book"]} | task
+        settings["evaluation"] |= {"split": "validation", "samples": 12, "micro_batch_size": 5}
+        return prepare(parse_config(settings), WORLD)
+
+    return make
+
+
+def measured(run: Prepared, predictions: Path) -> tuple[dict[str, float], list[dict]]:
+    config, task = run.config, run.task
+    tokenizer, model = load_tokenizer(config.model, task.classes), load_model(config.model, task.classes)
+    samples = Samples.encode(run, tokenizer)
+    objective = make_objective(model, tokenizer, task)
+    measure = Measure(config.evaluation, task, run.measured, samples.measured, tokenizer, objective, WORLD, 0)
+    metrics = measure(model, predictions)
+    return metrics, [json.loads(line) for line in predictions.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("folder", ["encoder_folder", "model_folder"])
+def test_a_classification_is_measured_by_its_labels(process_group, prepared: Make, request, tmp_path, folder) -> None:
+    run = prepared(request.getfixturevalue(folder))
+    metrics, rows = measured(run, tmp_path / "predictions.jsonl")
+    assert set(metrics) == {"loss", "accuracy"}
+    assert [row["label"] for row in rows] == [("cake", "book")[int("red" in row["prompt"])] for row in rows]
+    assert {row["prediction"] for row in rows} <= {"cake", "book"} and len(rows) == 12
+    assert metrics["accuracy"] == pytest.approx(100 * sum(row["prediction"] == row["label"] for row in rows) / 12)
+    metrics, _ = measured(prepared(request.getfixturevalue(folder), metric="matthews"), tmp_path / "again.jsonl")
+    assert set(metrics) == {"loss", "accuracy", "matthews"}
+
+
+def test_a_generation_is_measured_as_before(process_group, settings: dict, tmp_path: Path) -> None:
+    metrics, rows = measured(prepare(parse_config(settings), WORLD), tmp_path / "predictions.jsonl")
+    assert list(metrics) == ["loss", "rouge1", "rouge2", "rougeL"]
+    assert set(rows[0]) == {"prompt", "prediction", "references"} and len(rows) == 5
+
+
+def test_samples_of_both_kinds_know_their_label(prepared: Make, encoder_folder: Path, model_folder: Path) -> None:
+    for folder in (encoder_folder, model_folder):
+        run = prepared(folder)
+        samples = Samples.encode(run, load_tokenizer(run.config.model, run.task.classes))
+        assert [sample.label for sample in samples.train] == [example.label for example in run.train]
+        assert sum(sample.label for sample in samples.train) == 16 and len(samples.train) == 40
+
+
+def test_a_task_must_say_what_its_model_sees(prepared: Make, encoder_folder: Path, model_folder: Path) -> None:
+    run = prepared(model_folder, prompt=None, texts=["sentence"])
+    with pytest.raises(ConfigError, match=r"task.prompt: not given, and .* is a causal language model"):
+        Samples.encode(run, load_tokenizer(run.config.model, 2))
+    run = prepared(encoder_folder, prompt=None, texts=["sentence"])
+    assert len(Samples.encode(run, load_tokenizer(run.config.model, 2)).measured) == 12
+
+
+def test_an_encoder_takes_no_more_than_a_pair(prepared: Make, encoder_folder: Path, tmp_path: Path) -> None:
+    row = {"a": "red", "b": "blue", "c": "cake", "label": 0}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    run = prepared(encoder_folder, path=str(tmp_path), prompt="{a} {b} {c}")
+    with pytest.raises(ConfigError, match=r"task.texts: not given, and .* is an encoder"):
+        Samples.encode(run, load_tokenizer(run.config.model, 2))
