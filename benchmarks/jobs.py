@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from systems import SYSTEMS, System, settle
 
 HELD_OUT = 200
+MOST_RATES = 5
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Setting:
         model: folder below --models.
         tasks: the first one, with the first seed, chooses the learning rates for all.
         train, test: at most so many samples of each task.
+        learning_rates: what the search begins with; a single one is not searched.
         long_tasks: tasks that ablations leave out.
         settings: method name -> settings in which this model differs.
     """
@@ -48,7 +51,7 @@ MINILM = Setting(
     model="all-minilm-l6-v2",
     tasks=("sst2", "cola", "rte"),
     seeds=(0, 1, 2),
-    learning_rates=(2.5e-4, 1e-3, 4e-3),
+    learning_rates=(1e-3, 4e-3),
     steps=40,
     train=1600,
     test=300,
@@ -67,7 +70,7 @@ SMOLLM2 = Setting(
     model="smollm2-135m-instruct",
     tasks=("sst2",),
     seeds=(0,),
-    learning_rates=(5e-4, 2e-3),
+    learning_rates=(2e-3,),
     steps=30,
     train=1600,
     test=150,
@@ -154,34 +157,64 @@ class Result:
         )
 
 
-def tuning_jobs(setting: Setting) -> list[Job]:
-    """Every learning rate, on the first task with the first seed."""
-    return [
-        Job(setting, system, setting.tasks[0], rate, setting.seeds[0])
-        for system in setting.systems
-        for rate in setting.learning_rates
-    ]
+def tuning_jobs(setting: Setting, runs: Path) -> list[Job]:
+    """The learning rates that are to be tried next, on the first task with the first seed.
+
+    Every system begins with the setting's rates. While its best one lies at an end of those tried, the next beyond it
+    is tried, by the factor between the first two; at most `MOST_RATES` of them.
+    """
+    jobs = []
+    for system in setting.systems:
+        job = partial(Job, setting, system, setting.tasks[0], seed=setting.seeds[0])
+        rates = list(setting.learning_rates)
+        while True:
+            losses = {rate: Result.read(job(learning_rate=rate).folder(runs)) for rate in rates}
+            missing = [rate for rate, result in losses.items() if result is None]
+            if missing:
+                jobs += [job(learning_rate=rate) for rate in missing]
+                break
+            following = _beyond({rate: result.validation_loss for rate, result in losses.items() if result})
+            if following is None or len(rates) == MOST_RATES:
+                break
+            rates.append(following)
+    return jobs
 
 
 def best_rate(setting: Setting, system: System, runs: Path) -> float | None:
-    """The rate with the lowest held-out loss; None while a run of the grid is missing."""
+    """The rate with the lowest held-out loss; None while a run of the search is missing."""
+    if any(job.system == system for job in tuning_jobs(setting, runs)):
+        return None
     found = {}
-    for job in tuning_jobs(setting):
-        if job.system == system:
-            result = Result.read(job.folder(runs))
-            if result is None:
-                return None
-            found[job.learning_rate] = result.validation_loss
-    return min(found, key=lambda rate: found[rate])
+    rates = list(setting.learning_rates)
+    while True:
+        for rate in rates:
+            result = Result.read(Job(setting, system, setting.tasks[0], rate, setting.seeds[0]).folder(runs))
+            assert result is not None
+            found[rate] = result.validation_loss
+        following = _beyond(found)
+        if following is None or len(rates) == MOST_RATES:
+            return min(found, key=lambda rate: found[rate])
+        rates.append(following)
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The next rate beyond the best one, where that lies at an end; None where it does not, or is the only one."""
+    if len(losses) < 2:
+        return None
+    low, second, *_ = sorted(losses)
+    best, factor = min(losses, key=lambda rate: losses[rate]), second / low
+    if best == max(losses):
+        return float(f"{best * factor:.6g}")
+    return float(f"{best / factor:.6g}") if best == low else None
 
 
 def final_jobs(setting: Setting, runs: Path) -> Iterator[Job]:
-    """Every task and seed with the system's rate, as far as that is known."""
-    for task in setting.tasks:
-        for seed in setting.seeds:
-            for system in setting.systems:
-                if not setting.runs_on(system, task):
-                    continue
-                rate = best_rate(setting, system, runs)
-                if rate is not None:
-                    yield Job(setting, system, task, rate, seed)
+    """Every task and seed with the system's rate, as far as that is known; ablations last."""
+    rates = {system.name: best_rate(setting, system, runs) for system in setting.systems}
+    for main in (True, False):
+        for task in setting.tasks:
+            for seed in setting.seeds:
+                for system in setting.systems:
+                    rate = rates[system.name]
+                    if system.main == main and setting.runs_on(system, task) and rate is not None:
+                        yield Job(setting, system, task, rate, seed)

@@ -6,8 +6,8 @@ FOLDER of models holds ``all-minilm-l6-v2`` and ``smollm2-135m-instruct``; FOLDE
 ``cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. Killed at any time, the same command goes on: a finished
 run is not done again, an unfinished one resumes.
 
-Every system has the same tuning: learning rates from one grid, the one with the lowest loss on samples held out of
-the training set is reported, on GLUE's own validation set.
+Every system has the same tuning: one rule for learning rates (`tuning_jobs`); the one with the lowest loss on samples
+held out of the training set is reported, on GLUE's own validation set.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
     return f"{folder}"
 
 
-def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, processes: int) -> None:
-    """Train what is not finished. Each run is a fork of this process, which has imported everything once."""
+def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, processes: int) -> bool:
+    """Train what is not finished; whether all of it succeeded. Each run is a fork of this process, which has imported
+    everything once.
+    """
     left = [job for job in jobs if Result.read(job.folder(runs)) is None]
     if not left:
-        return
+        return True
     prepared: dict[tuple[str, str], Path] = {}
     for job in left:
         key = (job.setting.model, job.task)
@@ -74,6 +76,7 @@ def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, process
         work = [(job, models, prepared[job.setting.model, job.task], runs) for job in left]
         for i, line in enumerate(pool.imap_unordered(_train_one, work), 1):
             print(f"{i}/{len(left)} {line}", flush=True)
+    return all(Result.read(job.folder(runs)) for job in left)
 
 
 def _train_one(work: tuple[Job, Path, Path, Path]) -> str:
@@ -97,10 +100,13 @@ def main() -> None:
     for setting in SETTINGS:
         if options.only and setting.model not in options.only:
             continue
-        for stage in ("tune", "train"):
-            jobs = tuning_jobs(setting) if stage == "tune" else list(final_jobs(setting, options.runs))
-            train_all(jobs, options.models, options.data, options.runs, options.processes)
-            write_results(SETTINGS, options.runs, options.output)
+        while jobs := tuning_jobs(setting, options.runs):
+            if not train_all(jobs, options.models, options.data, options.runs, options.processes):
+                break
+        train_all(
+            list(final_jobs(setting, options.runs)), options.models, options.data, options.runs, options.processes
+        )
+        write_results(SETTINGS, options.runs, options.output)
 
 
 if __name__ == "__main__":

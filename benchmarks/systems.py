@@ -45,14 +45,14 @@ PARTIAL, DROP, WEIGHT = "Partial-LoRA", "LoRA-drop", "WeightLoRA"
 TOGETHER = "Compositions"
 
 SYSTEMS = (
-    System("Full fine-tuning", {"name": "full"}, BASELINES),
+    System("Full fine-tuning", {"name": "full"}, BASELINES, main=False),
     System("LoRA", {"name": "lora"}, BASELINES, smollm2=True),
-    System("LoRA+", {"name": "lora_plus", "lr_ratio": 4}, BASELINES),
-    System("DoRA", {"name": "dora"}, BASELINES),
+    System("LoRA+", {"name": "lora_plus", "lr_ratio": 4}, BASELINES, main=False),
+    System("DoRA", {"name": "dora"}, BASELINES, main=False),
     System("AdaLoRA", {"name": "adalora"}, BASELINES),
-    System("VeRA", {"name": "vera"}, BASELINES),
-    System("Tied-LoRA", {"name": "tied_lora"}, BASELINES, smollm2=True),
-    System("Sparse Adapter", {"name": "sparse_adapter", "sparsity": 0.5}, BASELINES, smollm2=True),
+    System("VeRA", {"name": "vera"}, BASELINES, main=False),
+    System("Tied-LoRA", {"name": "tied_lora"}, BASELINES, main=False, smollm2=True),
+    System("Sparse Adapter", {"name": "sparse_adapter", "sparsity": 0.5}, BASELINES, main=False, smollm2=True),
     System("Partial-LoRA", _partial(), PARTIAL, smollm2=True),
     System("Partial-LoRA, SNIP", _partial(importance="snip"), PARTIAL, main=False),
     System("Partial-LoRA, IMP", _partial(importance="imp"), PARTIAL, main=False),
@@ -77,8 +77,8 @@ SYSTEMS = (
     System("RLoRA, K = 1", _weight(1, choose="random"), WEIGHT, main=False),
     System("WLoRA+, K = 10", _weight(10, plus=True), WEIGHT, smollm2=True),
     System("WLoRA+, K = 10, Gaussian", _weight(10, plus=True, expansion="gaussian"), WEIGHT, main=False),
-    System("WLoRA K = 10, then Partial masks", [_weight(10), _partial()], TOGETHER),
-    System("LoRA-drop, then Partial masks", [_drop(), _partial()], TOGETHER),
+    System("WLoRA K = 10, then Partial masks", [_weight(10), _partial()], TOGETHER, main=False),
+    System("LoRA-drop, then Partial masks", [_drop(), _partial()], TOGETHER, main=False),
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from jobs import HELD_OUT, Result, Setting, best_rate, final_jobs
+from jobs import HELD_OUT, MOST_RATES, Result, Setting, best_rate, final_jobs
 
 BEGIN, END = "<!-- reproduce: begin -->", "<!-- reproduce: end -->"
 METRIC = {"sst2": "SST-2, accuracy", "rte": "RTE, accuracy", "cola": "CoLA, Matthews"}
@@ -48,12 +48,14 @@ python benchmarks/reproduce.py --models MODELS --data DATA
 ```
 
 MODELS holds all-MiniLM-L6-v2 and SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF file), DATA GLUE's SST-2, CoLA
-and RTE as JSON lines. Reported is GLUE's validation set, in percent: mean ± standard deviation over seeds. Learning
-rates come from one grid for every system: the rate with the lowest loss on {HELD_OUT} samples held out of the training
-set, first task and first seed, is used for all of the system's runs. Parameters are those of the last phase, by task
-where they differ; seconds are the median over runs of the time of all optimizer steps, pilot and head fitting included,
-measured with as many runs side by side as there are cores. Both are small models, trained for few steps on a part of
-the data: the tables compare systems with each other, not with the papers' figures.
+and RTE as JSON lines. Reported is GLUE's validation set, in percent: mean ± standard deviation over seeds; a value
+without ± is one seed. Learning rates are found by one rule for every system, on the first task and the first seed: from
+two rates on, by their factor in the direction of the better one until the loss on {HELD_OUT} samples held out of the
+training set rises, at most {MOST_RATES} in all; the best is used for all of the system's runs. Parameters are those of
+the last phase, by task where they differ, heads included; seconds are the median over runs of the time of all optimizer
+steps, pilot and head fitting included, measured with as many runs side by side as there are cores. Both are small
+models, trained for few steps on a part of the data: the tables compare systems with each other, not with the papers'
+figures. Ablations run on the first task.
 """
 
 
@@ -66,7 +68,7 @@ def _section(setting: Setting, table: Table, runs: Path) -> str:
         "",
         f"{setting.steps} optimizer steps of {setting.sections['training']['global_batch_size']} samples, at most "
         f"{setting.train} training samples, r = 8, lora_alpha = 16, no dropout; {len(setting.seeds)} "
-        f"seed{'s' if len(setting.seeds) > 1 else ''}; learning rates {rates}.",
+        f"seed{'s' if len(setting.seeds) > 1 else ''}; learning rates from {rates}.",
         "",
     ]
     titles = [METRIC[task] for task in setting.tasks]

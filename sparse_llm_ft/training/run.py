@@ -259,7 +259,8 @@ class Run:
     def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsWriter) -> None:
         training, at = self.config.training, loop.progress.step
         line = record.line(step, loop)
-        if self._due(training.eval_every, at):
+        # In the run's own steps, so that a pilot does not shift them; a pilot's loss says nothing of the run.
+        if not loop.phase.prelude and self._due(training.eval_every, loop.progress.counted_steps):
             line["validation_loss"] = mean_loss(
                 loop.engine.module,
                 self.samples.validation,

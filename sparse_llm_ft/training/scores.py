@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,11 @@ class Scorer:
         samples: Sequence[Any],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
-        """Importance and ratios of the pretrained weights, from the cache where they have been derived before."""
+        """Importance and ratios of the base's weights, from the cache where they have been derived before.
+
+        The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
+        another method it is what that has trained, whose head would be worth nothing without its adapters.
+        """
         names = [name for name in phase.plan.modules if phase.name == "head" or phase.plan.modules[name] is not None]
         folder = _cache_folder(measure)
         key = self._key(phase, names, samples, values) if self.world.rank == 0 else ""
@@ -102,13 +105,11 @@ class Scorer:
             self.display.say(f"ratios of {len(names)} modules are in {folder}")
             return found
         self.display.say(f"deriving on {len(samples)} samples: {len(names)} modules, importance {measure.importance}")
-        derivation = self._derive(engine, phase, measure, names, samples)
+        derivation = self._derive(engine, measure, names, samples)
         on_rank_zero(self.world, lambda: save(folder, key, derivation))
         return derivation
 
-    def _derive(
-        self, engine: Engine, phase: Phase, measure: Measurement, names: list[str], samples: Sequence[Any]
-    ) -> Derivation:
+    def _derive(self, engine: Engine, measure: Measurement, names: list[str], samples: Sequence[Any]) -> Derivation:
         model: Any = engine.module
         base = model.get_base_model()
         samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
@@ -122,11 +123,9 @@ class Scorer:
             micro_batch_size=measure.micro_batch_size,
             flow_preservation=measure.flow_preservation,
         )
-        # The pretrained model, whatever has been trained on it. PEFT cannot disable what is not there.
-        with model.disable_adapter() if phase.plan.active else nullcontext():
-            if measure.search:
-                return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
-            return measure_only(model, modules, samples, self.objective, settings, split)
+        if measure.search:
+            return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
+        return measure_only(model, modules, samples, self.objective, settings, split)
 
     def _report(self, done: int, layers: int) -> None:
         self.display.say(f"derived {done} of {layers} layers")
@@ -138,7 +137,8 @@ class Scorer:
         if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, training.schedule]
         else:
-            head = {name: _digest(tensor) for name, tensor in whole_tensors(values).items()}
+            trained = values if phase.method else whole_tensors(values)
+            head = {name: _digest(tensor) for name, tensor in trained.items()}
         return content_key(
             model=_model_fingerprint(config.model),
             dtype=config.model.dtype,

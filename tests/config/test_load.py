@@ -146,3 +146,17 @@ def test_the_number_of_processes_must_divide_the_global_batch() -> None:
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_config(MINIMAL | {"output_dir": "~/runs"}).output_dir == f"{tmp_path}/runs"
+
+
+METHOD_FILES = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
+def test_every_method_file_loads_over_a_run_and_survives_its_own_dump(path: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(MINIMAL | {"task": {"name": "dialogsum"}}))
+    config = load_config([str(base), str(path)])
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config([str(dumped)]) == config
+    assert path.read_text().startswith("# deepspeed ")

@@ -21,10 +21,11 @@ from case_tools import (
     start_values,
 )
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
-from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.engine import Engine
-from sparse_llm_ft.methods import Measurement, Phase
+from sparse_llm_ft.methods import Measurement
+from sparse_llm_ft.modeling import load_model
 from sparse_llm_ft.plan import AdapterPlan, Kept, group_name, module_kind
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.scoring import Derivation
@@ -121,19 +122,19 @@ def a_derivation_is_the_same_at_every_stage_and_for_every_world() -> None:
     """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
     measure = Measurement("derivation", "snip", 1.0, floor_metric="loss", compare=True, micro_batch_size=4)
     few = SAMPLES[:6]
-    for importance, stages in (("svd", (2, 3)), ("snip", (3,))):
+    for importance, stages, four_bit in (("svd", (2, 3), False), ("snip", (3,), False), ("svd", (3,), True)):
         measure = replace(measure, importance=importance)
-        base = base_model()
-        plan = plan_for(base)
-        phase = Phase("derive", plan, steps=0, measure=measure)
+        plan = plan_for(base_model())
         expected: Derivation | None = None
         for stage in stages:
-            engine = Engine(add_adapters(base_model(), plan), engine_settings(stage, 2))
+            dtype = "bfloat16" if four_bit else "float32"
+            settings = ModelConfig(name=MODEL, dtype=dtype, quantization="nf4" if four_bit else "none")
+            engine = Engine(add_adapters(load_model(settings), plan), engine_settings(stage, 2, dtype))
             if expected is None:
                 alone = scorer(ALONE)
                 alone._sum = lambda tensor: tensor
-                expected = alone._derive(engine, phase, measure, list(plan.active), few)
-            found = scorer(WORLD)._derive(engine, phase, measure, list(plan.active), few)
+                expected = alone._derive(engine, measure, list(plan.active), few)
+            found = scorer(WORLD)._derive(engine, measure, list(plan.active), few)
             assert found.ratios == expected.ratios, (stage, importance)
             assert 0 < sum(map(sum, found.ratios.values())) < 2 * len(plan.active)
             for name, scores in expected.importance.items():
