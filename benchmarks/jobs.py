@@ -141,7 +141,9 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:
-        """None: the run is not finished."""
+        """None: the run is not finished. One that cannot be (its loss is not finite) has the worst of losses."""
+        if failed_file(folder).is_file():
+            return cls(float("nan"), float("inf"), 0, 0.0, ())
         if not (folder / "summary.json").is_file():
             return None
         summary = json.loads((folder / "summary.json").read_text())
@@ -155,6 +157,11 @@ class Result:
             sum(phase["seconds"] for phase in phases),
             tuple(phase["measured"] for phase in phases if phase.get("measured")),
         )
+
+
+def failed_file(folder: Path) -> Path:
+    """Where it is written that a run cannot be finished, and why."""
+    return folder.parent / f"{folder.name}.failed"
 
 
 def tuning_jobs(setting: Setting, runs: Path) -> list[Job]:

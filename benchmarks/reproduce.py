@@ -16,11 +16,13 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, final_jobs, tuning_jobs
+from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, failed_file, final_jobs, tuning_jobs
 from tables import write_results
 
 
@@ -43,6 +45,7 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
     """In a process of its own: one run, its output in a file beside it."""
     from sparse_llm_ft.config import parse_config
     from sparse_llm_ft.distributed import find_world, prepare_cpu
+    from sparse_llm_ft.errors import TrainingError
     from sparse_llm_ft.training.prepare import prepare
     from sparse_llm_ft.training.run import run
 
@@ -54,6 +57,9 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
             world = find_world()
             prepare_cpu(world)
             run(prepare(parse_config(job.config(models, data, runs)), world))
+        except TrainingError as error:
+            failed_file(folder).write_text(f"{error}\n")
+            return f"{folder}: {error}"
         except Exception as error:
             traceback.print_exc()
             return f"{folder}: {type(error).__name__}: {str(error)[:200]} (see {log})"
@@ -97,16 +103,18 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
 
+    complete = True
     for setting in SETTINGS:
         if options.only and setting.model not in options.only:
             continue
-        while jobs := tuning_jobs(setting, options.runs):
-            if not train_all(jobs, options.models, options.data, options.runs, options.processes):
-                break
-        train_all(
-            list(final_jobs(setting, options.runs)), options.models, options.data, options.runs, options.processes
+        train = partial(
+            train_all, models=options.models, data=options.data, runs=options.runs, processes=options.processes
         )
+        while (jobs := tuning_jobs(setting, options.runs)) and train(jobs):
+            pass
+        complete &= not jobs and train(list(final_jobs(setting, options.runs)))
         write_results(SETTINGS, options.runs, options.output)
+    sys.exit(0 if complete else "some runs failed; what is finished is in the tables")
 
 
 if __name__ == "__main__":

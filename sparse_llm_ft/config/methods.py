@@ -218,6 +218,7 @@ class SparseAdapterMethod(_Method):
     Attributes:
         sparsity: share of rows, and of columns, that is masked.
         shots: samples per class that the gradients are taken from.
+        head_epochs, head_learning_rate, micro_batch_size, cache_dir: as of `PartialLoraMethod`.
     """
 
     name: Literal["sparse_adapter"]
@@ -225,6 +226,8 @@ class SparseAdapterMethod(_Method):
     shots: StrictInt = Field(16, ge=1)
     head_epochs: Float = Field(20.0, gt=0)
     head_learning_rate: Float = Field(0.01, gt=0)
+    micro_batch_size: StrictInt = Field(32, ge=1)
+    cache_dir: str | None = None
 
     def as_partial(self) -> PartialLoraMethod:
         """The Partial-LoRA that it is."""
@@ -237,6 +240,8 @@ class SparseAdapterMethod(_Method):
             ratio=1 - self.sparsity,
             head_epochs=self.head_epochs,
             head_learning_rate=self.head_learning_rate,
+            micro_batch_size=self.micro_batch_size,
+            cache_dir=self.cache_dir,
         )
 
 

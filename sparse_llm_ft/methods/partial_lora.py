@@ -1,6 +1,6 @@
 """Partial-LoRA (Damirchi et al., 2024): delta W = (u_row · B)(u_col · A) with masks u drawn by derived ratios (eq. 6).
 
-phase "head":    only where a classification head is fresh and a base accuracy is needed: the head alone, on D_t
+phase "head":    only where a classification head is fresh and importance or accuracy needs one: the head alone, on D_t
 phase "derive":  no step; importance of rows and columns, and Algorithm 1, on D_t
 phase "train":   the unmasked entries of A and B
 """
@@ -15,7 +15,7 @@ import torch
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.methods.baselines import adalora_plan
 from sparse_llm_ft.methods.phase import Measurement, Phase, Scores, Subset
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, Shape, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, Shape
 from sparse_llm_ft.scoring import (
     Derivation,
     Importance,
@@ -66,7 +66,7 @@ class PartialLora:
             nothing: dict[str, ModuleAdapter | None] = dict.fromkeys(plan.modules)
             head = replace(plan, modules=nothing)
             fit = replace(measuring, epochs=method.head_epochs, learning_rate=method.head_learning_rate, prelude=True)
-            return replace(fit, name="head", plan=head), state
+            return replace(fit, name="head", plan=head, then=plan), state
         return replace(measuring, name="derive", steps=0), state
 
     def next(
@@ -77,13 +77,11 @@ class PartialLora:
             return None
         assert isinstance(scores, Derivation)
         after = replace(phase, name="train", steps=None, epochs=None, subset=None, prelude=False, measure=None)
-        after = replace(after, learning_rate=None)
-        if phase.name != "head":
+        after = replace(after, learning_rate=None, then=None)
+        if phase.then is None:
             return self._masked(after, phase.plan, state, scores, targets)
         # The head was fitted to measure the base with; the run itself starts from a fresh one, as any method's does.
-        adapter = self.adapter
-        plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, adapter.lora_dropout, phase.plan.trained)
-        return self._masked(after, plan, state.fresh(), scores, targets)
+        return self._masked(after, phase.then, state.fresh(), scores, targets)
 
     def _masked(
         self,

@@ -61,6 +61,7 @@ class Phase:
         plan: what is trained.
         steps: optimizer steps of the phase; None: `epochs` decides, or it goes to the end of the run.
         epochs: passes over `subset`.
+        then: the plan that the phase stands before, where its own lacks the adapters (a head fitted alone).
         method: which of the run's methods the phase belongs to, from 0.
         subset: what part of the training set is used; None: all of it.
         prelude: whether the phase precedes the counted part of the run: it has a schedule of its own, and neither
@@ -80,6 +81,7 @@ class Phase:
     plan: AdapterPlan
     steps: int | None = None
     epochs: float | None = None
+    then: AdapterPlan | None = None
     method: int = 0
     subset: Subset | None = None
     prelude: bool = False
@@ -109,13 +111,15 @@ class Phase:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same phase back."""
         parts = {name: asdict(part) if (part := getattr(self, name)) else None for name in _PARTS}
-        return vars(self) | parts | {"plan": self.plan.to_dict()}
+        return vars(self) | parts | {"plan": self.plan.to_dict(), "then": self.then and self.then.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Phase:
         """Read what `to_dict` wrote."""
         parts = {name: kind(**data[name]) if data[name] else None for name, kind in _PARTS.items()}
-        return cls(**{**data, **parts, "plan": AdapterPlan.from_dict(data["plan"])})
+        plans = {"plan": AdapterPlan.from_dict(data["plan"])}
+        then = AdapterPlan.from_dict(data["then"]) if data["then"] else None
+        return cls(**{**data, **parts, **plans, "then": then})
 
 
 _PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "measure": Measurement}

@@ -15,16 +15,19 @@ def on_rank_zero(world: World, action: Callable[[], None]) -> None:
     """Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
 
     Raises:
-        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use).
+        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use). What is not a
+            user's to mend keeps its type and traceback on rank 0.
     """
     failure: Exception | None = None
     if world.rank == 0:
         try:
             action()
-        except (OSError, UserError) as error:
+        except Exception as error:  # whatever it is, nobody may wait for rank 0
             failure = error
     if _any_rank(failure is not None):
-        raise failure if isinstance(failure, UserError) else UserError(str(failure or "rank 0 failed"))
+        if failure is None or isinstance(failure, OSError):
+            raise UserError(str(failure or "rank 0 failed"))
+        raise failure
 
 
 def on_every_rank(action: Callable[[], None], hint: str) -> None:

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
-from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.data.sampling import stratified
 from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
 from sparse_llm_ft.errors import UserError
@@ -163,7 +163,7 @@ class Run:
             configured = self.config.training.micro_batch_size
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
-            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+            phase = self._as_set(resumed_batch(Phase.from_dict(state.phase), self.world.size, anew))
         phase = self._with_steps(phase)
         on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
@@ -173,6 +173,14 @@ class Run:
                 f"task.max_length {self.config.task.max_length}"
             )
         return state, phase
+
+    def _as_set(self, phase: Phase) -> Phase:
+        """A phase from a checkpoint, with what may have been set anew since."""
+        method = self.config.method[phase.method]
+        if phase.measure is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
+            return phase
+        measure = replace(phase.measure, micro_batch_size=method.micro_batch_size, cache_dir=method.cache_dir)
+        return replace(phase, measure=measure)
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
@@ -249,12 +257,22 @@ class Run:
             folder = self.folder.model if EVERYTHING in phase.plan.trained else self.folder.adapter
             export(folder, self.config.model, self.setup.empty, phase.plan, state.tensors)
             self.folder.write_json(SUMMARY, summary)
-            if self.config.report:
-                write_report([self.folder.path], self.folder.report)
 
         on_rank_zero(self.world, write)
+        if self.config.report and self.world.rank == 0:
+            self._draw_report()
         show_summary(summary, self.folder, self.display)
         return summary
+
+    def _draw_report(self) -> None:
+        """Pictures come last and are only drawn from what is written; a run without them is as complete."""
+        try:
+            write_report([self.folder.path], self.folder.report)
+        except Exception as error:
+            self.display.say(
+                f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
+                f"`sparse-llm-ft report {self.folder.path}` tries again"
+            )
 
     def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsWriter) -> None:
         training, at = self.config.training, loop.progress.step

@@ -79,7 +79,7 @@ class RunFolder:
             raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
         mine, theirs = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(old))
         for key in sorted(mine.keys() | theirs.keys()):
-            if key in _FREE or key.startswith("deepspeed."):
+            if ".".join(part for part in key.split(".") if not part.isdigit()) in _FREE or key.startswith("deepspeed."):
                 continue
             if mine.get(key) != theirs.get(key):
                 raise ConfigError(
@@ -163,5 +163,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for i, item in enumerate(value):  # a list of methods
+                yield from _leaves(item, f"{prefix}{key}.{i}.")
         else:
             yield prefix + key, value

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 
 from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
@@ -97,17 +98,24 @@ class Scorer:
         The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
         another method it is what that has trained, whose head would be worth nothing without its adapters.
         """
-        names = [name for name in phase.plan.modules if phase.name == "head" or phase.plan.modules[name] is not None]
+        names = list((phase.then or phase.plan).active)
         folder = _cache_folder(measure)
-        key = self._key(phase, names, samples, values) if self.world.rank == 0 else ""
-        found = self._from_cache(folder, key)
+        key, found = self._from_cache(phase, folder, names, samples, values)
         if found is not None:
             self.display.say(f"ratios of {len(names)} modules are in {folder}")
             return found
         self.display.say(f"deriving on {len(samples)} samples: {len(names)} modules, importance {measure.importance}")
         derivation = self._derive(engine, measure, names, samples)
-        on_rank_zero(self.world, lambda: save(folder, key, derivation))
+        if self.world.rank == 0:
+            self._keep(folder, key, derivation)
         return derivation
+
+    def _keep(self, folder: Path, key: str, derivation: Derivation) -> None:
+        """Into the cache. What was derived does not depend on it, so a cache that cannot be written is only said."""
+        try:
+            save(folder, key, derivation)
+        except (OSError, SafetensorError) as error:
+            self.display.say(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
 
     def _derive(self, engine: Engine, measure: Measurement, names: list[str], samples: Sequence[Any]) -> Derivation:
         model: Any = engine.module
@@ -123,9 +131,16 @@ class Scorer:
             micro_batch_size=measure.micro_batch_size,
             flow_preservation=measure.flow_preservation,
         )
-        if measure.search:
-            return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
-        return measure_only(model, modules, samples, self.objective, settings, split)
+        # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
+        for parameter in engine.parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            if measure.search:
+                return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
+            return measure_only(model, modules, samples, self.objective, settings, split)
+        finally:
+            for parameter in engine.parameters.values():
+                parameter.requires_grad_(True)
 
     def _report(self, done: int, layers: int) -> None:
         self.display.say(f"derived {done} of {layers} layers")
@@ -135,7 +150,8 @@ class Scorer:
         config, measure, training = self.config, phase.measure, self.config.training
         assert measure is not None
         if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
-            head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, training.schedule]
+            fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
+            head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
             trained = values if phase.method else whole_tensors(values)
             head = {name: _digest(tensor) for name, tensor in trained.items()}
@@ -149,14 +165,23 @@ class Scorer:
             **{key: value for key, value in asdict(measure).items() if key not in ("cache_dir", "micro_batch_size")},
         )
 
-    def _from_cache(self, folder: Path, key: str) -> Derivation | None:
-        """Rank 0 looks, and sends what it finds to the others, whose nodes need not share its cache."""
-        data = b""
-        if self.world.rank == 0:
+    def _from_cache(
+        self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
+    ) -> tuple[str, Derivation | None]:
+        """The key, on rank 0, and what is stored under it. Rank 0 looks, and sends what it finds to the others, whose
+        nodes need not share its cache.
+        """
+        key, data = "", b""
+
+        def look() -> None:
+            nonlocal key, data
+            key = self._key(phase, names, samples, values)
             found = load(folder, key, warn=self.display.say)
             data = _pack(found) if found else b""
+
+        on_rank_zero(self.world, look)
         data = bytes_from_rank_zero(data)
-        return _unpack(data) if data else None
+        return key, _unpack(data) if data else None
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Over ranks; on the process group's device."""
@@ -166,6 +191,10 @@ class Scorer:
             dist.all_reduce(moved)
             return moved.to(tensor.device)
         return tensor
+
+
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints")
+"""Settings of training that change nothing that is computed."""
 
 
 def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
@@ -190,7 +219,8 @@ def _model_fingerprint(model: ModelConfig) -> str:
     """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
     folder = Path(model.name)
     if folder.is_dir():
-        return hash_files(sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json")))
+        weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+        return hash_files([*weights, *folder.glob("*.json")])
     snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
     return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})
 

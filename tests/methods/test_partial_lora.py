@@ -117,6 +117,17 @@ def test_a_shared_pair_has_one_mask() -> None:
     assert after.plan.parameters(TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2)
 
 
+def test_sharing_survives_the_fitting_of_a_head() -> None:
+    """On an encoder LoRA-drop hands on a plan with nothing trained, and a head phase comes between."""
+    chain, pilot = start([{"name": "lora_drop", "threshold": 0.5, "share": False}, "partial_lora"], ("classifier",))
+    head, fresh = chain.next(pilot, state(pilot, head=True), {n: float(i) for i, n in enumerate(TARGETS)}, TARGETS)
+    assert head.name == "head" and not head.plan.active and fresh.tensors == {}
+    again = Phase.from_dict(json.loads(json.dumps(head.to_dict())))
+    after, _ = chain.next(again, state(again, head=True), derivation(), TARGETS)
+    assert 0 < len(after.plan.active) < len(TARGETS) and after.plan.trained == ("classifier",)
+    assert after.then is None and any(a.cols for a in after.plan.active.values())
+
+
 def test_partial_adalora_masks_adalora() -> None:
     method = {"name": "partial_lora", "base": "adalora", "adalora": {"target_r": 1, "tinit": 2}}
     chain, phase = start(method)
