@@ -112,7 +112,7 @@ def main() -> None:
         )
         while (jobs := tuning_jobs(setting, options.runs)) and train(jobs):
             pass
-        complete &= not jobs and train(list(final_jobs(setting, options.runs)))
+        complete &= train(list(final_jobs(setting, options.runs))) and not jobs  # of the systems whose rate is found
         write_results(SETTINGS, options.runs, options.output)
     sys.exit(0 if complete else "some runs failed; what is finished is in the tables")
 

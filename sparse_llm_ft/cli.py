@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.set_defaults(command=_report)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    world = find_world()
+    world = find_world() if options.command is _derive else World(rank=0, size=1, local_rank=0, local_size=1)
     with one_line_errors(world):
         prepare_cpu(world)
         options.command(options)

@@ -26,6 +26,14 @@ def config(model_folder: Path, data_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`derive` in this process makes it a world of one; later tests start worlds of their own."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+
+
 def test_two_ranks_derive_and_one_finds_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     binary = str(Path(sys.executable).parent / "deepspeed")
     start = [binary, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "sparse_llm_ft.cli"]

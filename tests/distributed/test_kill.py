@@ -50,9 +50,9 @@ def test_killed_in_the_phase_change_and_then_in_a_save(finished_run: Path, plus_
     config = write_config(plus_settings, tmp_path)
     die_at(config, "change:1")
     assert next(newest_first(tmp_path / "run" / "checkpoints")).name == "step-00000006"
-    # The syncs of a resumed run: config and metrics (2 files each with its folder), the plan (1, likewise), again
-    # the plan at the change of phase, then the four of the checkpoint.
-    die_at(config, "save:11")
+    # The syncs of a resumed run, a file and its folder each: config, metrics, the plan and the phase's file; at the
+    # change the finished phase's file, the new plan and the new phase's file; then the four of the checkpoint.
+    die_at(config, "save:17")
     assert (tmp_path / "run" / "checkpoints" / ".tmp-step-00000008").is_dir()
     output = finish(config)
     assert "resuming from step 6" in output

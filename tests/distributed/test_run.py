@@ -34,12 +34,14 @@ def test_the_folder_is_complete_and_free_of_pickle(finished_run: Path) -> None:
         "checkpoints",
         "adapter",
         "tensorboard",
+        "phases",
+        "report",
     } <= names
     assert [p.name for p in sorted((finished_run / "checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in (4, 6, 8, 12, 14)
     ]
     others = (p for p in finished_run.rglob("*") if p.is_file() and "tensorboard" not in p.parts and p.name != ".lock")
-    assert {p.suffix for p in others} <= {".json", ".jsonl", ".yaml", ".safetensors"}
+    assert {p.suffix for p in others} <= {".json", ".jsonl", ".yaml", ".safetensors", ".html", ".png"}
     assert list((finished_run / "tensorboard").iterdir())
 
 

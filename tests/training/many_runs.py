@@ -30,6 +30,8 @@ def forked(tree: dict, log: Path) -> int:
     from sparse_llm_ft.training.run import run
 
     status = 1
+    for variable in ("RANK", "WORLD_SIZE"):  # of a world that a test before this one was in
+        os.environ.pop(variable, None)
     try:
         die_after(tree.pop("kill_after_steps", None))
         world = find_world()
