@@ -216,11 +216,11 @@ def _beyond(losses: Mapping[float, float]) -> float | None:
 
 
 def final_jobs(setting: Setting, runs: Path) -> Iterator[Job]:
-    """Every task and seed with the system's rate, as far as that is known; ablations last."""
+    """Every task and seed with the system's rate, as far as that is known; task by task, ablations last."""
     rates = {system.name: best_rate(setting, system, runs) for system in setting.systems}
-    for main in (True, False):
-        for seed in setting.seeds:
-            for task in setting.tasks:
+    for task in setting.tasks:
+        for main in (True, False):
+            for seed in setting.seeds:
                 for system in setting.systems:
                     rate = rates[system.name]
                     if system.main == main and setting.runs_on(system, task) and rate is not None:

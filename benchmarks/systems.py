@@ -77,7 +77,7 @@ SYSTEMS = (
     System("RLoRA, K = 1", _weight(1, choose="random"), WEIGHT, main=False),
     System("WLoRA+, K = 10", _weight(10, plus=True), WEIGHT, smollm2=True),
     System("WLoRA+, K = 10, Gaussian", _weight(10, plus=True, expansion="gaussian"), WEIGHT, main=False),
-    System("WLoRA K = 10, then Partial masks", [_weight(10), _partial()], TOGETHER, main=False),
+    System("WLoRA K = 10, then Partial masks", [_weight(10), _partial(floor_metric="loss")], TOGETHER, main=False),
     System("LoRA-drop, then Partial masks", [_drop(), _partial()], TOGETHER, main=False),
 )
 

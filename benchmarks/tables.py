@@ -75,9 +75,8 @@ def _section(setting: Setting, table: Table, runs: Path) -> str:
             cell = table[system.name]
             scores = [_spread([r.metric for r in cell.get(task, {}).values()]) for task in setting.tasks]
             results = [result for task in setting.tasks for result in cell.get(task, {}).values()]
-            parameters = " / ".join(
-                dict.fromkeys(_parameters([*cell.get(task, {}).values()]) for task in setting.tasks)
-            )
+            sizes = [_parameters([*cell[task].values()]) for task in setting.tasks if task in cell]
+            parameters = " / ".join(dict.fromkeys(sizes))
             rate = best_rate(setting, system, runs)
             seconds = f"{median(result.seconds for result in results):.0f}"
             lines += [f"| {system.name} | {' | '.join(scores)} | {parameters} | {seconds} | {rate:g} |"]
@@ -104,7 +103,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _parameters(results: Sequence[Result]) -> str:
-    return f"{round(mean(result.parameters for result in results)):,}" if results else "–"
+    return f"{round(mean(result.parameters for result in results)):,}"
 
 
 SAME, MORE = "as good", "more"
@@ -112,42 +111,40 @@ MARGIN = 2.0
 """Points that *as good* may be worse by."""
 
 
+CLAIMS = (
+    ("Partial-LoRA ≈ LoRA", "Partial-LoRA", "LoRA", SAME),
+    ("Partial-AdaLoRA ≈ AdaLoRA", "Partial-AdaLoRA", "AdaLoRA", SAME),
+    ("Targeted ≈ Partial", "Targeted-LoRA", "Partial-LoRA", SAME),
+    ("LoRA-drop ≈ LoRA", "LoRA-drop", "LoRA", SAME),
+    ("sharing beats removing", "LoRA-drop", "LoRA-drop, no sharing", MORE),
+    ("importance beats inverted", "LoRA-drop", "LoRA-drop, inverted", MORE),
+    ("importance beats random", "LoRA-drop", "LoRA-drop, random", MORE),
+    ("importance beats the top layers", "LoRA-drop", "LoRA-drop, top layers", MORE),
+    ("LoRA-drop beats Sparse Adapter", "LoRA-drop", "Sparse Adapter", MORE),
+    ("LoRA-drop beats Tied-LoRA", "LoRA-drop", "Tied-LoRA", MORE),
+    ("LoRA-drop beats VeRA", "LoRA-drop", "VeRA", MORE),
+    ("WLoRA beats RLoRA, K = 10", "WLoRA, K = 10", "RLoRA, K = 10", MORE),
+    ("WLoRA beats RLoRA, K = 5", "WLoRA, K = 5", "RLoRA, K = 5", MORE),
+    ("WLoRA beats RLoRA, K = 1", "WLoRA, K = 1", "RLoRA, K = 1", MORE),
+    ("WLoRA+ ≥ LoRA", "WLoRA+, K = 10", "LoRA", SAME),
+    ("WLoRA+ beats WLoRA", "WLoRA+, K = 10", "WLoRA, K = 10", MORE),
+)
+"""Of the papers: text, the system it is about, what that is compared with, and how."""
+
+
 def _claims(setting: Setting, table: Table) -> list[str]:
     """Each claim as a comparison of two systems over all tasks, with the difference and its spread over seeds."""
-    claims = [
-        ("Partial-LoRA ≈ LoRA", "Partial-LoRA", "LoRA", SAME),
-        ("Partial-AdaLoRA ≈ AdaLoRA", "Partial-AdaLoRA", "AdaLoRA", SAME),
-        ("Targeted ≈ Partial", "Targeted-LoRA", "Partial-LoRA", SAME),
-        (
-            "the derived ratios matter, not the indices: inverted masks ≈ Partial",
-            "Inverted masks",
-            "Partial-LoRA",
-            SAME,
-        ),
-        ("LoRA-drop ≈ LoRA", "LoRA-drop", "LoRA", SAME),
-        ("sharing beats removing", "LoRA-drop", "LoRA-drop, no sharing", MORE),
-        ("importance beats inverted", "LoRA-drop", "LoRA-drop, inverted", MORE),
-        ("importance beats random", "LoRA-drop", "LoRA-drop, random", MORE),
-        ("importance beats the top layers", "LoRA-drop", "LoRA-drop, top layers", MORE),
-        ("LoRA-drop beats Sparse Adapter", "LoRA-drop", "Sparse Adapter", MORE),
-        ("LoRA-drop beats Tied-LoRA", "LoRA-drop", "Tied-LoRA", MORE),
-        ("LoRA-drop beats VeRA", "LoRA-drop", "VeRA", MORE),
-        ("WLoRA beats RLoRA, K = 10", "WLoRA, K = 10", "RLoRA, K = 10", MORE),
-        ("WLoRA beats RLoRA, K = 5", "WLoRA, K = 5", "RLoRA, K = 5", MORE),
-        ("WLoRA beats RLoRA, K = 1", "WLoRA, K = 1", "RLoRA, K = 1", MORE),
-        ("WLoRA+ ≥ LoRA", "WLoRA+, K = 10", "LoRA", SAME),
-        ("WLoRA+ beats WLoRA", "WLoRA+, K = 10", "WLoRA, K = 10", MORE),
-    ]
     lines = ["| claim | difference, mean over tasks | standard error | here |", "|---|---|---|---|"]
-    for text, left, right, kind in claims:
+    for text, left, right, kind in CLAIMS:
         pairs = _pairs(setting, table, left, right)
         if not pairs:
             continue
         text = f"{text} ({_size(table[left])} against {_size(table[right])} parameters)"
-        difference = mean(pairs)
-        error = stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
-        shown = f"{error:.1f}" if len(pairs) > 1 else "–"
-        lines += [f"| {text} | {difference:+.1f} | {shown} | {_verdict(kind, difference, error)} |"]
+        differences = [difference for _, difference in pairs]
+        several = len({seed for seed, _ in pairs}) > 1
+        error = stdev(differences) / len(pairs) ** 0.5 if several else math.nan
+        shown = f"{error:.1f}" if several else "–"
+        lines += [f"| {text} | {mean(differences):+.1f} | {shown} | {_verdict(kind, mean(differences), error)} |"]
     note = (
         "Pairs are runs of the same task and seed, taken as independent. A claim of *more* holds where the difference "
         "is more than two standard errors above zero and fails where it is more than two below; one of *as good* holds "
@@ -163,12 +160,12 @@ def _size(cell: Cell) -> str:
     return f"{round(mean(result.parameters for seeds in cell.values() for result in seeds.values())):,}"
 
 
-def _pairs(setting: Setting, table: Table, left: str, right: str) -> list[float]:
-    """Differences of runs with the same task and seed."""
+def _pairs(setting: Setting, table: Table, left: str, right: str) -> list[tuple[int, float]]:
+    """(seed, difference) of runs with the same task and seed."""
     if left not in table or right not in table:
         return []
     return [
-        result.metric - table[right][task][seed].metric
+        (seed, result.metric - table[right][task][seed].metric)
         for task in setting.tasks
         for seed, result in table[left].get(task, {}).items()
         if seed in table[right].get(task, {})
@@ -176,8 +173,8 @@ def _pairs(setting: Setting, table: Table, left: str, right: str) -> list[float]
 
 
 def _verdict(kind: str, difference: float, error: float) -> str:
-    if error != error:
-        return "one run each: says nothing"
+    if math.isnan(error):
+        return "one seed: says nothing"
     if difference < -2 * error:
         return "fails"
     least = -MARGIN if kind == SAME else 0.0
