@@ -300,11 +300,6 @@ def with_omega(plan: AdapterPlan) -> AdapterPlan:
     return replace(plan, modules=modules)
 
 
-def module_layer(name: str) -> int | None:
-    """The number of the layer that a module belongs to; None where its name has no number."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
 def module_kind(name: str) -> str:
     """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``; the last part of a
     name without number.

@@ -49,7 +49,8 @@ class SparseLoraModel(BaseTuner):
         peft_config.target_modules = sorted(_plan(peft_config).active) or DUMMY_TARGET_MODULES
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
-        _train_whole(model, _plan(self.peft_config[adapter_name]))
+        if not config.inference_mode:
+            _train_whole(model, _plan(self.peft_config[adapter_name]))
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> bool:
@@ -105,11 +106,10 @@ class SparseLoraModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, torch.Tensor]:
-        """Beside the layers' own parameters the shared ones, once each, and the modules trained whole."""
+        """Beside the adapters, each shared pair once, the modules trained whole."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         whole = tuple(f"base_model.model.{name}." for name in _plan(config).trained)
-        inside = f"base_model.lora_shared.{adapter_name}."
-        return found | {key: value for key, value in state_dict.items() if key.startswith((inside, *whole))}
+        return found | {key: value for key, value in state_dict.items() if key.startswith(whole)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -154,6 +154,8 @@ class PartialLoraMethod(_Method):
         compare_importance: also measure the two other importances, for the report's picture of their overlap.
         base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA); `adalora` are its settings.
         masking: where masks live; ``compact`` makes A and B physically smaller.
+        micro_batch_size, candidates_per_forward: of the derivation; samples in a forward pass, and cuts of one search
+            that are tried in it side by side, where memory allows: more saves passes, 1 computes least.
         cache_dir: where derivations are kept, by content; null: the user's cache folder.
     """
 
@@ -175,6 +177,7 @@ class PartialLoraMethod(_Method):
     adalora: AdaLoraSettings = AdaLoraSettings()
     masking: Literal["compact"] = "compact"
     micro_batch_size: StrictInt = Field(32, ge=1)
+    candidates_per_forward: StrictInt = Field(1, ge=1)
     cache_dir: str | None = None
 
     DEFAULT_SHOTS: ClassVar[int] = 16

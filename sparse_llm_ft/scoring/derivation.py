@@ -126,7 +126,7 @@ def derive(
     """Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
 
     The least important indices are zeroed one after the other until the metric on D_t falls below its floor; what is
-    left at that point is kept. The point is found by `bisect_crossing`, which says what that means where the metric
+    left at that point is kept. The point is found by `section_crossing`, which says what that means where the metric
     is not monotone. A module in a numbered layer costs only the layers from its own upward (`PrefixCache`); before
     each layer the outcome is compared with that of the whole model, and where the two differ all passes are whole
     from there on, with a note. Forward passes over the whole of D_t: two at the start (accuracy and loss), one for

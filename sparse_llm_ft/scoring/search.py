@@ -5,32 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-def bisect_crossing(passes: Callable[[int], bool], size: int) -> int:
-    """How many of `size` indices Algorithm 1 has zeroed when it stops, found in at most ceil(log2(size)) tests.
+def section_crossing(passes: Callable[[Sequence[int]], Sequence[bool]], size: int, width: int = 1) -> int:
+    """How many of `size` indices Algorithm 1 has zeroed when it stops, by bisection: at most ceil(log2(size)) tests.
 
     Algorithm 1 zeroes one index after the other and returns those that are left at the first failure. Zeroing none
     passes by definition; zeroing all leaves none whether or not the model still passes, so neither is tested.
 
     Where `passes` is monotone, the result is that of the one-at-a-time loop. Where it is not (accuracy on few samples
-    may rise again), the result is *a* crossing: `passes(k - 1)` holds, or k is 1, and `passes(k)` does not, or k is
-    `size`. It need not be the first one.
+    may rise again), the result is *a* crossing: k - 1 passes, or k is 1, and k does not, or is `size`. It need not be
+    the first one.
 
     Args:
-        passes: whether the model is still good enough with the k least important indices zeroed; asked for
-            0 < k < size.
+        passes: several k in ascending order, 0 < k < size -> whether the model is still good enough with the k least
+            important indices zeroed.
         size: number of indices, at least 1.
+        width: tests at a time, which cut what is left into ``width + 1`` parts; 1 is bisection.
 
     Returns:
         k in 1 to `size`; ``size - k`` indices are kept.
-    """
-    return section_crossing(lambda cuts: [passes(k) for k in cuts], size, 1)
-
-
-def section_crossing(passes: Callable[[Sequence[int]], Sequence[bool]], size: int, width: int) -> int:
-    """`bisect_crossing` with `width` tests at a time, which cut what is left into ``width + 1`` parts.
-
-    Args:
-        passes: several k in ascending order -> whether each passes.
     """
     low, high = 0, size  # low passes, high fails (or is all there is)
     while high - low > 1:

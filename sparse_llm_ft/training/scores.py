@@ -129,6 +129,7 @@ class Scorer:
             accuracy_floor=measure.accuracy_floor,
             floor_metric=measure.floor_metric,
             micro_batch_size=measure.micro_batch_size,
+            candidates_per_forward=measure.candidates_per_forward,
             flow_preservation=measure.flow_preservation,
         )
         # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.

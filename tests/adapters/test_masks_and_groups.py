@@ -203,3 +203,13 @@ def test_a_plan_may_train_a_head_alone() -> None:
     model.base_model.set_plan(uniform_plan(find_targets(base, "all-linear"), 2, 4.0, 0.0, ("classifier",)))
     trained = trained_parameters(model)
     assert "classifier.weight" in trained and len(trained) == 2 + 2 * len(tiny.targets)
+
+
+def test_a_head_trained_whole_is_saved_with_the_adapter(tmp_path) -> None:
+    tiny = MODELS["bert"]
+    plan = uniform_plan(find_targets(tiny.build(), "all-linear"), 2, 4.0, 0.0, ("classifier",))
+    model = with_values(get_peft_model(tiny.build(), SparseLoraConfig(plan=plan)))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert not any(p.requires_grad for p in again.parameters())

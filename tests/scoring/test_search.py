@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sparse_llm_ft.scoring.search import bisect_crossing, most_rounds, section_crossing
+from sparse_llm_ft.scoring.search import most_rounds, section_crossing
 
 
 def one_at_a_time(passes: Callable[[int], bool], size: int) -> int:
@@ -37,7 +37,12 @@ def test_a_monotone_metric_gives_the_result_of_the_loop(size: int, width: int) -
 def test_bisection_takes_at_most_log2_of_the_size() -> None:
     for size in (1, 2, 5, 100, 4096):
         asked: list[int] = []
-        assert bisect_crossing(lambda k, asked=asked: bool(asked.append(k)) or True, size) == size
+
+        def passes(cuts: list[int], asked: list = asked) -> list[bool]:
+            asked.extend(cuts)
+            return [True] * len(cuts)
+
+        assert section_crossing(passes, size) == size
         assert len(asked) <= math.ceil(math.log2(size)) == most_rounds(size, 1)
 
 
@@ -55,4 +60,4 @@ def test_a_metric_that_rises_again_gives_some_crossing(script: str, width: int) 
 def test_not_the_first_crossing() -> None:
     script = "PFPPPPPPPFFF"
     assert one_at_a_time(lambda k: script[k] == "P", len(script)) == 1
-    assert bisect_crossing(lambda k: script[k] == "P", len(script)) == 9
+    assert section_crossing(lambda cuts: [script[k] == "P" for k in cuts], len(script)) == 9
