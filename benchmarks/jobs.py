@@ -12,7 +12,6 @@ from typing import Any
 from systems import SYSTEMS, System, settle
 
 HELD_OUT = 200
-MOST_RATES = 3
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,10 @@ class Setting:
         model: folder below --models.
         tasks: the first one, with the first seed, chooses the learning rates for all.
         train, test: at most so many samples of each task.
-        learning_rates: what the search begins with; a single one is not searched.
-        long_tasks: tasks that ablations leave out.
+        learning_rates: what the search begins with.
+        most_rates: how many it tries at most.
+        ablation_task: the only task that ablations run on.
+        max_length: tokens of a sample where a task needs other ones than `sections` say.
         settings: method name -> settings in which this model differs.
     """
 
@@ -33,17 +34,19 @@ class Setting:
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    most_rates: int
     steps: int
     train: int
     test: int
     systems: tuple[System, ...]
     sections: dict[str, Any]
-    long_tasks: tuple[str, ...] = ()
+    ablation_task: str = "sst2"
+    max_length: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def runs_on(self, system: System, task: str) -> bool:
         """Whether the system is trained on the task."""
-        return system.main or task not in self.long_tasks
+        return system.main or task == self.ablation_task
 
 
 MINILM = Setting(
@@ -52,6 +55,7 @@ MINILM = Setting(
     tasks=("sst2", "cola", "rte"),
     seeds=(0, 1, 2),
     learning_rates=(1e-3, 4e-3),
+    most_rates=4,
     steps=40,
     train=1600,
     test=300,
@@ -63,18 +67,19 @@ MINILM = Setting(
         "training": {"micro_batch_size": 16, "global_batch_size": 16, "warmup_steps": 2},
         "evaluation": {"micro_batch_size": 32},
     },
-    long_tasks=("cola", "rte"),
+    max_length={"rte": 96},
 )
 SMOLLM2 = Setting(
     title="SmolLM2-135M",
     model="smollm2-135m-instruct",
     tasks=("sst2",),
     seeds=(0,),
-    learning_rates=(2e-3,),
+    learning_rates=(2e-3, 8e-3),
+    most_rates=2,
     steps=20,
     train=1600,
     test=100,
-    systems=tuple(system for system in SYSTEMS if system.smollm2),
+    systems=tuple(system for system in SYSTEMS if system.main),
     sections={
         "model": {"dtype": "bfloat16"},
         "task": {"max_length": 96},
@@ -126,17 +131,19 @@ class Job:
         }
         for section, values in setting.sections.items():
             tree[section] = tree.get(section, {}) | values
+        if self.task in setting.max_length:
+            tree["task"]["max_length"] = setting.max_length[self.task]
         return tree
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gave."""
+    """What a finished run gave; `cpu_seconds` of its process, from start to end."""
 
     metric: float
     validation_loss: float
     parameters: int
-    seconds: float
+    cpu_seconds: float
     measured: tuple[str, ...]
 
     @classmethod
@@ -154,7 +161,7 @@ class Result:
             after.get("matthews", after["accuracy"]),
             [line["validation_loss"] for line in lines if "validation_loss" in line][-1],
             phases[-1]["trainable_parameters"],
-            sum(phase["seconds"] for phase in phases),
+            float(cpu_file(folder).read_text()) if cpu_file(folder).is_file() else float("nan"),
             tuple(phase["measured"] for phase in phases if phase.get("measured")),
         )
 
@@ -164,11 +171,16 @@ def failed_file(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.failed"
 
 
+def cpu_file(folder: Path) -> Path:
+    """Where the CPU seconds of a run's processes are added up."""
+    return folder.parent / f"{folder.name}.cpu"
+
+
 def tuning_jobs(setting: Setting, runs: Path) -> list[Job]:
     """The learning rates that are to be tried next, on the first task with the first seed.
 
     Every system begins with the setting's rates. While its best one lies at an end of those tried, the next beyond it
-    is tried, by the factor between the first two; at most `MOST_RATES` of them.
+    is tried, by the factor between the first two; at most `most_rates` of them.
     """
     jobs = []
     for system in setting.systems:
@@ -181,7 +193,7 @@ def tuning_jobs(setting: Setting, runs: Path) -> list[Job]:
                 jobs += [job(learning_rate=rate) for rate in missing]
                 break
             following = _beyond({rate: result.validation_loss for rate, result in losses.items() if result})
-            if following is None or len(rates) == MOST_RATES:
+            if following is None or len(rates) == setting.most_rates:
                 break
             rates.append(following)
     return jobs
@@ -199,7 +211,7 @@ def best_rate(setting: Setting, system: System, runs: Path) -> float | None:
             assert result is not None
             found[rate] = result.validation_loss
         following = _beyond(found)
-        if following is None or len(rates) == MOST_RATES:
+        if following is None or len(rates) == setting.most_rates:
             return min(found, key=lambda rate: found[rate])
         rates.append(following)
 

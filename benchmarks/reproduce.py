@@ -17,12 +17,13 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, failed_file, final_jobs, tuning_jobs
+from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, cpu_file, failed_file, final_jobs, tuning_jobs
 from tables import write_results
 
 
@@ -63,6 +64,10 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
         except Exception as error:
             traceback.print_exc()
             return f"{folder}: {type(error).__name__}: {str(error)[:200]} (see {log})"
+        finally:  # counted also where the process is resumed later
+            file_of_seconds = cpu_file(folder)
+            before = float(file_of_seconds.read_text()) if file_of_seconds.is_file() else 0.0
+            file_of_seconds.write_text(f"{before + time.process_time():.1f}\n")
     return f"{folder}"
 
 

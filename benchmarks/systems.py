@@ -15,15 +15,13 @@ class System:
         name: the row's title.
         method: the ``method`` section; ``{steps}`` stands for half of the run's steps.
         paper: whose table it belongs to.
-        main: whether it runs on every task, or as an ablation on the short ones.
-        smollm2: whether it also runs on SmolLM2.
+        main: whether it runs on every task and model, or as an ablation on one task.
     """
 
     name: str
     method: Any
     paper: str
     main: bool = True
-    smollm2: bool = False
 
 
 def _weight(k: int, plus: bool = False, **settings: Any) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def _weight(k: int, plus: bool = False, **settings: Any) -> dict[str, Any]:
 
 
 def _partial(**settings: Any) -> dict[str, Any]:
-    return {"name": "partial_lora", "shots": 16, "micro_batch_size": 8} | settings
+    return {"name": "partial_lora", "shots": 16, "micro_batch_size": 8, "masking": "compact"} | settings
 
 
 def _drop(**settings: Any) -> dict[str, Any]:
@@ -46,14 +44,14 @@ TOGETHER = "Compositions"
 
 SYSTEMS = (
     System("Full fine-tuning", {"name": "full"}, BASELINES, main=False),
-    System("LoRA", {"name": "lora"}, BASELINES, smollm2=True),
+    System("LoRA", {"name": "lora"}, BASELINES),
     System("LoRA+", {"name": "lora_plus", "lr_ratio": 4}, BASELINES, main=False),
     System("DoRA", {"name": "dora"}, BASELINES, main=False),
     System("AdaLoRA", {"name": "adalora"}, BASELINES),
     System("VeRA", {"name": "vera"}, BASELINES, main=False),
     System("Tied-LoRA", {"name": "tied_lora"}, BASELINES, main=False),
     System("Sparse Adapter", {"name": "sparse_adapter", "sparsity": 0.5}, BASELINES, main=False),
-    System("Partial-LoRA", _partial(), PARTIAL, smollm2=True),
+    System("Partial-LoRA", _partial(), PARTIAL),
     System("Partial-LoRA, SNIP", _partial(importance="snip"), PARTIAL, main=False),
     System("Partial-LoRA, IMP", _partial(importance="imp"), PARTIAL, main=False),
     System("Targeted-LoRA", _partial(selection="targeted"), PARTIAL),
@@ -64,18 +62,18 @@ SYSTEMS = (
     System("Balanced 0.5", _partial(ratios="balanced", ratio=0.5), PARTIAL, main=False),
     System("Pyramidal 0.7", _partial(ratios="pyramidal", ratio=0.7), PARTIAL, main=False),
     System("Partial-AdaLoRA", _partial(base="adalora"), PARTIAL),
-    System("LoRA-drop", _drop(), DROP, smollm2=True),
-    System("LoRA-drop, no sharing", _drop(share=False), DROP, smollm2=True),
+    System("LoRA-drop", _drop(), DROP),
+    System("LoRA-drop, no sharing", _drop(share=False), DROP),
     System("LoRA-drop, inverted", _drop(choose="inverted"), DROP, main=False),
     System("LoRA-drop, random", _drop(choose="random"), DROP, main=False),
     System("LoRA-drop, top layers", _drop(choose="top"), DROP, main=False),
-    System("WLoRA, K = 10", _weight(10), WEIGHT, smollm2=True),
+    System("WLoRA, K = 10", _weight(10), WEIGHT),
     System("WLoRA, K = 5", _weight(5), WEIGHT, main=False),
     System("WLoRA, K = 1", _weight(1), WEIGHT, main=False),
-    System("RLoRA, K = 10", _weight(10, choose="random"), WEIGHT, smollm2=True),
+    System("RLoRA, K = 10", _weight(10, choose="random"), WEIGHT),
     System("RLoRA, K = 5", _weight(5, choose="random"), WEIGHT, main=False),
     System("RLoRA, K = 1", _weight(1, choose="random"), WEIGHT, main=False),
-    System("WLoRA+, K = 10", _weight(10, plus=True), WEIGHT, smollm2=True),
+    System("WLoRA+, K = 10", _weight(10, plus=True), WEIGHT),
     System("WLoRA+, K = 10, Gaussian", _weight(10, plus=True, expansion="gaussian"), WEIGHT, main=False),
     System("WLoRA K = 10, then Partial masks", [_weight(10), _partial(floor_metric="loss")], TOGETHER, main=False),
     System("LoRA-drop, then Partial masks", [_drop(), _partial()], TOGETHER, main=False),
