@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
@@ -25,7 +27,7 @@ from sparse_llm_ft import zero
 from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
 from sparse_llm_ft.config import merge
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer
+from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask, Shards
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
 
@@ -39,7 +41,21 @@ def init_distributed() -> None:
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    _unlink_shared_buffer()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    dist.barrier()  # every rank has opened every buffer
+    _unlink_shared_buffer()
+
+
+def _unlink_shared_buffer() -> None:
+    """Remove the name of this rank's buffer of DeepSpeed's all-reduce between the processes of a CPU machine.
+
+    DeepSpeed 0.19.8 never does: each run leaves 66 MiB a rank in memory until the machine restarts, and one that was
+    killed leaves a buffer that the next run on the same port may open instead of its own. So it is removed before
+    the process group is formed, and again when all ranks have it mapped, which they keep.
+    """
+    address, port, rank = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class EngineSettings:
         ours: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            "gradient_clipping": self.max_grad_norm,
+            "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
             "bf16": {"enabled": self.dtype == "bfloat16"},
             "zero_optimization": {"stage": self.zero_stage},
             "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
@@ -103,9 +119,18 @@ def check_deepspeed(extra: Mapping[str, Any]) -> None:
 
 
 class Engine:
-    """DeepSpeed around a model with adapters. All ranks must call every method together."""
+    """DeepSpeed around a model with adapters. All ranks must call every method together.
 
-    def __init__(self, model: nn.Module, settings: EngineSettings) -> None:
+    Args:
+        masks: short parameter name -> which of its entries are trained, where not all are. Read once, for this rank's
+            shard alone, and not kept.
+
+    Attributes:
+        parameters: short name -> what is trained.
+        grad_norm: of the last update's gradients before clipping, over all ranks, masked entries left out.
+    """
+
+    def __init__(self, model: nn.Module, settings: EngineSettings, masks: Mapping[str, Mask] | None = None) -> None:
         self.settings = settings
         self.parameters = trained_parameters(model)
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
@@ -115,8 +140,17 @@ class Engine:
             model=model, optimizer=optimizer, config=settings.to_deepspeed()
         )
         self._optimizer = optimizer
-        self._plain_norm = float("nan")
-        self._set_optimizer_steps({})
+        self.grad_norm = math.nan
+        masters = zero.masters(self._wrapped, optimizer)
+        self._shards = Shards(
+            optimizer,
+            masters,
+            {name: zero.full_shape(parameter) for name, parameter in self.parameters.items()},
+            zero.places(self._wrapped, self.parameters, masters),
+            masks or {},
+            zero.is_sharded(self._wrapped),
+            self._engine.device,
+        )
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by `_group_of`; an empty one is left out (DeepSpeed cannot take it)."""
@@ -149,49 +183,55 @@ class Engine:
         """Accumulate gradients. DeepSpeed averages them over ranks and divides by the accumulation steps."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
-        """End a micro-step; on the last of the accumulation, update with `learning_rate`."""
+    def step(self, learning_rate: float) -> bool:
+        """End a micro-step; on the last of the accumulation, update with `learning_rate`.
+
+        Returns:
+            False where the update was not made, since its gradients are not finite; nothing has changed then.
+        """
         settings = self.settings
         rates = {"omega": settings.omega_lr, "lora_B": learning_rate * settings.lora_b_lr_factor}
         for group in self._optimizer.param_groups:
             group["lr"] = rates.get(group["name"], learning_rate)
-        if self._wrapped is self._optimizer and self._engine.is_gradient_accumulation_boundary():
-            # Without a wrapper DeepSpeed clips and forgets the norm.
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            self._plain_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self._engine.is_gradient_accumulation_boundary():
+            self.grad_norm = self._shards.norm(self._flat_gradients())
+            self._optimizer.gradient_scale = self.clip_factor if math.isfinite(self.grad_norm) else None
         self._engine.step()
+        return self._optimizer.gradient_scale is not None
 
     @property
-    def grad_norm(self) -> float:
-        """Norm of the last update's gradients before clipping, over all ranks."""
-        norm = self._engine.get_global_grad_norm()
-        return self._plain_norm if norm is None else float(norm)
+    def clip_factor(self) -> float:
+        """What the last update's gradients were multiplied with, so that their norm is at most `max_grad_norm`."""
+        most = self.settings.max_grad_norm
+        return min(1.0, most / (self.grad_norm + 1e-6)) if most else 1.0
 
     def gradients(self) -> Tensors:
         """float32 gradients of the optimizer step that is about to be made, before clipping, averaged over ranks,
         unsharded, on the CPU. Between the last `backward` of an accumulation and its `step`.
         """
-        return {
-            name: zero.read_gradient(parameter).float().cpu().clone() for name, parameter in self.parameters.items()
-        }
+        flat = self._flat_gradients()
+        return {name: self._shards.gradient(name, flat).cpu() for name in self.parameters}
+
+    def _flat_gradients(self) -> list[torch.Tensor]:
+        return zero.flat_gradients(self._wrapped, self._shards.masters)
 
     def values(self, names: Iterable[str] | None = None) -> Tensors:
         """float32 values of the named parameters (None: of all), unsharded, on the CPU."""
         wanted = self.parameters if names is None else names
-        return {name: self._read(name, None) for name in wanted}
+        return {name: self._shards.read(name).cpu() for name in wanted}
 
     def moments(self) -> Moments:
-        """Adam's moments of every parameter that has some, unsharded, on the CPU."""
+        """Adam's moments of every parameter that has some, unsharded, on the CPU; 0 for masked entries."""
         return {
-            name: {key: self._read(name, key) for key in keys}
+            name: {key: self._shards.read(name, key).cpu() for key in keys}
             for name in self.parameters
             if (keys := MOMENTS[self._algorithm(name)])
         }
 
     def optimizer_steps(self) -> dict[str, int]:
         """Updates made so far per parameter group, the count in Adam's bias correction."""
-        masters = zero.masters(self._wrapped, self._optimizer)
-        return {group["name"]: int(self._optimizer.state[master]["step"]) for group, master in masters}
+        state = self._optimizer.state
+        return {group["name"]: int(state[master]["step"]) for group, master in self._shards.masters}
 
     def load(
         self,
@@ -208,26 +248,26 @@ class Engine:
         if unknown:
             raise ValueError(f"{unknown[0]} is not a trained parameter of this engine")
         for name, value in values.items():
-            self._write(name, value, None)
+            self._shards.write(name, value)
         for name, entry in (moments or {}).items():
             for key, value in entry.items():
-                self._write(name, value, key)
+                self._shards.write(name, value, key)
         if values:
             zero.copy_masters_to_model(self._wrapped)
         if optimizer_steps is not None:
-            self._set_optimizer_steps(optimizer_steps)
+            for group, master in self._shards.masters:
+                self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
         """A context in which `module`'s own parameters are whole on every rank. Collective at stage 3."""
         return zero.gathered(module)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of optimizer state on the rank that holds most: moments, step counts, and the float32 masters that
-        exist beside the model's own parameters.
+        """Bytes of optimizer state on the rank that holds most: moments, step counts, indices of kept entries, and the
+        float32 masters that exist beside the model's own parameters.
         """
-        tensors = [t for state in self._optimizer.state.values() for t in state.values()]
         own = {id(parameter) for parameter in self.parameters.values()}
-        tensors += [m for _, m in zero.masters(self._wrapped, self._optimizer) if id(m) not in own]
+        tensors = self._shards.state_tensors() + [m for _, m in self._shards.masters if id(m) not in own]
         total = torch.tensor([sum(t.numel() * t.element_size() for t in tensors)], device=self._engine.device)
         dist.all_reduce(total, dist.ReduceOp.MAX)
         return int(total)
@@ -238,29 +278,12 @@ class Engine:
         zero.remove_hooks(self.module, keep=self._hooks_before)
         zero.forget(self.module.parameters())
         self._optimizer.state.clear()
+        self._optimizer.kept.clear()
         self._optimizer.param_groups.clear()
-        del self._engine, self._wrapped, self._optimizer, self.parameters
+        del self._engine, self._wrapped, self._optimizer, self._shards, self.parameters
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _algorithm(self, name: str) -> str:
         return self.settings.omega_algorithm if is_omega(name) else "adamw"
-
-    def _read(self, name: str, key: str | None) -> torch.Tensor:
-        return zero.read(self._wrapped, self._optimizer, self.parameters[name], key).float().cpu().clone()
-
-    def _write(self, name: str, value: torch.Tensor, key: str | None) -> None:
-        expected = zero.full_shape(self.parameters[name])
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {expected}")
-        value = value.to(device=self._engine.device, dtype=torch.float32)
-        zero.write(self._wrapped, self._optimizer, self.parameters[name], value, key)
-
-    def _set_optimizer_steps(self, counts: Mapping[str, int]) -> None:
-        """Make sure every master has its state, with the given counts; fresh ones are zero."""
-        for group, master in zero.masters(self._wrapped, self._optimizer):
-            if master not in self._optimizer.state:
-                self._optimizer.allocate(master, group["algorithm"])
-            self._optimizer.state[master]["step"].fill_(float(counts.get(group["name"], 0)))
-        zero.link_states(self._wrapped)

@@ -12,10 +12,13 @@ from typing import Any, Literal, get_args
 Shape = tuple[int, int]
 """(out_features, in_features) of a target module, as its weight is stored."""
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 Tuner = Literal["sparse_lora", "lora", "dora", "vera", "adalora"]
 """Whose layers the adapters are: this package's, or one of PEFT's own (the baselines)."""
+
+Masking = Literal["compact", "optimizer"]
+"""Where masks live: in the layers, whose A and B have only the kept rows and columns, or in the sharded optimizer."""
 
 EVERYTHING = ""
 """In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
@@ -133,6 +136,7 @@ class AdapterPlan:
         options: further numbers that the tuner needs (AdaLoRA's schedule).
         trained: modules of the base that are trained whole beside the adapters: a fresh classification head, or
             `EVERYTHING`.
+        masking: where the masks of the adapters live.
     """
 
     modules: Mapping[str, ModuleAdapter | None]
@@ -140,6 +144,7 @@ class AdapterPlan:
     tuner: Tuner = "sparse_lora"
     options: Mapping[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
+    masking: Masking = "compact"
 
     def __post_init__(self) -> None:
         if not any(self.modules.values()) and not self.trained:
@@ -148,6 +153,8 @@ class AdapterPlan:
             raise PlanError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
         if self.tuner not in get_args(Tuner):
             raise PlanError(f"tuner is {self.tuner!r}; known: {', '.join(get_args(Tuner))}")
+        if self.masking not in get_args(Masking):
+            raise PlanError(f"masking is {self.masking!r}; known: {', '.join(get_args(Masking))}")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -161,6 +168,17 @@ class AdapterPlan:
     def active(self) -> dict[str, ModuleAdapter]:
         """The modules that have an adapter, in the model's order."""
         return {name: adapter for name, adapter in self.modules.items() if adapter is not None}
+
+    @property
+    def layers(self) -> dict[str, ModuleAdapter]:
+        """The active adapters as their layers are built: whole ones where masks live in the optimizer."""
+        if self.masking == "compact":
+            return self.active
+        return {name: replace(adapter, rows=None, cols=None) for name, adapter in self.active.items()}
+
+    def stored(self, shapes: Mapping[str, Shape]) -> int:
+        """As `parameters`, but what the layers hold: masked entries count where masks live in the optimizer."""
+        return replace(self, modules={**self.modules, **self.layers}).parameters(shapes)
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -194,13 +212,15 @@ class AdapterPlan:
         return f"{own} own and {shared} shared adapters" if shared else f"{own} adapters"
 
     def parameters(self, shapes: Mapping[str, Shape]) -> int:
-        """Number of trained adapter values, given every active module's shape; `trained` modules are not counted."""
+        """Number of trained adapter values, given every active module's shape; `trained` modules and masked entries
+        are not counted.
+        """
         if self.tuner == "vera":
             return sum(a.r + shapes[name][0] for name, a in self.active.items())
         active = self.active
         count = sum(active[name].matrices(shapes[name]) for name in self.matrix_owners().values())
         if self.tuner == "dora":  # the magnitude of every row
-            count += sum(shapes[name][0] for name in active)
+            count += sum(a.shape(shapes[name])[0] for name, a in active.items())
         if self.tuner == "adalora":  # the singular values
             count += sum(a.r for a in active.values())
         return count + sum(a.train_omega for a in active.values())
@@ -213,6 +233,7 @@ class AdapterPlan:
             "tuner": self.tuner,
             "options": dict(self.options),
             "trained": list(self.trained),
+            "masking": self.masking,
             "modules": {name: None if a is None else _module_to_dict(a) for name, a in self.modules.items()},
         }
 
@@ -242,6 +263,7 @@ class AdapterPlan:
             data["tuner"],
             data["options"],
             tuple(data["trained"]),
+            data["masking"],
         )
 
 

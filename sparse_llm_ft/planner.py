@@ -14,9 +14,10 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import DTYPES, classifies, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
-# Beside each trained value lie, under bfloat16, its float32 master (4) and two moments (8), sharded from stage 1 on,
-# and the bfloat16 value and its gradient (2 + 2) on every rank.
-SHARDED_BYTES, REPLICATED_BYTES = 12, 4
+# Beside each trained value lie, under bfloat16, its float32 master (4), sharded from stage 1 on, and the bfloat16 value
+# and its gradient (2 + 2) on every rank; so do they beside a value that the optimizer masks. A value that is really
+# trained also has two moments (8), and under a mask its index (4).
+MASTER_BYTES, MOMENT_BYTES, INDEX_BYTES, REPLICATED_BYTES = 4, 8, 4, 4
 
 
 _FUSED = "sparse_llm_ft_fused"
@@ -103,8 +104,10 @@ def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int
 
 def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, world_size: int) -> int:
     """Bytes per rank of trained values, gradients and optimizer state under bfloat16 (see the constants above)."""
-    count = plan.parameters(shapes)
-    return count * SHARDED_BYTES // (world_size if zero_stage else 1) + count * REPLICATED_BYTES
+    trained, stored = plan.parameters(shapes), plan.stored(shapes)
+    per_trained = MOMENT_BYTES + (INDEX_BYTES if stored > trained else 0)
+    sharded = stored * MASTER_BYTES + trained * per_trained
+    return sharded // (world_size if zero_stage else 1) + stored * REPLICATED_BYTES
 
 
 def grown_micro_batch(micro_batch_size: int, before: int, after: int, freed_state: int) -> int:

@@ -14,7 +14,7 @@ Written against deepspeed 0.19; tests/distributed/cases.py reads and writes thro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,18 +22,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
-from sparse_llm_ft.optim import AdapterOptimizer
+from sparse_llm_ft.optim import AdapterOptimizer, Place
+from sparse_llm_ft.optim.shards import Master
 
-Group = dict[str, Any]
+_STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
 _LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -43,7 +37,7 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[tuple[Group, torch.Tensor]]:
+def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[Master]:
     """The tensors on this rank that the optimizer updates, each with its parameter group.
 
     Args:
@@ -51,36 +45,68 @@ def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[tuple[Group, torc
         optimizer: the one it was given.
     """
     groups = optimizer.param_groups
-    if hasattr(wrapped, "fp32_partitioned_groups_flat"):  # stage 3
-        flats = enumerate(wrapped.fp32_partitioned_groups_flat)
+    if hasattr(wrapped, _STAGE_3):
+        flats = enumerate(getattr(wrapped, _STAGE_3))
         return [(groups[wrapped.sub_group_to_group_id[i]], flat) for i, flat in flats]
-    for attribute in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1 and 2
-        if hasattr(wrapped, attribute):
-            return list(zip(groups, getattr(wrapped, attribute), strict=True))
+    if hasattr(wrapped, _STAGES_1_AND_2):
+        return list(zip(groups, getattr(wrapped, _STAGES_1_AND_2), strict=True))
     return [(group, parameter) for group in groups for parameter in group["params"]]  # stage 0
 
 
-def link_states(wrapped: Any) -> None:
-    """Let stages 1 and 2 find the optimizer state by parameter; they would do so only after the first step."""
-    if hasattr(wrapped, "_lazy_init_hp_params_optimizer_state"):
-        wrapped._lazy_init_hp_params_optimizer_state()
+def places(wrapped: Any, parameters: Mapping[str, Any], masters: Sequence[Master]) -> dict[str, Place | None]:
+    """Where each parameter's part on this rank lies in the masters, by DeepSpeed's own record."""
+    if hasattr(wrapped, _STAGE_3):
+        return {name: _place_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
+    if is_sharded(wrapped):
+        return {name: _place_at_stages_1_and_2(parameter) for name, parameter in parameters.items()}
+    number = {id(parameter): i for i, parameter in enumerate(_own_of_masters(wrapped, masters))}
+    return {name: Place(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
 
 
-def read(wrapped: Any, optimizer: AdapterOptimizer, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-    """float32 value (key None) or moment `key` of one parameter, unsharded. Collective."""
-    if _is_sharded(parameter):
-        full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return full.detach().view(full_shape(parameter))
-    master = _whole_master(wrapped, parameter)
-    return (master if key is None else optimizer.state[master][key]).detach()
+def is_sharded(wrapped: Any) -> bool:
+    """Whether each rank holds a part of the masters (stages 1 to 3)."""
+    return hasattr(wrapped, _STAGES_1_AND_2) or hasattr(wrapped, _STAGE_3)
 
 
-def read_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient of the next step, averaged over ranks, unsharded. Collective."""
-    gradient = safe_get_full_grad(parameter) if _is_sharded(parameter) else parameter.grad
-    if gradient is None:
-        return torch.zeros(full_shape(parameter), device=parameter.device)
-    return gradient.detach().view(full_shape(parameter))
+def flat_gradients(wrapped: Any, masters: Sequence[Master]) -> list[torch.Tensor]:
+    """Each master's gradients of the optimizer step that is about to be made: averaged over ranks, not yet clipped.
+
+    Between the last `backward` of an accumulation and its `step`.
+    """
+    if not is_sharded(wrapped):
+        own = _own_of_masters(wrapped, masters)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+    at_stage_3 = hasattr(wrapped, _STAGE_3)
+    if wrapped.offload_optimizer if at_stage_3 else wrapped.cpu_offload:
+        if not at_stage_3:
+            wrapped._wait_for_offload_copies()
+        return [master.grad for _, master in masters]  # type: ignore[misc]
+    parts = wrapped.averaged_gradients
+    return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
+
+
+def _place_at_stage_3(wrapped: Any, parameter: Any) -> Place | None:
+    master, offset, size = wrapped.grad_position[wrapped.get_param_id(parameter)]
+    start = size * dist.get_rank(parameter.ds_process_group)  # equal parts, the last one padded
+    length = min(size, parameter.ds_numel - start)
+    return Place(master, offset, start, length) if length > 0 else None
+
+
+def _place_at_stages_1_and_2(parameter: Any) -> Place | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    here, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Place(mapping.param_group_index, here.start, of_parameter.start, of_parameter.numel)
+
+
+def _own_of_masters(wrapped: Any, masters: Sequence[Master]) -> list[Any]:
+    """Stage 0: the model's own parameter of each master, which under float32 is the master."""
+    if not hasattr(wrapped, "fp16_groups"):
+        return [master for _, master in masters]
+    copies = zip(wrapped.fp32_groups, wrapped.fp16_groups, strict=True)
+    own = {id(c): p for group, parameters in copies for c, p in zip(group, parameters, strict=True)}
+    return [own[id(master)] for _, master in masters]
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[Any]:
@@ -89,25 +115,10 @@ def gathered(module: nn.Module) -> AbstractContextManager[Any]:
     return GatheredParameters(sharded) if sharded else nullcontext()
 
 
-def write(wrapped: Any, optimizer: AdapterOptimizer, parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Overwrite what `read` reads; each rank stores its shard of `value` (float32, full shape)."""
-    if hasattr(parameter, "ds_id"):
-        shard = _shard(parameter, value)
-        if key is None:
-            safe_set_local_fp32_param(parameter, shard)
-        else:
-            safe_set_local_optimizer_state(parameter, shard, key)
-    elif hasattr(parameter, "_hp_mapping"):
-        parameter.set_full_hp_param(value, key)
-    else:
-        master = _whole_master(wrapped, parameter)
-        (master if key is None else optimizer.state[master][key]).data.copy_(value)
-
-
 @torch.no_grad()
 def copy_masters_to_model(wrapped: Any) -> None:
     """After masters were overwritten: bring the model's own copies in line, as the end of a step does. Collective."""
-    if hasattr(wrapped, "fp32_partitioned_groups_flat"):
+    if hasattr(wrapped, _STAGE_3):
         wrapped._partition_all_parameters()
         for i in range(len(wrapped.fp32_partitioned_groups_flat)):
             wrapped._reassign_or_swap_out_partitioned_parameters(i)
@@ -161,26 +172,3 @@ def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
             registered = getattr(module, kind)
             for key in [key for key in registered if (id(module), kind, key) not in keep]:
                 del registered[key]
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _whole_master(wrapped: Any, parameter: nn.Parameter) -> torch.Tensor:
-    """Stage 0: the float32 copy of a bfloat16 parameter, or the parameter itself."""
-    if hasattr(wrapped, "fp16_groups"):
-        for copies, own in zip(wrapped.fp32_groups, wrapped.fp16_groups, strict=True):
-            for copy, candidate in zip(copies, own, strict=True):
-                if candidate is parameter:
-                    return copy
-    return parameter
-
-
-def _shard(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This rank's part of `value` as stage 3 cuts it: equal parts, the last one padded."""
-    size = parameter.ds_tensor.numel()
-    group = parameter.ds_process_group
-    padded = value.new_zeros(size * dist.get_world_size(group))
-    padded[: value.numel()] = value.flatten()
-    return padded.narrow(0, size * dist.get_rank(group), size)

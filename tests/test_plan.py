@@ -31,11 +31,12 @@ def module(**changes):
 def plan_dict(**changes):
     modules = {"layers.3.q_proj": module()}
     given = {
-        "version": 2,
+        "version": 3,
         "lora_dropout": 0.0,
         "tuner": "sparse_lora",
         "options": {},
         "trained": [],
+        "masking": "compact",
         "modules": modules,
     }
     return given | changes
@@ -56,7 +57,7 @@ def test_active_keeps_the_order_and_leaves_out_the_untouched():
     assert list(PLAN.active) == ["a.q", "b.q"]
 
 
-@pytest.mark.parametrize("version", [0, 1, "2", None])
+@pytest.mark.parametrize("version", [0, 2, "3", None])
 def test_another_version_is_refused(version):
     with pytest.raises(PlanError, match="version"):
         AdapterPlan.from_dict(plan_dict(version=version))
@@ -69,7 +70,7 @@ def test_another_version_is_refused(version):
         [],
         "plan",
         {},
-        {"version": 2, "modules": {}},
+        {"version": 3, "modules": {}},
         plan_dict(extra=1),
         plan_dict(modules=[]),
         plan_dict(lora_dropout="0.1"),

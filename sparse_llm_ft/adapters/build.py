@@ -15,7 +15,8 @@ from torch import nn
 
 from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.convert import task_type, to_stock_lora
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.adapters.masking import clear_masked, to_whole
+from sparse_llm_ft.plan import AdapterPlan
 
 VERA_PROJECTION_SEED = 0
 """VeRA's frozen projections are drawn from it; it is saved instead of them."""
@@ -34,8 +35,7 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftMod
     assert isinstance(peft_model, PeftModel)
     for name in plan.trained:
         model.get_submodule(name).requires_grad_(True)
-    if plan.tuner == "adalora":
-        _mask_adalora(model, plan)
+    clear_masked(peft_model, plan)
     return peft_model
 
 
@@ -43,6 +43,7 @@ def change_plan(model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> Pef
     """The model with `plan` in place of `before`, around the same base; all adapters are built anew."""
     if before.tuner == plan.tuner == "sparse_lora":
         model.base_model.set_plan(plan, fresh=True)
+        clear_masked(model, plan)
         return model
     base: Any = model.unload()
     base.requires_grad_(False)
@@ -91,7 +92,7 @@ def save_peft_adapter(
     else:
         config, weights = peft_config(plan).to_dict(), {}
         config |= {"inference_mode": True, "task_type": task_type(plan), "target_modules": sorted(plan.active)}
-        for name, tensor in tensors.items():
+        for name, tensor in to_whole(plan, tensors).items():
             matrix = plan.tuner == "dora" and name.endswith((".lora_A", ".lora_B"))
             weights[f"base_model.model.{name}" + (".weight" if matrix else "")] = tensor.contiguous()
         if plan.trained:
@@ -100,29 +101,6 @@ def save_peft_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _mask_adalora(model: nn.Module, plan: AdapterPlan) -> None:
-    """Partial-AdaLoRA: the masked rows of P (lora_B) and columns of Q (lora_A) are zero and get no gradient."""
-    for name, adapter in plan.active.items():
-        layer: Any = model.get_submodule(name)
-        for parameter, mask in _masks(layer, adapter):
-            with torch.no_grad():
-                parameter.mul_(mask)
-            parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
-
-
-def _masks(layer: Any, adapter: ModuleAdapter) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    found = []
-    for kept, parameter, dimension in (
-        (adapter.rows, layer.lora_B["default"], 0),
-        (adapter.cols, layer.lora_A["default"], 1),
-    ):
-        if kept is not None:
-            mask = torch.zeros(kept.size, device=parameter.device)
-            mask[list(kept.indices)] = 1.0
-            found.append((parameter, mask.unsqueeze(1 - dimension)))
-    return found
 
 
 def _number(value: float) -> float:

@@ -68,7 +68,7 @@ class SparseLoraModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         plan = _plan(peft_config)
-        adapter = plan.active[current_key]
+        adapter = plan.layers[current_key]
         shared = self._shared_pair(adapter_name, adapter, target)
         if isinstance(target, SparseLoraLayer):
             target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode, shared)
@@ -135,7 +135,7 @@ class SparseLoraModel(BaseTuner):
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SparseLoraLayer)}
         if any(layer.merged for layer in layers.values()):
             raise ValueError("set_plan: adapters are merged; call unmerge_adapter() first")
-        active, config = plan.active, self.peft_config[adapter_name]
+        active, config = plan.layers, self.peft_config[adapter_name]
         same_groups = _plan(config).groups == plan.groups
         stays = not fresh and same_groups and _plan(config).lora_dropout == plan.lora_dropout
         dtype = self._adapter_dtype(adapter_name)

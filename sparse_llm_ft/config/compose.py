@@ -42,8 +42,9 @@ def check_chain(methods: tuple[MethodConfig, ...]) -> None:
         raise _refusal(names, "an omega weighs one adapter, and a shared one belongs to several modules")
     if any(name in _SHARING for name in names[1:]):
         raise _refusal(names, "a method that shares adapters starts from fresh ones and must come first")
-    if any(isinstance(method, PartialLoraMethod) and method.base == "adalora" for method in methods):
-        raise _refusal(names, "partial_lora with base: adalora trains PEFT's own layers")
+    for method in methods:
+        if isinstance(method, PartialLoraMethod) and method.base != "lora":
+            raise _refusal(names, f"partial_lora with base: {method.base} trains PEFT's own layers")
 
 
 def _refusal(names: list[str], reason: str) -> ConfigError:

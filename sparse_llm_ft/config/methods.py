@@ -152,8 +152,9 @@ class PartialLoraMethod(_Method):
         ratio: kept share of rows and of columns under ``balanced`` and ``pyramidal``.
         flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
         compare_importance: also measure the two other importances, for the report's picture of their overlap.
-        base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA); `adalora` are its settings.
-        masking: where masks live; ``compact`` makes A and B physically smaller.
+        base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` DoRA.
+        masking: where masks live: in the sharded ``optimizer``, around whole layers of any tuner; or ``compact``, in
+            layers of this package whose A and B are physically smaller, which is faster.
         micro_batch_size, candidates_per_forward: of the derivation; samples in a forward pass, and cuts of one search
             that are tried in it side by side, where memory allows: more saves passes, 1 computes least.
         cache_dir: where derivations are kept, by content; null: the user's cache folder.
@@ -173,9 +174,9 @@ class PartialLoraMethod(_Method):
     ratio: Unit | None = None
     flow_preservation: StrictBool = False
     compare_importance: StrictBool = False
-    base: Literal["lora", "adalora"] = "lora"
+    base: Literal["lora", "adalora", "dora"] = "lora"
     adalora: AdaLoraSettings = AdaLoraSettings()
-    masking: Literal["compact"] = "compact"
+    masking: Literal["optimizer", "compact"] = "optimizer"
     micro_batch_size: StrictInt = Field(32, ge=1)
     candidates_per_forward: StrictInt = Field(1, ge=1)
     cache_dir: str | None = None
@@ -213,6 +214,10 @@ class PartialLoraMethod(_Method):
             raise ConfigError("method.adalora", "has no effect under base lora", "expected base: adalora")
         if self.base == "adalora":
             self.adalora.check(total_steps)
+        if self.base != "lora" and self.masking == "compact":
+            raise ConfigError(
+                "method.masking", f"compact, and PEFT's {self.base} has whole layers", "expected optimizer"
+            )
 
 
 class SparseAdapterMethod(_Method):
@@ -243,6 +248,7 @@ class SparseAdapterMethod(_Method):
             ratio=1 - self.sparsity,
             head_epochs=self.head_epochs,
             head_learning_rate=self.head_learning_rate,
+            masking="compact",
             micro_batch_size=self.micro_batch_size,
             cache_dir=self.cache_dir,
         )

@@ -102,7 +102,9 @@ class PartialLora:
             rows, cols = drawn[plan.owners[name]]
             d_out, d_in = targets[name]
             modules[name] = replace(adapter, rows=Kept.of(d_out, rows), cols=Kept.of(d_in, cols))
-        masked = replace(plan, modules=modules)
+        masked = replace(plan, modules=modules, masking=method.masking)
+        if method.base == "dora":
+            masked = replace(masked, tuner="dora")
         if method.base == "adalora":
             masked = adalora_plan(masked, method.adalora, self.adapter.r, self.adapter.lora_alpha, self.total_steps)
             return replace(phase, plan=masked), state.fresh()  # AdaLoRA's matrices are other ones

@@ -1,29 +1,35 @@
-"""The optimizer of the adapters: AdamW for A and B, AdamW or SGD for omega, with state on request.
+"""The engine's optimizer: `SparseAdamW` for adapters, AdamW or SGD for omega, clipping included.
 
-The arithmetic is torch's own. What is added is `allocate`: state that exists before the first step. The hand-over
-from one phase to the next and the resume of a run both write moments into an engine that has not stepped yet, and
-DeepSpeed's `safe_set_full_optimizer_state` fails there with an optimizer that makes its state in the first step.
+State exists before the first step, since the hand-over from one phase to the next and the resume of a run both write
+moments into an engine that has not stepped yet. It is allocated by the engine and not here: under ZeRO the tensors that
+are updated are flat partitions which DeepSpeed puts in place of the model's parameters only after this is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+
+from sparse_llm_ft.optim.sparse_adamw import SparseAdamW
 
 MOMENTS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """Names of the per-entry state that each algorithm keeps."""
 
 
-class AdapterOptimizer(torch.optim.Optimizer):
-    """AdamW (decoupled weight decay) or plain SGD, chosen per parameter group by its ``algorithm``.
+class AdapterOptimizer(SparseAdamW):
+    """AdamW on kept entries or plain SGD, chosen per parameter group by its ``algorithm``.
 
     A group is a dict with ``params`` and optionally ``name``, ``algorithm``, ``lr``, ``weight_decay``, ``betas``,
-    ``eps``. State of an AdamW parameter: ``step`` (a float32 scalar), ``exp_avg`` and ``exp_avg_sq`` (as the
-    parameter); of an SGD parameter: ``step``.
+    ``eps``. State of an SGD parameter is ``step`` alone.
+
+    Attributes:
+        gradient_scale: multiplies every gradient; set before each step, 1 leaves them alone. None, as at first: steps
+            change nothing, not even step counts. So it is while DeepSpeed is built, which tries a step on some
+            wrappers, and where a gradient is not finite. DeepSpeed clips by a norm that counts masked entries;
+            therefore the engine clips, and does it here, once the gradients are float32.
     """
 
     def __init__(
@@ -34,61 +40,38 @@ class AdapterOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"algorithm": "adamw", "name": "adapter"})
+        super().__init__(params, lr, betas, eps, weight_decay, algorithm="adamw", name="adapter")
+        self.gradient_scale: float | None = None
         for group in self.param_groups:
             if group["algorithm"] not in MOMENTS:
                 raise ValueError(f"algorithm is {group['algorithm']!r}; known: {', '.join(MOMENTS)}")
 
-    def allocate(self, parameter: torch.Tensor, algorithm: str, steps: int = 0) -> None:
-        """Zero state for `parameter`, as after `steps` steps; what was there is dropped.
+    def _build_state(self, masks: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Nothing yet; see above."""
 
-        Under ZeRO the parameters are the flat partitions that DeepSpeed put in place of the model's.
-        """
-        state: dict[str, torch.Tensor] = {"step": torch.tensor(float(steps))}
-        state |= {key: torch.zeros_like(parameter) for key in MOMENTS[algorithm]}
-        self.state[parameter] = state
+    def allocate_for(self, parameter: torch.Tensor, algorithm: str, kept: torch.Tensor | None = None) -> None:
+        """`allocate`, with the state of `algorithm`."""
+        self.allocate(parameter, kept)
+        wanted = ("step", *MOMENTS[algorithm])
+        self.state[parameter] = {key: value for key, value in self.state[parameter].items() if key in wanted}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        if self.gradient_scale is None:
+            return
+        if self.gradient_scale != 1.0:
             for parameter in params:
-                if parameter not in self.state:
-                    self.allocate(parameter, group["algorithm"])
-            if params:
-                _UPDATES[group["algorithm"]](params, [p.grad for p in params], [self.state[p] for p in params], group)
-        return loss
+                assert parameter.grad is not None
+                parameter.grad.mul_(self.gradient_scale)
+        if group["algorithm"] == "adamw":
+            super()._update(group, params)
+        else:
+            _sgd_update(group, params, [self.state[p] for p in params])
 
 
-def _adamw_update(params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    adamw(
-        params,
-        grads,
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
-        [],
-        [s["step"] for s in states],
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-
-
-def _sgd_update(params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+def _sgd_update(group: dict[str, Any], params: list[Any], states: list[dict[str, Any]]) -> None:
     sgd(
         params,
-        grads,
+        [p.grad for p in params],
         [None] * len(params),
         weight_decay=group["weight_decay"],
         momentum=0.0,
@@ -99,6 +82,3 @@ def _sgd_update(params: list[Any], grads: list[Any], states: list[dict[str, Any]
     )
     for state in states:
         state["step"] += 1
-
-
-_UPDATES = {"adamw": _adamw_update, "sgd": _sgd_update}

@@ -109,8 +109,7 @@ class Loop:
         progress.phase_step += 1
         progress.samples += phase.global_batch_size
         if gradients:  # as they were for the update: after clipping
-            norm, most = self.engine.grad_norm, self.engine.settings.max_grad_norm
-            clipped = min(1.0, most / (norm + 1e-6)) if most else 1.0
+            clipped = self.engine.clip_factor
             gradients = {name: gradient * clipped for name, gradient in gradients.items()}
         logged = {} if self.rule is None else self.rule.after_step(self.engine, progress.phase_step, gradients)
         self.active = self._count_active()

@@ -30,6 +30,7 @@ from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batc
 from sparse_llm_ft.training.checkpoints import save_checkpoint
 from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.export import export
+from sparse_llm_ft.training.handover import load_state, masks_of, read_state
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.measure import Measure
 from sparse_llm_ft.training.phase_files import finished_phase_file, in_brief, phase_file
@@ -184,8 +185,8 @@ class Run:
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
-        engine = Engine(model, self._engine_settings(phase))
-        engine.load(state.tensors, state.moments, state.optimizer_steps)
+        engine = Engine(model, self._engine_settings(phase), masks_of(phase.plan))
+        load_state(engine, phase.plan, state)
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
@@ -319,9 +320,10 @@ class Run:
         return plan.parameters(self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
+        tensors, moments = read_state(loop.engine, loop.phase.plan)
         return TrainState(
-            loop.engine.values(),
-            loop.engine.moments(),
+            tensors,
+            moments,
             loop.engine.optimizer_steps(),
             copy.copy(loop.progress),
             loop.phase.to_dict(),

@@ -1,0 +1,110 @@
+"""Masks in the optimizer: layers are whole with zeros at masked lines, a state holds the kept ones alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
+from sparse_llm_ft.adapters.build import change_plan
+from sparse_llm_ft.adapters.masking import optimizer_masks, to_kept, to_whole
+from sparse_llm_ft.plan import AdapterPlan, Kept, PlanError, group_name, module_kind, uniform_plan
+from tiny_models import IDS, MODELS
+
+LLAMA = MODELS["llama"]
+
+
+def masked_plan(masking: str = "optimizer") -> AdapterPlan:
+    """Masks on all modules; the two q_proj share."""
+    targets = find_targets(LLAMA.build(), "all-linear")
+    plan, modules = uniform_plan(targets, 2, 4), {}
+    for name, adapter in plan.active.items():
+        d_out, d_in = targets[name]
+        group = group_name(module_kind(name), targets[name]) if name.endswith("q_proj") else None
+        modules[name] = replace(adapter, rows=Kept(d_out, (0, 2)), cols=Kept(d_in, (1, 2, 3)), group=group)
+    return replace(plan, modules=modules, masking=masking)
+
+
+def values(plan: AdapterPlan) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {n: p.shape for n, p in trained_parameters(add_adapters(LLAMA.build(), plan)).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def logits(plan: AdapterPlan, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = add_adapters(LLAMA.build(), plan).eval()
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(tensors[name])
+        return model(IDS).logits
+
+
+def test_one_state_gives_the_same_model_in_both_homes() -> None:
+    compact, home = masked_plan("compact"), masked_plan()
+    state = values(compact)
+    whole = to_whole(home, state)
+    assert {n: t.shape for n, t in whole.items()} == {
+        n: p.shape for n, p in trained_parameters(add_adapters(LLAMA.build(), home)).items()
+    }
+    torch.testing.assert_close(logits(home, whole), logits(compact, state))
+    back = to_kept(home, whole)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert to_whole(compact, state) == state  # nothing to do
+
+
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "adalora"])
+def test_fresh_adapters_are_zero_at_masked_lines_and_kept_entries_as_without_masks(tuner: str) -> None:
+    """Also after a change of plan, and for every tuner whose A and B they are."""
+    options = {"target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 9} if tuner == "adalora" else {}
+    plan = replace(masked_plan(), tuner=tuner, options=options)
+    if tuner != "sparse_lora":
+        plan = replace(plan, modules={n: a and replace(a, group=None) for n, a in plan.modules.items()})
+    free = replace(plan, modules={n: a and replace(a, rows=None, cols=None) for n, a in plan.modules.items()})
+
+    def fresh(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+
+    one, other, base = LLAMA.build(), LLAMA.build(), add_adapters(LLAMA.build(), free)
+    torch.manual_seed(3)
+    expected = fresh(add_adapters(one, free))
+    torch.manual_seed(3)
+    masked = fresh(add_adapters(other, plan))
+    torch.manual_seed(3)
+    changed = fresh(change_plan(base, free, plan))
+    masks = optimizer_masks(plan)
+    assert {name.rpartition(".")[2] for name in masks} == {"lora_A", "lora_B"} | (
+        {"lora_magnitude_vector"} if tuner == "dora" else set()
+    )
+    for name, value in masked.items():
+        assert torch.equal(changed[name], value), name
+        lines = masks.get(name)
+        if lines is None or name.endswith("vector"):
+            assert torch.equal(value, expected[name])
+            continue
+        kept = torch.tensor(lines.kept.indices)
+        others = torch.tensor([i for i in range(lines.kept.size) if i not in lines.kept.indices])
+        assert torch.equal(
+            value.index_select(lines.dimension, kept), expected[name].index_select(lines.dimension, kept)
+        )
+        assert not value.index_select(lines.dimension, others).any()
+
+
+def test_what_is_counted_and_what_is_stored() -> None:
+    targets = find_targets(LLAMA.build(), "all-linear")
+    compact, home = masked_plan("compact"), masked_plan()
+    owners = home.matrix_owners()
+    assert home.parameters(targets) == compact.parameters(targets) == compact.stored(targets) == len(owners) * 2 * 5
+    assert home.stored(targets) == sum(2 * sum(targets[name]) for name in owners.values())
+    assert home.layers == {name: replace(a, rows=None, cols=None) for name, a in home.active.items()}
+    dora = replace(home, tuner="dora", modules={n: a and replace(a, group=None) for n, a in home.modules.items()})
+    assert dora.parameters(targets) == len(targets) * (2 * 5 + 2)
+
+
+def test_plans_remember_where_masks_live() -> None:
+    plan = masked_plan()
+    assert AdapterPlan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(PlanError, match="masking is 'gpu'; known: compact, optimizer"):
+        replace(plan, masking="gpu")
