@@ -89,10 +89,13 @@ def _section(setting: Setting, table: Table, runs: Path) -> str:
 def _conditions(setting: Setting) -> str:
     batch, seeds = setting.sections["training"]["global_batch_size"], len(setting.seeds)
     rates = " and ".join(f"{rate:g}" for rate in setting.learning_rates)
+    searched = f"at most {setting.most_rates} learning rates, from {rates} on"
+    if setting.most_rates == 1:
+        searched = f"learning rate {rates} for all, not searched"
     return (
         f"{setting.steps} optimizer steps of {batch} samples, at most {setting.train} training and {setting.test} test "
         f"samples, r = 8, lora_alpha = 16, no dropout; {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"at most {setting.most_rates} learning rates, from {rates} on."
+        f"{searched}."
     )
 
 

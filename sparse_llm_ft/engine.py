@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
@@ -41,21 +40,7 @@ def init_distributed() -> None:
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    _unlink_shared_buffer()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    dist.barrier()  # every rank has opened every buffer
-    _unlink_shared_buffer()
-
-
-def _unlink_shared_buffer() -> None:
-    """Remove the name of this rank's buffer of DeepSpeed's all-reduce between the processes of a CPU machine.
-
-    DeepSpeed 0.19.8 never does: each run leaves 66 MiB a rank in memory until the machine restarts, and one that was
-    killed leaves a buffer that the next run on the same port may open instead of its own. So it is removed before
-    the process group is formed, and again when all ranks have it mapped, which they keep.
-    """
-    address, port, rank = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
