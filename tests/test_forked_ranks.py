@@ -22,4 +22,4 @@ def test_statuses_of_a_run_a_refusal_and_a_run_that_takes_too_long(settings: dic
     assert "error: training.max_steps" in last_lines(tmp_path / "logs" / "refused")
     assert not (tmp_path / "behind").exists()
     assert statuses["slow"] == []
-    assert "Current thread" in last_lines(tmp_path / "logs" / "slow")
+    assert "in _train" in last_lines(tmp_path / "logs" / "slow")
