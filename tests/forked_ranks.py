@@ -81,7 +81,7 @@ def run_world(
     logs: Path,
     kill: Kill | None = None,
     before: Callable[[int], None] | None = None,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
 ) -> list[int]:
     """Exit status of every rank (negative: the signal that ended it).
 
@@ -93,6 +93,7 @@ def run_world(
 
     Raises:
         TimeoutError: with the end of each log, where the stack of every thread is; nothing is left running.
+        RuntimeError: this process has threads; or the world has left something in shared memory.
     """
     statuses: list[int] = []
     for tree in [trees] if isinstance(trees, Mapping) else trees:
@@ -135,6 +136,9 @@ def _run_one(
     if not watch.statuses.keys() >= set(pids):
         watch.end_all()
         raise TimeoutError(f"still running after {timeout} s\n{last_lines(logs)}")
+    left = [path.name for path in Path("/dev/shm").glob(f"*_{port}_*")]
+    if left:
+        raise RuntimeError(f"left in shared memory: {', '.join(left)}")
     return [watch.statuses[pid] for pid in pids]
 
 
@@ -172,7 +176,6 @@ def _become_rank(rank: int, world_size: int, port: int, log: Path, parent: int) 
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
