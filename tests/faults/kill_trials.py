@@ -103,8 +103,9 @@ class Trials:
     def run(self, trial: Trial) -> None:
         """Kill, resume and compare; what is found is in the trial."""
         started = time.monotonic()
-        name, whole = f"trial-{trial.number}", self.uninterrupted(trial.configuration)
+        name = f"trial-{trial.number}"
         try:
+            whole = self.uninterrupted(trial.configuration)
             for attempt, blow in enumerate(trial.blows):
                 if blow.seconds is not None:
                     blow.seconds *= whole.seconds
@@ -114,7 +115,7 @@ class Trials:
             statuses = self._attempt(trial.configuration, name, len(trial.blows))
             if any(statuses):
                 trial.differences.append(f"resumed, it ended with {statuses}")
-        except TimeoutError as error:
+        except (RuntimeError, TimeoutError) as error:  # not even undisturbed, or it hangs
             trial.differences.append(str(error))
         if trial.differences:
             trial.differences.append(last_lines(self.folder / name / "logs"))
