@@ -144,16 +144,17 @@ class Trials:
             die_at(blow.place, blow.arrival)
 
 
-def draw_trials(count: int, seed: int, world_size: int) -> list[Trial]:
-    """Configurations in a random order, each before any comes again; everything else at random.
+def draw_trials(count: int, seed: int, world_size: int, different: int) -> list[Trial]:
+    """`different` configurations in a random order, each before any comes again; everything else at random.
 
     A time is drawn as a fraction of the uninterrupted run's duration.
     """
     draw = random.Random(seed)
+    drawn = draw.sample(CONFIGURATIONS, different)
     trials = []
     configurations: list[Configuration] = []
     for number in range(count):
-        configurations = configurations or draw.sample(CONFIGURATIONS, len(CONFIGURATIONS))
+        configurations = configurations or draw.sample(drawn, different)
         configuration = configurations.pop()
         blows = [_draw_blow(draw, configuration, world_size) for _ in range(draw.randint(1, 3))]
         trials.append(Trial(number, configuration, blows))
@@ -230,12 +231,15 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=2, help="ranks; global batch 8 in micro-batches of 2")
+    parser.add_argument(
+        "--configurations", type=int, default=len(CONFIGURATIONS), help="how many; with fewer, trials share the measure"
+    )
     parser.add_argument("--report", type=Path, required=True, metavar="FILE")
     parser.add_argument("--sabotage", choices=SABOTAGES, help="spoil every resumed run, to see that it is noticed")
     arguments = parser.parse_args()
     import_everything()
     started = time.monotonic()
-    trials = draw_trials(arguments.trials, arguments.seed, arguments.world)
+    trials = draw_trials(arguments.trials, arguments.seed, arguments.world, arguments.configurations)
     if arguments.sabotage:  # what is spoilt must be in use: a checkpoint after four steps
         for trial in trials:
             trial.blows = [Blow((0,), "step", 5 if not trial.configuration.changes else 7)]
