@@ -37,7 +37,7 @@ from sparse_llm_ft.training.phase_files import finished_phase_file, in_brief, ph
 from sparse_llm_ft.training.prepare import Prepared
 from sparse_llm_ft.training.resuming import newest_state
 from sparse_llm_ft.training.rules import make_rule
-from sparse_llm_ft.training.run_folder import PLAN, SUMMARY
+from sparse_llm_ft.training.run_folder import PLAN, SUMMARY, RunFolder
 from sparse_llm_ft.training.samples import Samples
 from sparse_llm_ft.training.scores import Scorer
 from sparse_llm_ft.training.setup import Setup
@@ -68,6 +68,8 @@ def run(prepared: Prepared) -> dict[str, Any]:
     if from_rank_zero(int(folder.is_complete())):
         display.say(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
+        if config.report and world.rank == 0 and not folder.report.is_dir():  # killed between its end and the pictures
+            _draw_report(folder, display)
         show_summary(summary, folder, display)
     else:
         summary = Run(prepared, display, setup, samples).train(first)
@@ -96,6 +98,17 @@ def derive(prepared: Prepared) -> None:
     init_distributed()
     Run(prepared, display, setup, samples).derive(first)
     dist.destroy_process_group()
+
+
+def _draw_report(folder: RunFolder, display: Display) -> None:
+    """Pictures come last and are only drawn from what is written; a run without them is as complete."""
+    try:
+        write_report([folder.path], folder.report)
+    except Exception as error:
+        display.say(
+            f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
+            f"`sparse-llm-ft report {folder.path}` tries again"
+        )
 
 
 class Run:
@@ -261,19 +274,9 @@ class Run:
 
         on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
-            self._draw_report()
+            _draw_report(self.folder, self.display)
         show_summary(summary, self.folder, self.display)
         return summary
-
-    def _draw_report(self) -> None:
-        """Pictures come last and are only drawn from what is written; a run without them is as complete."""
-        try:
-            write_report([self.folder.path], self.folder.report)
-        except Exception as error:
-            self.display.say(
-                f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
-                f"`sparse-llm-ft report {self.folder.path}` tries again"
-            )
 
     def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsWriter) -> None:
         training, at = self.config.training, loop.progress.step

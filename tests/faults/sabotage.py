@@ -1,0 +1,73 @@
+"""Faults put into a resumed run on purpose: a comparison that cannot fail shows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def _samples() -> None:
+    """The stream goes on one sample too late."""
+    from sparse_llm_ft.data.stream import SampleStream
+
+    micro_batches = SampleStream.micro_batches
+
+    def shifted(self: SampleStream, consumed: int, *args: int) -> Iterator[list[int]]:
+        return micro_batches(self, consumed + 1, *args)
+
+    SampleStream.micro_batches = shifted
+
+
+def _moments() -> None:
+    """The optimizer begins with moments of zero."""
+    from sparse_llm_ft.engine import Engine
+
+    load = Engine.load
+
+    def forgetful(self: Engine, values: Any, moments: Any = None, optimizer_steps: Any = None) -> None:
+        load(self, values, None, optimizer_steps)
+
+    Engine.load = forgetful
+
+
+def _optimizer_steps() -> None:
+    """Adam corrects its bias as if it had just begun."""
+    from sparse_llm_ft.engine import Engine
+
+    load = Engine.load
+
+    def forgetful(self: Engine, values: Any, moments: Any = None, optimizer_steps: Any = None) -> None:
+        load(self, values, moments)
+
+    Engine.load = forgetful
+
+
+def _dropout() -> None:
+    """Dropout draws anew instead of what the first run drew."""
+    from sparse_llm_ft.training.loop import Loop
+
+    Loop._seed_generators = lambda self: None
+
+
+def _metrics() -> None:
+    """Lines of steps that are done again stay."""
+    from sparse_llm_ft.training.run_folder import METRICS, RunFolder
+
+    begin = RunFolder.begin
+
+    def keeping(self: RunFolder, *args: Any) -> None:
+        path = self.path / METRICS
+        before = path.read_text()
+        begin(self, *args)
+        path.write_text(before)
+
+    RunFolder.begin = keeping
+
+
+SABOTAGES: dict[str, Callable[[], None]] = {
+    "samples": _samples,
+    "moments": _moments,
+    "optimizer_steps": _optimizer_steps,
+    "dropout": _dropout,
+    "metrics": _metrics,
+}

@@ -1,0 +1,51 @@
+"""Runs that are killed at random end as the ones that were not; and the trials notice when they do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sabotage import SABOTAGES
+
+pytestmark = pytest.mark.distributed
+SCRIPT = Path(__file__).with_name("kill_trials.py")
+
+
+def trials(report: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--report", str(report), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_few_trials(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = trials(report, "--trials", "4", "--configurations", "2", "--seed", "4")
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    numbers = json.loads(report.read_text())
+    assert (numbers["trials"], numbers["mismatches"]) == (4, 0) and numbers["kills"] >= 4
+    assert "4 trials on 2 ranks" in report.with_suffix(".md").read_text()
+
+
+@pytest.mark.long
+def test_fifty_trials(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = trials(report, "--trials", "50", timeout=3600)
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    numbers = json.loads(report.read_text())
+    assert numbers["kills"] >= 50 and len(numbers["kills_by_place"]) >= 12
+    assert len(numbers["kills_by_method"]) >= 8 and len(numbers["kills_by_zero_stage"]) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_a_resumed_run_that_is_spoilt_is_noticed(sabotage: str, tmp_path: Path) -> None:
+    """Whether samples, moments, step counts or dropout are not what they were, or steps are logged twice."""
+    report = tmp_path / "report.json"
+    result = trials(report, "--trials", "1", "--seed", "1", "--sabotage", sabotage)
+    assert result.returncode == 1, result.stdout + result.stderr[-4000:]
+    differences = "\n".join(json.loads(report.read_text())["every_trial"][0]["differences"])
+    expected = {"metrics": "metrics.jsonl: steps", "samples": "other samples were consumed"}
+    assert expected.get(sabotage, "adapter_model.safetensors differs") in differences

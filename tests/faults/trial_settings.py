@@ -1,0 +1,68 @@
+"""The runs that are killed: every kind of method, at every ZeRO stage it allows, in both precisions."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiny_run import run_settings
+
+_WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
+_DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
+_PARTIAL = {"name": "partial_lora", "floor_metric": "loss", "shots": 6}
+METHODS: dict[str, Any] = {
+    "lora": "lora",
+    "lora_plus": "lora_plus",
+    "dora": "dora",
+    "vera": {"name": "vera", "r": 16},
+    "adalora": {"name": "adalora", "target_r": 2},
+    "weight_lora": _WEIGHT | {"batch_growth": "none"},
+    "weight_lora_plus": _WEIGHT | {"name": "weight_lora_plus"},
+    "lora_drop": _DROP,
+    "partial_lora": _PARTIAL,
+    "lora_drop, partial_lora": [_DROP, _PARTIAL],
+    "weight_lora, partial_lora": [_WEIGHT, _PARTIAL],
+}
+_ONE_PHASE = ("lora", "lora_plus", "dora", "vera", "adalora")
+
+
+class Configuration(NamedTuple):
+    """What differs from trial to trial."""
+
+    method: str
+    stage: int
+    dtype: str
+
+    @property
+    def changes(self) -> bool:
+        """Whether the run has a change of phase."""
+        return self.method not in _ONE_PHASE
+
+    def __str__(self) -> str:
+        return f"{self.method}, ZeRO-{self.stage}, {self.dtype}"
+
+
+CONFIGURATIONS = [
+    Configuration(method, stage, dtype)
+    for method, stage, dtype in product(METHODS, range(4), ("float32", "bfloat16"))
+    if not (method == "adalora" and stage == 3)
+]
+
+
+def settings(configuration: Configuration, model: Path, data: Path, output_dir: Path) -> dict[str, Any]:
+    """8 counted steps: checkpoints every 2, of which 2 stay; the validation loss every 3; dropout where it can be."""
+    tree = run_settings(model, data, output_dir)
+    tree["model"]["dtype"] = configuration.dtype
+    tree["deepspeed"] = {"zero_stage": configuration.stage}
+    tree["training"] |= {"save_every": 2, "keep_checkpoints": 2, "eval_every": 3, "warmup_steps": 2}
+    # A run must not find what another one has derived: it would not derive.
+    tree["method"] = _with_cache(METHODS[configuration.method], output_dir.with_name(f"{output_dir.name}-cache"))
+    return tree
+
+
+def _with_cache(method: Any, folder: Path) -> Any:
+    if isinstance(method, list):
+        return [_with_cache(part, folder) for part in method]
+    derives = isinstance(method, dict) and method["name"] == "partial_lora"
+    return method | {"cache_dir": str(folder)} if derives else method
