@@ -17,13 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
-import mask_cases  # noqa: F401  (registers its cases)
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+import mask_cases  # noqa: F401  (registers its cases)
 import method_cases  # noqa: F401
+import rebuild_cases  # noqa: F401
 from case_tools import (
     CASES,
     MODEL,

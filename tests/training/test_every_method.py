@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from all_methods import METHODS, with_cache
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import check_task, read_split
 from sparse_llm_ft.data.tasks import Task
@@ -23,32 +24,6 @@ from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.checkpoints import newest_valid
 from tiny_run import run_settings
 
-WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
-PARTIAL = {"name": "partial_lora", "floor_metric": "loss", "shots": 6}
-DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
-METHODS: dict[str, Any] = {
-    "lora": "lora",
-    "lora_plus": "lora_plus",
-    "dora": "dora",
-    "vera": {"name": "vera", "r": 16},
-    "adalora": {"name": "adalora", "target_r": 2},
-    "full": "full",
-    "tied_lora": "tied_lora",
-    "sparse_adapter": "sparse_adapter",
-    "partial": PARTIAL,
-    "partial_imp": PARTIAL | {"importance": "imp", "selection": "stochastic", "compare_importance": True},
-    "partial_adalora": PARTIAL | {"base": "adalora", "adalora": {"target_r": 2}},
-    "pyramidal": {"name": "partial_lora", "ratios": "pyramidal", "ratio": 0.7},
-    "lora_drop": DROP,
-    "lora_drop_removed": DROP | {"share": False},
-    "weight_lora": WEIGHT,
-    "weight_lora_one": WEIGHT | {"keep": 1, "steps": 1, "cut_after": 0},
-    "weight_lora_all": WEIGHT | {"keep": 14, "batch_growth": "none"},
-    "weight_lora_plus": WEIGHT | {"name": "weight_lora_plus"},
-    "weight_then_partial": [WEIGHT, PARTIAL],
-    "partial_then_weight_plus": [PARTIAL, WEIGHT | {"name": "weight_lora_plus"}],
-    "drop_then_partial": [DROP, PARTIAL],
-}
 ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
 
 
@@ -63,7 +38,7 @@ def trees(
     folder = tmp_path_factory.mktemp("every-method")
     trees = {}
     for name, method in METHODS.items():
-        method = _with_cache(method, folder / "cache")
+        method = with_cache(method, folder / "cache")
         tree = run_settings(model_folder, data_folder, folder / name)
         tree["adapter"]["lora_dropout"] = 0.0
         trees[name] = tree | {"method": method}
@@ -79,13 +54,6 @@ def trees(
             tree["evaluation"] |= {"split": "validation", "samples": 12}
             trees[f"encoder-{name}"] = tree | {"method": method}
     return trees
-
-
-def _with_cache(method: Any, folder: Path) -> Any:
-    if isinstance(method, list):
-        return [_with_cache(part, folder) for part in method]
-    partial = isinstance(method, dict) and method["name"] == "partial_lora"
-    return method | {"cache_dir": str(folder)} if partial else method
 
 
 # Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
