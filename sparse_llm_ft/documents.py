@@ -127,9 +127,9 @@ class _Loader(yaml.SafeLoader):
             _weigh(node, {})
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As in SafeLoader, after a look at the keys, of which it would drop the first of two."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -170,10 +170,11 @@ def _refuse(problem: str, node: yaml.Node) -> NoReturn:
 
 _TAG = "tag:yaml.org,2002:"
 _KEYS = {f"{_TAG}{kind}" for kind in ("str", "merge", "value", "timestamp")}
-_Loader.yaml_constructors = {
+_CONSTRUCTORS: dict[Any, Any] = {
     f"{_TAG}{kind}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{kind}"]
     for kind in ("null", "bool", "int", "float", "str", "seq", "map")
 } | {
     f"{_TAG}timestamp": yaml.SafeLoader.yaml_constructors[f"{_TAG}str"],
     None: yaml.SafeLoader.yaml_constructors[None],
 }
+_Loader.yaml_constructors = _CONSTRUCTORS

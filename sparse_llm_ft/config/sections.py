@@ -14,6 +14,9 @@ from sparse_llm_ft.config.numbers import Float, Int
 from sparse_llm_ft.config.paths import FilePath
 from sparse_llm_ft.plan import MAX_RANK
 
+MAX_BATCH = 2**20
+"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
@@ -98,7 +101,7 @@ class TrainingConfig(Section):
     """
 
     micro_batch_size: Int = Field(1, ge=1)
-    global_batch_size: Int = Field(16, ge=1)
+    global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
     learning_rate: Float = Field(1e-4, gt=0)
     epochs: Float = Field(1.0, gt=0)
     max_steps: Int | None = Field(None, ge=1)
