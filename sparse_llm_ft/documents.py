@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,9 +89,9 @@ def _read(path: Path, limit: int) -> str:
     if path.exists() and not path.is_file():
         raise DocumentError("not a plain file")  # reading a pipe would wait for ever
     with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise DocumentError(f"larger than {limit:,} bytes")
+        if os.fstat(file.fileno()).st_size > limit:
+            raise DocumentError(f"larger than {limit:,} bytes")
+        data = file.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -108,7 +108,8 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{folder}: {MANIFEST} is not readable (a JSON object is needed)")
     for name, entry in manifest.items():
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
+        kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else None
+        if kinds != {"bytes": int, "sha256": str}:
             raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({name!r:.60} has no bytes and sha256)")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
 

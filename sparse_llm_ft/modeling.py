@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -40,7 +41,10 @@ _ARCHITECTURES: dict[Kind, tuple[Any, str]] = {
 
 _WITH_WEIGHTS = tuple(architecture for architecture, _ in _ARCHITECTURES.values())
 
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+_UNREADABLE = (
+    *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
 """What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
 
 _HEADS = ("score", "pre_classifier", "classifier", "classification_head")
