@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from sparse_llm_ft import __version__
-from sparse_llm_ft.config import RunConfig, load_config, split_arguments
+from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
@@ -114,24 +112,25 @@ def _export(options: argparse.Namespace) -> None:
     if not (folder.path / CONFIG).is_file():
         raise UserError(f"{options.run}: no {CONFIG}; expected a run's output_dir")
     # Only model and task are needed; data and relative paths need not be where they were.
-    config = RunConfig.model_validate(yaml.safe_load((folder.path / CONFIG).read_text(encoding="utf-8")))
+    config = folder.config()
+    from sparse_llm_ft.adapters import linear_modules
     from sparse_llm_ft.data.reading import check_task
-    from sparse_llm_ft.methods import Phase
+    from sparse_llm_ft.fitting import Expected
     from sparse_llm_ft.modeling import empty_model
-    from sparse_llm_ft.state import TrainState
-    from sparse_llm_ft.training.checkpoints import newest_valid
+    from sparse_llm_ft.training.checkpoints import load_checkpoint, newest_valid
     from sparse_llm_ft.training.export import export
 
-    newest, complaints = newest_valid(folder.checkpoints)
+    empty = empty_model(config.model, labels=check_task(config.task).classes)
+    parameters = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    real = Expected(linear_modules(empty), parameters, len(config.method))
+    newest, complaints = newest_valid(folder.checkpoints, real)
     for complaint in complaints:
         print(complaint)
     if newest is None:
         raise UserError(f"{options.run}: no checkpoint yet")
-    state = TrainState.load(newest)
-    plan = Phase.from_dict(state.phase).plan
+    state, phase = load_checkpoint(newest, real)
     try:
-        empty = empty_model(config.model, labels=check_task(config.task).classes)
-        export(output, config.model, empty, plan, state.tensors)
+        export(output, config.model, empty, phase.plan, state.tensors)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     print(json.dumps({"adapter": str(output), "step": state.progress.step}))

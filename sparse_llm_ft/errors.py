@@ -4,9 +4,27 @@ A `UserError` ends a run with exit status 2 and its text on rank 0. Everything e
 its traceback.
 """
 
+from __future__ import annotations
+
+from sparse_llm_ft.tokens import redact
+
+_LONGEST = 2000
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line: names and values come from files, and may hold anything. Access tokens are
+    masked, control characters and halves of surrogate pairs escaped, and the end of a very long text is left out.
+    """
+    text = redact(text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST])
+    return shown if len(text) <= _LONGEST else shown + " ..."
+
 
 class UserError(Exception):
     """Something in what the user gave. The message is one line and says what would be right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(UserError):
@@ -19,7 +37,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, setting: str, problem: str, expected: str) -> None:
-        super().__init__(f"{setting}: {problem}; {expected}")
+        super().__init__(f"{setting:.200}: {_shortened(problem)}; {expected}")
         self.setting = setting
 
 
@@ -27,12 +45,20 @@ class DataError(UserError):
     """A row of data that cannot be used, with its file and line (lines count from 1)."""
 
     def __init__(self, path: object, line: int, problem: str) -> None:
-        super().__init__(f"{path}:{line}: {problem}")
+        super().__init__(f"{path}:{line}: {_shortened(problem)}")
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder that cannot be used: which one, which file, and why."""
+    """A checkpoint folder that cannot be used: which one, which file, and why; in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
+
+
+def _shortened(text: str) -> str:
+    """A problem with a value in it that may be as long as a file, so that what is expected is still seen."""
+    return text if len(text) <= 800 else f"{text[:500]} ... {text[-200:]}"

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from sparse_llm_ft.documents import DocumentError, read_json
 from sparse_llm_ft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -43,36 +44,74 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Replace one text file at once: a reader, or a crash, sees the old or the new text, never a part."""
+    """Replace one text file at once: a reader, or a crash, sees the old or the new text, never a part.
+
+    A link in its place is replaced, and not what it leads to.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link that leads elsewhere
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(target)
     _sync(target.parent)
 
 
-def verify_folder(folder: Path) -> None:
-    """Check every file of the manifest by size and SHA-256.
+def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
+    """Check that the folder holds the files of its manifest and nothing else, by size and SHA-256.
+
+    Only plain files count: no links, whatever they lead to, no folders.
+
+    Args:
+        required: files that the manifest must list.
 
     Raises:
         CheckpointError: naming the folder, the file and what is wrong with it.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({type(error).__name__})") from None
-    for name, (size, digest) in entries.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: a link, not a folder")
+    entries = _manifest(folder)
+    for name in required:
+        if name not in entries:
+            raise CheckpointError(f"{folder}: {name} is not in {MANIFEST}")
+    with os.scandir(folder) as found:
+        plain = {entry.name: entry.is_file(follow_symlinks=False) for entry in found}
+    for name, is_plain in plain.items():
+        if not is_plain:
             raise CheckpointError(f"{folder}: {name} is missing or not a plain file")
+        if name not in entries and name != MANIFEST:
+            raise CheckpointError(f"{folder}: {name} is not in {MANIFEST}")
+    for name, (size, digest) in entries.items():
+        if name not in plain:  # nor can a name that leads out of the folder be there
+            raise CheckpointError(f"{folder}: {name} is missing or not a plain file")
+        path = folder / name
         if path.stat().st_size != size:
-            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, not {size}")
+            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, not {size!r:.40}")
         if _sha256(path) != digest:
             raise CheckpointError(f"{folder}: {name} differs from its checksum")
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256)."""
+    path = folder / MANIFEST
+    if path.is_symlink():
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing or not a plain file")
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
+    except (OSError, DocumentError) as error:
+        reason = str(error) if isinstance(error, DocumentError) else type(error).__name__
+        raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({reason})") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder}: {MANIFEST} is not readable (a JSON object is needed)")
+    for name, entry in manifest.items():
+        kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else None
+        if kinds != {"bytes": int, "sha256": str}:
+            raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({name!r:.60} has no bytes and sha256)")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -37,6 +38,14 @@ _ARCHITECTURES: dict[Kind, tuple[Any, str]] = {
     "causal_lm": (AutoModelForCausalLM, "as a causal language model"),
     "classifier": (AutoModelForSequenceClassification, "for sequence classification"),
 }
+
+_WITH_WEIGHTS = tuple(architecture for architecture, _ in _ARCHITECTURES.values())
+
+_UNREADABLE = (
+    *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
 
 _HEADS = ("score", "pre_classifier", "classifier", "classification_head")
 """What transformers calls the heads of its classification models. They are trained even where a checkpoint has one."""
@@ -124,7 +133,9 @@ def empty_model(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = architecture.from_config(settings, **options)
+            model: PreTrainedModel = architecture.from_config(
+                settings, trust_remote_code=config.trust_remote_code, **options
+            )
     except (ValueError, ImportError) as error:
         if attn_implementation is not None:
             reason = " ".join(str(error).split())[:300]
@@ -142,14 +153,22 @@ def empty_model(
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Refuse a local model folder without weights before anything is written.
+    """Refuse a local model folder without weights that can be loaded, before anything is written.
 
     Raises:
         ConfigError: naming the folder.
     """
     folder = Path(config.name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt", "pkl") for path in folder.glob(f"*.{ending}"))
+    if pickled:
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} has its weights in {pickled[0]}, a pickle, which can run any code when it is loaded",
+            "expected model.safetensors there",
+        )
+    raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
 def load_model(config: ModelConfig, labels: int | None = None, seed: int = 0) -> PreTrainedModel:
@@ -289,10 +308,19 @@ def _kind(settings: PreTrainedConfig, config: ModelConfig, labels: int | None) -
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
-    """Load without running code from the repository; a failure to find or read it is the user's to mend."""
+    """Load without unpickling anything, and without running code from the repository unless the config says so; a
+    failure to find or read it is the user's to mend.
+    """
+    if (Path(config.name) / "adapter_config.json").exists():
+        # transformers would load that adapter, and the base that it names, in place of this folder.
+        raise ConfigError("model.name", f"{config.name!r} holds an adapter", "expected a model without one")
+    if kind in _WITH_WEIGHTS:
+        options["use_safetensors"] = True
     try:
-        return kind.from_pretrained(config.name, revision=config.revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        return kind.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             "model.name",

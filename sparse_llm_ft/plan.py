@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from sparse_llm_ft.errors import one_line
+
 Shape = tuple[int, int]
 """(out_features, in_features) of a target module, as its weight is stored."""
 
@@ -20,12 +22,24 @@ Tuner = Literal["sparse_lora", "lora", "dora", "vera", "adalora"]
 Masking = Literal["compact", "optimizer"]
 """Where masks live: in the layers, whose A and B have only the kept rows and columns, or in the sharded optimizer."""
 
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "adalora": frozenset(["target_r", "tinit", "tfinal", "deltaT", "total_step", "orth_reg_weight"])
+}
+"""The numbers that a tuner takes besides rank and scaling."""
+
 EVERYTHING = ""
 """In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
 
 
+MAX_RANK = 2**16
+"""More than any adapter needs, and little enough to be allocated where a plan claims it."""
+
+
 class PlanError(ValueError):
-    """A plan that contradicts itself or the model it is applied to."""
+    """A plan that contradicts itself or the model it is applied to; said in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -60,18 +74,26 @@ class Kept:
         return {"size": self.size, "bits": base64.b64encode(bits).decode()}
 
     @classmethod
-    def from_dict(cls, data: Any) -> Kept:
-        """Read what `to_dict` wrote.
+    def from_dict(cls, data: Any, side: int | None = None) -> Kept:
+        """Read what `to_dict` wrote. A size is believed only as far as there are bits for it.
+
+        Args:
+            side: the size that it must have; None: any.
 
         Raises:
             PlanError: it is something else.
         """
+        if not isinstance(data, dict) or set(data) != {"size", "bits"} or type(data["size"]) is not int:
+            raise PlanError(f"{data!r:.60} is no mask")
+        size = data["size"]
+        if side is not None and size != side:
+            raise PlanError(f"a mask of size {size!r:.40} where its matrix has {side}")
         try:
-            size, bits = int(data["size"]), base64.b64decode(data["bits"], validate=True)
-        except (KeyError, TypeError, ValueError, binascii.Error):
+            bits = base64.b64decode(data["bits"], validate=True)
+        except (TypeError, ValueError, binascii.Error):
             raise PlanError(f"{data!r:.60} is no mask") from None
         if len(bits) != (size + 7) // 8:
-            raise PlanError(f"a mask of size {size} has {len(bits)} bytes")
+            raise PlanError(f"a mask of size {size!r:.40} has {len(bits)} bytes")
         return cls(size, tuple(i for i in range(len(bits) * 8) if bits[i // 8] >> i % 8 & 1))
 
 
@@ -97,14 +119,14 @@ class ModuleAdapter:
     cols: Kept | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise PlanError(f"r is {self.r!r}; a module's rank must be an integer of at least 1")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
+            raise PlanError(f"r is {self.r!r:.40}; a module's rank must be an integer of 1 to {MAX_RANK:,}")
         for name in ("lora_alpha", "omega"):
             value = getattr(self, name)
             if not _is_finite(value):
                 raise PlanError(f"{name} is {value!r:.40}; it must be a finite number")
         if not isinstance(self.train_omega, bool):
-            raise PlanError(f"train_omega is {self.train_omega!r}; it must be true or false")
+            raise PlanError(f"train_omega is {self.train_omega!r:.40}; it must be true or false")
         if self.group is not None and (not isinstance(self.group, str) or not self.group or "." in self.group):
             raise PlanError(f"group is {self.group!r:.40}; it must be a name without dots")
 
@@ -150,11 +172,14 @@ class AdapterPlan:
         if not any(self.modules.values()) and not self.trained:
             raise PlanError("a plan needs at least one module with an adapter, or one trained whole")
         if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise PlanError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
+            raise PlanError(f"lora_dropout is {self.lora_dropout!r:.40}; it must lie in [0, 1)")
         if self.tuner not in get_args(Tuner):
-            raise PlanError(f"tuner is {self.tuner!r}; known: {', '.join(get_args(Tuner))}")
+            raise PlanError(f"tuner is {self.tuner!r:.40}; known: {', '.join(get_args(Tuner))}")
+        for key, value in self.options.items():
+            if key not in OPTIONS.get(self.tuner, ()) or not _is_finite(value):
+                raise PlanError(f"option {key!r:.40} is {value!r:.40}, which tuner {self.tuner} does not take")
         if self.masking not in get_args(Masking):
-            raise PlanError(f"masking is {self.masking!r}; known: {', '.join(get_args(Masking))}")
+            raise PlanError(f"masking is {self.masking!r:.40}; known: {', '.join(get_args(Masking))}")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -238,8 +263,12 @@ class AdapterPlan:
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> AdapterPlan:
+    def from_dict(cls, data: Any, shapes: Mapping[str, Shape] | None = None) -> AdapterPlan:
         """Read what `to_dict` wrote.
+
+        Args:
+            shapes: of the modules there are: masks must be of their sizes, so that none is built at a size that is only
+                claimed. None: any names and sizes.
 
         Raises:
             PlanError: a missing or unknown key, a wrong type, or another version, naming the module.
@@ -248,7 +277,7 @@ class AdapterPlan:
         if not isinstance(data, dict) or "version" not in data:
             raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
         if type(data["version"]) is not int or data["version"] != PLAN_VERSION:
-            raise PlanError(f"plan version {data['version']!r} is not supported; this release reads {PLAN_VERSION}")
+            raise PlanError(f"plan version {data['version']!r:.40} is not supported; this release reads {PLAN_VERSION}")
         if set(data) != keys:
             raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
         if not isinstance(data["modules"], dict) or not isinstance(data["options"], dict):
@@ -258,7 +287,7 @@ class AdapterPlan:
         if not _is_finite(data["lora_dropout"]):
             raise PlanError(f"a plan's lora_dropout is {data['lora_dropout']!r:.40}; it must be a number")
         return cls(
-            {name: _module_from_dict(name, value) for name, value in data["modules"].items()},
+            {name: _module_from_dict(name, value, shapes) for name, value in data["modules"].items()},
             float(data["lora_dropout"]),
             data["tuner"],
             data["options"],
@@ -285,17 +314,23 @@ def _module_to_dict(adapter: ModuleAdapter) -> dict[str, Any]:
     return {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
 
 
-def _module_from_dict(name: str, value: Any) -> ModuleAdapter | None:
+def _module_from_dict(name: str, value: Any, shapes: Mapping[str, Shape] | None) -> ModuleAdapter | None:
+    if shapes is not None and name not in shapes:
+        raise PlanError(f"the plan names module {name!r:.60}, which is no target module of the model")
     if value is None:
         return None
     known = {field.name for field in fields(ModuleAdapter)}
     if not isinstance(value, dict) or set(value) != known:
-        raise PlanError(f"module {name!r} needs exactly the keys {', '.join(sorted(known))}")
+        raise PlanError(f"module {name!r:.60} needs exactly the keys {', '.join(sorted(known))}")
     try:
-        masks = {key: None if value[key] is None else Kept.from_dict(value[key]) for key in ("rows", "cols")}
+        sides = (None, None) if shapes is None else shapes[name]
+        masks = {
+            key: None if value[key] is None else Kept.from_dict(value[key], side)
+            for key, side in zip(("rows", "cols"), sides, strict=True)
+        }
         return ModuleAdapter(**(value | masks))
     except PlanError as error:
-        raise PlanError(f"module {name!r}: {error}") from None
+        raise PlanError(f"module {name!r:.60}: {error}") from None
 
 
 def uniform_plan(

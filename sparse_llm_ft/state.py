@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_llm_ft.documents import read_json
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.folders import verify_folder, write_folder
 from sparse_llm_ft.progress import Progress
@@ -20,6 +21,8 @@ Tensors = dict[str, torch.Tensor]
 STATE_VERSION = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _VALUE, _RULE = "value", "rule"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MANY = 2**62  # more steps or samples than any run has, and little enough for a torch integer
 
 
 @dataclass
@@ -76,14 +79,20 @@ class TrainState:
         """Read and verify a checkpoint.
 
         Raises:
-            CheckpointError: a file is missing, damaged or not of this format.
+            CheckpointError: a file is missing, damaged, or not of this format; there are other files or links; a tensor
+                is not float32 or not finite.
         """
-        verify_folder(folder)
+        verify_folder(folder, (TENSORS, STATE))
         try:
+            data = read_json(folder / STATE, constants=True)  # a metric may have been NaN
+            if not isinstance(data, dict) or data.get("version") != STATE_VERSION:
+                version = data.get("version") if isinstance(data, dict) else None
+                raise CheckpointError(f"{folder}: version {version!r:.40}; this release reads {STATE_VERSION}")
             flat = load_file(folder / TENSORS)
-            data = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if data["version"] != STATE_VERSION:
-                raise CheckpointError(f"{folder}: version {data['version']!r}; this release reads {STATE_VERSION}")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+        try:
+            _check_values(data)
             tensors, moments, rule_tensors = _split(flat)
             return cls(
                 tensors,
@@ -95,20 +104,41 @@ class TrainState:
                 data["record"],
                 rule_tensors,
             )
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
 
 
+def _check_values(data: dict[str, Any]) -> None:
+    """Types of what the run counts with. Raises ValueError, KeyError."""
+    for name in ("optimizer_steps", "progress"):
+        values = data[name]
+        if not isinstance(values, dict) or not all(type(v) is int and 0 <= v < _MANY for v in values.values()):
+            raise ValueError(f"{name} is {values!r:.60}")
+    for name, allowed in (("phase", dict), ("record", dict), ("rule", dict | None)):
+        if not isinstance(data[name], allowed):
+            raise ValueError(f"{name} is {data[name]!r:.60}")
+
+
 def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
+    """Values, moments and the rule's tensors. Raises ValueError for a tensor that is none of them."""
     tensors: Tensors = {}
     rule_tensors: Tensors = {}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in flat.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{key!r:.100} is {tensor.dtype}, not float32")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key!r:.100} holds a value that is not finite")
         kind, _, name = key.partition("/")
         if kind == _VALUE:
             tensors[name] = tensor
         elif kind == _RULE:
             rule_tensors[name] = tensor
-        else:
+        elif kind in _MOMENTS:
             moments.setdefault(name, {})[kind] = tensor
+        else:
+            raise ValueError(f"{key!r:.100} is no tensor of a checkpoint")
+    for name, both in moments.items():
+        if any(name not in tensors or moment.shape != tensors[name].shape for moment in both.values()):
+            raise ValueError(f"the moments of {name!r:.100} are not of its shape")
     return tensors, moments, rule_tensors

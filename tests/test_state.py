@@ -85,8 +85,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
 
 
 def test_a_checkpoint_of_another_format_is_refused_even_with_good_checksums(tmp_path: Path) -> None:
-    write_folder(tmp_path / "c", lambda path: (path / "state.json").write_text("[]"))
-    with pytest.raises(CheckpointError, match="not a checkpoint of this format"):
+    def fill(path: Path) -> None:
+        (path / "state.json").write_text("[]")
+        (path / "tensors.safetensors").write_bytes(b"")
+
+    write_folder(tmp_path / "c", fill)
+    with pytest.raises(CheckpointError, match="version None; this release reads 2"):
         TrainState.load(tmp_path / "c")
 
 

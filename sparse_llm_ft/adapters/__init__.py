@@ -19,7 +19,7 @@ from sparse_llm_ft.adapters.convert import (
 )
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.model import SparseLoraModel
-from sparse_llm_ft.adapters.targets import check_plan, find_targets
+from sparse_llm_ft.adapters.targets import check_plan, find_targets, linear_modules
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel  # type: ignore[index]
@@ -36,6 +36,7 @@ __all__ = [
     "find_targets",
     "is_adapter",
     "is_omega",
+    "linear_modules",
     "orthogonality",
     "residual_norms",
     "save_peft_adapter",

@@ -13,7 +13,7 @@ from torch import nn
 from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
 
 class SparseLoraModel(BaseTuner):
@@ -44,7 +44,10 @@ class SparseLoraModel(BaseTuner):
             if peft_config.train_omega:
                 peft_config.plan = with_omega(peft_config.plan)
         else:
-            check_plan(model, _plan(peft_config))
+            plan = _plan(peft_config)
+            if plan.tuner != "sparse_lora":  # another tuner's ranks are bounded by no matrix
+                raise PlanError(f"the plan is for tuner {plan.tuner}; expected sparse_lora")
+            check_plan(model, plan)
         # PEFT wants target modules to be there; the plan decides (see _check_target_module_exists).
         peft_config.target_modules = sorted(_plan(peft_config).active) or DUMMY_TARGET_MODULES
 

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.fitting import check_modules, name_endings
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
@@ -73,44 +74,25 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
 
 
 def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
-    """Refuse a plan that names modules the model lacks, or ranks that do not fit their matrices.
+    """Refuse a plan that names modules the model lacks, or ranks and masks that do not fit their matrices.
 
     Raises:
         PlanError: naming the first such module.
     """
-    linear = linear_modules(model)
     for whole in plan.trained:
         if whole and not any(name == whole for name, _ in model.named_modules()):
             raise PlanError(f"the plan trains module {whole!r} whole, which the model lacks")
-    for group, names in plan.groups.items():
-        if len(shapes := {linear[name] for name in names if name in linear}) > 1:
-            raise PlanError(f"group {group!r}: its modules have different shapes ({sorted(shapes)})")
-    for name, adapter in plan.modules.items():
-        if name not in linear:
-            raise PlanError(
-                f"the plan names module {name!r}, which is not a linear layer of the model; "
-                f"the model has {_summary(linear)}"
-            )
-        if adapter is None:
-            continue
-        out_features, in_features = linear[name]
-        for kept, size in ((adapter.rows, out_features), (adapter.cols, in_features)):
-            if kept is not None and kept.size != size:
-                raise PlanError(f"module {name!r}: a mask of size {kept.size} where its matrix has {size}")
-        # AdaLoRA starts with more than it ends with, VeRA's rank is that of fixed projections.
-        if plan.tuner not in ("adalora", "vera") and adapter.r > min(linear[name]):
-            raise PlanError(
-                f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"
-            )
+    for group in plan.groups:
+        if hasattr(_ANY_GROUPS, group):
+            raise PlanError(f"group {group!r}: torch has another use for that name")
+    check_modules(plan, linear_modules(model))
+
+
+_ANY_GROUPS = nn.ModuleDict()
+"""Groups are kept in one; its own attributes cannot be names of groups."""
 
 
 def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
     return ConfigError(
-        "adapter.target_modules", f"{wanted!r} matches no linear layer of the model", f"found: {_summary(linear)}"
+        "adapter.target_modules", f"{wanted!r} matches no linear layer of the model", f"found: {name_endings(linear)}"
     )
-
-
-def _summary(linear: dict[str, Shape]) -> str:
-    """The distinct last parts of the names, in order: ``q_proj, k_proj, ...``."""
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    return ", ".join(endings[:20]) + (", ..." if len(endings) > 20 else "") if endings else "no linear layer at all"

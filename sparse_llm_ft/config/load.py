@@ -12,10 +12,16 @@ from pydantic import ValidationError
 
 from sparse_llm_ft.config.compose import check_chain, check_method
 from sparse_llm_ft.config.methods import method_class, method_names
+from sparse_llm_ft.config.paths import is_file
 from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, RunConfig
+from sparse_llm_ft.documents import DocumentError, parse_yaml, read_yaml
 from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.tokens import holds_token
 
 Tree = dict[str, Any]
+
+_DEEPEST = 16
+_NO_TOKENS = "expected none: put it into the environment variable HF_TOKEN, or log in with `hf auth login`"
 
 
 def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,7 +37,7 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfi
     """
     tree: Tree = {}
     for path in paths:
-        tree = merge(tree, _read_yaml(Path(path)))
+        tree = merge(tree, _read_yaml(path))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
     return parse_config(tree)
@@ -39,12 +45,13 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfi
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell config files from overrides: what has a "=" is an override, unless there is a file of that name."""
-    files = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    files = [argument for argument in arguments if "=" not in argument or is_file(argument)]
     return files, [argument for argument in arguments if argument not in files]
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate one merged tree of settings. Raises as `load_config`."""
+    _check_tree(tree)
     tree = {key: value for key, value in tree.items() if value is not None}  # an empty section is its defaults
     try:
         config = RunConfig.model_validate(tree)
@@ -72,37 +79,21 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _read_yaml(path: Path) -> Tree:
-    if not path.is_file():
+def _read_yaml(path: str) -> Tree:
+    if not is_file(path):
         raise UserError(f"--config {path}: no such file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-        raise UserError(f"--config {path}{line}: not readable as YAML: {problem}") from None
+        data = read_yaml(Path(path))
+    except OSError as error:
+        raise UserError(f"--config {path}: not readable: {error.strerror}") from None
+    except DocumentError as error:
+        line = f":{error.line}" if error.line else ""
+        raise UserError(f"--config {path}{line}: not readable as YAML: {error}") from None
     if data is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise UserError(f"--config {path}: a mapping of sections is needed, such as 'model:' and 'training:'")
     return data
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe types; a key that stands twice in a mapping is an error, where YAML would drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As in SafeLoader, after a look at the keys."""
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
-                )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
 
 
 def _parse_override(text: str) -> Tree:
@@ -110,12 +101,42 @@ def _parse_override(text: str) -> Tree:
     if not equals or not all(key.split(".")):
         raise UserError(f"argument {text!r}: not an override; write section.key=value")
     try:
-        tree = yaml.safe_load(value)
-    except yaml.YAMLError:
+        tree = parse_yaml(value)
+    except DocumentError:
         raise UserError(f"argument {text!r}: the value is not readable as YAML; quote it") from None
-    for part in reversed(key.split(".")):
+    parts = key.split(".")
+    if len(parts) > _DEEPEST:
+        raise UserError(f"argument {key[:60]!r}: no setting is {len(parts)} levels deep")
+    for part in reversed(parts):
         tree = {part: tree}
     return tree
+
+
+def _check_tree(value: Any, where: str = "", depth: int = 0) -> None:
+    """Refuse what no setting is, and access tokens, which config.yaml, log and report would show. Never says a token.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if depth > _DEEPEST:
+        raise ConfigError(where[:60], "nested too deeply", f"expected at most {_DEEPEST} levels")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(where or "settings", f"the key {key!r:.60} is no text", "quote it")
+            if holds_token(key):
+                raise ConfigError(where or "settings", "a key holds an access token", _NO_TOKENS)
+            _check_tree(inner, f"{where}.{key}" if where else key, depth + 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_tree(inner, where, depth + 1)
+    elif isinstance(value, str):
+        if holds_token(value):
+            raise ConfigError(where, "holds an access token", _NO_TOKENS)
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(where, f"{value!r:.60} holds half of a surrogate pair", "expected text")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise ConfigError(where, f"{value!r:.60} is of type {type(value).__name__}", "expected text or a number")
 
 
 def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigError:
@@ -182,6 +203,8 @@ def _check_together(config: RunConfig) -> None:
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
     name = config.model.name
+    if "://" in name:
+        raise ConfigError("model.name", f"{name!r} is a URL", "expected a hub id, or a local folder")
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # no hub id looks like that
     if is_path and not (Path(name).expanduser() / "config.json").is_file():
         raise ConfigError(

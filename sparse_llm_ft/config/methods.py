@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from sparse_llm_ft.config.numbers import Float
+from sparse_llm_ft.config.paths import FilePath
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.plan import MAX_RANK
 
 
 class _Method(BaseModel):
@@ -53,7 +55,7 @@ class VeraMethod(_Method):
     """
 
     name: Literal["vera"]
-    r: StrictInt = Field(256, ge=1)
+    r: StrictInt = Field(256, ge=1, le=MAX_RANK)
 
 
 class AdaLoraSettings(_Method):
@@ -170,7 +172,7 @@ class PartialLoraMethod(_Method):
     head_learning_rate: Float = Field(0.01, gt=0)
     selection: Literal["random", "targeted", "inverted", "stochastic"] = "random"
     temperature: Float = Field(1.0, gt=0)
-    ratios: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))] = "derived"
+    ratios: FilePath = "derived"
     ratio: Unit | None = None
     flow_preservation: StrictBool = False
     compare_importance: StrictBool = False
@@ -179,7 +181,7 @@ class PartialLoraMethod(_Method):
     masking: Literal["optimizer", "compact"] = "optimizer"
     micro_batch_size: StrictInt = Field(32, ge=1)
     candidates_per_forward: StrictInt = Field(1, ge=1)
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
 
     DEFAULT_SHOTS: ClassVar[int] = 16
 
@@ -235,7 +237,7 @@ class SparseAdapterMethod(_Method):
     head_epochs: Float = Field(20.0, gt=0)
     head_learning_rate: Float = Field(0.01, gt=0)
     micro_batch_size: StrictInt = Field(32, ge=1)
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
 
     def as_partial(self) -> PartialLoraMethod:
         """The Partial-LoRA that it is."""

@@ -5,21 +5,17 @@ Imports no torch: a wrong setting is said within a second.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 
 from sparse_llm_ft.config.methods import Methods
 from sparse_llm_ft.config.numbers import Float, Int
+from sparse_llm_ft.config.paths import FilePath
+from sparse_llm_ft.plan import MAX_RANK
 
-
-def _expand(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-FilePath = Annotated[str, AfterValidator(_expand)]
-"""A path; a leading ~ is the home folder."""
+MAX_BATCH = 2**20
+"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
 
 
 class Section(BaseModel):
@@ -37,6 +33,7 @@ class ModelConfig(Section):
         dtype: type of the base's weights and of the computation.
         quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation
             in `dtype`).
+        trust_remote_code: whether code that the model's repository or folder brings along may run in this process.
     """
 
     name: FilePath = Field(min_length=1)
@@ -45,6 +42,7 @@ class ModelConfig(Section):
     quantization: Literal["none", "nf4", "fp4"] = "none"
     gradient_checkpointing: StrictBool = False
     attn_implementation: str | None = None
+    trust_remote_code: StrictBool = False
 
 
 class TaskConfig(Section):
@@ -82,7 +80,7 @@ class AdapterConfig(Section):
             or a regular expression that must match the whole module name.
     """
 
-    r: Int = Field(8, ge=1)
+    r: Int = Field(8, ge=1, le=MAX_RANK)
     lora_alpha: Float = Field(32.0, gt=0)
     lora_dropout: Float = Field(0.05, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -103,7 +101,7 @@ class TrainingConfig(Section):
     """
 
     micro_batch_size: Int = Field(1, ge=1)
-    global_batch_size: Int = Field(16, ge=1)
+    global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
     learning_rate: Float = Field(1e-4, gt=0)
     epochs: Float = Field(1.0, gt=0)
     max_steps: Int | None = Field(None, ge=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.tasks import TASKS, Task, render, template_columns
+from sparse_llm_ft.documents import DocumentError, parse_json
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 
@@ -141,9 +141,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(path, line, f"not JSON ({error.msg} at column {error.colno})") from None
+                row = parse_json(text, constants=True)  # a column that is not used may hold NaN, as pandas writes it
+            except DocumentError as error:
+                raise DataError(path, line, f"not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise DataError(path, line, f"a JSON object is needed, not {type(row).__name__}")
             yield line, row
@@ -183,7 +183,7 @@ def _example(task: Task, row: Mapping[str, Any], source: str, line: int) -> Exam
 
 def _column(row: Mapping[str, Any], column: str, source: str, line: int) -> Any:
     if column not in row:
-        raise DataError(source, line, f"no column {column!r}; found {', '.join(row) or 'none'}")
+        raise DataError(source, line, f"no column {column!r}; found {', '.join(map(str, row))[:200] or 'none'}")
     return row[column]
 
 
@@ -201,4 +201,4 @@ def _label(labels: Sequence[str], value: Any, source: str, line: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
     reason = "the row has no label, as in GLUE's test splits" if value == -1 else f"task.labels is {', '.join(labels)}"
-    raise DataError(source, line, f"label {value!r} is not 0 to {len(labels) - 1} ({reason})")
+    raise DataError(source, line, f"label {value!r:.60} is not 0 to {len(labels) - 1} ({reason})")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
+from sparse_llm_ft.config.sections import MAX_BATCH
 from sparse_llm_ft.optim import CutRule
-from sparse_llm_ft.plan import AdapterPlan, Shape
+from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 from sparse_llm_ft.scoring import Derivation
 from sparse_llm_ft.state import TrainState
 
@@ -116,15 +120,53 @@ class Phase:
         return vars(self) | parts | {"plan": self.plan.to_dict(), "then": self.then and self.then.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Phase:
-        """Read what `to_dict` wrote."""
-        parts = {name: kind(**data[name]) if data[name] else None for name, kind in _PARTS.items()}
-        plans = {"plan": AdapterPlan.from_dict(data["plan"])}
-        then = AdapterPlan.from_dict(data["then"]) if data["then"] else None
-        return cls(**{**data, **parts, **plans, "then": then})
+    def from_dict(cls, data: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Phase:
+        """Read what `to_dict` wrote.
 
+        Args:
+            shapes: as in `AdapterPlan.from_dict`.
+
+        Raises:
+            PlanError: a missing or unknown key, a wrong type, a number out of range, a name that is none.
+        """
+        _check_fields(cls, data, but=("plan", "then", *_PARTS))
+        if not _NAME.fullmatch(data["name"]):
+            raise PlanError(f"phase name {data['name']!r:.60}; expected letters, digits, _ and -")
+        if not 0 <= data["micro_batch_size"] <= data["global_batch_size"] <= MAX_BATCH:
+            raise PlanError(f"micro-batch {data['micro_batch_size']}, global batch {data['global_batch_size']}")
+        parts: dict[str, Any] = {}
+        for name, kind in _PARTS.items():
+            if data[name] is not None:
+                _check_fields(kind, data[name])
+                parts[name] = kind(**data[name])
+        plan = AdapterPlan.from_dict(data["plan"], shapes)
+        then = None if data["then"] is None else AdapterPlan.from_dict(data["then"], shapes)
+        return cls(**{**data, **parts, "plan": plan, "then": then})
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+"""A phase's file is called after it."""
 
 _PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "measure": Measurement}
+
+
+def _check_fields(kind: type[Any], data: Any, but: Collection[str] = ()) -> None:
+    """Refuse an object that has not exactly the fields of a dataclass, of their types; numbers are 0 to 2**63.
+
+    Raises:
+        PlanError: naming the field.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(data, Mapping) or set(data) != set(hints):
+        raise PlanError(f"{kind.__name__} is an object with the keys {', '.join(hints)}")
+    for name in hints.keys() - set(but):
+        value = data[name]
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            raise PlanError(f"{name} is {value!r:.60}") from None
+        if isinstance(value, int | float) and not 0 <= value < 2**63:  # which NaN is not
+            raise PlanError(f"{name} is {value!r:.60}, which is out of range")
 
 
 class Method(Protocol):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sparse_llm_ft.documents import DocumentError, parse_json, read_json, read_yaml
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
@@ -236,9 +234,9 @@ def _steps(path: Path) -> Iterator[Step]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            yield _step(json.loads(line))
+            yield _step(parse_json(line, constants=True))
         except (KeyError, TypeError, ValueError) as error:
-            if number == len(lines) and isinstance(error, json.JSONDecodeError):
+            if number == len(lines) and isinstance(error, DocumentError):
                 return
             raise UserError(f"{path}:{number}: not a logged step ({error})") from None
 
@@ -327,9 +325,8 @@ def _method_name(method: Any) -> str:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        data = read_yaml(path) if path.suffix == ".yaml" else read_json(path, constants=True)
+    except (OSError, DocumentError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not readable (expected a mapping)")

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_llm_ft.documents import read_json
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.folders import verify_folder, write_folder
 from sparse_llm_ft.scoring.derivation import Derivation
@@ -56,8 +57,8 @@ def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning
     if not entry.is_dir():
         return None
     try:
-        verify_folder(entry)
-        metadata = json.loads((entry / METADATA).read_text(encoding="utf-8"))
+        verify_folder(entry, (TENSORS, METADATA))
+        metadata = read_json(entry / METADATA, constants=True)
         if metadata.pop("version") != VERSION:
             raise ValueError("it is of another version")
         return Derivation.from_tensors(load_file(entry / TENSORS), metadata)

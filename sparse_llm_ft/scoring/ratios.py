@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sparse_llm_ft.documents import DocumentError, read_yaml
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.scoring.blocks import layer_of
 
@@ -64,13 +62,12 @@ def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]
 
 def _read(path: str | Path) -> Mapping[str, Any]:
     try:
-        table = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # JSON is YAML
+        table = read_yaml(Path(path))  # JSON is YAML
     except OSError as error:
         raise ConfigError(SETTING, f"{str(path)!r} cannot be read ({error.strerror})", "name a file that can") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({problem:.200})", "correct the file") from None
-    if not isinstance(table, dict) or not table or not all(isinstance(key, str) for key in table):
+    except DocumentError as error:
+        raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({error})", "correct the file") from None
+    if not isinstance(table, dict) or not table:
         raise ConfigError(SETTING, f"{str(path)!r} is no table", "expected module: p or module: [p_row, p_col]")
     return table
 
@@ -84,21 +81,4 @@ def _ratio(path: str | Path, key: str, value: Any) -> Ratio:
 
 def _is_share(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0.0 <= value <= 1.0
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe types; a key that stands twice is an error, where YAML would drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As in SafeLoader, after a look at the keys."""
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # no key of this table; SafeLoader or the check after it says so
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    return number and 0.0 <= value <= 1.0  # which NaN is not

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.fitting import Expected
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.plan import PlanError
 from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.claims import check_state
+
+_NAME = re.compile(r"step-[0-9]{8}")
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -19,15 +24,19 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def newest_first(checkpoints: Path) -> Iterator[Path]:
     """The checkpoint folders, the one with the most steps first."""
-    yield from sorted(checkpoints.glob("step-????????"), reverse=True)
+    yield from sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes its checksums, and a line about each newer one that does not."""
+def newest_valid(checkpoints: Path, real: Expected | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be used, and a line about each newer one that cannot.
+
+    Args:
+        real: as in `load_checkpoint`.
+    """
     complaints = []
     for folder in newest_first(checkpoints):
         try:
-            load_checkpoint(folder)
+            load_checkpoint(folder, real)
         except CheckpointError as error:
             complaints.append(f"{error}; using the checkpoint before it")
         else:
@@ -35,17 +44,26 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def load_checkpoint(folder: Path) -> tuple[TrainState, Phase]:
+def load_checkpoint(folder: Path, real: Expected | None = None) -> tuple[TrainState, Phase]:
     """The state and its phase.
+
+    Args:
+        real: what the model has; every claim of the checkpoint is held against it before anything is built. None where
+            no model is at hand: then only what the checkpoint says of itself is checked.
 
     Raises:
         CheckpointError: anything about the folder that keeps a run from going on from it.
     """
     state = TrainState.load(folder)
     try:
-        return state, Phase.from_dict(state.phase)
-    except (PlanError, TypeError, KeyError, AttributeError) as error:
+        phase = Phase.from_dict(state.phase, None if real is None else real.targets)
+        if real is not None:
+            check_state(state, phase, real)
+    except PlanError as error:
         raise CheckpointError(f"{folder}: its phase is not readable ({error})") from None
+    if _NAME.fullmatch(folder.name) and folder.name != checkpoint_folder(folder.parent, state.progress.step).name:
+        raise CheckpointError(f"{folder}: its state is of step {state.progress.step}")
+    return state, phase
 
 
 def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
@@ -60,4 +78,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
         state.save(folder)
     if keep is not None:
         for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
-            shutil.rmtree(old)
+            if old.is_symlink():
+                old.unlink()  # what it leads to is not ours
+            else:
+                shutil.rmtree(old)

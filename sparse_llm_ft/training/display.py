@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparse_llm_ft.errors import one_line
+
 
 class Display:
     """Progress of a run. On other ranks than 0 it is silent."""
@@ -24,9 +26,9 @@ class Display:
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
-        """One line, always shown."""
+        """One line, always shown; without access tokens."""
         if self.enabled:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(one_line(text), markup=False, soft_wrap=True)
 
     def begin(self, phase: str, step: int, total: int) -> None:
         """A phase begins at `step` of the run's `total`."""

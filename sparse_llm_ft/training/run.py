@@ -171,7 +171,7 @@ class Run:
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
         on_rank_zero(self.world, self.folder.lock)
-        state = newest_state(self.folder, self.world, self.display)
+        state = newest_state(self.folder, self.world, self.display, self.setup.expected)
         phase = first
         if state is not None:
             configured = self.config.training.micro_batch_size

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
 from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.documents import DocumentError, parse_json, read_json, read_yaml
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.folders import write_file
 
@@ -31,6 +32,7 @@ _FREE = {
     "training.keep_checkpoints",
     "evaluation.micro_batch_size",
     "model.gradient_checkpointing",
+    "model.trust_remote_code",
     "model.attn_implementation",
     "method.cache_dir",
     "method.micro_batch_size",
@@ -61,6 +63,11 @@ class RunFolder:
             raise ConfigError("output_dir", f"{str(existing)!r} cannot be written", "choose a folder that can")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
+        link = next((entry for entry in self.path.iterdir() if entry.is_symlink()), None)
+        if link is not None:  # what is written there would be written elsewhere
+            raise ConfigError(
+                "output_dir", f"{str(link)!r} is a link", "expected plain files and folders (output_dir may be a link)"
+            )
         if not (self.path / CONFIG).is_file():
             if all(entry.name == LOCK or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config
@@ -72,8 +79,8 @@ class RunFolder:
                 "choose another folder, or resume=auto",
             )
         try:
-            old = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+            old = read_yaml(self.path / CONFIG)
+        except (OSError, DocumentError):
             old = None
         if not isinstance(old, Mapping):
             raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
@@ -84,7 +91,8 @@ class RunFolder:
             if mine.get(key) != theirs.get(key):
                 raise ConfigError(
                     "output_dir",
-                    f"{str(self.path)!r} holds another run ({key}: {theirs.get(key)!r} there, {mine.get(key)!r} here)",
+                    f"{str(self.path)!r} holds another run "
+                    f"({key:.60}: {theirs.get(key)!r:.100} there, {mine.get(key)!r:.100} here)",
                     "choose another folder",
                 )
 
@@ -96,7 +104,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("w")
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._lock = os.fdopen(descriptor, "w")
         except OSError as error:
             raise ConfigError(
                 "output_dir", f"{str(self.path)!r} cannot be written ({error.strerror})", "choose a folder that can"
@@ -125,7 +134,13 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Replace one JSON file of the run."""
+        """Replace one JSON file of the run.
+
+        Raises:
+            ValueError: the name leads out of the run's folder.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} leads out of the run's folder")
         write_file(self.path / name, json.dumps(data, indent=2) + "\n")
 
     def is_complete(self) -> bool:
@@ -136,6 +151,25 @@ class RunFolder:
         """Whether a run in this folder would be resumed."""
         return any(self.checkpoints.glob("step-*"))
 
+    def config(self) -> RunConfig:
+        """The settings that the run began with; paths in them need not exist.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        path = self.path / CONFIG
+        try:
+            return RunConfig.model_validate(read_yaml(path))
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror})") from None
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise UserError(
+                f"{path}: not a run's settings ({'.'.join(map(str, problem['loc']))}: {problem['msg']})"
+            ) from None
+        except DocumentError as error:
+            raise UserError(f"{path}: not readable ({error})") from None
+
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run.
 
@@ -145,18 +179,25 @@ class RunFolder:
         path = self.path / SUMMARY
         if not path.is_file():
             raise UserError(f"{self.path}: no {SUMMARY}; the run is not there or not finished")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            summary = read_json(path, constants=True)
+        except (OSError, DocumentError) as error:
+            raise UserError(f"{path}: not readable ({error})") from None
+        if not isinstance(summary, dict):
+            raise UserError(f"{path}: not readable (a JSON object is needed)")
+        return summary
 
     def _metric_lines(self) -> Iterator[dict[str, Any]]:
         path = self.path / METRICS
         if not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line, constants=True)
+            except DocumentError:
                 continue  # the last line of a run that was killed while writing it
-            yield record
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -220,7 +220,7 @@ def _model_fingerprint(model: ModelConfig) -> str:
     """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
     folder = Path(model.name)
     if folder.is_dir():
-        weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+        weights = folder.glob("*.safetensors")
         return hash_files([*weights, *folder.glob("*.json")])
     snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
     return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})

@@ -9,9 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.evaluation import Objective, make_objective
+from sparse_llm_ft.fitting import Expected
 from sparse_llm_ft.methods import Chain, make_methods
 from sparse_llm_ft.modeling import empty_model, head_modules, load_tokenizer
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
+from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.prepare import Prepared
 
 
@@ -34,6 +36,12 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     objective: Objective[Any]
 
+    @property
+    def expected(self) -> Expected:
+        """What a checkpoint of this run must fit."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.empty.named_parameters()}
+        return Expected(self.targets, shapes, len(self.methods.methods))
+
     @classmethod
     def of(cls, prepared: Prepared) -> Setup:
         """All of it.
@@ -42,6 +50,11 @@ class Setup:
             ConfigError: what the architecture shows to be wrong.
         """
         config, adapter = prepared.config, prepared.config.adapter
+        if config.model.trust_remote_code:
+            Display(prepared.world.rank).say(
+                f"model.trust_remote_code is set: code that {config.model.name} brings along, at revision "
+                f"{config.model.revision or 'main'}, runs in this process"
+            )
         labels = prepared.task.classes
         empty = empty_model(config.model, config.model.attn_implementation, labels)
         heads = head_modules(empty)

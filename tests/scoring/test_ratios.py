@@ -54,7 +54,7 @@ def test_a_table_of_names_and_endings(tmp_path: Path, text: str) -> None:
         ("? [1]\n: 1\n", "ratios.yaml"),
         ("- 1\n", "no table"),
         ("", "no table"),
-        ("1: 0.5\n", "no table"),
+        ("1: 0.5\n", "the key 1 is no text"),
         ("q_proj: [\n", "not YAML or JSON"),
         (b"\xff\xfe\x00", "not YAML or JSON"),
     ],

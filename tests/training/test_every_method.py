@@ -18,10 +18,13 @@ from all_methods import METHODS, with_cache
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import check_task, read_split
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.distributed import World
 from sparse_llm_ft.evaluation import make_objective
 from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.checkpoints import newest_valid
+from sparse_llm_ft.training.prepare import prepare
+from sparse_llm_ft.training.setup import Setup
 from tiny_run import run_settings
 
 ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
@@ -78,6 +81,14 @@ def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) ->
     assert process.returncode == 0, process.stderr[-4000:]
     (folder / "output.txt").write_text(process.stdout)
     return json.loads((folder / "results.json").read_text()) | {"output": process.stdout}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_checkpoints_pass_the_checks_that_a_foreign_one_must(name: str, trees: dict, results: dict) -> None:
+    assert results[name] == "passed", results[name]
+    prepared = prepare(parse_config(trees[name]), World(0, 1, 0, 1))
+    _, complaints = newest_valid(prepared.folder.checkpoints, Setup.of(prepared).expected)
+    assert not complaints
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,181 @@
+"""JSON and YAML from files that nobody vouches for: plain values, or one error; no code, no bombs, no surprises."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+MAX_YAML_BYTES = 2**20
+MAX_JSON_BYTES = 2**26
+"""The plans of the largest models with all their masks are a quarter of that."""
+
+_MAX_NODES = 100_000
+"""Of a YAML document with its aliases written out."""
+
+
+class DocumentError(ValueError):
+    """A text that cannot be used, and why; `line`, from 1, where it is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def read_json(path: Path, constants: bool = False) -> Any:
+    """The value in a JSON file; see `parse_json`.
+
+    Raises:
+        OSError: it cannot be read.
+        DocumentError: it is too large, not UTF-8, or not such JSON.
+    """
+    return parse_json(_read(path, MAX_JSON_BYTES), constants)
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file; see `parse_yaml`. Raises as `read_json`."""
+    return parse_yaml(_read(path, MAX_YAML_BYTES))
+
+
+def parse_json(text: str, constants: bool = False) -> Any:
+    """One JSON value.
+
+    Args:
+        constants: whether NaN and infinities are let through, which are no JSON but what Python writes for them.
+
+    Raises:
+        DocumentError: no JSON, a key that stands twice, nesting without end, a number out of range.
+    """
+    try:
+        if constants:
+            return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise DocumentError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{error.msg} at column {error.colno}", error.lineno) from None
+    except ValueError as error:  # Python reads no integer of more than some thousand digits
+        raise DocumentError(str(error)) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML value made of mappings with text as keys, lists, texts, numbers, true, false and null.
+
+    Dates stay texts. Other types need tags, and tags are refused.
+
+    Raises:
+        DocumentError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
+            write out to a very large document, nesting without end, a number out of range.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise DocumentError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise DocumentError(problem, mark.line + 1 if mark else None) from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # What PyYAML's constructors raise for a value that does not fit its tag.
+        raise DocumentError(f"a value that does not fit its type ({error})") from None
+
+
+def _read(path: Path, limit: int) -> str:
+    if path.exists() and not path.is_file():
+        raise DocumentError("not a plain file")  # reading a pipe would wait for ever
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise DocumentError(f"larger than {limit:,} bytes")
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DocumentError(f"the key {twice!r:.60} stands twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise DocumentError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise DocumentError(f"{text:.40} is out of range")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, keys that stand once, and aliases that stay small."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """As in SafeLoader, after a look at what its aliases make of it."""
+        node = super().get_single_node()
+        if node is not None:
+            _weigh(node, {})
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As in SafeLoader, after a look at the keys, of which it would drop the first of two."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                _refuse("a key is no text", key)
+            if key.tag not in _KEYS:
+                _refuse(f"the key {key.value:.60} is no text; quote it", key)
+            if key.value in seen:
+                _refuse(f"the key {key.value!r:.60} stands twice", key)
+            seen.add(key.value)
+        return node
+
+
+def _weigh(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Number of nodes with all aliases written out; `known` holds None for those that are being counted."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            _refuse("an alias of what it stands in", node)
+        return size
+    known[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    size = 1
+    for child in children:
+        size += _weigh(child, known)
+        if size > _MAX_NODES:
+            _refuse(f"aliases make it larger than {_MAX_NODES:,} values", node)
+    known[id(node)] = size
+    return size
+
+
+def _refuse(problem: str, node: yaml.Node) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+_KEYS = {f"{_TAG}{kind}" for kind in ("str", "merge", "value", "timestamp")}
+_CONSTRUCTORS: dict[Any, Any] = {
+    f"{_TAG}{kind}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{kind}"]
+    for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+} | {
+    f"{_TAG}timestamp": yaml.SafeLoader.yaml_constructors[f"{_TAG}str"],
+    None: yaml.SafeLoader.yaml_constructors[None],
+}
+_Loader.yaml_constructors = _CONSTRUCTORS
