@@ -36,3 +36,7 @@ class CheckpointError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
+
+
+class LeaveRequest(Exception):
+    """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""

@@ -11,8 +11,11 @@ from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.run_folder import RunFolder
 
 
-def newest_state(folder: RunFolder, world: World, display: Display) -> TrainState | None:
+def newest_state(folder: RunFolder, run: str, world: World, display: Display) -> TrainState | None:
     """The newest valid checkpoint; None where there is none. Rank 0 chooses, all ranks continue from the same one.
+
+    Args:
+        run: whose checkpoint it must be (`RunFolder.identity`).
 
     Raises:
         UserError: there are checkpoints, and none can be used.
@@ -21,7 +24,7 @@ def newest_state(folder: RunFolder, world: World, display: Display) -> TrainStat
 
     def choose() -> None:
         nonlocal chosen
-        newest, complaints = newest_valid(folder.checkpoints)
+        newest, complaints = newest_valid(folder.checkpoints, run)
         if newest is None and complaints:
             raise UserError(
                 f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "

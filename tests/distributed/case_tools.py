@@ -62,4 +62,4 @@ def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def make_loop(engine: Engine, plan: AdapterPlan, micro: int, progress: Progress, rule: Rule | None = None) -> Loop:
     phase = Phase("train", plan).with_batch(micro, 8)
-    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(TRAINING, len(SAMPLES)), progress, WORLD, seed=3)
+    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(TRAINING, len(SAMPLES)), progress, WORLD, 3, 0)
