@@ -68,7 +68,7 @@ class Watch:
         self._others = [rank for rank in range(world.size) if rank != world.rank]
         self._last = dict.fromkeys(self._others, "")
         self._silent = dict.fromkeys(self._others, 0.0)
-        self._deaf, self._beats = 0.0, 0
+        self._deaf, self._beats, self._met = 0.0, 0, False
         self._store: Any = None
         self._stopped, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -88,12 +88,13 @@ class Watch:
 
     def _run(self) -> None:
         before = time.monotonic()
-        while not self._stopped.wait(self.patience.beat):
+        while not self._stopped.is_set():
             self._beats += 1
             beats = self._say(f"{self._beats} {socket.gethostname()}")
             now = time.monotonic()
             self._judge(beats, min(now - before, self.patience.beat + 2 * self.patience.store))
             before = now
+            self._stopped.wait(self.patience.beat)
 
     def _say(self, beat: str) -> list[str] | None:
         """Write this rank's beat and read the others'; None if the store did not answer."""
@@ -111,16 +112,18 @@ class Watch:
 
     def _judge(self, beats: list[str] | None, seconds: float) -> None:
         if beats is None:
-            self._deaf += seconds
+            self._deaf += seconds if self._met else 0.0  # its holder may still be loading
         else:
-            self._deaf = 0.0
+            self._deaf, self._met = 0.0, True
             for rank, beat in zip(self._others, beats, strict=True):
-                alive = beat in ("", _DONE) or beat != self._last[rank]  # "": has not begun
+                starting = beat == "" and not self._lost.is_set()  # who took part in a collective had begun
+                alive = starting or beat == _DONE or beat != self._last[rank]
                 self._silent[rank] = 0.0 if alive else self._silent[rank] + seconds
                 self._last[rank] = beat
         limit = self._limit()
         dead = {rank for rank, silent in self._silent.items() if silent >= limit}
-        names = [f"rank {rank} ({self._last[rank].partition(' ')[2]})" for rank in sorted(dead)]
+        hosts = {rank: self._last[rank].partition(" ")[2] or "host unknown" for rank in dead}
+        names = [f"rank {rank} ({hosts[rank]})" for rank in sorted(dead)]
         if not dead and self._deaf >= limit:
             dead, names = {self._holder[0]}, [self._holder[1]]
         if dead and not self._stopped.is_set():
