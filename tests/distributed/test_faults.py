@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 
-from launching import ROOT, TRAIN, free_port, last_lines, launch
+from launching import ROOT, TRAIN, command, free_port, last_lines, launch
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.checkpoints import newest_first, newest_valid
 
@@ -101,6 +104,39 @@ def test_a_signal_outside_the_loop_leaves_with_75_too(plus_settings: dict, tmp_p
     result = train(config, "TERM:0:measuring", launcher="python", ranks=1)
     assert result.returncode == 75, last_lines(result)
     assert "SIGTERM: nothing new to save; the same command continues" in result.stdout and not checkpoints(config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_launcher_that_is_terminated_passes_it_on(launcher: str, plus_settings: dict, tmp_path: Path) -> None:
+    """The step is saved, but neither launcher leaves with 75."""
+    settings = plus_settings | {"method": {"name": "lora"}}
+    settings["training"] = settings["training"] | {"max_steps": 9999, "save_every": None, "eval_every": None}
+    config = write_config(settings, tmp_path)
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            command(TRAIN, ["--config", str(config)], ranks=2, launcher=launcher),
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 200
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not (log.is_file() and len(log.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        told = psutil.Process(process.pid)
+        if launcher == "deepspeed":
+            (told,) = told.children()  # the outer one has no handler
+        told.terminate()
+        assert process.wait(60) == 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = (tmp_path / "output").read_text()
+    (step,) = checkpoints(config)
+    assert said.count(f"SIGTERM: saved step {step}; the same command continues") == 1, said[-4000:]
 
 
 @pytest.mark.parametrize(
