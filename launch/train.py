@@ -13,6 +13,7 @@ from sparse_llm_ft.distributed import find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
+from sparse_llm_ft.signals import catch_signals
 from sparse_llm_ft.training.prepare import prepare
 
 
@@ -27,13 +28,16 @@ def main() -> None:
     """Parse, check, then import torch and train."""
     world = find_world()
     with one_line_errors(world):
+        catch_signals()
         files, overrides = _arguments()
         prepared = prepare(load_config(files, overrides), world)
         quiet_libraries()
         prepare_cpu(world)
         from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
+        from sparse_llm_ft.watch import watching
 
-        run(prepared)
+        with watching(world):
+            run(prepared)
 
 
 def _arguments() -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from sparse_llm_ft.distributed import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.exits import one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
+from sparse_llm_ft.signals import catch_signals
 from sparse_llm_ft.training.run_folder import CONFIG, RunFolder
 
 
@@ -81,10 +82,13 @@ def _check(options: argparse.Namespace) -> None:
 def _derive(options: argparse.Namespace) -> None:
     from sparse_llm_ft.training.prepare import prepare
 
+    catch_signals()
     prepared = prepare(load_config(*split_arguments(options.config)), find_world())
     from sparse_llm_ft.training.run import derive
+    from sparse_llm_ft.watch import watching
 
-    derive(prepared)
+    with watching(prepared.world):
+        derive(prepared)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -123,7 +127,7 @@ def _export(options: argparse.Namespace) -> None:
     empty = empty_model(config.model, labels=check_task(config.task).classes)
     parameters = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
     real = Expected(linear_modules(empty), parameters, len(config.method))
-    newest, complaints = newest_valid(folder.checkpoints, real)
+    newest, complaints = newest_valid(folder.checkpoints, real, RunFolder.identity(config))
     for complaint in complaints:
         print(complaint)
     if newest is None:

@@ -59,6 +59,10 @@ class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
 
 
+class LeaveRequest(Exception):
+    """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""
+
+
 def _shortened(text: str) -> str:
     """A problem with a value in it that may be as long as a file, so that what is expected is still seen."""
     return text if len(text) <= 800 else f"{text[:500]} ... {text[-200:]}"

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_llm_ft import exits
 from sparse_llm_ft.distributed import World, find_world
-from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
 
 
 def test_alone_it_is_a_world_of_one_with_an_address() -> None:
@@ -73,6 +73,32 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
         raise error
     assert stop.value.code == status and capsys.readouterr().err == said
     assert bool(waited) == (world.rank != 0)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "SIGTERM: saved step 3; the same command continues\n"), (1, "")])
+def test_a_run_that_was_asked_to_leave_wants_to_be_started_again(rank, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(exits.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as stop, exits.one_line_errors(World(rank, 2, rank, 2)):
+        raise LeaveRequest("SIGTERM: saved step 3")
+    assert stop.value.code == 75 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("world", "dead", "speaks"),
+    [
+        (World(0, 4, 0, 2), {3}, True),
+        (World(1, 4, 1, 2), {3}, False),
+        (World(1, 4, 1, 2), {0}, True),
+        (World(2, 4, 0, 2), {0, 3}, True),
+        (World(3, 4, 1, 2), {2}, True),
+    ],
+)
+def test_one_survivor_of_each_node_names_the_dead(world, dead, speaks, monkeypatch, capsys) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(exits.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(exits.os, "_exit", statuses.append)
+    exits.end_at_once(world, dead, "rank x is gone")
+    assert statuses == [1] and capsys.readouterr().err == ("error: rank x is gone\n" if speaks else "")
 
 
 def test_an_interruption_is_one_line(capsys) -> None:

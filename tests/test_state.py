@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.errors import CheckpointError, TrainingError
 from sparse_llm_ft.folders import verify_folder, write_folder
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
@@ -82,6 +82,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     newest, complaints = newest_valid(tmp_path)
     assert newest == checkpoint_folder(tmp_path, 3)
     assert len(complaints) == 1 and "step-00000006" in complaints[0] and what in complaints[0]
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
+    """Every eighth byte of every file; what a flip in the manifest does not touch need not be found."""
+    for step in (3, 6):
+        save_checkpoint(tmp_path, make_state(step), keep=None)
+    path = checkpoint_folder(tmp_path, 6) / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 8):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        newest, complaints = newest_valid(tmp_path)
+        if name == "manifest.json" and not complaints:
+            assert json.loads(path.read_bytes()) == json.loads(whole)  # it was white space
+            continue
+        assert newest == checkpoint_folder(tmp_path, 3) and "step-00000006" in complaints[0], place
+
+
+def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
+    own, other = make_state(3), make_state(6)
+    own.record["run"], other.record["run"] = "mine", "theirs"
+    for state in (own, other):
+        save_checkpoint(tmp_path, state, keep=None)
+    newest, complaints = newest_valid(tmp_path, run="mine")
+    assert newest == checkpoint_folder(tmp_path, 3)
+    assert len(complaints) == 1 and "step-00000006: belongs to a run with other settings" in complaints[0]
+    own.progress.step = 6
+    save_checkpoint(tmp_path, own, keep=None)  # the foreign one is in the way, and replaced
+    assert newest_valid(tmp_path, run="mine") == (checkpoint_folder(tmp_path, 6), [])
+
+
+@pytest.mark.parametrize("where", ["tensors", "moments"])
+def test_values_that_are_not_finite_are_never_saved(tmp_path: Path, where: str) -> None:
+    state = make_state(3)
+    held = state.tensors if where == "tensors" else state.moments["a.lora_A"]
+    next(iter(held.values()))[0, 1] = torch.nan
+    with pytest.raises(TrainingError, match=r"step 3 is not saved: a.lora_A or a moment of it is not finite"):
+        save_checkpoint(tmp_path, state, keep=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_format_is_refused_even_with_good_checksums(tmp_path: Path) -> None:

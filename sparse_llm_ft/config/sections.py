@@ -98,6 +98,8 @@ class TrainingConfig(Section):
         save_every, eval_every: optimizer steps between checkpoints, between validations; None: only at phase ends,
             never.
         keep_checkpoints: how many of the newest checkpoints stay; None keeps all.
+        max_skipped_updates: how many updates in a row may be left out because loss or gradients are not finite; one
+            more ends the run.
     """
 
     micro_batch_size: Int = Field(1, ge=1)
@@ -113,6 +115,7 @@ class TrainingConfig(Section):
     eval_every: Int | None = Field(None, ge=1)
     log_every: Int = Field(1, ge=1)
     keep_checkpoints: Int | None = Field(None, ge=2)
+    max_skipped_updates: Int = Field(3, ge=0)
 
 
 class EvaluationConfig(Section):

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sparse_llm_ft.data.encoding import Sample, prompt_batch
 from sparse_llm_ft.evaluation.loss import rank_batches
+from sparse_llm_ft.signals import leave_if_asked
 
 
 @torch.no_grad()
@@ -53,6 +54,7 @@ def generate(
         new = output[:, batch["input_ids"].shape[1] :]
         for row, i in zip(new, indices, strict=False):
             tokens[i, : len(row)] = row + 1  # 0 marks what was not written
+        leave_if_asked()
     model.train(was_training)
     dist.all_reduce(tokens)
     rows = [row[row > 0] - 1 for row in tokens.cpu()]

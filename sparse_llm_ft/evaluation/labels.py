@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_llm_ft.evaluation.loss import batches_on
 from sparse_llm_ft.evaluation.objective import Objective
+from sparse_llm_ft.signals import leave_if_asked
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def choose_labels(
         loss, choice = objective.judge(model, batch)
         losses[indices] = loss[: len(indices)].double()
         choices[indices] = choice[: len(indices)]
+        leave_if_asked()
     model.train(was_training)
     dist.all_reduce(losses)
     dist.all_reduce(choices)

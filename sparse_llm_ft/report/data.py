@@ -228,14 +228,18 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _steps(path: Path) -> Iterator[Step]:
-    """All whole lines. The last may be torn: the run may be writing it, or have been killed while it did."""
+    """All whole lines of updates that were made. The last line may be torn: the run may be writing it, or have been
+    killed while it did.
+    """
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            yield _step(parse_json(line, constants=True))
-        except (KeyError, TypeError, ValueError) as error:
+            record = parse_json(line, constants=True)
+            if not record.get("skipped"):
+                yield _step(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             if number == len(lines) and isinstance(error, DocumentError):
                 return
             raise UserError(f"{path}:{number}: not a logged step ({error})") from None

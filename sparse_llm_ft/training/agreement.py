@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from sparse_llm_ft.distributed import World
-from sparse_llm_ft.errors import CheckpointError, UserError
+from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
 
 
 def on_rank_zero(world: World, action: Callable[[], None]) -> None:
     """Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
 
     Raises:
-        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use). What is not a
-            user's to mend keeps its type and traceback on rank 0.
+        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use).
+        TrainingError: on every rank where rank 0 raised one. What is neither keeps its type and traceback on rank 0,
+            and is one elsewhere.
     """
     failure: Exception | None = None
     if world.rank == 0:
@@ -24,10 +26,13 @@ def on_rank_zero(world: World, action: Callable[[], None]) -> None:
             action()
         except Exception as error:  # whatever it is, nobody may wait for rank 0
             failure = error
-    if _any_rank(failure is not None):
-        if failure is None or isinstance(failure, OSError):
-            raise UserError(str(failure or "rank 0 failed"))
+    if isinstance(failure, OSError | SafetensorError):  # what safetensors writes fails with an error of its own
+        failure = UserError(str(failure))
+    kind = _worst(0 if failure is None else 1 if isinstance(failure, UserError) else 2)
+    if failure is not None:
         raise failure
+    if kind:
+        raise (UserError if kind == 1 else TrainingError)("rank 0 failed")
 
 
 def on_every_rank(action: Callable[[], None], hint: str) -> None:
@@ -41,7 +46,7 @@ def on_every_rank(action: Callable[[], None], hint: str) -> None:
         action()
     except (OSError, CheckpointError) as error:
         failure = error
-    if _any_rank(failure is not None):
+    if _worst(int(failure is not None)):
         raise UserError(f"{failure or 'another process failed'}; {hint}")
 
 
@@ -62,10 +67,10 @@ def bytes_from_rank_zero(data: bytes) -> bytes:
     return bytes(shared.cpu().numpy())
 
 
-def _any_rank(failed: bool) -> bool:
-    flag = torch.tensor([int(failed)], device=_device())
+def _worst(failure: int) -> int:
+    flag = torch.tensor([failure], device=_device())
     dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return int(flag)
 
 
 def _device() -> torch.device:

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparse_llm_ft.errors import CheckpointError
+import torch
+
+from sparse_llm_ft.errors import CheckpointError, TrainingError
 from sparse_llm_ft.fitting import Expected
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.plan import PlanError
@@ -27,16 +29,18 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
     yield from sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def newest_valid(checkpoints: Path, real: Expected | None = None) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    checkpoints: Path, real: Expected | None = None, run: str | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be used, and a line about each newer one that cannot.
 
     Args:
-        real: as in `load_checkpoint`.
+        real, run: as in `load_checkpoint`.
     """
     complaints = []
     for folder in newest_first(checkpoints):
         try:
-            load_checkpoint(folder, real)
+            load_checkpoint(folder, real, run)
         except CheckpointError as error:
             complaints.append(f"{error}; using the checkpoint before it")
         else:
@@ -44,17 +48,20 @@ def newest_valid(checkpoints: Path, real: Expected | None = None) -> tuple[Path 
     return None, complaints
 
 
-def load_checkpoint(folder: Path, real: Expected | None = None) -> tuple[TrainState, Phase]:
+def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None = None) -> tuple[TrainState, Phase]:
     """The state and its phase.
 
     Args:
         real: what the model has; every claim of the checkpoint is held against it before anything is built. None where
             no model is at hand: then only what the checkpoint says of itself is checked.
+        run: the only run, by `RunFolder.identity`, whose checkpoint it may be; None: any.
 
     Raises:
         CheckpointError: anything about the folder that keeps a run from going on from it.
     """
     state = TrainState.load(folder)
+    if run is not None and state.record.get("run") != run:
+        raise CheckpointError(f"{folder}: belongs to a run with other settings")
     try:
         phase = Phase.from_dict(state.phase, None if real is None else real.targets)
         if real is not None:
@@ -70,11 +77,15 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
     """Write the state as a checkpoint, unless a good one of its step is there, and drop all but the newest `keep`.
 
     A folder of a later step was found damaged when the run was resumed; it neither counts as kept nor is it removed.
+
+    Raises:
+        TrainingError: a value is not finite; nothing is written.
     """
     folder = checkpoint_folder(checkpoints, state.progress.step)
     try:
-        load_checkpoint(folder)
+        load_checkpoint(folder, state.record.get("run"))
     except CheckpointError:
+        _check_finite(state)
         state.save(folder)
     if keep is not None:
         for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
@@ -82,3 +93,13 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
                 old.unlink()  # what it leads to is not ours
             else:
                 shutil.rmtree(old)
+
+
+def _check_finite(state: TrainState) -> None:
+    named = [*state.tensors.items(), *((n, t) for n, moments in state.moments.items() for t in moments.values())]
+    for name, tensor in named:
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"step {state.progress.step} is not saved: {name} or a moment of it is not finite; lower "
+                "training.learning_rate; the last checkpoint is intact"
+            )

@@ -49,17 +49,16 @@ class Display:
         """Show a logged step. Plain lines come a few seconds apart at the least, and always at the end."""
         if not self.enabled:
             return
-        status = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['active_adapters']} adapters"
-        )
+        loss = "update skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        status = f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {record['active_adapters']} adapters"
         if "validation_loss" in record:
             status += f"  validation loss {record['validation_loss']:.4f}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], total=total, status=status)
             return
         now, done = time.monotonic(), record["step"] - self._first
-        if now - self._last < self._between and record["step"] < total and "validation_loss" not in record:
+        special = record["loss"] is None or "validation_loss" in record
+        if now - self._last < self._between and record["step"] < total and not special:
             return
         self._last = now
         left = (total - record["step"]) * (now - self._started) / max(done, 1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sparse_llm_ft import signals
 from sparse_llm_ft.adapters import orthogonality
 from sparse_llm_ft.data.stream import SampleStream
 from sparse_llm_ft.distributed import World
@@ -26,7 +27,7 @@ from sparse_llm_ft.training.schedule import Schedule
 
 @dataclass
 class Step:
-    """What one optimizer step was: the numbers of metrics.jsonl."""
+    """What one optimizer step was: the numbers of metrics.jsonl. If `skipped`, it changed no parameter."""
 
     loss: float
     learning_rate: float
@@ -34,6 +35,7 @@ class Step:
     tokens: int
     seconds: float
     active_adapters: int
+    skipped: bool = False
     rule: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,6 +47,10 @@ class Loop:
         rule: acts on parameters after each step.
         samples: the training set, the same on every rank.
         progress: where the run is; moved on by every step.
+        max_skipped_updates: see `TrainingConfig`.
+
+    Attributes:
+        asked: the signal that asked any rank, during the last step or before, to leave.
     """
 
     engine: Engine
@@ -56,22 +62,29 @@ class Loop:
     progress: Progress
     world: World
     seed: int
+    max_skipped_updates: int
 
     def __post_init__(self) -> None:
         self.stream = SampleStream(len(self.samples), self.seed)
         self.device = next(self.engine.module.parameters()).device
         self.orth_reg_weight = self.phase.plan.options.get("orth_reg_weight", 0.0)
         self.active = self._count_active()
+        self.asked: str | None = None
+        self._skipped = 0  # in a row
 
     def steps(self) -> Iterator[Step]:
-        """Train; yields after each optimizer step, with `progress` already moved on."""
+        """Train; yields after each optimizer step, with `progress` already moved on.
+
+        Raises:
+            TrainingError: more than `max_skipped_updates` updates in a row were not finite.
+        """
         self.engine.module.train()
         while not self.over():
             yield self._step()
 
     def over(self) -> bool:
         """Whether the phase, or with it the run, has no step left."""
-        done = self.phase.steps is not None and self.progress.phase_step >= self.phase.steps
+        done = self.phase.steps is not None and self.progress.phase_updates >= self.phase.steps
         return done or self.schedule.finished(self.progress)
 
     def _step(self) -> Step:
@@ -88,33 +101,55 @@ class Loop:
         # over all units of the global batch, so that it does not matter who got the long completions.
         factor = len(shares) * world.size / units
         learning_rate = self.schedule.learning_rate(progress) * phase.lr_factor
-        total = torch.zeros(1, device=self.device)
+        total, updated = torch.zeros((), device=self.device), False
         gradients: dict[str, torch.Tensor] = {}
         for i, indices in enumerate(shares):
             batch = self.objective.batch([self.samples[k] for k in indices])
             loss = self.objective.loss(self.engine.forward, {k: v.to(self.device) for k, v in batch.items()})
             total += loss.detach()
-            self.engine.backward(loss * factor + self._penalty())
+            # A loss that is not finite can have gradients that are; then nothing would tell the engine to skip.
+            factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
+            self.engine.backward(loss * factors + self._penalty())
             if self.rule is not None and self.rule.needs_gradients and i == len(shares) - 1:
                 gradients = self.engine.gradients()
-            self.engine.step(learning_rate)
-        dist.all_reduce(total)
-        mean_loss = float(total) / units
-        if not (math.isfinite(mean_loss) and math.isfinite(self.engine.grad_norm)):
-            raise TrainingError(
-                f"step {progress.step + 1} has loss {mean_loss} and gradient norm {self.engine.grad_norm}; lower "
-                "training.learning_rate; the last checkpoint is intact"
-            )
+            updated = self.engine.step(learning_rate)
+        mean_loss = self._agree(total) / units
+        skipped = not (updated and math.isfinite(mean_loss))
+        self._count_skipped(skipped, mean_loss)
         progress.step += 1
         progress.phase_step += 1
+        progress.phase_skipped += skipped
         progress.samples += phase.global_batch_size
+        logged = {} if skipped else self._apply_rule(gradients)
+        seconds = time.perf_counter() - started
+        return Step(mean_loss, learning_rate, self.engine.grad_norm, tokens, seconds, self.active, skipped, logged)
+
+    def _agree(self, loss: torch.Tensor) -> float:
+        """The loss summed over ranks; what signals they got goes with it, so that to agree on them costs nothing."""
+        shared = torch.cat([loss.reshape(1), torch.tensor(signals.caught(), dtype=loss.dtype, device=self.device)])
+        dist.all_reduce(shared)
+        total, *flags = shared.tolist()
+        self.asked = signals.asked_by(flags)
+        return total
+
+    def _count_skipped(self, skipped: bool, loss: float) -> None:
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped > self.max_skipped_updates:
+            raise TrainingError(
+                f"step {self.progress.step + 1} has loss {loss} and gradient norm {self.engine.grad_norm}"
+                f"{f', after {self._skipped - 1} skipped updates in a row' if self._skipped > 1 else ''}; lower "
+                "training.learning_rate; the last checkpoint is intact"
+            )
+
+    def _apply_rule(self, gradients: dict[str, torch.Tensor]) -> dict[str, Any]:
+        if self.rule is None:
+            return {}
         if gradients:  # as they were for the update: after clipping
             clipped = self.engine.clip_factor
             gradients = {name: gradient * clipped for name, gradient in gradients.items()}
-        logged = {} if self.rule is None else self.rule.after_step(self.engine, progress.phase_step, gradients)
+        logged = self.rule.after_step(self.engine, self.progress.phase_updates, gradients)
         self.active = self._count_active()
-        seconds = time.perf_counter() - started
-        return Step(mean_loss, learning_rate, self.engine.grad_norm, tokens, seconds, self.active, logged)
+        return logged
 
     def _penalty(self) -> torch.Tensor | float:
         """AdaLoRA's, on every micro-batch: the average over them is the penalty once."""

@@ -12,10 +12,11 @@ from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.run_folder import RunFolder
 
 
-def newest_state(folder: RunFolder, world: World, display: Display, real: Expected) -> TrainState | None:
+def newest_state(folder: RunFolder, run: str, world: World, display: Display, real: Expected) -> TrainState | None:
     """The newest valid checkpoint; None where there is none. Rank 0 chooses, all ranks continue from the same one.
 
     Args:
+        run: whose checkpoint it must be (`RunFolder.identity`).
         real: what a checkpoint's claims are held against.
 
     Raises:
@@ -25,7 +26,7 @@ def newest_state(folder: RunFolder, world: World, display: Display, real: Expect
 
     def choose() -> None:
         nonlocal chosen
-        newest, complaints = newest_valid(folder.checkpoints, real)
+        newest, complaints = newest_valid(folder.checkpoints, real, run)
         if newest is None and complaints:
             raise UserError(
                 f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "
@@ -43,5 +44,5 @@ def newest_state(folder: RunFolder, world: World, display: Display, real: Expect
     states: list[TrainState] = []
     path = checkpoint_folder(folder.checkpoints, step)
     hint = "all nodes must share the file system of output_dir"
-    on_every_rank(lambda: states.append(load_checkpoint(path, real)[0]), hint)
+    on_every_rank(lambda: states.append(load_checkpoint(path, real, run)[0]), hint)
     return states[0]

@@ -24,7 +24,7 @@ class Rule(Protocol):
     needs_gradients: bool
 
     def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, Any]:
-        """Act after optimizer step `step` (from 1) of the phase; returns what metrics.jsonl shall say."""
+        """Act after update `step` (from 1) of the phase; returns what metrics.jsonl shall say."""
         ...
 
     def active_adapters(self, engine: Engine) -> int:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,14 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, traine
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.data.sampling import stratified
 from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import LeaveRequest, UserError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.modeling import check_weights, load_model
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.report import write_report
+from sparse_llm_ft.signals import leave_if_asked
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
 from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batch, resumed_batch
@@ -53,7 +54,8 @@ def run(prepared: Prepared) -> dict[str, Any]:
     Raises:
         UserError: what only model or DeepSpeed show to be wrong, before weights are loaded; a folder that cannot be
             written or is in use; checkpoints that are all damaged.
-        TrainingError: a loss that is not finite, or no adapter left.
+        TrainingError: too many losses that are not finite, or no adapter left.
+        LeaveRequest: a signal asked for it; what was trained is saved.
     """
     config, world, folder = prepared.config, prepared.world, prepared.folder
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
@@ -137,6 +139,7 @@ class Run:
         model = self._build_model(phase.plan)
         if state is None:
             record: dict[str, Any] = {
+                "run": RunFolder.identity(self.config),
                 "before": None,
                 "phases": [],
                 "micro_batch_size": self.config.training.micro_batch_size,
@@ -163,7 +166,7 @@ class Run:
         engine = Engine(model, self._engine_settings(phase))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         for _ in loop.steps():
-            pass
+            leave_if_asked()
         scores = self.scorer(engine, phase, self._samples(phase), engine.values())
         engine.close()
         self.display.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
@@ -171,7 +174,8 @@ class Run:
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
         on_rank_zero(self.world, self.folder.lock)
-        state = newest_state(self.folder, self.world, self.display, self.setup.expected)
+        run = RunFolder.identity(self.config)
+        state = newest_state(self.folder, run, self.world, self.display, self.setup.expected)
         phase = first
         if state is not None:
             configured = self.config.training.micro_batch_size
@@ -204,14 +208,20 @@ class Run:
         progress = loop.progress
         record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
         writer = MetricsWriter(self.folder, self.world.rank, progress.step)
+        on_rank_zero(self.world, writer.open)
+        leave_if_asked()
         self.display.begin(phase.name, progress.step, self._last_step(loop))
         for step in loop.steps():
             record.add(step, phase)
+            if loop.asked:  # before a validation that may take longer than whoever asked will wait
+                self._save(self._read_state(loop, record, state))
             self._after_step(step, loop, record, writer)
+            if loop.asked:
+                self._leave(loop, writer)
             if self._due(self.config.training.save_every, progress.step) and not loop.over():
                 self._save(self._read_state(loop, record, state))
         self.display.end()
-        writer.close()
+        on_rank_zero(self.world, writer.close)
         state = self._read_state(loop, record, state)
         self._save(state)
         return engine, state
@@ -231,6 +241,7 @@ class Run:
             copy.copy(state.progress),
             self.world,
             self.config.seed,
+            self.config.training.max_skipped_updates,
         )
 
     def _change_phase(
@@ -244,7 +255,7 @@ class Run:
         grown = phase.micro_batch_size > before.micro_batch_size
         torch.manual_seed(self.config.seed)
         model = change_plan(model, before.plan, phase.plan)
-        progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0)
+        progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
         if before.prelude:
             progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
         finished = [*state.record["phases"], state.record["current"]]
@@ -264,6 +275,7 @@ class Run:
         after = None
         if self.measure.samples:
             after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
+        leave_if_asked()
         engine.close()
         summary = summarize(self.config, self.world, state.record, after)
 
@@ -292,8 +304,13 @@ class Run:
                 self.world.size,
             )
         if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
-            writer.write(line)
+            on_rank_zero(self.world, lambda: writer.write(line))
             self.display.step(line, self._last_step(loop))
+
+    def _leave(self, loop: Loop, writer: MetricsWriter) -> NoReturn:
+        self.display.end()
+        on_rank_zero(self.world, writer.close)
+        raise LeaveRequest(f"{loop.asked}: saved step {loop.progress.step}")
 
     def _last_step(self, loop: Loop) -> int:
         """The step that the phase's part of the run ends with."""
@@ -348,6 +365,7 @@ class Run:
         on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, plan: AdapterPlan) -> PeftModel:
+        leave_if_asked()
         self.display.say(f"loading {self.config.model.name}")
         base = load_model(self.config.model, self.setup.labels, self.config.seed)
         torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ _FREE = {
     "training.eval_every",
     "training.log_every",
     "training.keep_checkpoints",
+    "training.max_skipped_updates",
     "evaluation.micro_batch_size",
     "model.gradient_checkpointing",
     "model.trust_remote_code",
@@ -84,10 +86,8 @@ class RunFolder:
             old = None
         if not isinstance(old, Mapping):
             raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
-        mine, theirs = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(old))
+        mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(old)
         for key in sorted(mine.keys() | theirs.keys()):
-            if ".".join(part for part in key.split(".") if not part.isdigit()) in _FREE or key.startswith("deepspeed."):
-                continue
             if mine.get(key) != theirs.get(key):
                 raise ConfigError(
                     "output_dir",
@@ -95,6 +95,11 @@ class RunFolder:
                     f"({key:.60}: {theirs.get(key)!r:.100} there, {mine.get(key)!r:.100} here)",
                     "choose another folder",
                 )
+
+    @staticmethod
+    def identity(config: RunConfig) -> str:
+        """The same for two configs if and only if a run with the one may go on from a checkpoint of the other."""
+        return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
 
     def lock(self) -> None:
         """Hold the folder until this process ends, however it ends; the lock is the kernel's, on ``.lock``.
@@ -198,6 +203,16 @@ class RunFolder:
                 continue  # the last line of a run that was killed while writing it
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run may not differ in, by their dotted names."""
+    return {
+        key: value
+        for key, value in _leaves(config)
+        if ".".join(part for part in key.split(".") if not part.isdigit()) not in _FREE
+        and not key.startswith("deepspeed.")
+    }
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

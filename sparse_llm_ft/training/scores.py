@@ -37,6 +37,7 @@ from sparse_llm_ft.scoring import (
     measure_only,
     save,
 )
+from sparse_llm_ft.signals import leave_if_asked
 from sparse_llm_ft.training.agreement import bytes_from_rank_zero, on_rank_zero
 from sparse_llm_ft.training.display import Display
 
@@ -79,6 +80,7 @@ class Scorer:
             for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
                 scores.begin_batch(batch["attention_mask"] if indices else torch.zeros_like(batch["attention_mask"]))
                 self.objective.loss(model, batch)
+                leave_if_asked()
         finally:
             for layer in layers.values():
                 layer.observe = None
@@ -145,6 +147,7 @@ class Scorer:
 
     def _report(self, done: int, layers: int) -> None:
         self.display.say(f"derived {done} of {layers} layers")
+        leave_if_asked()
 
     def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
         """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
@@ -194,7 +197,7 @@ class Scorer:
         return tensor
 
 
-_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints")
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates")
 """Settings of training that change nothing that is computed."""
 
 

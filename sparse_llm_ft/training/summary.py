@@ -69,17 +69,18 @@ class PhaseRecord:
         self.seconds += step.seconds
 
     def line(self, step: Step, loop: Loop) -> dict[str, Any]:
-        """The step as one object of metrics.jsonl."""
+        """The step as one object of metrics.jsonl; a skipped one has neither loss nor norm."""
         return {
             "step": loop.progress.step,
             "phase": self.name,
-            "loss": step.loss,
+            "loss": None if step.skipped else step.loss,
             "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
+            "grad_norm": None if step.skipped else step.grad_norm,
             "samples": loop.progress.samples,
             "tokens_per_second": step.tokens / step.seconds,
             "trainable_parameters": self.trainable_parameters,
             "active_adapters": step.active_adapters,
+            **({"skipped": True} if step.skipped else {}),
             **step.rule,
         }
 

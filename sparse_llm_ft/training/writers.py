@@ -17,10 +17,18 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, rank: int, step: int) -> None:
         self.folder = folder if rank == 0 else None
+        self.step = step
+
+    def open(self) -> None:
+        """Begin a file of events.
+
+        Raises:
+            OSError: it cannot be written. So do `write` and `close`.
+        """
         if self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # only rank 0 needs it
 
-            self.events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+            self.events = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One logged step; ``step`` and ``phase`` are its place, the numbers are drawn."""
@@ -31,7 +39,7 @@ class MetricsWriter:
             if isinstance(value, Mapping):  # omega by module
                 for name, part in value.items():
                     self.events.add_scalar(f"{key}/{name}", part, line["step"])
-            elif key not in ("step", "phase"):
+            elif key not in ("step", "phase") and value is not None:
                 self.events.add_scalar(key, value, line["step"])
 
     def close(self) -> None:

@@ -69,4 +69,4 @@ def make_loop(
     training: TrainingConfig = TRAINING,
 ) -> Loop:
     phase = Phase("train", plan).with_batch(micro, 8)
-    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(training, len(SAMPLES)), progress, WORLD, seed=3)
+    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(training, len(SAMPLES)), progress, WORLD, 3, 0)

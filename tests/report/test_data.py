@@ -61,6 +61,16 @@ def test_an_unfinished_run_is_read_up_to_its_torn_line(tmp_path: Path) -> None:
     assert second.optimizer_bytes is None and second.seconds is None
 
 
+def test_a_skipped_update_is_no_step_to_draw(tmp_path: Path) -> None:
+    folder = weight_lora_plus_run(tmp_path / "run", layers=2)
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[4] |= {"loss": None, "grad_norm": None, "skipped": True}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = RunReport.read(folder).steps
+    assert [step.step for step in steps[:6]] == [1, 2, 3, 4, 6, 7]
+
+
 def test_a_run_of_several_methods_has_all_their_names(tmp_path: Path) -> None:
     folder = lora_run(tmp_path / "run", {"a.0.q": (4, 4)}, finished=False)
     config = folder / "config.yaml"

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from sparse_llm_ft.config import merge, parse_config
+from sparse_llm_ft.config import RunConfig, merge, parse_config
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.training.run_folder import RunFolder
 
@@ -27,6 +28,17 @@ def test_another_run_is_refused_and_named(settings: dict) -> None:
     other = parse_config(merge(settings, {"training": {"learning_rate": 0.5}}))
     with pytest.raises(ConfigError, match=r"holds another run \(training.learning_rate: 0.01 there, 0.5 here\)"):
         RunFolder(config.output_dir).check(other)
+
+
+def test_the_identity_of_a_run_is_what_a_resumed_one_may_not_change(settings: dict) -> None:
+    config = parse_config(settings)
+    RunFolder(config.output_dir).begin(config, 0)
+    written = RunConfig.model_validate(yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text()))
+    same = merge(settings, {"training": {"max_skipped_updates": 0}, "deepspeed": {"zero_stage": 1}, "output_dir": "x"})
+    other = merge(settings, {"seed": 1})
+    mine = RunFolder.identity(config)
+    assert mine == RunFolder.identity(written) == RunFolder.identity(parse_config(same))
+    assert mine != RunFolder.identity(parse_config(other))
 
 
 def test_never_means_never(settings: dict) -> None:

@@ -1,0 +1,136 @@
+"""Who is found dead and who is not: without processes, on a store in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from sparse_llm_ft import signals, watch
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.watch import Patience, Watch
+
+QUICK = Patience(beat=0.02, silent=0.6, doubted=0.3, lost=0.15, store=0.2)
+
+
+class Ranks:
+    """Watches that share a store; what each said at its end, and of whom."""
+
+    def __init__(self, size: int) -> None:
+        self.store, self.up = dist.HashStore(), True
+        self.ends: dict[int, tuple[set[int], str]] = {}
+        self.watches = [self._watch(rank, size) for rank in range(size)]
+
+    def __getattr__(self, name: str) -> Any:
+        """A connection to the store."""
+        if not self.up:
+            raise dist.DistNetworkError("refused")
+        return getattr(self.store, name)
+
+    def _watch(self, rank: int, size: int) -> Watch:
+        def end(dead: set[int], text: str) -> None:
+            self.ends.setdefault(rank, (dead, text))
+            self.watches[rank]._stopped.set()  # as the end of the process would
+
+        return Watch(World(rank, size, rank, size), lambda: self, (0, "rank 0 (first)"), end, QUICK)
+
+    def die(self, rank: int) -> None:
+        self.watches[rank].close(done=False)
+
+    def wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and len(self.ends) < len(self.watches) - 1:
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    time.sleep(0.2)  # all have begun
+    yield ranks
+    for one in ranks.watches:
+        one.close(done=False)
+    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+
+
+def test_a_silent_rank_is_named_by_all_others(three: Ranks) -> None:
+    three.die(1)
+    three.wait(10)
+    assert {rank: dead for rank, (dead, _) in three.ends.items()} == {0: {1}, 2: {1}}
+    assert three.ends[0][1].startswith("rank 1 (") and three.ends[0][1] != "rank 1 ()"
+
+
+def test_nobody_is_named_while_all_beat_or_have_not_begun_or_are_done(three: Ranks) -> None:
+    three.watches[2].close(done=True)
+    alone = Watch(
+        World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda dead, text: three.ends.update(x=(dead, text)), QUICK
+    )
+    time.sleep(3 * QUICK.silent)
+    alone.close(done=True)
+    assert not three.ends
+
+
+def test_a_store_that_is_not_there_yet_is_waited_for() -> None:
+    def refuse() -> dist.Store:
+        raise dist.DistNetworkError("refused")
+
+    ends: list[str] = []
+    early = Watch(World(1, 2, 1, 2), refuse, (0, ""), lambda dead, text: ends.append(text), QUICK)
+    time.sleep(2 * QUICK.silent)
+    early.close(done=False)
+    assert not ends
+
+
+def test_a_failed_collective_waits_for_the_name_and_only_for_it(three: Ranks) -> None:
+    three.die(2)
+    started = time.monotonic()
+    three.watches[0].collective_failed()
+    assert three.ends[0][0] == {2} and time.monotonic() - started < QUICK.silent
+    started = time.monotonic()
+    three.watches[1]._limit = lambda: 1e9  # nobody is found
+    three.watches[1].collective_failed()
+    assert 1 not in three.ends and time.monotonic() - started < 5
+
+
+def test_a_rank_that_died_before_its_first_beat_is_named_once_a_collective_has_failed() -> None:
+    ends: list[tuple[set[int], str]] = []
+    first = Watch(World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda *end: ends.append(end), QUICK)
+    time.sleep(2 * QUICK.silent)
+    assert not ends
+    first._lost.set()
+    time.sleep(0.5)
+    first.close(done=False)
+    assert ends[0] == ({1}, "rank 1 (host unknown)")
+
+
+def test_who_was_asked_to_leave_doubts_sooner(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert three.watches[0]._limit() == QUICK.silent
+    monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
+    assert three.watches[0]._limit() == QUICK.doubted
+
+
+def test_a_store_that_is_gone_is_its_holders_fault_and_a_short_absence_nobodys(three: Ranks) -> None:
+    three.up = False
+    time.sleep(QUICK.silent / 3)
+    three.up = True
+    time.sleep(QUICK.silent)
+    assert not three.ends
+    three.up = False
+    three.wait(10)
+    assert three.ends[1] == ({0}, "rank 0 (first)")
+
+
+def test_processes_that_were_suspended_blame_nobody(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count no more than they can have been awake between two looks."""
+    asleep = 0.0
+    awake = time.monotonic
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: awake() + asleep))
+    time.sleep(0.2)
+    asleep = 1000.0
+    time.sleep(0.4)
+    assert not three.ends

@@ -1,0 +1,83 @@
+"""What fails on rank 0 is one error on every rank; on disks that are really full or read-only."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training import agreement
+from sparse_llm_ft.training.agreement import on_rank_zero
+from sparse_llm_ft.training.checkpoints import newest_valid, save_checkpoint
+
+ALONE = World(0, 1, 0, 1)
+PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0)})).with_batch(2, 8)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def save(checkpoints: Path, step: int, values: int) -> None:
+    tensors = {"a.lora_A": torch.ones(values)}
+    state = TrainState(tensors, {}, {"adapter": step}, Progress(step, 8 * step, 0, step), PHASE.to_dict())
+    on_rank_zero(ALONE, lambda: save_checkpoint(checkpoints, state, keep=None))
+
+
+def fill(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=16k", disk], check=True)
+
+
+def protect(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("values", "change", "reason"),
+    [(10**6, None, "No space left on device"), (10, fill, "No space left on device"), (10, protect, "Read-only")],
+)
+def test_a_save_that_fails_is_one_line_and_leaves_the_last_checkpoint(
+    small_disk: Path, values: int, change: Callable[[Path], None] | None, reason: str
+) -> None:
+    save(small_disk, 3, 10)
+    if change:
+        change(small_disk)
+    with pytest.raises(UserError, match=reason) as failure:
+        save(small_disk, 6, values)
+    assert "\n" not in str(failure.value)
+    newest, complaints = newest_valid(small_disk)
+    assert newest is not None and newest.name == "step-00000003" and not complaints
+
+
+@pytest.mark.parametrize(("kind", "error"), [(1, UserError), (2, TrainingError)])
+def test_the_others_stop_with_the_same_exit_status(kind: int, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_worst", lambda own: kind)
+    with pytest.raises(error, match="rank 0 failed"):
+        on_rank_zero(World(1, 2, 1, 2), lambda: None)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("error", [TrainingError("diverged"), ZeroDivisionError("ours")])
+def test_what_is_not_the_users_keeps_its_type_on_rank_0(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        on_rank_zero(ALONE, fail)

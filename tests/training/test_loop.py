@@ -1,0 +1,124 @@
+"""Updates that are not finite, and signals, seen from the loop: with an engine that only counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_llm_ft import signals
+from sparse_llm_ft.config import TrainingConfig
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.errors import LeaveRequest, TrainingError
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.schedule import Schedule
+
+pytestmark = pytest.mark.usefixtures("process_group")
+TRAINING = TrainingConfig(max_steps=8, global_batch_size=4, micro_batch_size=2)
+PHASE = Phase("select", AdapterPlan({"a": ModuleAdapter(2, 4.0)}), steps=4).with_batch(2, 4)
+
+
+class CountingEngine:
+    """Keeps DeepSpeed's contract: a step is an update if it ends an accumulation and its gradients are finite."""
+
+    def __init__(self) -> None:
+        self.module = torch.nn.Linear(1, 1)
+        self.updates, self.grad_norm, self._micro = 0, 1.0, 0
+
+    def forward(self, **batch: Any) -> torch.Tensor:
+        return self.module(batch["x"])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> bool:
+        self._micro += 1
+        if self._micro % 2:
+            return False
+        self.grad_norm = float(self.module.weight.grad.norm())
+        self.module.zero_grad()
+        finite = bool(torch.isfinite(torch.tensor(self.grad_norm)))
+        self.updates += finite
+        return finite
+
+
+class Numbers:
+    """Samples are numbers; `bad` holds the micro-batches, counted from 0, whose loss is infinite."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad, self.calls = bad, 0
+
+    def batch(self, samples: list[float]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(samples)[:, None]}
+
+    def loss(self, forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        return forward(**batch).sum() + (torch.inf if self.calls - 1 in self.bad else 0.0)  # its gradients are finite
+
+    def units(self, sample: float) -> int:
+        return 1
+
+    tokens = units
+
+
+class Recording:
+    needs_gradients = False
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def after_step(self, engine: Any, step: int, gradients: Any) -> dict[str, Any]:
+        self.steps.append(step)
+        return {"seen": step}
+
+    def active_adapters(self, engine: Any) -> int:
+        return 1
+
+
+def make_loop(bad: set[int], most: int) -> Loop:
+    engine: Any = CountingEngine()
+    rule: Any = Recording()
+    samples = [float(i) for i in range(1, 33)]
+    schedule = Schedule(TRAINING, len(samples))
+    return Loop(engine, PHASE, rule, samples, Numbers(bad), schedule, Progress(), World(0, 1, 0, 1), 0, most)
+
+
+def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
+    loop = make_loop(bad={2, 5}, most=2)  # the first micro-batch of step 2, the second of step 3
+    steps = list(loop.steps())
+    assert [step.skipped for step in steps] == [False, True, True, False, False, False]
+    assert (loop.progress.step, loop.progress.phase_step, loop.progress.phase_updates) == (6, 6, 4)
+    assert loop.progress.samples == 24
+    engine, rule = loop.engine, loop.rule
+    assert engine.updates == 4 and rule.steps == [1, 2, 3, 4]  # the last of the phase is not missed
+    assert "seen" not in steps[1].rule
+
+
+def test_a_good_update_between_begins_the_count_anew() -> None:
+    bad = {0, 1, 4, 5}
+    assert [step.skipped for step in make_loop(bad, most=1).steps()] == [True, False, True, False, False, False]
+    with pytest.raises(TrainingError, match="step 1 has loss inf and gradient norm nan; lower"):
+        list(make_loop(bad, most=0).steps())
+
+
+def test_too_many_in_a_row_end_the_run() -> None:
+    loop = make_loop(bad=set(range(4, 99)), most=3)
+    with pytest.raises(TrainingError, match=r"step 6 has loss inf .* after 3 skipped updates in a row; lower training"):
+        list(loop.steps())
+    assert loop.engine.updates == 2 and loop.progress.step == 5
+
+
+def test_the_signal_of_any_rank_is_known_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make_loop(set(), most=0)
+    steps = loop.steps()
+    next(steps)
+    assert loop.asked is None
+    monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[1]})
+    next(steps)
+    assert loop.asked == "SIGUSR1"
+    with pytest.raises(LeaveRequest, match="SIGUSR1: nothing new to save"):
+        signals.leave_if_asked()
