@@ -19,10 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 from unittest import mock
 
+import bitsandbytes
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -30,12 +32,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, modeling_utils
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import device, load_model
 
-SLICE_BYTES = 32 * 2**20
-"""Of a tensor, this much is read at a time: all that host memory holds of it where it goes to a GPU."""
+SLICE_BYTES = 16 * 2**20
+"""Of a tensor, this much is read at a time: all that host memory holds of it where it goes to a GPU. On a CPU this
+much is used at a time for quantising.
+"""
 
 
 @dataclass
@@ -78,6 +83,8 @@ def load_sharded_model(
             ("_tied_params_are_equal", _shards_are_equal),
         ):
             stack.enter_context(mock.patch.object(modeling_utils, name, replacement))
+        in_slices = partial(_quantize_in_slices, bitsandbytes.functional.quantize_4bit)
+        stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
         # One tensor after the other and in this thread: reading is a collective.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(_shard_what_is_set(deepspeed_settings))
@@ -88,6 +95,17 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
     """A copy of a parameter's value on the CPU, as float32, whether it is cut or not. Collective."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().float().cpu().clone()
+
+
+@contextmanager
+def gathered_by_peft() -> Iterator[None]:
+    """Inside, PEFT gathers a weight that it computes an adapter's start from (DoRA's norms), if it is cut."""
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held by a weak reference, asked for by PEFT
+    try:
+        yield
+    finally:
+        del settings
+        unset_hf_deepspeed_config()
 
 
 @dataclass(frozen=True)
@@ -240,6 +258,22 @@ def _shard_what_is_set(settings: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
+    """bitsandbytes' `quantize_4bit`, bit by bit; on a CPU slice by slice, for there it uses 14 bytes for each value."""
+    size = max(1, SLICE_BYTES // 16 // options["blocksize"]) * options["blocksize"]
+    if values.device.type != "cpu" or values.numel() <= size:
+        return quantize(values, **options)  # type: ignore[no-any-return]
+    parts = [quantize(part, **options | {"compress_statistics": False}) for part in values.flatten().split(size)]
+    codes, state = torch.cat([part for part, _ in parts]), parts[0][1]
+    state.shape, state.absmax = values.shape, torch.cat([own.absmax for _, own in parts])
+    if options["compress_statistics"]:
+        state.offset, state.nested = state.absmax.mean(), True
+        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=256
+        )
+    return codes, state
 
 
 def _shards_are_equal(one: Any, other: Any) -> bool:

@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 import method_cases  # noqa: F401  (registers its cases)
+import sharding_cases  # noqa: F401
 from case_tools import (
     CASES,
     MODEL,

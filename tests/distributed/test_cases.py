@@ -13,7 +13,7 @@ from launching import launch
 SCRIPT = Path(__file__).with_name("cases.py")
 NAMES = [
     node.name
-    for script in (SCRIPT, SCRIPT.with_name("method_cases.py"))
+    for script in (SCRIPT, SCRIPT.with_name("method_cases.py"), SCRIPT.with_name("sharding_cases.py"))
     for node in ast.parse(script.read_text()).body
     if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "case" for d in node.decorator_list)
 ]
