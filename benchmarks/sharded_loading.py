@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--bases", nargs="+", default=["nf4", "none"])
+    parser.add_argument("--ways", nargs="+", default=["whole", "sharded"])
     settings = parser.parse_args()
     print("base  loading   ranks  rank    peak  stays  shard  largest   read  mapped  seconds")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), settings.hidden, settings.layers)
-        for quantization in ("nf4", "none"):
-            for way in ("whole", "sharded"):
+        for quantization in settings.bases:
+            for way in settings.ways:
                 for ranks in settings.ranks:
                     measure(folder, quantization, way, ranks)
 

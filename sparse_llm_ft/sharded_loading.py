@@ -13,6 +13,7 @@ bitsandbytes keeps beside the weight, become a parameter of the layer, cut and g
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import Counter
@@ -148,14 +149,22 @@ class _SharedFile:
         contents: list[Any] = [None]
 
         def look() -> None:
-            # Not mapped into memory: what of a map was read stays resident until the whole file is closed.
-            self.file = safe_open(path, framework="pt", device="cpu", backend="pread")
-            slices = {name: self.file.get_slice(name) for name in self.file.keys()}  # noqa: SIM118
-            contents[0] = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            with safe_open(path, framework="pt"):  # checks that header and length of the file fit
+                pass
+            # Not read by safetensors: of its map, what was read stays resident until the file is closed, and without
+            # a map it reads a tensor whole for each slice of it.
+            self.file = open(path, "rb", buffering=0)
+            length = int.from_bytes(self.file.read(8), "little")
+            header = json.loads(self.file.read(length))
+            contents[0] = {
+                name: (entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
 
         _together(look if node.reads else None)
         dist.broadcast_object_list(contents, node.reader, group=node.group, device=device())
-        self.contents: dict[str, tuple[list[int], str]] = contents[0]
+        self.contents: dict[str, tuple[list[int], str, int]] = contents[0]
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -166,7 +175,8 @@ class _SharedFile:
         return _SharedTensor(self, name)
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.file = None
+        if self.file is not None:
+            self.file.close()
 
 
 class _SharedTensor:
@@ -174,7 +184,7 @@ class _SharedTensor:
 
     def __init__(self, file: _SharedFile, name: str) -> None:
         self.file, self.name = file, name
-        self.shape, self.type = file.contents[name]
+        self.shape, self.type, self.start = file.contents[name]
 
     def get_shape(self) -> list[int]:
         """As safetensors says it."""
@@ -200,16 +210,19 @@ class _SharedTensor:
         return value
 
     def _read(self, value: torch.Tensor) -> None:
-        part = self.file.file.get_slice(self.name)
-        if not self.shape:
-            value.copy_(part[...])
-        else:
-            rows = max(1, SLICE_BYTES * self.shape[0] // max(1, value.nbytes))
-            for start in range(0, self.shape[0], rows):
-                end = min(start + rows, self.shape[0])
-                value[start:end].copy_(part[start:end])
+        """From the file into `value`, slice by slice."""
+        stored, flat = modeling_utils.str_to_torch_dtype[self.type], value.view(-1)
+        self.file.file.seek(self.start)
+        for part in flat.split(SLICE_BYTES // stored.itemsize):
+            piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
+            rest = memoryview(piece.numpy())
+            while rest:
+                count = self.file.file.readinto(rest)
+                if not count:
+                    raise OSError(f"{self.file.file.name} ends within {self.name}")
+                rest, self.file.tally.bytes = rest[count:], self.file.tally.bytes + count
+            part.copy_(piece.view(stored))
         self.file.tally.tensors[self.name] += 1
-        self.file.tally.bytes += value.numel() * modeling_utils.str_to_torch_dtype[self.type].itemsize
 
 
 def _together(action: Callable[[], None] | None) -> None:

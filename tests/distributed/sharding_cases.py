@@ -272,5 +272,3 @@ def weights_that_do_not_fit_stop_every_rank_with_one_line() -> None:
         for load in (load_model, lambda config: load_sharded_model(config, settings_of("bfloat16"))):
             with pytest.raises(ConfigError, match=message):
                 load(config)
-
-
