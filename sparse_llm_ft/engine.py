@@ -120,6 +120,8 @@ class Engine:
         self.parameters = trained_parameters(model)
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
+        if settings.zero_stage == 3 and settings.dtype == "bfloat16":
+            zero.cast_whole(model, torch.bfloat16)
         self._hooks_before = zero.hooks(model)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed()

@@ -199,11 +199,7 @@ def load_model(config: ModelConfig, labels: int | None = None, seed: int = 0) ->
     if config.quantization != "none" or torch.cuda.is_available():
         options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
     torch.manual_seed(seed)
-    model: PreTrainedModel
-    if kind == "classifier":
-        model = _load_classifier(config, labels, **options)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, config, **options)
+    model = _load_classifier(config, labels, **options) if kind == "classifier" else _load_causal_lm(config, **options)
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
     if config.gradient_checkpointing:
@@ -231,6 +227,28 @@ def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
 
 _FRESH = "_sparse_llm_ft_fresh"
 """Attribute of a classifier: names of the modules that its checkpoint lacks. Only loading shows them."""
+
+
+def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
+    """A model all of whose weights are the checkpoint's; transformers would draw those that it lacks, and go on.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, are missing, left over or of another shape.
+    """
+    model: PreTrainedModel
+    with _silence():  # what is wrong is said in one line
+        model, report = _from_pretrained(
+            AutoModelForCausalLM, config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    for problem, names in (
+        ("lacks weights", report["missing_keys"]),
+        ("has weights that the model has no place for", report["unexpected_keys"]),
+        ("has weights of another shape", {name for name, *_ in report["mismatched_keys"]}),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ConfigError("model.name", f"{config.name!r} {problem}: {shown}", "expected a complete checkpoint")
+    return model
 
 
 def _load_classifier(config: ModelConfig, labels: int | None, **options: Any) -> PreTrainedModel:

@@ -152,6 +152,13 @@ def forget(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
+def cast_whole(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is not cut yet, fresh adapters; DeepSpeed does so only in a model of which nothing is cut."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+
+
 def hooks(model: nn.Module) -> set[tuple[int, str, int]]:
     """The hooks registered on the model's modules, to tell later which ones an engine added."""
     return {(id(m), kind, key) for m in model.modules() for kind in _HOOK_KINDS for key in getattr(m, kind)}

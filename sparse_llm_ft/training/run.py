@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from sparse_llm_ft.modeling import check_weights, load_model
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.report import write_report
+from sparse_llm_ft.sharded_loading import gathered_by_peft, load_sharded_model, whole
 from sparse_llm_ft.signals import leave_if_asked
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
@@ -136,7 +138,7 @@ class Run:
     def train(self, first: Phase) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
         state, phase = self._begin(first)
-        model = self._build_model(phase.plan)
+        model = self._build_model(phase)
         if state is None:
             record: dict[str, Any] = {
                 "run": RunFolder.identity(self.config),
@@ -145,9 +147,6 @@ class Run:
                 "micro_batch_size": self.config.training.micro_batch_size,
             }
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
-            if self.measure.samples:
-                self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
-                state.record["before"] = self.measure(model, self.folder.path / "predictions-before.jsonl")
         while True:
             engine, state = self._train_phase(model, phase, state)
             scores = self.scorer(engine, phase, self._samples(phase), state.tensors)
@@ -162,7 +161,7 @@ class Run:
     def derive(self, first: Phase) -> None:
         """Fit the head if the first phase does, measure, and show the ratios."""
         phase = self._with_steps(first)
-        model = self._build_model(phase.plan)
+        model = self._build_model(phase)
         engine = Engine(model, self._engine_settings(phase))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         for _ in loop.steps():
@@ -204,6 +203,10 @@ class Run:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, self._engine_settings(phase), masks_of(phase.plan))
         load_state(engine, phase.plan, state)
+        if self.measure.samples and state.record["before"] is None and state.progress.step == 0:
+            # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
+            self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
+            state.record["before"] = self.measure(engine.module, self.folder.path / "predictions-before.jsonl")
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
@@ -364,14 +367,21 @@ class Run:
     def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:
         on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
-    def _build_model(self, plan: AdapterPlan) -> PeftModel:
+    def _build_model(self, phase: Phase) -> PeftModel:
+        """The base with the phase's fresh adapters, the same on every rank. At stage 3 the base is already cut."""
         leave_if_asked()
-        self.display.say(f"loading {self.config.model.name}")
-        base = load_model(self.config.model, self.setup.labels, self.config.seed)
-        torch.manual_seed(self.config.seed)  # the same fresh adapters on every rank
-        model = add_adapters(base, plan)
+        config, labels, plan = self.config, self.setup.labels, phase.plan
+        self.display.say(f"loading {config.model.name}")
+        if sharded := config.deepspeed.zero_stage == 3:
+            settings = self._engine_settings(phase).to_deepspeed()
+            base = load_sharded_model(config.model, settings, labels, config.seed)
+        else:
+            base = load_model(config.model, labels, config.seed)
+        torch.manual_seed(config.seed)
+        with gathered_by_peft() if sharded else nullcontext():
+            model = add_adapters(base, plan)
         heads = {} if EVERYTHING in plan.trained else trained_parameters(model)
-        self.head = {n: p.detach().float().cpu().clone() for n, p in heads.items() if not is_adapter(n)}
+        self.head = {name: whole(p) for name, p in heads.items() if not is_adapter(name)}
         return model
 
     def _engine_settings(self, phase: Phase) -> EngineSettings:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 import mask_cases  # noqa: F401  (registers its cases)
 import method_cases  # noqa: F401
 import rebuild_cases  # noqa: F401
+import sharding_cases  # noqa: F401
 from case_tools import (
     CASES,
     MODEL,

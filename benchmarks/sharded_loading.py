@@ -1,0 +1,166 @@
+"""What loading a base costs each rank at ZeRO stage 3: whole, then cut by DeepSpeed; or cut while it is read.
+
+    python benchmarks/sharded_loading.py [--hidden 1536] [--layers 12] [--ranks 1 2 4]
+
+A random Llama is written into a temporary folder in several files. For every way, type and number of ranks, processes
+are started anew; each prints, in MiB: the peak of its resident memory while loading and what stays of it, both above
+what it held before (VmHWM and VmRSS, so pages of mapped files count, shared ones on every rank); the bytes of its
+parameters; the largest tensor of the checkpoint; and what it read from files by read calls and through maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHARD_SIZE = "150MB"
+
+
+def main() -> None:
+    """Write the model, start the processes, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--bases", nargs="+", default=["nf4", "none"])
+    parser.add_argument("--ways", nargs="+", default=["whole", "sharded"])
+    settings = parser.parse_args()
+    print("base  loading   ranks  rank    peak  stays  shard  largest   read  mapped  seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), settings.hidden, settings.layers)
+        for quantization in settings.bases:
+            for way in settings.ways:
+                for ranks in settings.ranks:
+                    measure(folder, quantization, way, ranks)
+
+
+def write_model(folder: Path, hidden: int, layers: int) -> None:
+    """A Llama of random bfloat16 weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_default_dtype(torch.bfloat16)
+    config = LlamaConfig(
+        vocab_size=16000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def measure(folder: str, quantization: str, way: str, ranks: int) -> None:
+    """Start the processes and print a line for each."""
+    # Freed memory goes back to the system at once, so that what is resident is what is held.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", str(ranks), "--standalone", __file__]
+    result = subprocess.run(
+        [*map(str, command), "--child", folder, quantization, way],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    if result.returncode or len(lines) != ranks:
+        sys.exit(result.stderr[-4000:])
+    for line in sorted(lines, key=lambda entry: entry["rank"]):
+        keys = ("peak", "stays", "shard", "largest", "read", "mapped")
+        peak, stays, shard, largest, read, mapped = (f"{line[key] / 2**20:.0f}" for key in keys)
+        print(
+            f"{quantization:5} {way:8} {ranks:6} {line['rank']:5} {peak:>7} {stays:>6} {shard:>6} {largest:>8} "
+            f"{read:>6} {mapped:>7} {line['seconds']:8.1f}",
+            flush=True,
+        )
+
+
+def child(folder: str, quantization: str, way: str) -> None:
+    """Load on this rank and print what it took, in bytes."""
+    from sparse_llm_ft.distributed import find_world, prepare_cpu
+
+    world = find_world()
+    prepare_cpu(world)
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from safetensors import safe_open
+
+    from sparse_llm_ft.config import ModelConfig
+    from sparse_llm_ft.engine import EngineSettings, init_distributed
+    from sparse_llm_ft.modeling import load_model
+    from sparse_llm_ft.sharded_loading import load_sharded_model
+
+    def load(model: str) -> Any:
+        config = ModelConfig(name=model, dtype="bfloat16", quantization=quantization)  # type: ignore[arg-type]
+        settings = EngineSettings(3, "bfloat16", 1, 1, 1.0, 0.0, 0.0, "adamw", {}).to_deepspeed()
+        if way == "sharded":
+            return load_sharded_model(config, settings)
+        whole = load_model(config)
+        deepspeed.zero.Init(module=whole, config_dict_or_path=settings)  # as an engine does when it is built
+        return whole
+
+    init_distributed()
+    warm_up(load, Path(folder), world.rank)
+    gc.collect()
+    before, read_before, start = resident(), read_calls(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    model = load(folder)
+    peak, seconds = status("VmHWM"), time.perf_counter() - start
+    gc.collect()
+    parameters = list(model.parameters())
+    shard = sum(getattr(p, "ds_tensor", p).nbytes for p in parameters)
+    sizes = {}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                sizes[name] = 2 * torch.Size(stored.get_slice(name).get_shape()).numel()
+    read = read_calls() - read_before
+    dist.barrier()
+    line = {"rank": world.rank, "peak": peak - before, "stays": resident() - before, "shard": shard}
+    line |= {"largest": max(sizes.values()), "read": read, "mapped": sum(sizes.values()) if way == "whole" else 0}
+    sys.stdout.write(json.dumps(line | {"seconds": seconds}) + "\n")
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def warm_up(load: Any, folder: Path, rank: int) -> None:
+    """Load a tiny model, so that libraries, tables and connections are there before anything is measured."""
+    import torch.distributed as dist
+
+    tiny = folder / "tiny"
+    if rank == 0 and not tiny.exists():
+        write_model(tiny, 256, 1)
+    dist.barrier()
+    load(str(tiny))
+
+
+def resident() -> int:
+    """Bytes of resident memory."""
+    return status("VmRSS")
+
+
+def status(key: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def read_calls() -> int:
+    """Bytes that read calls returned; sockets and pipes included."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        main()
