@@ -240,9 +240,9 @@ def main() -> int:
     import_everything()
     started = time.monotonic()
     trials = draw_trials(arguments.trials, arguments.seed, arguments.world, arguments.configurations)
-    if arguments.sabotage:  # what is spoilt must be in use: a checkpoint after four steps
+    if arguments.sabotage:  # what is spoilt must be in use: a checkpoint after step 4, and step 5 to be done again
         for trial in trials:
-            trial.blows = [Blow((0,), "step", 5 if not trial.configuration.changes else 7)]
+            trial.blows = [Blow((0,), "step", 6)]
     folder = Path(tempfile.mkdtemp(prefix="kill-trials-"))
     runner = Trials(folder, arguments.world, arguments.sabotage)
     for trial in trials:
