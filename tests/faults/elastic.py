@@ -80,7 +80,9 @@ class Journeys:
             kill = Kill(tuple(range(ranks))) if arrival else None
             tree["deepspeed"] = {"zero_stage": stage}
             statuses = run_world(tree, ranks, folder / "logs", kill, before)
-            assert statuses == [-9 if arrival else 0] * ranks, f"{statuses}\n{last_lines(folder / 'logs')}"
+            # A rank may notice that another one is gone before its own kill comes.
+            as_wanted = statuses[0] == -9 and all(statuses) if arrival else not any(statuses)
+            assert as_wanted, f"{statuses}\n{last_lines(folder / 'logs')}"
         return folder / "run", consumed(folder, len(legs), [ranks for ranks, _ in legs])
 
     def uninterrupted(self, method: str, dtype: str) -> tuple[Path, Samples]:

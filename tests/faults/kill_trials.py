@@ -117,9 +117,9 @@ class Trials:
                 trial.differences.append(f"resumed, it ended with {statuses}")
         except (RuntimeError, TimeoutError) as error:  # not even undisturbed, or it hangs
             trial.differences.append(str(error))
-        if trial.differences:
+        if trial.differences and (self.folder / name).is_dir():
             trial.differences.append(last_lines(self.folder / name / "logs"))
-        else:
+        elif not trial.differences:
             attempts = len(trial.blows) + 1
             trial.differences += differences(whole.run, self.folder / name / "run")
             if consumed(self.folder / name, attempts, [self.world_size] * attempts) != whole.samples:
