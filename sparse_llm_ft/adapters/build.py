@@ -31,8 +31,11 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftMod
     config: PeftConfig = SparseLoraConfig(plan=plan) if plan.tuner == "sparse_lora" else peft_config(plan)
     # For classification PEFT would copy the head, which is trained in place here.
     config.task_type = None if plan.trained else "CAUSAL_LM"
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     peft_model = get_peft_model(model, config, **options)
     assert isinstance(peft_model, PeftModel)
+    if plan.tuner == "vera":
+        _cast_vera(model, dtype)
     for name in plan.trained:
         model.get_submodule(name).requires_grad_(True)
     clear_masked(peft_model, plan)
@@ -101,6 +104,17 @@ def save_peft_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _cast_vera(model: nn.Module, dtype: torch.dtype) -> None:
+    """Scaling vectors and frozen projections in the base's precision.
+
+    PEFT makes both float32 and lets the vectors decide what it computes in; DeepSpeed casts parameters, and so the
+    vectors, but not buffers, and so not the projections. The vectors' float32 masters are DeepSpeed's.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if ".vera_" in name:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _number(value: float) -> float:

@@ -58,6 +58,17 @@ def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: 
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+def test_trained_parameters_may_be_cast_to_the_bases_precision(tuner: str) -> None:
+    """As DeepSpeed casts them: parameters, and no buffers."""
+    base = MODELS["llama"].build().to(torch.bfloat16)
+    model = add_adapters(base, plan_for(base, tuner))
+    before = logits(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    torch.testing.assert_close(logits(model), before, rtol=0.02, atol=0.02)
+
+
 def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
     base = MODELS["llama"].build()
     plan = plan_for(base, "adalora")

@@ -69,7 +69,7 @@ class Journeys:
             AssertionError: a leg that ended in another way than it should.
         """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        tree = run_settings(self.model, self.data, folder / "run")
+        tree = run_settings(self.model, self.data, folder / "run") | {"report": False}
         tree["model"]["dtype"] = dtype
         tree["adapter"]["lora_dropout"] = 0.0
         tree["method"] = METHODS[method]
@@ -80,7 +80,9 @@ class Journeys:
             kill = Kill(tuple(range(ranks))) if arrival else None
             tree["deepspeed"] = {"zero_stage": stage}
             statuses = run_world(tree, ranks, folder / "logs", kill, before)
-            assert statuses == [-9 if arrival else 0] * ranks, f"{statuses}\n{last_lines(folder / 'logs')}"
+            # A rank may notice that another one is gone before its own kill comes.
+            as_wanted = statuses[0] == -9 and all(statuses) if arrival else not any(statuses)
+            assert as_wanted, f"{statuses}\n{last_lines(folder / 'logs')}"
         return folder / "run", consumed(folder, len(legs), [ranks for ranks, _ in legs])
 
     def uninterrupted(self, method: str, dtype: str) -> tuple[Path, Samples]:

@@ -62,6 +62,11 @@ class Trial:
     differences: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def reports(self) -> bool:
+        """Whether its runs draw pictures."""
+        return any(blow.place == "report" for blow in self.blows)
+
 
 @dataclass
 class Whole:
@@ -109,28 +114,32 @@ class Trials:
             for attempt, blow in enumerate(trial.blows):
                 if blow.seconds is not None:
                     blow.seconds *= whole.seconds
-                blow.statuses = self._attempt(trial.configuration, name, attempt, blow)
+                blow.statuses = self._attempt(trial.configuration, name, attempt, blow, trial.reports)
                 if any(blow.statuses) and not blow.fell:
                     trial.differences.append(f"attempt {attempt} ended by itself: {blow.statuses}")
-            statuses = self._attempt(trial.configuration, name, len(trial.blows))
+            statuses = self._attempt(trial.configuration, name, len(trial.blows), report=trial.reports)
             if any(statuses):
                 trial.differences.append(f"resumed, it ended with {statuses}")
         except (RuntimeError, TimeoutError) as error:  # not even undisturbed, or it hangs
             trial.differences.append(str(error))
-        if trial.differences:
+        if trial.differences and (self.folder / name).is_dir():
             trial.differences.append(last_lines(self.folder / name / "logs"))
-        else:
+        elif not trial.differences:
             attempts = len(trial.blows) + 1
             trial.differences += differences(whole.run, self.folder / name / "run")
+            if trial.reports and not (self.folder / name / "run" / "report" / "index.html").is_file():
+                trial.differences.append("there is no report")
             if consumed(self.folder / name, attempts, [self.world_size] * attempts) != whole.samples:
                 trial.differences.append("other samples were consumed, or in another order")
         trial.seconds = time.monotonic() - started
         if not trial.differences:
             shutil.rmtree(self.folder / name)
 
-    def _attempt(self, configuration: Configuration, name: str, attempt: int, blow: Blow | None = None) -> list[int]:
+    def _attempt(
+        self, configuration: Configuration, name: str, attempt: int, blow: Blow | None = None, report: bool = False
+    ) -> list[int]:
         folder = self.folder / name
-        tree = settings(configuration, self.model, self.data, folder / "run")
+        tree = settings(configuration, self.model, self.data, folder / "run", report)
         before = partial(self._before, folder, attempt, blow)
         kill = Kill(blow.ranks, blow.seconds, blow.launcher_polls) if blow else None
         return run_world(tree, self.world_size, folder / "logs", kill, before)
@@ -183,6 +192,7 @@ def report(trials: list[Trial], arguments: argparse.Namespace, seconds: float) -
         return dict(sorted(Counter(str(key(*pair)) for pair in fell).items()))
 
     return {
+        "first": arguments.first,
         "trials": len(trials),
         "seed": arguments.seed,
         "world_size": arguments.world,
@@ -229,6 +239,7 @@ def table(numbers: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0, help="go on with this trial of the series")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=2, help="ranks; global batch 8 in micro-batches of 2")
     parser.add_argument(
@@ -239,20 +250,21 @@ def main() -> int:
     arguments = parser.parse_args()
     import_everything()
     started = time.monotonic()
-    trials = draw_trials(arguments.trials, arguments.seed, arguments.world, arguments.configurations)
-    if arguments.sabotage:  # what is spoilt must be in use: a checkpoint after four steps
+    trials = draw_trials(arguments.trials, arguments.seed, arguments.world, arguments.configurations)[arguments.first :]
+    if arguments.sabotage:  # what is spoilt must be in use: a checkpoint after step 4, and step 5 to be done again
         for trial in trials:
-            trial.blows = [Blow((0,), "step", 5 if not trial.configuration.changes else 7)]
+            trial.blows = [Blow((0,), "step", 6)]
     folder = Path(tempfile.mkdtemp(prefix="kill-trials-"))
     runner = Trials(folder, arguments.world, arguments.sabotage)
-    for trial in trials:
+    numbers: dict[str, Any] = {}
+    for done, trial in enumerate(trials, 1):
         runner.run(trial)
         said = "; ".join(difference.splitlines()[0] for difference in trial.differences) or "the same"
         kills = ", ".join(f"{blow.place}{'' if blow.fell else ' (too late)'}" for blow in trial.blows)
         print(f"{trial.number}: {trial.configuration}: {kills}: {said} ({trial.seconds:.0f} s)", flush=True)  # noqa: T201
-    numbers = report(trials, arguments, time.monotonic() - started)
-    arguments.report.write_text(json.dumps(numbers, indent=1) + "\n")
-    arguments.report.with_suffix(".md").write_text(table(numbers))
+        numbers = report(trials[:done], arguments, time.monotonic() - started)
+        arguments.report.write_text(json.dumps(numbers, indent=1) + "\n")
+        arguments.report.with_suffix(".md").write_text(table(numbers))
     if numbers["mismatches"]:
         sys.stderr.write(f"what differs is in {folder}\n")
         return 1

@@ -50,9 +50,15 @@ CONFIGURATIONS = [
 ]
 
 
-def settings(configuration: Configuration, model: Path, data: Path, output_dir: Path) -> dict[str, Any]:
-    """8 counted steps: checkpoints every 2, of which 2 stay; the validation loss every 3; dropout where it can be."""
-    tree = run_settings(model, data, output_dir)
+def settings(
+    configuration: Configuration, model: Path, data: Path, output_dir: Path, report: bool = False
+) -> dict[str, Any]:
+    """8 counted steps: checkpoints every 2, of which 2 stay; the validation loss every 3; dropout where it can be.
+
+    Args:
+        report: whether pictures are drawn, which takes longer than all the rest.
+    """
+    tree = run_settings(model, data, output_dir) | {"report": report}
     tree["model"]["dtype"] = configuration.dtype
     tree["deepspeed"] = {"zero_stage": configuration.stage}
     tree["training"] |= {"save_every": 2, "keep_checkpoints": 2, "eval_every": 3, "warmup_steps": 2}
