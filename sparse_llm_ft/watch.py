@@ -45,8 +45,9 @@ class Patience:
 
 
 class Watch:
-    """The thread of one rank.
+    """The threads of one rank: one talks to the store, one judges.
 
+    Whoever talks may wait for ever: a host that is frozen accepts a connection and never answers.
     Time counts only while this process itself is running: who wakes from a suspension must not blame all others.
 
     Args:
@@ -70,31 +71,40 @@ class Watch:
         self._silent = dict.fromkeys(self._others, 0.0)
         self._deaf, self._beats, self._met = 0.0, 0, False
         self._store: Any = None
+        self._heard: list[str] | None = None
         self._stopped, self._lost = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        self._talker, self._judge = (
+            threading.Thread(target=target, name="watch", daemon=True) for target in (self._talk, self._look)
+        )
+        self._talker.start()
+        self._judge.start()
 
     def collective_failed(self) -> None:
-        """Wait while the thread finds out who is gone and ends the process; returns if nobody is."""
+        """Wait while it is found out who is gone and the process ends; returns if nobody is."""
         self._lost.set()
-        self._thread.join(2 * (self.patience.lost + self.patience.beat + self.patience.store))
+        self._judge.join(2 * (self.patience.lost + self.patience.beat + self.patience.store))
 
     def close(self, done: bool) -> None:
         """Stop; if `done`, tell the others that this rank's silence is right."""
         self._stopped.set()
-        self._thread.join(2 * self.patience.store)
-        if done and not self._thread.is_alive():
+        self._judge.join()
+        self._talker.join(2 * self.patience.store)
+        if done and not self._talker.is_alive():
             self._say(_DONE)
 
-    def _run(self) -> None:
-        before = time.monotonic()
+    def _talk(self) -> None:
         while not self._stopped.is_set():
             self._beats += 1
-            beats = self._say(f"{self._beats} {socket.gethostname()}")
-            now = time.monotonic()
-            self._judge(beats, min(now - before, self.patience.beat + 2 * self.patience.store))
-            before = now
+            self._heard = self._say(f"{self._beats} {socket.gethostname()}")
             self._stopped.wait(self.patience.beat)
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._stopped.wait(self.patience.beat):
+            heard, self._heard = self._heard, None
+            now = time.monotonic()
+            self._weigh(heard, min(now - before, 2 * self.patience.beat))
+            before = now
 
     def _say(self, beat: str) -> list[str] | None:
         """Write this rank's beat and read the others'; None if the store did not answer."""
@@ -110,7 +120,8 @@ class Watch:
             self._store = None  # a late answer to this question would be taken for one to the next
             return None
 
-    def _judge(self, beats: list[str] | None, seconds: float) -> None:
+    def _weigh(self, beats: list[str] | None, seconds: float) -> None:
+        """Take what was heard since the last look, `seconds` ago; None: nothing."""
         if beats is None:
             self._deaf += seconds if self._met else 0.0  # its holder may still be loading
         else:

@@ -15,7 +15,7 @@ from sparse_llm_ft import signals, watch
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.watch import Patience, Watch
 
-QUICK = Patience(beat=0.02, silent=0.6, doubted=0.3, lost=0.15, store=0.2)
+QUICK = Patience(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
 
 
 class Ranks:
@@ -23,11 +23,14 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.store, self.up = dist.HashStore(), True
+        self.answers = threading.Event()
+        self.answers.set()
         self.ends: dict[int, tuple[set[int], str]] = {}
         self.watches = [self._watch(rank, size) for rank in range(size)]
 
     def __getattr__(self, name: str) -> Any:
         """A connection to the store."""
+        self.answers.wait()
         if not self.up:
             raise dist.DistNetworkError("refused")
         return getattr(self.store, name)
@@ -51,7 +54,7 @@ class Ranks:
 @pytest.fixture
 def three() -> Iterator[Ranks]:
     ranks = Ranks(3)
-    time.sleep(0.2)  # all have begun
+    time.sleep(0.5)  # all have begun
     yield ranks
     for one in ranks.watches:
         one.close(done=False)
@@ -99,11 +102,12 @@ def test_a_failed_collective_waits_for_the_name_and_only_for_it(three: Ranks) ->
 
 def test_a_rank_that_died_before_its_first_beat_is_named_once_a_collective_has_failed() -> None:
     ends: list[tuple[set[int], str]] = []
-    first = Watch(World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda *end: ends.append(end), QUICK)
+    first = Watch(
+        World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda *end: (ends.append(end), first._stopped.set()), QUICK
+    )
     time.sleep(2 * QUICK.silent)
     assert not ends
-    first._lost.set()
-    time.sleep(0.5)
+    first.collective_failed()
     first.close(done=False)
     assert ends[0] == ({1}, "rank 1 (host unknown)")
 
@@ -116,12 +120,19 @@ def test_who_was_asked_to_leave_doubts_sooner(three: Ranks, monkeypatch: pytest.
 
 def test_a_store_that_is_gone_is_its_holders_fault_and_a_short_absence_nobodys(three: Ranks) -> None:
     three.up = False
-    time.sleep(QUICK.silent / 3)
+    time.sleep(QUICK.silent / 4)
     three.up = True
     time.sleep(QUICK.silent)
     assert not three.ends
     three.up = False
     three.wait(10)
+    assert three.ends[1] == ({0}, "rank 0 (first)")
+
+
+def test_a_store_that_accepts_and_never_answers_is_its_holders_fault_too(three: Ranks) -> None:
+    three.answers.clear()
+    three.wait(10)
+    three.answers.set()
     assert three.ends[1] == ({0}, "rank 0 (first)")
 
 
