@@ -83,7 +83,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
     """
     folder = checkpoint_folder(checkpoints, state.progress.step)
     try:
-        load_checkpoint(folder, state.record.get("run"))
+        load_checkpoint(folder, run=state.record.get("run"))
     except CheckpointError:
         _check_finite(state)
         state.save(folder)

@@ -17,6 +17,8 @@ from sparse_llm_ft.adapters import (
     save_peft_adapter,
     trained_parameters,
 )
+from sparse_llm_ft.adapters.masking import optimizer_masks
+from sparse_llm_ft.optim import LineMask, SparseAdamW
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, uniform_plan
 from tiny_models import IDS, MODELS
 
@@ -75,10 +77,15 @@ def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
     name = next(iter(plan.modules))
     d_out, d_in = find_targets(base, "all-linear")[name]
     rows, cols = Kept(d_out, (0, d_out - 1)), Kept(d_in, (1, 2, 5))
-    plan = replace(plan, modules=plan.modules | {name: replace(plan.active[name], rows=rows, cols=cols)})
+    modules = plan.modules | {name: replace(plan.active[name], rows=rows, cols=cols)}
+    plan = replace(plan, modules=modules, masking="optimizer")
     model = add_adapters(base, plan).train()
     trained = trained_parameters(model)
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.05, weight_decay=0.1)
+    masks = {
+        n: LineMask(lines.width, lines.dimension, lines.kept.indices) for n, lines in optimizer_masks(plan).items()
+    }
+    kept = {trained[n]: mask.indices(0, trained[n].numel()) for n, mask in masks.items()}
+    optimizer = SparseAdamW(trained.values(), lr=0.05, weight_decay=0.1, kept=kept)
     for _ in range(4):
         loss = model(input_ids=IDS).logits.square().mean() + orthogonality(trained)
         loss.backward()
