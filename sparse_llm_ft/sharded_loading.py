@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from unittest import mock
@@ -153,7 +154,7 @@ class _SharedFile:
                 pass
             # Not read by safetensors: of its map, what was read stays resident until the file is closed, and without
             # a map it reads a tensor whole for each slice of it.
-            self.file = open(path, "rb", buffering=0)
+            self.file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (closed in __exit__)
             length = int.from_bytes(self.file.read(8), "little")
             header = json.loads(self.file.read(length))
             contents[0] = {
