@@ -216,7 +216,8 @@ class _SharedTensor:
         self.file.file.seek(self.start)
         for part in flat.split(SLICE_BYTES // stored.itemsize):
             piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
-            rest = memoryview(piece.numpy())
+            bytes_of: Any = piece.numpy()
+            rest = memoryview(bytes_of)
             while rest:
                 count = self.file.file.readinto(rest)
                 if not count:
