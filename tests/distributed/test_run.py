@@ -166,3 +166,20 @@ def test_the_commands_around_a_run(finished_run: Path, tmp_path: Path, capsys: p
             config = ["--config", str(finished_run / "config.yaml"), f"output_dir={tmp_path / 'x'}"]
             command_line(["check", *config, *wrong] if wrong[0] != "--processes" else ["check", *wrong, *config])
         assert stop.value.code == 2
+
+
+def test_a_run_on_a_sharded_four_bit_base(plus_settings: dict, tmp_path: Path) -> None:
+    """Stage 3: measured before it trains, through a change of phase, to the end."""
+    settings = plus_settings | {
+        "model": plus_settings["model"] | {"dtype": "bfloat16", "quantization": "nf4"},
+        "deepspeed": {"zero_stage": 3},
+        "output_dir": str(tmp_path / "run"),
+        "report": False,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    result = launch(TRAIN, "--config", str(config), timeout=900)
+    assert result.returncode == 0, last_lines(result)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["zero_stage"], summary["quantization"], len(summary["phases"])) == (3, "nf4", 2)
+    assert summary["metrics"]["after"]["loss"] < summary["metrics"]["before"]["loss"]
