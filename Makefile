@@ -5,7 +5,7 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup quickstart test test-long test-all lint clean
+.PHONY: setup quickstart test test-long test-distributed test-all lint clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ test: $(READY)
 
 test-long: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
+
+# Every stage, dtype, world and offload; fifty kill trials; every fault. Hours on two cores.
+test-distributed: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/distributed tests/faults
 
 test-all: test test-long
 

@@ -30,10 +30,17 @@ SAMPLES = [
 ]
 OBJECTIVE, PLAIN = CompletionObjective(0, keeps_logits=True), CompletionObjective(0, keeps_logits=False)
 CASES: dict[str, Callable[[], None]] = {}
+LONG_CASES: dict[str, Callable[[], None]] = {}
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
     CASES[function.__name__] = function
+    return function
+
+
+def long_case(function: Callable[[], None]) -> Callable[[], None]:
+    """One for `make test-long`, in a launch of its own with the others of its kind."""
+    LONG_CASES[function.__name__] = function
     return function
 
 

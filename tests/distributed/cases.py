@@ -1,6 +1,6 @@
 """Cases that need two ranks; all run inside one launch, since starting one costs more than all of them.
 
-    deepspeed --num_gpus 2 tests/distributed/cases.py MODEL_FOLDER RESULTS_JSON
+    deepspeed --num_gpus 2 tests/distributed/cases.py [long] MODEL_FOLDER RESULTS_JSON
 
 Rank 0 writes case name -> "passed" or a traceback. A rank that fails ends the launch, so that no other one waits.
 """
@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 import weakref
 from dataclasses import replace
@@ -28,6 +29,7 @@ import rebuild_cases  # noqa: F401
 import sharding_cases  # noqa: F401
 from case_tools import (
     CASES,
+    LONG_CASES,
     MODEL,
     OBJECTIVE,
     PLAIN,
@@ -363,10 +365,12 @@ def main() -> None:
     prepare_cpu(WORLD)
     init_distributed()
     results = {}
-    for name, function in CASES.items():
+    for name, function in (LONG_CASES if "long" in sys.argv else CASES).items():
+        started = time.monotonic()
         try:
             function()
             results[name] = "passed"
+            sys.stderr.write(f"{name}: {time.monotonic() - started:.1f} s\n")
         except BaseException:
             results[name] = traceback.format_exc()
         if WORLD.rank == 0 or results[name] != "passed":

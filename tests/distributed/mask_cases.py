@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from case_tools import TRAINING, WORLD, base_model, case, engine_settings, make_loop, plan_for, start_values
+from case_tools import (
+    TRAINING,
+    WORLD,
+    base_model,
+    case,
+    engine_settings,
+    long_case,
+    make_loop,
+    plan_for,
+    start_values,
+)
 from method_cases import sparse_plan
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
 from sparse_llm_ft.adapters.convert import full_pair
@@ -55,8 +65,17 @@ def start_of(plan: AdapterPlan) -> TrainState:
 
 
 @case
-def both_homes_of_masks_agree_at_every_stage() -> None:
+def both_homes_of_masks_agree() -> None:
     """Losses and delta W of 30 steps, shared adapters among them, clipping and weight decay on (1e-5, float32)."""
+    check_homes(((2, {}), (3, OFFLOADED)))
+
+
+@long_case
+def both_homes_of_masks_agree_at_every_stage_with_and_without_offload() -> None:
+    check_homes(((0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOADED), (2, OFFLOADED), (3, OFFLOADED)))
+
+
+def check_homes(where: tuple) -> None:
     compact = sparse_plan(base_model())
     home = replace(compact, masking="optimizer")
     start = start_of(compact)
@@ -64,15 +83,15 @@ def both_homes_of_masks_agree_at_every_stage() -> None:
     assert losses[-1] < losses[0] - 0.1, "nothing is learned: the comparison would show nothing"
     assert max(norms) > TRAINING.max_grad_norm, "nothing is clipped: norms over other entries would go unnoticed"
     deltas = {name: torch.matmul(*reversed(full_pair(name, compact, values))) for name in compact.active}
-    for stage, extra in ((0, {}), (1, {}), (2, {}), (3, {}), (2, OFFLOADED), (3, OFFLOADED)):
+    for stage, extra in where:
         for plan in (compact, home):
             other, other_norms, trained, other_moments = train(plan, stage, start, extra)
-            where = (stage, plan.masking, extra)
-            assert max(abs(a - b) for a, b in zip(losses, other, strict=True)) < 1e-5, where
-            assert max(abs(a - b) for a, b in zip(norms[:5], other_norms[:5], strict=True)) < 1e-5, where
+            at = (stage, plan.masking, extra)
+            assert max(abs(a - b) for a, b in zip(losses, other, strict=True)) < 1e-5, at
+            assert max(abs(a - b) for a, b in zip(norms[:5], other_norms[:5], strict=True)) < 1e-5, at
             for name, delta in deltas.items():
                 found = torch.matmul(*reversed(full_pair(name, plan, trained)))
-                assert (found - delta).abs().max() < 1e-5, (where, name)
+                assert (found - delta).abs().max() < 1e-5, (at, name)
             assert {n: {k: t.shape for k, t in m.items()} for n, m in other_moments.items()} == {
                 n: {k: t.shape for k, t in m.items()} for n, m in moments.items()
             }
@@ -122,7 +141,7 @@ def check_untouched(plan: AdapterPlan, before: dict, after: dict, moments: dict)
     assert len(changed) == len(after)
 
 
-@case
+@long_case
 def element_wise_masks_work_on_every_tuner_of_peft() -> None:
     """LoRA, DoRA and AdaLoRA under entry masks: as torch's AdamW on everything, with masked entries put back."""
     base = base_model()

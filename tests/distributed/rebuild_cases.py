@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from case_tools import MODEL, WORLD, base_model, case, engine_settings, make_loop, plan_for
+from case_tools import MODEL, WORLD, base_model, case, engine_settings, long_case, make_loop, plan_for
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.config import ModelConfig
@@ -47,7 +47,7 @@ def base_storages(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-@case
+@long_case
 def twenty_changes_of_plan_leave_base_and_memory_as_they_are() -> None:
     """At stages 2 and 3, bfloat16 and nf4: the base stays where it is, and after each second change exactly as many
     bytes are alive as after the second one.

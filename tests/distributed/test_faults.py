@@ -99,6 +99,7 @@ def test_a_signal_to_one_rank_saves_the_step_of_all_and_leaves_with_75(
     assert both[0] == both[1]
 
 
+@pytest.mark.long
 def test_a_signal_outside_the_loop_leaves_with_75_too(plus_settings: dict, tmp_path: Path) -> None:
     config = write_config(plus_settings, tmp_path)
     result = train(config, "TERM:0:measuring", launcher="python", ranks=1)
@@ -163,6 +164,7 @@ def test_a_dead_rank_is_named_by_the_other(
     assert "Traceback" not in output
 
 
+@pytest.mark.long
 def test_under_a_launcher_the_dead_rank_is_named_before_the_others_are_killed(
     plus_settings: dict, tmp_path: Path
 ) -> None:
@@ -195,6 +197,7 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(plus_s
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.tensors.values())
 
 
+@pytest.mark.long
 def test_a_log_that_cannot_be_written_stops_all_ranks_with_one_line(plus_settings: dict, tmp_path: Path) -> None:
     config = write_config(plus_settings, tmp_path)
     result = train(config, "full:0:step-5")
@@ -215,6 +218,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.long
 def test_a_second_job_is_refused_and_a_killed_first_one_is_not_in_the_way(plus_settings: dict, tmp_path: Path) -> None:
     config = write_config(plus_settings, tmp_path)
     holder = subprocess.Popen(
