@@ -45,9 +45,10 @@ class Ranks:
     def die(self, rank: int) -> None:
         self.watches[rank].close(done=False)
 
-    def wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and len(self.ends) < len(self.watches) - 1:
+    def wait_for(self, *ranks: int) -> None:
+        """Until these have ended, 10 s at most."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not set(ranks) <= self.ends.keys():
             time.sleep(0.01)
 
 
@@ -63,7 +64,7 @@ def three() -> Iterator[Ranks]:
 
 def test_a_silent_rank_is_named_by_all_others(three: Ranks) -> None:
     three.die(1)
-    three.wait(10)
+    three.wait_for(0, 2)
     assert {rank: dead for rank, (dead, _) in three.ends.items()} == {0: {1}, 2: {1}}
     assert three.ends[0][1].startswith("rank 1 (") and three.ends[0][1] != "rank 1 ()"
 
@@ -125,15 +126,13 @@ def test_a_store_that_is_gone_is_its_holders_fault_and_a_short_absence_nobodys(t
     time.sleep(QUICK.silent)
     assert not three.ends
     three.up = False
-    three.wait(10)
+    three.wait_for(1)
     assert three.ends[1] == ({0}, "rank 0 (first)")
 
 
 def test_a_store_that_accepts_and_never_answers_is_its_holders_fault_too(three: Ranks) -> None:
     three.answers.clear()
-    deadline = time.monotonic() + 10
-    while 1 not in three.ends and time.monotonic() < deadline:
-        time.sleep(0.01)
+    three.wait_for(1)
     three.answers.set()
     assert three.ends[1] == ({0}, "rank 0 (first)")
 
