@@ -177,6 +177,7 @@ def test_under_a_launcher_the_dead_rank_is_named_before_the_others_are_killed(
     assert newest_valid(config.parent / "run" / "checkpoints")[0] is not None
 
 
+@pytest.mark.long
 def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(plus_settings: dict, tmp_path: Path) -> None:
     """Rank 1's loss is infinite, with finite gradients, in steps 3 and 4 and from 10 on."""
     config = write_config(plus_settings, tmp_path)

@@ -45,6 +45,7 @@ def same_as(finished: Path, config: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_killed_in_the_phase_change_and_then_in_a_save(finished_run: Path, plus_settings: dict, tmp_path: Path) -> None:
     """First between the engines of two phases, then, resumed, within the writing of the checkpoint of step 8."""
     config = write_config(plus_settings, tmp_path)

@@ -39,11 +39,11 @@ def test_a_run_that_differs_is_not_passed() -> None:
 
 def test_a_slice(tmp_path: Path) -> None:
     """Methods that change phases, with masks in the optimizer and shared adapters; a few cells of each."""
-    methods = ["partial", "drop_then_partial", "weight_lora_plus"]
+    methods = ["partial", "drop_then_partial"]
     rows = run_matrix(
         tmp_path / "parity.json", "--methods", *methods, "--dtypes", "float32", "--every", "6", timeout=400
     )
-    assert len(rows) == 7 and {row["case"]["method"] for row in rows} == set(methods)
+    assert len(rows) == 5 and {row["case"]["method"] for row in rows} == set(methods)
 
 
 @pytest.mark.long

@@ -141,6 +141,7 @@ def test_a_finished_run_is_left_alone(finished_run: Path, plus_settings: dict, t
     assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_torchrun_gives_the_same_adapter_bit_for_bit(finished_run: Path, plus_settings: dict, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(plus_settings | {"output_dir": str(tmp_path / "torchrun")}))
@@ -168,6 +169,7 @@ def test_the_commands_around_a_run(finished_run: Path, tmp_path: Path, capsys: p
         assert stop.value.code == 2
 
 
+@pytest.mark.long
 def test_a_run_on_a_sharded_four_bit_base(plus_settings: dict, tmp_path: Path) -> None:
     """Stage 3: measured before it trains, through a change of phase, to the end."""
     settings = plus_settings | {

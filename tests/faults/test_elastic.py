@@ -22,6 +22,7 @@ def travel(report: Path, *arguments: str, timeout: float = 300) -> tuple[int, li
     return process.returncode, json.loads(report.read_text())
 
 
+@pytest.mark.long
 def test_other_ranks_and_other_stages_at_once(tmp_path: Path) -> None:
     status, results = travel(tmp_path / "report.json", *ONE, "--journeys", "ranks 2, 1, 4 and stages 2, 3, 1")
     assert status == 0 and len(results) == 1, results
