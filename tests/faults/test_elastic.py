@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("elastic.py")
 ONE = ("--methods", "weight_lora, keep_global", "--dtypes", "float32")
 
 
-def travel(report: Path, *arguments: str, timeout: float = 300) -> tuple[int, list[dict]]:
+def travel(report: Path, *arguments: str, timeout: float = 1200) -> tuple[int, list[dict]]:
     """Exit status and results."""
     command = [sys.executable, str(SCRIPT), "--report", str(report), *arguments]
     process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("kill_trials.py")
 
 
-def trials(report: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def trials(report: Path, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--report", str(report), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
