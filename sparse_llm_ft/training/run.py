@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -14,22 +13,22 @@ import torch.distributed as dist
 import transformers
 from peft import PeftModel
 
-from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
+from sparse_llm_ft.adapters import is_adapter
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.data.sampling import stratified
 from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
 from sparse_llm_ft.errors import LeaveRequest, UserError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.methods import Phase
-from sparse_llm_ft.modeling import check_weights, load_model
+from sparse_llm_ft.modeling import check_weights
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.report import write_report
-from sparse_llm_ft.sharded_loading import gathered_by_peft, load_sharded_model, whole
 from sparse_llm_ft.signals import leave_if_asked
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
 from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batch, resumed_batch
+from sparse_llm_ft.training.building import build_model, fresh_heads, rebuild_model
 from sparse_llm_ft.training.checkpoints import save_checkpoint
 from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.export import export
@@ -256,8 +255,7 @@ class Run:
             grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.labels)
         )
         grown = phase.micro_batch_size > before.micro_batch_size
-        torch.manual_seed(self.config.seed)
-        model = change_plan(model, before.plan, phase.plan)
+        model = rebuild_model(self.config, model, before.plan, phase.plan)
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
         if before.prelude:
             progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
@@ -368,20 +366,11 @@ class Run:
         on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, phase: Phase) -> PeftModel:
-        """The base with the phase's fresh adapters, the same on every rank. At stage 3 the base is already cut."""
         leave_if_asked()
-        config, labels, plan = self.config, self.setup.labels, phase.plan
-        self.display.say(f"loading {config.model.name}")
-        if sharded := config.deepspeed.zero_stage == 3:
-            settings = self._engine_settings(phase).to_deepspeed()
-            base = load_sharded_model(config.model, settings, labels, config.seed)
-        else:
-            base = load_model(config.model, labels, config.seed)
-        torch.manual_seed(config.seed)
-        with gathered_by_peft() if sharded else nullcontext():
-            model = add_adapters(base, plan)
-        heads = {} if EVERYTHING in plan.trained else trained_parameters(model)
-        self.head = {name: whole(p) for name, p in heads.items() if not is_adapter(name)}
+        self.display.say(f"loading {self.config.model.name}")
+        settings = self._engine_settings(phase).to_deepspeed()
+        model = build_model(self.config, self.setup.labels, phase.plan, settings)
+        self.head = fresh_heads(model, phase.plan)
         return model
 
     def _engine_settings(self, phase: Phase) -> EngineSettings:

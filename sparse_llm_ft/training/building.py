@@ -1,0 +1,53 @@
+"""The base with a phase's fresh adapters; at stage 3 the base is already cut into shards when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.sharded_loading import gathered_by_peft, load_sharded_model, whole
+
+
+def build_model(
+    config: RunConfig, labels: int | None, plan: AdapterPlan, deepspeed_settings: Mapping[str, Any]
+) -> PeftModel:
+    """Load the base and put the plan's adapters on it, the same on every rank. Collective.
+
+    Args:
+        labels: how many the task has; None where it is no classification.
+        deepspeed_settings: of the engine that will be built around the model.
+    """
+    if config.deepspeed.zero_stage == 3:
+        base = load_sharded_model(config.model, deepspeed_settings, labels, config.seed)
+    else:
+        base = load_model(config.model, labels, config.seed)
+    torch.manual_seed(config.seed)
+    with _gathering(config):
+        return add_adapters(base, plan)
+
+
+def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
+    """The model with fresh adapters of `plan` in place of those of `before`, around the same base. Collective."""
+    torch.manual_seed(config.seed)
+    with _gathering(config):
+        return change_plan(model, before, plan)
+
+
+def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
+    """What the plan trains whole beside the adapters, as it was loaded: name -> float32, on the CPU. Collective."""
+    if EVERYTHING in plan.trained:
+        return {}
+    return {name: whole(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
+
+
+def _gathering(config: RunConfig) -> AbstractContextManager[None]:
+    """In which adapters can be put on the base, whole or cut."""
+    return gathered_by_peft() if config.deepspeed.zero_stage == 3 else nullcontext()
