@@ -35,7 +35,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, modeling_utils
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import device, load_model
@@ -98,17 +97,6 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
     """A copy of a parameter's value on the CPU, as float32, whether it is cut or not. Collective."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().float().cpu().clone()
-
-
-@contextmanager
-def gathered_by_peft() -> Iterator[None]:
-    """Inside, PEFT gathers a weight that it computes an adapter's start from (DoRA's norms), if it is cut."""
-    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held by a weak reference, asked for by PEFT
-    try:
-        yield
-    finally:
-        del settings
-        unset_hf_deepspeed_config()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,13 @@ def check_method(config: RunConfig) -> None:
             raise ConfigError(
                 "method.name", f"full cannot train a base in {config.model.quantization}", "expected quantization: none"
             )
+        dora = method.name == "dora" or (isinstance(method, PartialLoraMethod) and method.base == "dora")
+        if dora and config.deepspeed.zero_stage == 3:
+            raise ConfigError(
+                "deepspeed.zero_stage",
+                "3, but PEFT's DoRA reads whole weights of the base in every forward pass",
+                "expected 0 to 2",
+            )
         adalora: AdaLoraSettings | None = method if isinstance(method, AdaLoraMethod) else None
         if isinstance(method, PartialLoraMethod) and method.base == "adalora":
             adalora = method.adalora

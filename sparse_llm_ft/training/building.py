@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, traine
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.modeling import load_model
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
-from sparse_llm_ft.sharded_loading import gathered_by_peft, load_sharded_model, whole
+from sparse_llm_ft.sharded_loading import load_sharded_model, whole
 
 
 def build_model(
@@ -30,15 +29,13 @@ def build_model(
     else:
         base = load_model(config.model, labels, config.seed)
     torch.manual_seed(config.seed)
-    with _gathering(config):
-        return add_adapters(base, plan)
+    return add_adapters(base, plan)
 
 
 def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
-    """The model with fresh adapters of `plan` in place of those of `before`, around the same base. Collective."""
+    """The model with fresh adapters of `plan` in place of those of `before`, around the same base."""
     torch.manual_seed(config.seed)
-    with _gathering(config):
-        return change_plan(model, before, plan)
+    return change_plan(model, before, plan)
 
 
 def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
@@ -46,8 +43,3 @@ def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
     if EVERYTHING in plan.trained:
         return {}
     return {name: whole(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
-
-
-def _gathering(config: RunConfig) -> AbstractContextManager[None]:
-    """In which adapters can be put on the base, whole or cut."""
-    return gathered_by_peft() if config.deepspeed.zero_stage == 3 else nullcontext()

@@ -74,6 +74,11 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"task": {"path": "nowhere"}}, "task.path: 'nowhere' is not a folder"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage: 4 is not allowed; expected less than or equal to 3"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
+        (
+            {"deepspeed": {"zero_stage": 3}, "method": "dora"},
+            "deepspeed.zero_stage: 3, but PEFT's DoRA reads whole weights",
+        ),
+        ({"deepspeed": {"zero_stage": 3}, "method": "adalora"}, "deepspeed.zero_stage: 3, but adalora's orthogonality"),
         ({"deepspeed": {"zero_stge": 3}}, "deepspeed.zero_stge: unknown key; did you mean zero_stage?"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "use deepspeed.zero_stage"),
         ({"deepspeed": {"elasticity": {}}}, "deepspeed.elasticity: unknown key"),

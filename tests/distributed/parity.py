@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "nf4": 3e-2}
 """Of a loss near 3. Adam makes of rounding, where a gradient is almost zero, whole steps; hence more than rounding."""
 CHECKPOINTED, HEAD = "lora, gradient checkpointing", "lora, fresh head"
 VARIANTS = {CHECKPOINTED: "lora", HEAD: "lora"}
-WHOLE_MATRICES = ("adalora", "partial_adalora")
+WHOLE_MATRICES = ("adalora", "partial_adalora", "dora", "partial_dora")
 
 
 class Case(NamedTuple):
@@ -78,7 +78,7 @@ def matrix() -> Iterator[Case]:
                 continue  # refused: a quantised base cannot be trained
             for stage in (0, 1, 2, 3):
                 if stage == 3 and method in WHOLE_MATRICES:
-                    continue  # refused: AdaLoRA's penalty needs whole matrices
+                    continue  # refused: AdaLoRA's penalty and DoRA's forward pass need whole matrices
                 for world in (1, 2):
                     for offload in (False, True)[: 1 + bool(stage)]:
                         if (stage, world) != (0, 1):

@@ -46,7 +46,7 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = [
     Configuration(method, stage, dtype)
     for method, stage, dtype in product(METHODS, range(4), ("float32", "bfloat16"))
-    if not (method == "adalora" and stage == 3)
+    if not (method in ("adalora", "dora") and stage == 3)
 ]
 
 

@@ -147,6 +147,7 @@ def test_partial_adalora_masks_adalora() -> None:
         ({"ratios": "nowhere.json"}, "method.ratios: 'nowhere.json' is no file"),
         ({"adalora": {"target_r": 1}}, "method.adalora: has no effect under base lora"),
         ({"base": "adalora", "adalora": {"target_r": 2}}, "method.target_r: 2 leaves nothing to prune"),
+        ({"base": "dora", "masking": "compact"}, "method.masking: compact, and PEFT's dora has whole layers"),
         ({"accuracy_floor": 0.0}, "method.accuracy_floor: 0.0 is not allowed"),
         ({"ratios": "balanced", "ratio": 1.5}, "method.ratio: 1.5 is not allowed"),
         ({"selection": "best"}, "method.selection: 'best' is not allowed"),
