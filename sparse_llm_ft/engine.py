@@ -1,4 +1,4 @@
-"""The only room that imports deepspeed: build an engine around a model, step, read and write its state, tear it down.
+"""DeepSpeed's engine: build one around a model, step, read and write its state, tear it down.
 
 ZeRO keeps values and moments of the trained parameters in flat float32 partitions; zero.py knows where.
 """
