@@ -83,11 +83,20 @@ def test_settings_data_and_folder_are_checked_without_torch(settings: dict) -> N
     ("changes", "message"),
     [
         ({"method": WEIGHT | {"keep": 15}}, "method.keep: 15 is more than the 14 adapters"),
-        ({"adapter.target_modules": ["query"]}, "adapter.target_modules: 'query' matches no linear layer"),
-        ({"model.attn_implementation": "sdpaa"}, "model.attn_implementation: 'sdpaa' cannot be used"),
-        (
+        pytest.param(
+            {"adapter.target_modules": ["query"]},
+            "adapter.target_modules: 'query' matches no linear layer",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"model.attn_implementation": "sdpaa"},
+            "model.attn_implementation: 'sdpaa' cannot be used",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             {"deepspeed": {"zero_optimization": {"overlap_com": True}}},
             "deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?",
+            marks=pytest.mark.long,
         ),
         (
             {"deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},

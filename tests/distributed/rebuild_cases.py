@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from case_tools import MODEL, WORLD, base_model, case, engine_settings, long_case, make_loop, plan_for
+from case_tools import MODEL, WORLD, base_model, engine_settings, long_case, make_loop, plan_for
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.config import ModelConfig
@@ -89,7 +89,7 @@ def twenty_changes_of_plan_leave_base_and_memory_as_they_are() -> None:
             del model, base
 
 
-@case
+@long_case
 def optimizer_bytes_follow_the_plan_after_a_change() -> None:
     """Twelve bytes a trained value, in two shards, before and after most adapters are gone."""
     base = base_model(torch.bfloat16)

@@ -29,6 +29,7 @@ from case_tools import (
     WORLD,
     case,
     engine_settings,
+    long_case,
     make_loop,
     plan_for,
     start_values,
@@ -234,7 +235,7 @@ def losses_of(base: nn.Module, dtype: str) -> list[float]:
     return losses
 
 
-@case
+@long_case
 def pefts_own_tuners_start_on_a_sharded_base() -> None:
     for tuner, quantization in (("lora", "nf4"), ("vera", "nf4"), ("vera", "none")):
         config = ModelConfig(name=MODEL, dtype="bfloat16", quantization=quantization)

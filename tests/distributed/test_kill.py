@@ -61,6 +61,7 @@ def test_killed_in_the_phase_change_and_then_in_a_save(finished_run: Path, plus_
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_all_ranks_with_one_line(plus_settings: dict, tmp_path: Path) -> None:
     """In the first checkpoint: after config, metrics, plan and predictions (two syncs each), at its first file."""
     config = write_config(plus_settings, tmp_path)
@@ -101,6 +102,7 @@ def test_killed_from_outside_after_some_seconds(
     same_as(finished_run, config)
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     finished_run: Path, plus_settings: dict, tmp_path: Path
 ) -> None:

@@ -22,11 +22,11 @@ def trials(report: Path, *arguments: str, timeout: float = 1200) -> subprocess.C
 
 def test_a_few_trials(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    result = trials(report, "--trials", "4", "--configurations", "2", "--seed", "4")
+    result = trials(report, "--trials", "2", "--configurations", "1", "--seed", "4")
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     numbers = json.loads(report.read_text())
-    assert (numbers["trials"], numbers["mismatches"]) == (4, 0) and numbers["kills"] >= 4
-    assert "4 trials on 2 ranks" in report.with_suffix(".md").read_text()
+    assert (numbers["trials"], numbers["mismatches"]) == (2, 0) and numbers["kills"] >= 2
+    assert "2 trials on 2 ranks" in report.with_suffix(".md").read_text()
 
 
 @pytest.mark.long
