@@ -57,14 +57,14 @@ def main() -> None:
     options = parser.parse_args()
     world = find_world()
     prepare_cpu(world)
-    init_distributed()
     settings = EngineSettings(options.stage, "bfloat16", 2, 1, 1.0, 0.01, 0.0, "sgd", {})
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
             vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=12
         )
         torch.manual_seed(0)
-        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)  # each rank; once they are a group, only the first
+        init_distributed()
         start = memory("VmRSS")
         quantization = cast(Literal["none", "nf4"], options.quantization)
         base = load_model(ModelConfig(name=folder, dtype="bfloat16", quantization=quantization))
