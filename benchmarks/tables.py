@@ -56,9 +56,9 @@ first seed: from two rates on, by their factor in the direction of the better on
 held out of the training set rises, up to a number of rates; the best is used for all of the system's runs. Parameters
 are those of the last phase, by task where they differ, heads included. Seconds are the median over runs of the CPU time
 of the whole run on one thread: loading, derivation or pilot, training, evaluation; they do not depend on what else the
-machine does, and a derivation that was in the cache is not in them. Both are small models, trained for few steps on a
-part of the data: the tables compare systems with each other, not with the papers' figures. Ablations run on SST-2; CoLA
-and RTE, which nothing learns in so few steps, have one seed.
+machine does, and a derivation that was in the cache is not in them (–: not measured). Both are small models, trained
+for few steps on a part of the data: the tables compare systems with each other, not with the papers' figures. Ablations
+run on SST-2; CoLA and RTE, which nothing learns in so few steps, have one seed.
 """
 
 
@@ -80,7 +80,8 @@ def _section(setting: Setting, table: Table, runs: Path) -> str:
             sizes = [_parameters([*cell[task].values()]) for task in setting.tasks if task in cell]
             parameters = " / ".join(dict.fromkeys(sizes))
             rate = best_rate(setting, system, runs)
-            seconds = f"{median(r.cpu_seconds for r in results if not math.isnan(r.cpu_seconds)):.0f}"
+            counted = [result.cpu_seconds for result in results if not math.isnan(result.cpu_seconds)]
+            seconds = f"{median(counted):.0f}" if counted else "–"
             lines += [f"| {system.name} | {' | '.join(scores)} | {parameters} | {seconds} | {rate:g} |"]
         lines += [""]
     lines += _claims(setting, table, _learned(setting, table, runs))
@@ -163,7 +164,7 @@ def _claims(setting: Setting, table: Table, tasks: Sequence[str]) -> list[str]:
         pairs = _pairs(tasks, table, left, right)
         if not pairs:
             continue
-        text = f"{text} ({_size(table[left])} against {_size(table[right])} parameters)"
+        text = f"{text} ({_size(table[left], tasks)} against {_size(table[right], tasks)} parameters)"
         differences = [difference for _, difference in pairs]
         several = len({seed for seed, _ in pairs}) > 1
         error = stdev(differences) / len(pairs) ** 0.5 if several else math.nan
@@ -185,9 +186,9 @@ def _claims(setting: Setting, table: Table, tasks: Sequence[str]) -> list[str]:
     return [*lines, "", note, ""]
 
 
-def _size(cell: Cell) -> str:
-    """Mean number of trained parameters over all runs."""
-    return f"{round(mean(result.parameters for seeds in cell.values() for result in seeds.values())):,}"
+def _size(cell: Cell, tasks: Sequence[str]) -> str:
+    """Mean number of trained parameters over the runs on `tasks`."""
+    return f"{round(mean(result.parameters for task in tasks for result in cell.get(task, {}).values())):,}"
 
 
 def _pairs(tasks: Sequence[str], table: Table, left: str, right: str) -> list[tuple[int, float]]:
