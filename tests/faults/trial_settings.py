@@ -6,23 +6,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from all_methods import DROP, PARTIAL, WEIGHT, with_cache
+from all_methods import METHODS as ALL
 from tiny_run import run_settings
 
-_WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
-_DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
-_PARTIAL = {"name": "partial_lora", "floor_metric": "loss", "shots": 6}
 METHODS: dict[str, Any] = {
     "lora": "lora",
     "lora_plus": "lora_plus",
     "dora": "dora",
-    "vera": {"name": "vera", "r": 16},
-    "adalora": {"name": "adalora", "target_r": 2},
-    "weight_lora": _WEIGHT | {"batch_growth": "none"},
-    "weight_lora_plus": _WEIGHT | {"name": "weight_lora_plus"},
-    "lora_drop": _DROP,
-    "partial_lora": _PARTIAL,
-    "lora_drop, partial_lora": [_DROP, _PARTIAL],
-    "weight_lora, partial_lora": [_WEIGHT, _PARTIAL],
+    "vera": ALL["vera"],
+    "adalora": ALL["adalora"],
+    "weight_lora": WEIGHT | {"batch_growth": "none"},
+    "weight_lora_plus": WEIGHT | {"name": "weight_lora_plus"},
+    "lora_drop": DROP,
+    "partial_lora": PARTIAL,
+    "lora_drop, partial_lora": [DROP, PARTIAL],
+    "weight_lora, partial_lora": [WEIGHT, PARTIAL],
 }
 _ONE_PHASE = ("lora", "lora_plus", "dora", "vera", "adalora")
 
@@ -63,12 +62,5 @@ def settings(
     tree["deepspeed"] = {"zero_stage": configuration.stage}
     tree["training"] |= {"save_every": 2, "keep_checkpoints": 2, "eval_every": 3, "warmup_steps": 2}
     # A run must not find what another one has derived: it would not derive.
-    tree["method"] = _with_cache(METHODS[configuration.method], output_dir.with_name(f"{output_dir.name}-cache"))
+    tree["method"] = with_cache(METHODS[configuration.method], output_dir.with_name(f"{output_dir.name}-cache"))
     return tree
-
-
-def _with_cache(method: Any, folder: Path) -> Any:
-    if isinstance(method, list):
-        return [_with_cache(part, folder) for part in method]
-    derives = isinstance(method, dict) and method["name"] == "partial_lora"
-    return method | {"cache_dir": str(folder)} if derives else method
