@@ -28,7 +28,7 @@ from sparse_llm_ft.optim import AdapterOptimizer, Place
 from sparse_llm_ft.optim.shards import Master
 
 _STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
-_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
+_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "_external_params", "ds_external_parameters", "all_parameters")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -170,7 +170,8 @@ def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
     `DeepSpeedEngine.destroy` leaves its hooks on the module it wrapped (deepspeed 0.19.8; cf. DeepSpeed issues 4856 and
     7204): they would hold the old engine and its optimizer state in memory, and run in the next engine's forward. At
     stage 3 it also leaves functions on every module that call back into the old engine during backward, and that the
-    next engine would take for its own.
+    next engine would take for its own; and the list of parameters that a module uses without owning them, in which
+    those of adapters that are gone would stay alive.
     """
     for module in model.modules():
         for left_over in _LEFT_ON_MODULES:
