@@ -259,6 +259,8 @@ def _shard_what_is_set(settings: Mapping[str, Any]) -> Iterator[None]:
     def on_set(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.is_meta or hasattr(parameter, "ds_id"):
             return
+        if not getattr(parameter, "_is_hf_initialized", False):
+            return  # the checkpoint lacks it: transformers draws its values next, all of them, and the engine cuts it
         shard(parameter)
         state = getattr(parameter, "quant_state", None)
         if state is not None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from case_tools import (
     MODEL,
@@ -40,7 +40,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine import Engine
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation import mean_loss
-from sparse_llm_ft.modeling import DTYPES, load_model
+from sparse_llm_ft.modeling import DTYPES, head_modules, load_model
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.sharded_loading import Reads, load_sharded_model
@@ -210,6 +210,26 @@ def a_sharded_base_trains_as_a_whole_one() -> None:
         assert losses_of(sharded, dtype) == whole_base, (dtype, quantization)
         assert whole_base[1] != whole_base[-2], "nothing was learned: the comparison shows nothing"
         check_equal(load_model(config), sharded)
+
+
+@case
+def what_an_encoders_checkpoint_lacks_is_drawn_as_without_sharding() -> None:
+    """A fresh head has the values that `load_model` draws, stays whole until the engine cuts it, and is not 4-bit."""
+    folder = Path(RESULTS).with_name("encoder")
+    if WORLD.rank == 0 and not folder.exists():
+        heads = {"num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        BertModel(BertConfig(vocab_size=23, hidden_size=16, intermediate_size=24, **heads)).save_pretrained(folder)
+    dist.barrier()
+    for dtype, quantization in KINDS:
+        config = ModelConfig(name=str(folder), dtype=dtype, quantization=quantization)
+        expected, sharded = load_model(config, 3, 7), load_sharded_model(config, settings_of(dtype), 3, 7)
+        for name in ("classifier.weight", "classifier.bias"):
+            assert torch.equal(sharded.get_parameter(name), expected.get_parameter(name)), (name, quantization)
+        assert sharded.classifier.weight.abs().max() > 0
+        for name in head_modules(expected):
+            setattr(expected, name, None)
+            setattr(sharded, name, None)
+        check_equal(expected, sharded)
 
 
 def losses_of(base: nn.Module, dtype: str) -> list[float]:
