@@ -28,7 +28,7 @@ from forked_ranks import import_everything, last_lines, run_world
 from tiny_files import make_data, make_encoder, make_labelled, make_model
 from tiny_run import run_settings
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3, "nf4": 2e-3}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "nf4": 1e-2}
 """Of a loss near 3. Adam makes of rounding, where a gradient is almost zero, whole steps; hence more than rounding."""
 CHECKPOINTED, HEAD = "lora, gradient checkpointing", "lora, fresh head"
 VARIANTS = {CHECKPOINTED: "lora", HEAD: "lora"}
