@@ -36,6 +36,8 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftMod
     assert isinstance(peft_model, PeftModel)
     if plan.tuner == "vera":
         _cast_vera(model, dtype)
+    if plan.tuner == "adalora":
+        _freeze_ranks(model)
     for name in plan.trained:
         model.get_submodule(name).requires_grad_(True)
     clear_masked(peft_model, plan)
@@ -115,6 +117,15 @@ def _cast_vera(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if ".vera_" in name:
             tensor.data = tensor.data.to(dtype)
+
+
+def _freeze_ranks(model: nn.Module) -> None:
+    """AdaLoRA divides by a constant that PEFT keeps as a parameter, and that on a half-precision base comes to require
+    gradients where PEFT widens it (peft 0.21.2): it would be trained, and saved under a name that no plan has.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def _number(value: float) -> float:

@@ -71,6 +71,15 @@ def test_trained_parameters_may_be_cast_to_the_bases_precision(tuner: str) -> No
     torch.testing.assert_close(logits(model), before, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+def test_a_half_precision_base_trains_what_a_float32_one_does(tuner: str) -> None:
+    """On such a base PEFT lets gradients flow to AdaLoRA's constant divisor."""
+    bases = (MODELS["llama"].build(), MODELS["llama"].build().to(torch.bfloat16))
+    names = [list(trained_parameters(add_adapters(base, plan_for(base, tuner)))) for base in bases]
+    assert names[0] == names[1]
+    assert not any("ranknum" in name for name in names[0])
+
+
 def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
     base = MODELS["llama"].build()
     plan = plan_for(base, "adalora")
