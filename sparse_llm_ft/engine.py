@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import gc
+import io
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +41,8 @@ def init_distributed() -> None:
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    with redirect_stdout(io.StringIO()):  # on CPUs it prints which operator it has built, on every rank
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Engine:
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed()
         )
+        if settings.zero_stage == 3:
+            zero.gather_with_users(model)
         self._optimizer = optimizer
         self.grad_norm = math.nan
         masters = zero.masters(self._wrapped, optimizer)

@@ -93,6 +93,15 @@ def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
             raise CheckpointError(f"{folder}: {name} differs from its checksum")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the folder holds every file of its manifest in full length: enough for what can be made again."""
+    try:
+        entries = _manifest(folder)
+        return all((folder / name).stat().st_size == size for name, (size, _) in entries.items())
+    except (OSError, CheckpointError):
+        return False
+
+
 def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, SHA-256)."""
     path = folder / MANIFEST

@@ -1,11 +1,11 @@
-"""The pretrained base: its kind, tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
+"""The pretrained base: its tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -14,32 +14,21 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
 from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.modes import ARCHITECTURES, CAUSAL_LM, Use, base_of, find_use, has_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Kind = Literal["causal_lm", "classifier"]
-
-_ARCHITECTURES: dict[Kind, tuple[Any, str]] = {
-    "causal_lm": (AutoModelForCausalLM, "as a causal language model"),
-    "classifier": (AutoModelForSequenceClassification, "for sequence classification"),
-}
-
-_WITH_WEIGHTS = tuple(architecture for architecture, _ in _ARCHITECTURES.values())
+_WITH_WEIGHTS = tuple(architecture.auto for architecture in ARCHITECTURES.values())
 
 _UNREADABLE = (
     *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
@@ -47,58 +36,40 @@ _UNREADABLE = (
 )
 """What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
 
-_HEADS = ("score", "pre_classifier", "classifier", "classification_head")
-"""What transformers calls the heads of its classification models. They are trained even where a checkpoint has one."""
+_HEADS = ("score", "pre_classifier", "classifier", "classification_head", "qa_outputs")
+"""What transformers calls the heads of its models. They are trained even where a checkpoint has one."""
 
 
-def model_kind(config: ModelConfig, labels: int | None) -> Kind:
-    """How a task is learned on a model: an encoder gets a classification head, a causal language model writes.
-
-    Args:
-        labels: how many the task has; None where it is no classification.
+def find_model_use(config: ModelConfig, task: Task, mode: str) -> Use:
+    """What `task.mode` means for the configured model (`find_use`).
 
     Raises:
-        ConfigError: no such model, or an encoder for a task without labels.
+        ConfigError: no such model, or one that cannot learn the task so.
     """
-    return _kind(_settings(config), config, labels)
-
-
-def classifies(model: nn.Module) -> bool:
-    """Whether the model, bare or under PEFT, has a classification head."""
-    return type(base_of(model)).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model itself, without PEFT around it."""
-    bare: Any = model
-    return bare.get_base_model() if hasattr(bare, "get_base_model") else model
+    return find_use(_settings(config), config.name, task, mode)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules of a classifier that are trained whole, in the model's order; none in a causal language
-    model.
+    """Names of the modules that are trained whole, in the model's order; none in a model that writes.
 
-    They are the classification head and whatever else the checkpoint lacks, a pooler for instance: what `empty_model`
-    and `load_model` found missing.
+    They are the task's head and whatever else the checkpoint lacks, a pooler for instance: what `empty_model` and
+    `load_model` found missing.
     """
     base = base_of(model)
-    if not classifies(base):
+    if not has_head(base):
         return ()
     wanted = {*_HEADS, *getattr(base, _FRESH, ())}
     return tuple(name for name, _ in base.named_modules() if name in wanted)
 
 
-def load_tokenizer(config: ModelConfig, labels: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, use: Use = CAUSAL_LM) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
-
-    Args:
-        labels: as in `model_kind`.
 
     Raises:
         ConfigError: it cannot be loaded, or has no end-of-sequence token for a model that writes, or none to pad with.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer.eos_token_id is None and model_kind(config, labels) == "causal_lm":
+    if tokenizer.eos_token_id is None and not use.has_head:
         raise ConfigError(
             "model.name",
             f"{config.name!r} has a tokenizer without end-of-sequence token",
@@ -110,30 +81,28 @@ def load_tokenizer(config: ModelConfig, labels: int | None = None) -> PreTrained
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.truncation_side = "right"  # a text that is too long loses its end, whatever the tokenizer was saved with
     return tokenizer
 
 
-def empty_model(
-    config: ModelConfig, attn_implementation: str | None = None, labels: int | None = None
-) -> PreTrainedModel:
+def empty_model(config: ModelConfig, attn_implementation: str | None = None, use: Use = CAUSAL_LM) -> PreTrainedModel:
     """The architecture on the meta device: names and shapes, no weights, in about a second.
 
-    Of an encoder's checkpoint the names are read, to know what it lacks (`head_modules`).
+    Of a checkpoint for a head the names are read, to know what it lacks (`head_modules`).
 
     Args:
         attn_implementation: where the model has the choice; None takes the model's default.
-        labels: as in `model_kind`.
 
     Raises:
         ConfigError: no such model, or one that cannot learn such a task.
     """
     settings = _settings(config)
-    kind = _kind(settings, config, labels)
-    architecture, use = _ARCHITECTURES[kind]
+    architecture = ARCHITECTURES[use.mode]
+    builder: Any = architecture.auto
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = architecture.from_config(
+            model: PreTrainedModel = builder.from_config(
                 settings, trust_remote_code=config.trust_remote_code, **options
             )
     except (ValueError, ImportError) as error:
@@ -147,9 +116,9 @@ def empty_model(
         raise ConfigError(
             "model.name",
             f"{config.name!r} is a {settings.model_type} model",
-            f"expected one that transformers can load {use}",
+            f"expected one that transformers can load {architecture.purpose}",
         ) from None
-    return model if kind == "causal_lm" else _load_classifier(config, labels, device_map={"": "meta"}, **options)
+    return _load_with_head(config, use, device_map={"": "meta"}, **options) if use.has_head else model
 
 
 def check_weights(config: ModelConfig) -> None:
@@ -171,23 +140,21 @@ def check_weights(config: ModelConfig) -> None:
     raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
-def load_model(config: ModelConfig, labels: int | None = None, seed: int = 0) -> PreTrainedModel:
+def load_model(config: ModelConfig, use: Use = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
     """The frozen base with its weights, on this process's device.
 
     Args:
-        labels: as in `model_kind`.
-        seed: of a fresh classification head, which is the same on every rank. Sets torch's generators.
+        seed: of a fresh head, which is the same on every rank. Sets torch's generators.
 
     Raises:
         ConfigError: weights that cannot be loaded.
     """
-    kind = model_kind(config, labels)
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
         # What is trained whole stays as it is; None: only the output embeddings do, which transformers knows.
-        whole = list(head_modules(empty_model(config, labels=labels))) if kind == "classifier" else None
+        whole = list(head_modules(empty_model(config, use=use))) if use.has_head else None
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quantization,
@@ -199,7 +166,9 @@ def load_model(config: ModelConfig, labels: int | None = None, seed: int = 0) ->
     if config.quantization != "none" or torch.cuda.is_available():
         options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
     torch.manual_seed(seed)
-    model = _load_classifier(config, labels, **options) if kind == "classifier" else _load_causal_lm(config, **options)
+    model = _load_with_head(config, use, **options) if use.has_head else _load_complete(config, use, **options)
+    if use.has_head:  # by its padding a decoder's head finds the last token of each text
+        model.config.get_text_config().pad_token_id = load_tokenizer(config, use).pad_token_id
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
     if config.gradient_checkpointing:
@@ -226,10 +195,10 @@ def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
 
 
 _FRESH = "_sparse_llm_ft_fresh"
-"""Attribute of a classifier: names of the modules that its checkpoint lacks. Only loading shows them."""
+"""Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading shows them."""
 
 
-def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
+def _load_complete(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
     """A model all of whose weights are the checkpoint's; transformers would draw those that it lacks, and go on.
 
     Raises:
@@ -238,7 +207,7 @@ def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
     model: PreTrainedModel
     with _silence():  # what is wrong is said in one line
         model, report = _from_pretrained(
-            AutoModelForCausalLM, config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            ARCHITECTURES[use.mode].auto, config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
@@ -251,17 +220,18 @@ def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _load_classifier(config: ModelConfig, labels: int | None, **options: Any) -> PreTrainedModel:
-    """An encoder with a classification head; what the checkpoint lacks is drawn from torch's generator.
+def _load_with_head(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
+    """A model with the task's head; what the checkpoint lacks is drawn from torch's generator.
 
     Raises:
         ConfigError: weights that cannot be loaded, or that lack more than a head.
     """
+    if use.outputs is not None:
+        options["num_labels"] = use.outputs
     with _silence():  # transformers reports at length what is missing: the head, as it must be
         model, report = _from_pretrained(
-            AutoModelForSequenceClassification,
+            ARCHITECTURES[use.mode].auto,
             config,
-            num_labels=labels,
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced as well
             output_loading_info=True,
             **options,
@@ -275,7 +245,7 @@ def _load_classifier(config: ModelConfig, labels: int | None, **options: Any) ->
             raise ConfigError(
                 "model.name",
                 f"{config.name!r} has no fitting weights for {name}",
-                "expected a checkpoint that lacks nothing but a classification head",
+                "expected a checkpoint that lacks nothing but a head",
             )
     setattr(model, _FRESH, fresh)
     return model
@@ -310,19 +280,6 @@ def _silence() -> Iterator[None]:
 
 def _settings(config: ModelConfig) -> PreTrainedConfig:
     return _from_pretrained(AutoConfig, config)
-
-
-def _kind(settings: PreTrainedConfig, config: ModelConfig, labels: int | None) -> Kind:
-    decodes = getattr(settings, "is_decoder", False) or getattr(settings, "is_encoder_decoder", False)
-    if settings.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or decodes:
-        return "causal_lm"
-    if labels is None:
-        raise ConfigError(
-            "model.name",
-            f"{config.name!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
-            "expected a causal language model, or a task with labels",
-        )
-    return "classifier"
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import DTYPES, classifies, empty_model
+from sparse_llm_ft.modeling import DTYPES, empty_model
+from sparse_llm_ft.modes import CAUSAL_LM, Use, body_of
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
 # Beside each trained value lie, under bfloat16, its float32 master (4), sharded from stage 1 on, and the bfloat16 value
@@ -29,12 +31,16 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         # Laid out as the kernels do it, so that the caller's transpose needs no copy.
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        # transformers adds the mask to T5's position biases anew in every layer, and the kernel keeps the sum.
+        biases = [] if bias is None else [torch.empty_like(bias)]
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, *biases)
         return output
 
     @staticmethod
@@ -47,26 +53,25 @@ def _fused_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
     apply: Any = _FusedAttention.apply
-    return apply(query, key, value).transpose(1, 2).contiguous(), None
+    return apply(query, key, value, kwargs.get("position_bias")).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_FUSED, _fused_attention)
 
 
-def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, labels: int | None = None) -> int:
+def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, use: Use = CAUSAL_LM) -> int:
     """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
 
     Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
     supervised and a complete attention mask. Attention counts as a fused kernel does it (query, key, value, output,
-    log-sum-exp), unless `attn_implementation` is ``eager``, which keeps its heads × length² maps. Under
-    gradient checkpointing it is the inputs of the layers and what lies outside them.
+    log-sum-exp, and T5's position biases), unless `attn_implementation` is ``eager``, which keeps its heads × length²
+    maps. Under gradient checkpointing it is the inputs of the layers and what lies outside them.
 
     Args:
         length: tokens of the sample.
-        labels: as in `model_kind`.
     """
     plain = config.attn_implementation == "eager"
-    model: Any = empty_model(config, "eager" if plain else _FUSED, labels)
+    model: Any = empty_model(config, "eager" if plain else _FUSED, use)
     model.to(DTYPES[config.dtype])
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:
@@ -87,9 +92,13 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, labels: int
     # A mask that is complete: transformers would look at the values of any other, and there are none.
     mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        options = {} if classifies(model) else {"use_cache": False}
-        logits = peft_model(input_ids=tokens, attention_mask=mask, **options).logits  # Shape: (1, length, V) or (1, C)
-        logits = logits.flatten(0, -2)
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+        if body_of(model.config) == "encoder-decoder":
+            inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
+        options = {} if body_of(model.config) == "encoder" else {"use_cache": False}
+        output = peft_model(**inputs, **options)
+        logits = output.start_logits if use.mode == "question_answering" else output.logits
+        logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
         F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
 
@@ -99,7 +108,9 @@ def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int
     if not config.gradient_checkpointing:
         return 0
     settings = model.config.get_text_config()
-    return settings.num_hidden_layers * length * settings.hidden_size * DTYPES[config.dtype].itemsize
+    # An encoder-decoder has layers in both stacks, and its settings count those of one.
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    return (layers or settings.num_hidden_layers) * length * settings.hidden_size * DTYPES[config.dtype].itemsize
 
 
 def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, world_size: int) -> int:

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.modeling import device, load_model
+from sparse_llm_ft.modes import CAUSAL_LM, Use
 
 SLICE_BYTES = 16 * 2**20
 """Of a tensor, this much is read at a time: all that host memory holds of it where it goes to a GPU. On a CPU this
@@ -60,7 +61,7 @@ class Reads:
 def load_sharded_model(
     config: ModelConfig,
     deepspeed_settings: Mapping[str, Any],
-    labels: int | None = None,
+    use: Use = CAUSAL_LM,
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
@@ -90,7 +91,7 @@ def load_sharded_model(
         # One tensor after the other and in this thread: reading is a collective.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(_shard_what_is_set(deepspeed_settings))
-        return load_model(config, labels, seed)
+        return load_model(config, use, seed)
 
 
 def whole(parameter: nn.Parameter) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
@@ -157,6 +157,20 @@ def cast_whole(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+
+
+def gather_with_users(model: nn.Module) -> None:
+    """Stage 3: what lies in a `ParameterDict`, as omegas and VeRA's vectors do, is gathered for the module that holds
+    the dict and reads it.
+
+    DeepSpeed finds such a parameter out in a forward pass of the whole model; one that begins further inside, as
+    generation does, would read it empty.
+    """
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ParameterDict):
+                for parameter in child.parameters(recurse=False):
+                    register_external_parameter(module, parameter)
 
 
 def hooks(model: nn.Module) -> set[tuple[int, str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Robe
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modeling import classifies, empty_model, head_modules, load_model, load_tokenizer, model_kind
+from sparse_llm_ft.modeling import empty_model, head_modules, load_model, load_tokenizer
+from sparse_llm_ft.modes import Use, has_head
 
 
 def config(folder: Path, **settings: object) -> ModelConfig:
@@ -31,43 +31,35 @@ def without(folder: Path, target: Path, *endings: str) -> Path:
     return target
 
 
-def test_the_kind_follows_from_architecture_and_task(encoder_folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    assert model_kind(config(encoder_folder), 2) == "classifier"
-    assert model_kind(config(model_folder), 2) == model_kind(config(model_folder), None) == "causal_lm"
-    for refuse in (model_kind, lambda c, labels: empty_model(c, None, labels), load_model):
-        with pytest.raises(ConfigError, match=r"is an encoder \(bert\).*expected a causal language model, or a task"):
-            refuse(config(encoder_folder), None)
-    decoder = tmp_path / "decoder"
-    shutil.copytree(encoder_folder, decoder)
-    settings = json.loads((decoder / "config.json").read_text()) | {"is_decoder": True}
-    (decoder / "config.json").write_text(json.dumps(settings))
-    assert model_kind(config(decoder), 2) == "causal_lm"
+def head(labels: int) -> Use:
+    return Use("sequence_classification", labels)
 
 
 def test_an_empty_classifier_has_the_names_and_shapes_of_the_loaded_one(encoder_folder: Path) -> None:
-    empty, loaded = (build(config(encoder_folder), labels=3) for build in (empty_model, load_model))
+    empty, loaded = (build(config(encoder_folder), use=head(3)) for build in (empty_model, load_model))
     shapes = {name: parameter.shape for name, parameter in loaded.named_parameters()}
     assert {name: parameter.shape for name, parameter in empty.named_parameters()} == shapes
     assert shapes["classifier.weight"] == (3, 16)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert classifies(empty) and classifies(get_peft_model(loaded, LoraConfig(target_modules=["query"])))
+    assert has_head(empty) and has_head(get_peft_model(loaded, LoraConfig(target_modules=["query"])))
 
 
 def test_the_head_is_what_the_checkpoint_lacks(encoder_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     pooled = without(encoder_folder, tmp_path / "no-pooler", "pooler.dense.weight", "pooler.dense.bias")
     for build in (empty_model, load_model):
-        assert head_modules(build(config(encoder_folder), labels=2)) == ("classifier",)
-        assert head_modules(build(config(pooled), labels=2)) == ("bert.pooler", "classifier")
-        assert head_modules(build(config(model_folder), labels=2)) == ()
-    wrapped = get_peft_model(load_model(config(pooled), 2), LoraConfig(target_modules=["query"]))
+        assert head_modules(build(config(encoder_folder), use=head(2))) == ("classifier",)
+        assert head_modules(build(config(pooled), use=head(2))) == ("bert.pooler", "classifier")
+        assert head_modules(build(config(model_folder), use=head(2))) == ("score",)
+        assert head_modules(build(config(model_folder))) == ()
+    wrapped = get_peft_model(load_model(config(pooled), head(2)), LoraConfig(target_modules=["query"]))
     assert head_modules(wrapped) == ("bert.pooler", "classifier")
 
 
 def test_a_head_of_several_layers_is_one_module(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
-    assert head_modules(empty_model(config(tmp_path), labels=2)) == ("classifier",)
+    assert head_modules(empty_model(config(tmp_path), use=head(2))) == ("classifier",)
 
 
 def test_a_head_in_the_checkpoint_is_kept_if_it_fits_and_trained_in_any_case(
@@ -75,7 +67,7 @@ def test_a_head_in_the_checkpoint_is_kept_if_it_fits_and_trained_in_any_case(
 ) -> None:
     first = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=3)
     first.save_pretrained(tmp_path)
-    fitting, other = load_model(config(tmp_path), 3), load_model(config(tmp_path), 2)
+    fitting, other = load_model(config(tmp_path), head(3)), load_model(config(tmp_path), head(2))
     assert torch.equal(fitting.classifier.weight, first.classifier.weight)
     assert other.classifier.weight.shape == (2, 16) and other.classifier.weight.std() > 0
     assert head_modules(fitting) == head_modules(other) == ("classifier",)
@@ -89,28 +81,28 @@ def test_a_checkpoint_that_lacks_more_than_a_head_is_refused(
     with pytest.raises(
         ConfigError, match=r"model.name: .* has no fitting weights for bert\.(encoder.layer.1|embeddings)"
     ):
-        empty_model(config(folder), labels=2)
+        empty_model(config(folder), use=head(2))
 
 
 def test_the_head_is_a_function_of_the_seed(encoder_folder: Path, tmp_path: Path) -> None:
     pooled = without(encoder_folder, tmp_path / "no-pooler", "pooler.dense.weight", "pooler.dense.bias")
     heads = []
     for seed in (3, 3, 4):
-        model = load_model(config(pooled), 2, seed)
+        model = load_model(config(pooled), head(2), seed)
         heads.append(torch.cat([model.classifier.weight.flatten(), model.bert.pooler.dense.weight.flatten()]))
         torch.rand(7)  # other draws in between
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_loading_a_classifier_says_nothing(encoder_folder: Path, capfd, caplog) -> None:
-    empty_model(config(encoder_folder), labels=2)
-    load_model(config(encoder_folder), 2)
+    empty_model(config(encoder_folder), use=head(2))
+    load_model(config(encoder_folder), head(2))
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 def test_four_bits_leave_the_head_whole(encoder_folder: Path, tmp_path: Path) -> None:
     pooled = without(encoder_folder, tmp_path / "no-pooler", "pooler.dense.weight", "pooler.dense.bias")
-    model = load_model(config(pooled, dtype="bfloat16", quantization="nf4"), 2, seed=1)
+    model = load_model(config(pooled, dtype="bfloat16", quantization="nf4"), head(2), seed=1)
     whole = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     assert whole == {"bert.pooler.dense", "classifier"}
     assert type(model.bert.encoder.layer[0].output.dense).__name__ == "Linear4bit"
@@ -119,21 +111,21 @@ def test_four_bits_leave_the_head_whole(encoder_folder: Path, tmp_path: Path) ->
 def test_only_a_model_that_writes_needs_an_end_of_sequence_token(
     encoder_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    assert load_tokenizer(config(encoder_folder), 2).pad_token == "[PAD]"
+    assert load_tokenizer(config(encoder_folder), head(2)).pad_token == "[PAD]"
     shutil.copytree(model_folder, tmp_path / "mute")
     AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path / "mute")
     with pytest.raises(ConfigError, match="has a tokenizer without end-of-sequence token"):
-        load_tokenizer(config(tmp_path / "mute"), 2)
+        load_tokenizer(config(tmp_path / "mute"))
     shutil.copytree(encoder_folder, tmp_path / "bare")
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="has a tokenizer without padding token"):
-        load_tokenizer(config(tmp_path / "bare"), 2)
+        load_tokenizer(config(tmp_path / "bare"), head(2))
 
 
 def test_an_attention_that_cannot_be_used_is_named(encoder_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.attn_implementation: 'flashy' cannot be used"):
-        empty_model(config(encoder_folder), "flashy", 2)
+        empty_model(config(encoder_folder), "flashy", head(2))
     with pytest.raises(ConfigError, match=r"model.name: .* cannot be loaded"):
-        empty_model(config(Path("/nowhere")), None, 2)
+        empty_model(config(Path("/nowhere")), None, head(2))

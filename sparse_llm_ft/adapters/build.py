@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparse_llm_ft.adapters.config import SparseLoraConfig
-from sparse_llm_ft.adapters.convert import task_type, to_stock_lora
+from sparse_llm_ft.adapters.convert import to_stock_lora
 from sparse_llm_ft.adapters.masking import clear_masked, to_whole
+from sparse_llm_ft.modes import task_type
 from sparse_llm_ft.plan import AdapterPlan
 
 VERA_PROJECTION_SEED = 0
@@ -30,7 +31,7 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftMod
     """
     config: PeftConfig = SparseLoraConfig(plan=plan) if plan.tuner == "sparse_lora" else peft_config(plan)
     # For classification PEFT would copy the head, which is trained in place here.
-    config.task_type = None if plan.trained else "CAUSAL_LM"
+    config.task_type = None if plan.trained else task_type(model)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     peft_model = get_peft_model(model, config, **options)
     assert isinstance(peft_model, PeftModel)
@@ -87,16 +88,20 @@ def save_peft_adapter(
     tensors: Mapping[str, torch.Tensor],
     base_model: str,
     revision: str | None,
+    task: str | None = "CAUSAL_LM",
 ) -> None:
     """Write trained adapters as ``adapter_config.json`` and ``adapter_model.safetensors`` for `PeftModel`.
 
     Plans of this package's tuner and of PEFT's LoRA become a LoRA (`to_stock_lora`), the others what they are.
+
+    Args:
+        task: PEFT's name of what the model does, see `task_type`.
     """
     if plan.tuner in ("sparse_lora", "lora"):
-        config, weights = to_stock_lora(plan, tensors)
+        config, weights = to_stock_lora(plan, tensors, task)
     else:
         config, weights = peft_config(plan).to_dict(), {}
-        config |= {"inference_mode": True, "task_type": task_type(plan), "target_modules": sorted(plan.active)}
+        config |= {"inference_mode": True, "task_type": task, "target_modules": sorted(plan.active)}
         for name, tensor in to_whole(plan, tensors).items():
             matrix = plan.tuner == "dora" and name.endswith((".lora_A", ".lora_B"))
             weights[f"base_model.model.{name}" + (".weight" if matrix else "")] = tensor.contiguous()

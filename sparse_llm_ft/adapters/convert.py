@@ -46,12 +46,9 @@ def is_adapter(name: str) -> bool:
     return name.rpartition(".")[2].startswith(("lora_", "vera_"))
 
 
-def task_type(plan: AdapterPlan) -> str:
-    """PEFT's name of what the model does: a module trained whole is a classification head."""
-    return "SEQ_CLS" if plan.trained else "CAUSAL_LM"
-
-
-def to_stock_lora(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def to_stock_lora(
+    plan: AdapterPlan, tensors: Tensors, task: str | None = "CAUSAL_LM"
+) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """A LoRA that PEFT loads without this package: its ``adapter_config.json`` and its tensors.
 
     omega is folded into B; masked rows and columns are zero; a shared pair is written for each of its modules. PEFT
@@ -62,6 +59,7 @@ def to_stock_lora(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object
     Args:
         plan: the plan that was trained.
         tensors: short parameter name -> value, float32.
+        task: PEFT's name of what the model does.
     """
     kept = {name: a for name, a in plan.active.items() if _omega(name, plan, tensors) > 0}
     if not kept:
@@ -75,7 +73,7 @@ def to_stock_lora(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object
         "bias": "none",
         "target_modules": sorted(kept),
         "inference_mode": True,
-        "task_type": task_type(plan),
+        "task_type": task,
         "rank_pattern": {name: a.r for name, a in kept.items() if a.r != r},
         "alpha_pattern": {name: a.lora_alpha for name, a in kept.items() if a.lora_alpha != alpha},
     }

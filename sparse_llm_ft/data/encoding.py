@@ -1,174 +1,150 @@
-"""Examples -> token ids, and batches of them."""
+"""Examples -> token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import DataError
 
-IGNORED = -100
-"""Label of a position that has no part in the loss."""
-
-Batch = dict[str, torch.Tensor]
+Encoder = Callable[[Example], Any]
+"""One example -> one sample, or the windows of one."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Token ids of prompt and completion; the completion ends with the end-of-sequence token.
+class CompletionEncoder:
+    """For a decoder: prompt and completion in one sequence.
 
-    Attributes:
-        label: in a classification by label words, the number of the right one.
-    """
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-    label: int | None = None
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens with a loss: the completion's (its first is predicted from the prompt's last)."""
-        return len(self.completion)
-
-
-@dataclass(frozen=True)
-class TextSample:
-    """What an encoder sees: token ids of one text or a pair, with the tokenizer's special tokens, and its label.
-
-    Attributes:
-        type_ids: which text a token belongs to; None where the model does not ask.
-    """
-
-    ids: tuple[int, ...]
-    type_ids: tuple[int, ...] | None
-    label: int
-
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """The samples of a split, in its order.
-
-    Attributes:
-        shortened: how many were too long and lost tokens.
-    """
-
-    samples: tuple[Sample, ...] | tuple[TextSample, ...]
-    shortened: int
-
-
-def encode_split(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
-    """Tokenise; a tokenizer with a chat template sees the prompt as the user's turn.
-
-    A pair longer than `max_length` loses tokens from the middle of its prompt: both ends stay, where templates and
+    A tokenizer with a chat template sees the prompt as the user's turn, or the turns of a chat as they are. A pair
+    longer than `max_length` loses tokens from the middle of its prompt: both ends stay, where templates and
     instructions are. The completion is never cut.
-
-    Raises:
-        DataError: a completion that leaves no room for any of its prompt.
     """
-    samples, shortened = [], 0
-    for example in examples:
-        prompt = _prompt_ids(example.prompt, tokenizer)
-        completion = [*completion_ids(example.completion, tokenizer), tokenizer.eos_token_id]
-        room = max_length - len(completion)
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def __call__(self, example: Example) -> Sample:
+        """Tokenise.
+
+        Raises:
+            DataError: a completion that leaves no room for any of its prompt.
+        """
+        prompt = prompt_ids(example, self.tokenizer)
+        completion = completion_ids(example.completion, self.tokenizer)
+        room = self.max_length - len(completion)
         if room < 1 or not prompt:
             raise DataError(
                 example.source,
                 example.line,
                 f"a completion of {len(completion)} tokens and a prompt of {len(prompt)} do not fit into "
-                f"task.max_length {max_length}",
+                f"task.max_length {self.max_length}",
             )
-        if len(prompt) > room:
-            prompt = [*prompt[: room - room // 2], *prompt[len(prompt) - room // 2 :]]
-            shortened += 1
-        samples.append(Sample(tuple(prompt), tuple(completion), example.label))
-    return EncodedSplit(tuple(samples), shortened)
+        return Sample(tuple(_without_middle(prompt, room)), tuple(completion), example.label, len(prompt) > room)
 
 
-def encode_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
-    """Tokenise for an encoder. What is longer than `max_length`, or than the tokenizer says its model can take, loses
-    tokens from its end; of a pair, the longer text first.
-
-    Args:
-        examples: labelled ones.
+@dataclass(frozen=True)
+class Seq2SeqEncoder:
+    """For an encoder-decoder: the prompt with the tokenizer's special tokens goes into the encoder, the completion
+    with those of a target text comes out of the decoder. Each may have `max_length` tokens; of a longer prompt the
+    middle is lost.
     """
-    samples, shortened = [], 0
-    length = min(max_length, tokenizer.model_max_length)
-    for example in examples:
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def __call__(self, example: Example) -> Sample:
+        """Tokenise.
+
+        Raises:
+            DataError: a completion longer than `max_length`, or an empty prompt.
+        """
+        prompt = list(self.tokenizer(example.prompt, verbose=False)["input_ids"])
+        completion = target_ids(example.completion, self.tokenizer)
+        if len(completion) > self.max_length or not prompt:
+            raise DataError(
+                example.source,
+                example.line,
+                f"a completion of {len(completion)} tokens or a prompt of {len(prompt)} does not fit into "
+                f"task.max_length {self.max_length}",
+            )
+        shortened = len(prompt) > self.max_length
+        return Sample(tuple(_without_middle(prompt, self.max_length)), tuple(completion), example.label, shortened)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """For a classification head. What is longer than `max_length`, or than the tokenizer says its model can take,
+    loses tokens from its end; of a pair, the longer text first.
+
+    A pair is joined by the tokenizer, or, where that knows no separator, as a decoder's, by a line break.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    limit: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", min(self.max_length, self.tokenizer.model_max_length))
+        self.tokenizer.truncation_side = "right"  # whatever side it names
+
+    def __call__(self, example: Example) -> TextSample:
+        """Tokenise a labelled example."""
         assert example.label is not None, "the task has labels"
-        encoded = tokenizer(*example.texts, verbose=False)
-        if len(encoded["input_ids"]) > length:
-            encoded = tokenizer(*example.texts, truncation="longest_first", max_length=length)
-            shortened += 1
+        texts = example.texts
+        if len(texts) > 1 and self.tokenizer.sep_token_id is None:
+            texts = ("\n".join(texts),)
+        encoded = self.tokenizer(*texts, verbose=False)
+        shortened = len(encoded["input_ids"]) > self.limit
+        if shortened:
+            encoded = self.tokenizer(*texts, truncation="longest_first", max_length=self.limit, verbose=False)
         types = encoded.get("token_type_ids")
-        samples.append(TextSample(tuple(encoded["input_ids"]), None if types is None else tuple(types), example.label))
-    return EncodedSplit(tuple(samples), shortened)
+        return TextSample(
+            tuple(encoded["input_ids"]), None if types is None else tuple(types), example.label, shortened
+        )
 
 
 def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a completion, without the end-of-sequence token."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Token ids of a decoder's completion, up to the end-of-sequence token."""
+    return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-    return list(tokenizer(prompt)["input_ids"])
-
-
-def training_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """Right-padded batch.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
-        padding are `IGNORED`.
+def target_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of an encoder-decoder's completion, with the special tokens of a target text, up to the
+    end-of-sequence token.
     """
-    rows = [(*sample.prompt, *sample.completion) for sample in samples]
-    width = max(map(len, rows))
-    batch = {
-        "input_ids": torch.full((len(rows), width), pad_token_id),
-        "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-        "labels": torch.full((len(rows), width), IGNORED),
-    }
-    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        batch["input_ids"][i, : len(row)] = torch.tensor(row)
-        batch["attention_mask"][i, : len(row)] = 1
-        batch["labels"][i, len(sample.prompt) : len(row)] = torch.tensor(sample.completion)
-    return batch
+    ids = list(tokenizer(text_target=text.strip(), verbose=False)["input_ids"])
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
-def text_batch(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
-    """Right-padded batch for an encoder.
+def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that a decoder sees before it writes.
 
-    Returns:
-        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
-        (len(samples), longest) int64; ``labels`` (len(samples),) int64.
+    Raises:
+        DataError: a chat for a tokenizer that has no chat template, or whose template refuses it.
     """
-    shape = (len(samples), max(len(sample.ids) for sample in samples))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.tensor([sample.label for sample in samples]),
-    }
-    for i, sample in enumerate(samples):
-        batch["input_ids"][i, : len(sample.ids)] = torch.tensor(sample.ids)
-        batch["attention_mask"][i, : len(sample.ids)] = 1
-        if sample.type_ids is not None:
-            types = batch.setdefault("token_type_ids", torch.zeros(shape, dtype=torch.long))
-            types[i, : len(sample.ids)] = torch.tensor(sample.type_ids)
-    return batch
+    turns = [{"role": "user", "content": example.prompt}]
+    if example.messages is not None:
+        turns = [dict(turn) for turn in example.messages]
+        if not tokenizer.chat_template:
+            raise DataError(example.source, example.line, "a chat, and the model's tokenizer has no chat template")
+    if not tokenizer.chat_template:
+        plain = list(tokenizer(example.prompt, verbose=False)["input_ids"])
+        # A tokenizer that ends every text would end the sequence before the completion.
+        return plain[:-1] if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id else plain
+    try:
+        ids: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+    except Exception as error:  # whatever a template's own code raises
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(example.source, example.line, f"the chat template refuses it ({reason})") from error
 
 
-def prompt_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """Left-padded prompts for generation: ``input_ids`` and ``attention_mask``, each (len(samples), longest)."""
-    width = max(len(sample.prompt) for sample in samples)
-    ids = torch.full((len(samples), width), pad_token_id)
-    mask = torch.zeros((len(samples), width), dtype=torch.long)
-    for i, sample in enumerate(samples):
-        ids[i, width - len(sample.prompt) :] = torch.tensor(sample.prompt)
-        mask[i, width - len(sample.prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+def _without_middle(ids: list[int], length: int) -> list[int]:
+    if len(ids) <= length:
+        return ids
+    return [*ids[: length - length // 2], *ids[len(ids) - length // 2 :]]

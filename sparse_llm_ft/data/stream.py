@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 
-class SampleStream:
+class InOrder:
+    """The samples as they are numbered: those that are streamed, which come in order."""
+
+    def index(self, position: int) -> int:
+        """The sample consumed as number `position` (from 0) of the run."""
+        return position
+
+    def micro_batches(
+        self,
+        consumed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        lengths: Sequence[int] | np.ndarray | None = None,
+    ) -> Iterator[list[int]]:
+        """This rank's share of the next optimizer step, one list of sample indices per accumulation step.
+
+        Over all ranks and accumulation steps the shares are exactly the positions ``consumed`` to
+        ``consumed + global_batch_size - 1``.
+
+        Args:
+            lengths: of all samples. With them, samples of like length are in a micro-batch, the longest first: less
+                padding, and the same gradient, which is a mean over the step's samples in any order.
+
+        Raises:
+            ValueError: the samples cannot be shared equally.
+        """
+        stride = micro_batch_size * world_size
+        if global_batch_size % stride:
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {stride}")
+        samples = [self.index(position) for position in range(consumed, consumed + global_batch_size)]
+        if lengths is not None:
+            samples.sort(key=lambda index: -int(lengths[index]))
+        for first in range(rank * micro_batch_size, global_batch_size, stride):
+            yield samples[first : first + micro_batch_size]
+
+
+class SampleStream(InOrder):
     """An endless sequence of sample indices: epoch after epoch, each shuffled anew from (seed, epoch).
 
     The place of a run in its data is one integer, the samples consumed. The order knows nothing of world size,
@@ -26,21 +64,6 @@ class SampleStream:
         """The sample consumed as number `position` (from 0) of the run."""
         epoch, offset = divmod(position, self.size)
         return int(self._epoch(epoch)[offset])
-
-    def micro_batches(
-        self, consumed: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> Iterator[list[int]]:
-        """This rank's share of the next optimizer step, one list of sample indices per accumulation step.
-
-        Over all ranks and accumulation steps the shares are exactly the positions ``consumed`` to
-        ``consumed + global_batch_size - 1``.
-        """
-        stride = micro_batch_size * world_size
-        if global_batch_size % stride:
-            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {stride}")
-        for start in range(consumed, consumed + global_batch_size, stride):
-            first = start + rank * micro_batch_size
-            yield [self.index(position) for position in range(first, first + micro_batch_size)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.size)

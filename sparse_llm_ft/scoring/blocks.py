@@ -208,10 +208,19 @@ def _is_plain(output: Output) -> bool:
     return output is None or isinstance(output, torch.Tensor)
 
 
-def _repeated(output: Output, repeats: int) -> Output:
-    """A copy in any case, also of what is repeated once."""
+def _repeated(output: Output, repeats: int, size: int | None = None) -> Output:
+    """A copy in any case, also of what is repeated once.
+
+    Args:
+        size: of the batch; None: dimension 0 of the first tensor, which is the hidden states. A tensor of another size,
+            as T5's position biases, which are one for all samples, is not repeated.
+    """
     if isinstance(output, torch.Tensor):
-        return torch.cat([output] * repeats) if repeats > 1 else output.clone()
+        whole = output.dim() and output.shape[0] == (size or output.shape[0])
+        return torch.cat([output] * repeats) if repeats > 1 and whole else output.clone()
     if isinstance(output, Sequence):
-        return type(output)(_repeated(item, repeats) for item in output)  # type: ignore[call-arg]
+        first = next((item for item in output if isinstance(item, torch.Tensor) and item.dim()), None)
+        if size is None and first is not None:
+            size = first.shape[0]
+        return type(output)(_repeated(item, repeats, size) for item in output)  # type: ignore[call-arg]
     return output

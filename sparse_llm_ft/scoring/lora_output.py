@@ -27,17 +27,18 @@ class OutputScores:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._sums: dict[str, torch.Tensor | None] = dict.fromkeys(names)
-        self._mask: torch.Tensor | None = None
+        self._masks: dict[int, torch.Tensor] = {}  # by width
         self._samples = 0
 
-    def begin_batch(self, mask: torch.Tensor) -> None:
+    def begin_batch(self, mask: torch.Tensor, *others: torch.Tensor) -> None:
         """Say which positions of the next forward pass are no padding.
 
         Args:
             mask: (batch, length), 1 at a token and 0 at padding; a row of zeros is no sample.
+            others: the same of further stacks, a decoder behind an encoder, each of another length.
         """
-        self._mask = mask != 0
-        self._samples += int(self._mask.any(1).sum())
+        self._masks = {each.shape[1]: each != 0 for each in (mask, *others)}
+        self._samples += int((mask != 0).any(1).sum())
 
     def observer(self, name: str) -> Callable[[torch.Tensor], None]:
         """What to call with the adapter's output, scaling included: (batch, length, d_out) or (batch, d_out).
@@ -50,13 +51,14 @@ class OutputScores:
             raise KeyError(f"module {name!r} is not observed")
 
         def observe(output: torch.Tensor) -> None:
-            if self._mask is None:
+            if not self._masks:
                 raise RuntimeError("begin_batch has to come before a forward pass")
-            mask = self._mask if output.dim() == 3 else self._mask.any(1)
+            first = next(iter(self._masks.values()))
+            mask = self._masks.get(output.shape[1], first) if output.dim() == 3 else first.any(1)
             if output.shape[:-1] != mask.shape:
                 raise ValueError(
                     f"the output of module {name!r} has shape {tuple(output.shape)}; expected one vector for each "
-                    f"position, or sample, of a batch of shape {tuple(self._mask.shape)}"
+                    f"position, or sample, of a batch of shape {tuple(first.shape)}"
                 )
             squares = output.detach().float().square().sum(-1, dtype=torch.float64)
             added = torch.where(mask.to(output.device), squares, squares.new_zeros(())).sum()

@@ -18,6 +18,7 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
+from sparse_llm_ft.modes import task_type
 from sparse_llm_ft.optim import LineMask, SparseAdamW
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, uniform_plan
 from tiny_models import IDS, MODELS
@@ -55,7 +56,7 @@ def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: 
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
             else:
                 parameter.mul_(1.25)
-    save_peft_adapter(tmp_path, plan, {name: p.detach() for name, p in trained.items()}, "base", None)
+    save_peft_adapter(tmp_path, plan, {name: p.detach() for name, p in trained.items()}, "base", None, task_type(base))
     stock = PeftModel.from_pretrained(tiny.build(), tmp_path)
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
 

@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.data.encoding import (
-    IGNORED,
-    Sample,
-    TextSample,
-    encode_split,
-    encode_texts,
-    prompt_batch,
-    text_batch,
-    training_batch,
-)
+from sparse_llm_ft.data.batching import IGNORED, prompt_batch, text_batch, training_batch
+from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
 from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import UserError
 
 
@@ -31,23 +24,38 @@ def example(prompt: str, completion: str) -> Example:
 
 
 def test_a_completion_ends_with_the_end_of_sequence_token(tokenizer) -> None:
-    (sample,) = encode_split([example("anna meets tom ?", "red book")], tokenizer, 16).samples
+    sample = CompletionEncoder(tokenizer, 16)(example("anna meets tom ?", "red book"))
     assert tokenizer.decode(sample.prompt) == "anna meets tom ?"
     assert sample.completion[-1] == tokenizer.eos_token_id and sample.supervised == 3
 
 
 def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) -> None:
-    encoded = encode_split([example("anna meets tom at the park in station ?", "red book")], tokenizer, 8)
-    assert encoded.shortened == 1
-    assert tokenizer.decode(encoded.samples[0].prompt) == "anna meets tom station ?"
-    assert tokenizer.decode(encoded.samples[0].completion[:-1]) == "red book"
+    sample = CompletionEncoder(tokenizer, 8)(example("anna meets tom at the park in station ?", "red book"))
+    assert sample.shortened and sample.length == 8
+    assert tokenizer.decode(sample.prompt) == "anna meets tom station ?"
+    assert tokenizer.decode(sample.completion[:-1]) == "red book"
 
 
 def test_a_completion_without_room_for_a_prompt_is_refused(tokenizer) -> None:
     with pytest.raises(
         UserError, match=r"example:0: a completion of 4 tokens and a prompt of 2 do not fit into task.max_length 4"
     ):
-        encode_split([example("anna ?", "red book cake")], tokenizer, 4)
+        CompletionEncoder(tokenizer, 4)(example("anna ?", "red book cake"))
+
+
+def test_a_prompt_does_not_end_the_sequence(tokenizer) -> None:
+    """Whatever the tokenizer adds to a text of its own."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    assert ending("anna ?")["input_ids"][-1] == tokenizer.eos_token_id
+    sample = CompletionEncoder(ending, 16)(example("anna ?", "red"))
+    assert sample == CompletionEncoder(tokenizer, 16)(example("anna ?", "red"))
 
 
 def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
@@ -57,7 +65,7 @@ def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
     chatty.chat_template = (
         "{% for m in messages %}the {{ m['content'] }} to {% endfor %}{% if add_generation_prompt %}a :{% endif %}"
     )
-    (sample,) = encode_split([example("anna ?", "red")], chatty, 16).samples
+    sample = CompletionEncoder(chatty, 16)(example("anna ?", "red"))
     assert chatty.decode(sample.prompt) == "the anna ? to a :"
 
 
@@ -70,6 +78,9 @@ def test_batches_are_padded_on_the_side_that_their_use_needs() -> None:
     prompts = prompt_batch(samples, pad_token_id=0)
     assert prompts["input_ids"].tolist() == [[5, 6, 7], [0, 0, 9]]
     assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    prompts = prompt_batch(samples, 0, "right")
+    assert prompts["input_ids"].tolist() == [[5, 6, 7], [9, 0, 0]]
+    assert prompts["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +94,12 @@ def labelled(label: int, *texts: str) -> Example:
 
 def test_a_completion_sample_knows_its_label(tokenizer) -> None:
     example = Example("anna ?", "red", ("red",), label=1)
-    assert encode_split([example], tokenizer, 16).samples[0].label == 1
+    assert CompletionEncoder(tokenizer, 16)(example).label == 1
 
 
 def test_an_encoder_sees_texts_and_pairs_with_special_tokens(encoder_tokenizer) -> None:
-    one, two = encode_texts(
-        [labelled(0, "anna meets tom"), labelled(1, "red cake", "a book")], encoder_tokenizer, 16
-    ).samples
+    encode = TextEncoder(encoder_tokenizer, 16)
+    one, two = encode(labelled(0, "anna meets tom")), encode(labelled(1, "red cake", "a book"))
     assert encoder_tokenizer.convert_ids_to_tokens(one.ids) == ["[CLS]", "anna", "meets", "tom", "[SEP]"]
     assert encoder_tokenizer.convert_ids_to_tokens(two.ids) == ["[CLS]", "red", "cake", "[SEP]", "a", "book", "[SEP]"]
     assert (one.type_ids, two.type_ids) == ((0,) * 5, (0, 0, 0, 0, 1, 1, 1))
@@ -98,9 +108,10 @@ def test_an_encoder_sees_texts_and_pairs_with_special_tokens(encoder_tokenizer) 
 
 def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_tokenizer) -> None:
     long = "anna meets tom at the park in station"
-    encoded = encode_texts([labelled(0, long), labelled(0, long, "red cake"), labelled(0, "red")], encoder_tokenizer, 8)
-    assert encoded.shortened == 2
-    tokens = [encoder_tokenizer.decode(sample.ids) for sample in encoded.samples]
+    encode = TextEncoder(encoder_tokenizer, 8)
+    samples = [encode(labelled(0, *texts)) for texts in ((long,), (long, "red cake"), ("red",))]
+    assert [sample.shortened for sample in samples] == [True, True, False]
+    tokens = [encoder_tokenizer.decode(sample.ids) for sample in samples]
     assert tokens == [
         "[CLS] anna meets tom at the park [SEP]",
         "[CLS] anna meets tom [SEP] red cake [SEP]",
@@ -110,8 +121,8 @@ def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_to
 
 def test_an_encoder_sees_no_more_than_it_can_take(encoder_tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(encoder_tokenizer, "model_max_length", 4)
-    encoded = encode_texts([labelled(0, "anna meets tom at the park")], encoder_tokenizer, 512)
-    assert len(encoded.samples[0].ids) == 4 and encoded.shortened == 1
+    sample = TextEncoder(encoder_tokenizer, 512)(labelled(0, "anna meets tom at the park"))
+    assert sample.length == 4 and sample.shortened
 
 
 def test_text_batches_are_padded_right_with_types_where_there_are_some() -> None:

@@ -1,4 +1,4 @@
-"""Tasks and local files: templates, references, and every complaint with file and line."""
+"""Splits of a folder and of the hub: which file is read, which rows become samples, what is left out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import check_task, read_split
-from sparse_llm_ft.data.tasks import TASKS, render
-from sparse_llm_ft.data.tasks.custom import TASK as CUSTOM
+from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_file
+from sparse_llm_ft.data.tasks import render
 from sparse_llm_ft.errors import UserError
 
 
@@ -42,11 +41,18 @@ def test_a_template_replaces_whole_fields_only() -> None:
     [
         (b'{"text": "a", "answer": "b"', r"train.jsonl:2: not JSON \(.* at column \d+\)"),
         (b'["a"]', "train.jsonl:2: a JSON object is needed, not list"),
-        (b'{"txt": "a", "answer": "b"}', "train.jsonl:2: no column 'text'; found txt, answer"),
+        (b'{"text": "a\0", "answer": "b"}', r"train.jsonl:2: not JSON \(it holds a NUL byte\)"),
+        (b'{"text": "\\u0000", "answer": "b"}', "train.jsonl:2: column 'text' holds a NUL character"),
+        (b'{"text": " ", "answer": "b"}', "train.jsonl:2: column 'text' is empty"),
+        (b'{"text": null, "answer": "b"}', "train.jsonl:2: column 'text' is empty"),
+        (b'{"txt": "a", "answer": "b"}', "train.jsonl:2: no column 'text'; found txt, answer; needed text, answer"),
         (b'{"text": 3, "answer": "b"}', "train.jsonl:2: column 'text' is int, text is needed"),
         (b'{"text": "\\ud800", "answer": "b"}', "train.jsonl:2: column 'text' holds half of a surrogate pair"),
         (b'{"text": "a", "answer": "  "}', "train.jsonl:2: the completion is empty"),
-        (b'{"text": "\xff", "answer": "b"}', r"train.jsonl:2: not UTF-8 \(.* at byte 10\)"),
+        (
+            b'{"text": "\xff", "answer": "b"}',
+            r"train.jsonl:2: not UTF-8 \(.* at byte 10; Latin-1, perhaps: save the file as UTF-8\)",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
@@ -59,46 +65,15 @@ def test_an_empty_and_a_missing_split_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"train.jsonl: no rows"):
         read_split(task(tmp_path), "train")
-    with pytest.raises(UserError, match=r"has no test.jsonl; found: train.jsonl"):
+    with pytest.raises(UserError, match=r"has no test.jsonl; nor another of .jsonl, .*; found: train.jsonl"):
         read_split(task(tmp_path), "test")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "dialogsun"}, "task.name: 'dialogsun' is unknown; did you mean dialogsum?"),
-        ({"prompt": None}, "task.prompt: not given, and task custom has none"),
-        ({"completion": "always"}, r"task.completion: 'always' has no \{column\} field"),
-        ({"path": None}, "task.path: not given, and task custom has no data set on the hub"),
-        ({"texts": ("text",)}, r"task.texts: \('text',\) is for classification; expected task.labels"),
-        ({"metric": "matthews"}, "task.metric: 'matthews' is for classification; expected task.labels"),
-        ({"labels": ("a", "a")}, r"task.labels: \['a', 'a'\] has an empty or a repeated word"),
-        ({"labels": ("a", " ")}, "has an empty or a repeated word"),
-        ({"labels": ("a", "b")}, r"task.completion: ' \{answer\}' is not the label alone; expected '\{label\}'"),
-        ({"labels": ("a", "b"), "label_column": "text"}, "task.label_column: 'text' is in task.prompt or task.texts"),
-        ({"labels": ("a", "b"), "prompt": None, "completion": None}, "task.texts: not given, nor is task.prompt"),
-    ],
-)
-def test_a_task_that_cannot_work_is_refused(tmp_path: Path, settings: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_task(task(tmp_path, **settings))
-
-
-def test_every_registered_task_is_complete() -> None:
-    for name, entry in TASKS.items():
-        assert entry.name == name
-        assert (entry.hub_id is None) == (entry.prompt is None) == (entry.completion is None)
-        assert (entry.labels is None) == (entry.metric is None) == (entry.texts == ())
-        check_task(
-            TaskConfig(name=name, **({"prompt": "{a}", "completion": "{b}", "path": "."} if entry is CUSTOM else {}))
-        )
 
 
 def test_glue_rows_become_label_words_and_texts(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "train.jsonl", [{"sentence1": "It rains .", "sentence2": "It is wet .", "label": 1, "idx": 0}]
     )
-    (example,) = read_split(TaskConfig(name="rte", path=str(tmp_path)), "train")
+    (example,) = read_split(TaskConfig(name="glue/rte", path=str(tmp_path)), "train")
     assert example.texts == ("It rains .", "It is wet .") and example.label == 1
     assert example.completion == " no" and example.references == ("no",)
     assert "First: It rains ." in example.prompt and example.prompt.endswith("Answer:")
@@ -109,14 +84,14 @@ def test_glue_is_read_from_the_hub_by_configuration_and_test_is_validation(monke
 
     asked = []
 
-    def load_dataset(name, configuration, split):
-        asked.append((name, configuration, split))
+    def load_dataset(name, configuration, split, revision, streaming):
+        asked.append((name, configuration, split, revision, streaming))
         return [{"sentence": "fine", "label": -1}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"nyu-mll/glue/sst2\[validation\]:1: label -1 is not 0 to 1 \(the row has no"):
-        read_split(TaskConfig(name="sst2"), "test")
-    assert asked == [("nyu-mll/glue", "sst2", "validation")]
+        read_split(TaskConfig(name="glue/sst2"), "test")
+    assert asked == [("nyu-mll/glue", "sst2", "validation", None, False)]
 
 
 CLASSIFIED = {"prompt": "{text} ?", "completion": None, "labels": ("bad", "good"), "label_column": "mark"}
@@ -124,8 +99,8 @@ CLASSIFIED = {"prompt": "{text} ?", "completion": None, "labels": ("bad", "good"
 
 def test_a_label_is_its_number_or_its_word(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"text": "a", "mark": 1}, {"text": "b", "mark": "bad"}])
-    examples = read_split(task(tmp_path, **CLASSIFIED), "train")
-    assert [(e.label, e.completion, e.texts) for e in examples] == [(1, " good", ("a",)), (0, " bad", ("b",))]
+    found = read_split(task(tmp_path, **CLASSIFIED), "train")
+    assert [(e.label, e.completion, e.texts) for e in found] == [(1, " good", ("a",)), (0, " bad", ("b",))]
 
 
 @pytest.mark.parametrize(
@@ -147,9 +122,134 @@ def test_a_bad_label_is_named_by_file_and_line(tmp_path: Path, row: dict, messag
         read_split(task(tmp_path, **CLASSIFIED), "train")
 
 
-def test_texts_are_the_prompts_columns_unless_given() -> None:
-    columns = {"labels": ("a", "b"), "completion": None}
-    assert check_task(task(Path(), **columns, prompt="{x} or {y}")).texts == ("x", "y")
-    assert check_task(task(Path(), **columns, prompt="{x} {y} {z}")).texts == ()
-    assert check_task(task(Path(), **columns, prompt=None, texts=("y",))).texts == ("y",)
-    assert check_task(task(Path(), **columns, prompt=None, texts=("y",))).completion == " {label}"
+def test_a_file_has_our_name_for_the_split_or_the_hubs(tmp_path: Path) -> None:
+    mnli = TaskConfig(name="glue/mnli", path=str(tmp_path))
+    for name in ("train.csv", "validation_matched.jsonl", "validation_mismatched.tsv"):
+        (tmp_path / name).touch()
+    assert split_file(mnli, "train") == tmp_path / "train.csv"
+    assert split_file(mnli, "validation") == split_file(mnli, "test") == tmp_path / "validation_matched.jsonl"
+    assert split_file(mnli, "test", "mismatched") == tmp_path / "validation_mismatched.tsv"
+    assert has_split(mnli, "validation", "mismatched") and not has_split(mnli, "train", "mismatched")
+    (tmp_path / "test.jsonl").touch()
+    assert split_file(mnli, "test") == tmp_path / "test.jsonl"
+    assert split_file(mnli, "validation") == tmp_path / "validation_matched.jsonl"
+
+
+def test_glues_validation_is_its_test_where_there_is_no_test_file(tmp_path: Path) -> None:
+    (tmp_path / "validation.parquet").touch()
+    sst2 = TaskConfig(name="glue/sst2", path=str(tmp_path))
+    assert split_file(sst2, "test") == tmp_path / "validation.parquet" and not has_split(sst2, "train")
+    (tmp_path / "test.jsonl").touch()
+    assert split_file(sst2, "test") == tmp_path / "test.jsonl"
+    (tmp_path / "validation.parquet").unlink()
+    assert split_file(sst2, "validation") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("glue/sst2", ["train.csv", "train.jsonl"], "has train.jsonl and train.csv; expected one file for split train"),
+        ("glue/mnli", ["validation.csv", "validation_matched.csv"], "has validation.csv and validation_matched.csv"),
+    ],
+)
+def test_two_files_of_one_split_are_named(tmp_path: Path, name: str, files: list[str], message: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=message):
+        read_split(TaskConfig(name=name, path=str(tmp_path)), files[0].partition(".")[0])
+
+
+E2E = [
+    {"meaning_representation": mr, "human_reference": text}
+    for mr, text in (("name[A]", "It is A."), ("name[B]", "It is B."), ("name[A]", "A it is."), ("name[A]", "It is A."))
+]
+
+
+def test_rows_of_one_group_are_one_sample_with_all_references_but_in_training(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", E2E)
+    e2e = TaskConfig(name="e2e_nlg", path=str(tmp_path))
+    assert [e.references for e in read_split(e2e, "test")] == [("It is A.", "A it is."), ("It is B.",)]
+    assert [e.references for e in read_split(e2e, "test", limit=1)] == [("It is A.", "A it is.")]
+    assert [e.completion for e in read_split(e2e, "train")] == [f" {row['human_reference']}" for row in E2E]
+    assert len(read_split(e2e, "train", limit=3)) == 3
+
+
+def test_references_of_dialogsum_are_rows_or_columns(tmp_path: Path) -> None:
+    rows = [
+        {"dialogue": "d", "summary": text, "summary2": other} for text, other in (("a", "b"), ("c", " "), ("a", None))
+    ]
+    write_rows(tmp_path / "test.jsonl", rows)
+    (sample,) = read_split(TaskConfig(name="dialogsum", path=str(tmp_path)), "test")
+    assert sample.references == ("a", "b", "c")
+
+
+def test_the_hubs_conversion_is_read_where_its_set_has_a_loading_script(monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split, revision, streaming: E2E if revision else None
+    )
+    assert len(read_split(TaskConfig(name="e2e_nlg"), "validation")) == 2
+    assert has_split(TaskConfig(name="e2e_nlg"), "test") and not has_split(TaskConfig(name="e2e_nlg"), "tests")
+
+
+MIXED = [
+    '{"text": "a", "answer": "b"}',
+    "no JSON",
+    '{"text": "a"}',
+    '{"text": 3, "answer": "b"}',
+    '{"text": "c", "answer": "d"}',
+]
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
+    skipped = Skipped()
+    assert [e.line for e in read_split(task(tmp_path, on_bad_row="skip"), "train", skipped=skipped)] == [1, 5]
+    assert skipped.count == 3 and "train.jsonl:2: not JSON" in skipped.reasons[0]
+    assert "train.jsonl:3: no column 'answer'" in skipped.reasons[1]
+    assert str(skipped).startswith("3 rows left out, the first: ")
+    with pytest.raises(UserError, match=r"train.jsonl:2: not JSON"):
+        read_split(task(tmp_path), "train")
+
+
+def test_a_long_list_of_reasons_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(MIXED[0] + "\n" + "x\n" * 20)
+    skipped = Skipped()
+    read_split(task(tmp_path, on_bad_row="skip"), "train", skipped=skipped)
+    assert skipped.count == 20 and len(skipped.reasons) == 5
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"txt": "a"}', MIXED[0]], "train.jsonl:1: no column 'text'; found txt; needed text, answer"),
+        (["no JSON", '{"txt": "a"}', MIXED[0]], "train.jsonl:2: no column 'text'"),
+        (["no JSON", '{"text": 3, "answer": "b"}'], "no rows that can be used; 2 rows left out, the first: .*:1: not"),
+    ],
+)
+def test_a_split_that_has_nothing_to_offer_is_an_error_in_any_case(tmp_path: Path, lines: list, message: str) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        read_split(task(tmp_path, on_bad_row="skip"), "train")
+    with pytest.raises(UserError, match=message):
+        check_columns(task(tmp_path, on_bad_row="skip"), "train")
+
+
+def test_columns_are_checked_on_the_first_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
+    check_columns(task(tmp_path), "train")
+    (tmp_path / "train.jsonl").write_text("\n".join(MIXED[3:]))
+    with pytest.raises(UserError, match=r"train.jsonl:1: column 'text' is int, text is needed"):
+        check_columns(task(tmp_path), "train")
+    with pytest.raises(UserError, match=r"has no test.jsonl"):
+        check_columns(task(tmp_path), "test")
+
+
+def test_examples_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
+    found = examples(task(tmp_path), "train", Skipped())
+    assert next(found).line == 1
+    with pytest.raises(UserError, match=r"train.jsonl:2: not JSON"):
+        next(found)

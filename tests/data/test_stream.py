@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from sparse_llm_ft.data.stream import SampleStream
+from sparse_llm_ft.data.stream import InOrder, SampleStream
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -46,3 +47,31 @@ def test_a_grown_batch_or_another_world_neither_repeats_nor_skips() -> None:
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="8 is not a multiple of 6"):
         next(SampleStream(5, 0).micro_batches(0, 8, 3, 0, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_lengths_sort_a_step_and_change_none_of_its_samples(world_size: int, micro_batch_size: int) -> None:
+    """Samples of like length share a micro-batch, whoever has it; the step is the one that has no lengths."""
+    stream, total = SampleStream(29, seed=0), 48
+    lengths = np.random.default_rng(0).integers(1, 9, 29).astype(np.int32)
+    for step in range(4):
+        shares = [
+            list(stream.micro_batches(step * total, total, micro_batch_size, rank, world_size, lengths))
+            for rank in range(world_size)
+        ]
+        assert all(len(micro) == micro_batch_size for share in shares for micro in share)
+        got = [i for a in range(len(shares[0])) for share in shares for i in share[a]]
+        assert sorted(got) == sorted(stream.index(p) for p in range(step * total, (step + 1) * total))
+        assert [int(lengths[i]) for i in got] == sorted((int(lengths[i]) for i in got), reverse=True)
+
+
+def test_of_equal_lengths_the_order_is_that_of_the_stream() -> None:
+    stream = SampleStream(29, seed=0)
+    plain = list(stream.micro_batches(5, 12, 3, 0, 2))
+    assert list(stream.micro_batches(5, 12, 3, 0, 2, [7] * 29)) == plain
+
+
+def test_what_is_streamed_comes_in_order() -> None:
+    shares = [list(InOrder().micro_batches(8, 8, 2, rank, 2)) for rank in (0, 1)]
+    assert shares == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]

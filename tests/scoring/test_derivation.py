@@ -89,7 +89,9 @@ def test_ratios_are_those_of_the_literal_loop(changes: dict) -> None:
     assert_follows_the_loop(model, modules, rows, settings, found)
 
 
-@pytest.mark.parametrize(("build", "width"), [(bert, 1), (deberta, 1), (deberta, 2)])
+@pytest.mark.parametrize(
+    ("build", "width"), [(bert, 1), (deberta, 2), pytest.param(deberta, 1, marks=pytest.mark.long)]
+)
 def test_encoders_with_biases_and_a_pooler_outside_the_layers(build, width: int) -> None:
     model = build()
     modules = linears(model, "query", "query_proj", "pos_key_proj", "1.output.dense", "pooler.dense")

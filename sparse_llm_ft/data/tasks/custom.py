@@ -1,5 +1,11 @@
-"""The user's own data: a local folder, with `task.prompt` and `task.completion`, or `task.labels` and `task.texts`."""
+"""The user's own data, in a local folder; the settings say which columns are what."""
 
 from sparse_llm_ft.data.tasks.task import Task
 
-TASK = Task(name="custom", hub_id=None, prompt=None, completion=None)
+TASK = Task(
+    name="custom",
+    hub_id=None,
+    prompt=None,
+    completion=None,
+    description="your own data: task.path, and the settings that name its columns",
+)

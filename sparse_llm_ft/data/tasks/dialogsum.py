@@ -1,4 +1,6 @@
-"""DialogSum (Chen et al., 2021): summaries of spoken dialogues. The test rows carry three references each."""
+"""DialogSum (Chen et al., 2021): each dialogue of its test split has three summaries, in three rows on the hub and in
+three columns elsewhere.
+"""
 
 from sparse_llm_ft.data.tasks.task import Task
 
@@ -8,4 +10,14 @@ TASK = Task(
     prompt="Summarize the dialogue.\n\n{dialogue}\n\nSummary:",
     completion=" {summary}",
     references=("summary2", "summary3"),
+    group_by="dialogue",
+    metrics=("rouge",),
+    description="summaries of spoken dialogues",
+    source="DialogSum, Chen et al., 2021",
+    example={
+        "id": "test_0_1",
+        "dialogue": "#Person1#: Is the blue tent dry?\n#Person2#: Not yet. Let's wait until noon.",
+        "summary": "#Person2# suggests waiting until noon for the tent to dry.",
+        "topic": "camping",
+    },
 )

@@ -1,0 +1,112 @@
+"""Samples -> tensors. Padding is laid here, left or right, whatever side a tokenizer names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from sparse_llm_ft.data.samples import Pack, Sample, TextSample
+
+IGNORED = -100
+"""Label of a position that has no part in the loss."""
+
+Batch = dict[str, torch.Tensor]
+
+
+def training_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
+    """Right-padded batch for a decoder.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
+        padding are `IGNORED`.
+    """
+    ids, mask = padded([(*sample.prompt, *sample.completion) for sample in samples], pad_token_id)
+    labels = torch.full_like(ids, IGNORED)
+    for row, sample in zip(labels, samples, strict=True):
+        row[len(sample.prompt) : sample.length] = torch.tensor(sample.completion)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def packed_batch(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = False) -> Batch:
+    """Right-padded batch of sequences that hold several samples each.
+
+    Args:
+        in_one_row: lay all sequences into one, one behind the other and without padding.
+
+    Returns:
+        As `training_batch`, and ``position_ids``, which begin anew with every sample: by them, and without an
+        attention mask, transformers' models keep samples apart. Padding is a sample of its own. The label of a
+        sample's first token is `IGNORED`: the sample before must not predict it.
+    """
+    if in_one_row:
+        packs = [Pack(tuple(sample for pack in packs for sample in pack.samples))]
+    ids, mask = padded([pack.ids for pack in packs], pad_token_id)
+    labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+    width = ids.shape[1]
+    for i, pack in enumerate(packs):
+        start = 0
+        for sample in pack.samples:
+            end = start + sample.length
+            positions[i, start:end] = torch.arange(sample.length)
+            labels[i, start + len(sample.prompt) : end] = torch.tensor(sample.completion)
+            start = end
+        positions[i, start:] = torch.arange(width - start)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+
+
+def seq2seq_batch(samples: Sequence[Sample], pad_token_id: int, start_token_id: int) -> Batch:
+    """Right-padded batch for an encoder-decoder.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (len(samples), longest prompt); ``decoder_input_ids``, which are the
+        labels moved right behind the start token, ``decoder_attention_mask`` and ``labels``, each (len(samples),
+        longest completion). The two widths differ, so that a mask can be told by its width.
+    """
+    ids, mask = padded([sample.prompt for sample in samples], pad_token_id)
+    width = max(len(sample.completion) for sample in samples)
+    width += width == ids.shape[1]
+    inputs, decoder_mask = padded([(start_token_id, *s.completion[:-1]) for s in samples], pad_token_id, width)
+    labels, _ = padded([sample.completion for sample in samples], IGNORED, width)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return batch | {"decoder_input_ids": inputs, "decoder_attention_mask": decoder_mask}
+
+
+def text_batch(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
+    """Right-padded batch for a classification head.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
+        (len(samples), longest) int64; ``labels`` (len(samples),) int64, or float32 in a regression.
+    """
+    ids, mask = padded([sample.ids for sample in samples], pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([sample.label for sample in samples])}
+    types = [sample.type_ids for sample in samples if sample.type_ids is not None]
+    if types:
+        batch["token_type_ids"] = padded(types, 0)[0]
+    return batch
+
+
+def prompt_batch(samples: Sequence[Sample], pad_token_id: int, side: Literal["left", "right"] = "left") -> Batch:
+    """Padded prompts for generation: ``input_ids`` and ``attention_mask``, each (len(samples), longest).
+
+    Args:
+        side: left for a decoder, which goes on behind its prompt.
+    """
+    ids, mask = padded([sample.prompt for sample in samples], pad_token_id, left=side == "left")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def padded(
+    rows: Sequence[Sequence[int]], filler: int, width: int | None = None, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths in one tensor, and 1 where it holds a row and 0 where filler: each (rows, width)."""
+    width = max(map(len, rows)) if width is None else width
+    values = torch.full((len(rows), width), filler)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        values[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return values, mask

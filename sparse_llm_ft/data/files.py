@@ -1,0 +1,207 @@
+"""Rows of a local file, in each of its formats, with their lines. Imports no torch.
+
+What is wrong with one row is yielded in its place, so that whoever reads may go on; what leaves the rest of the file
+unreadable is raised.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparse_llm_ft.data.tasks import BadRow, Row
+from sparse_llm_ft.documents import DocumentError, parse_json, parse_json_rows
+from sparse_llm_ft.errors import DataError
+
+Rows = Iterator[tuple[int, Row | BadRow]]
+
+_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_LATIN = "Latin-1, perhaps: save the file as UTF-8"
+_UNDECODED = re.compile("[\udc80-\udcff]")
+_LONGEST_FIELD = 2**24
+_BATCH = 1000
+"""Rows of a columnar file that are Python values at once."""
+
+
+def rows_of(path: Path) -> Rows:
+    """(line, row) for each row of a file of a known ending (`ENDINGS`), one after the other.
+
+    Lines count from 1; in parquet and arrow files, rows do. A blank line of a text file is no row.
+
+    Raises:
+        DataError: the file, or the rest of it, cannot be read.
+    """
+    return _READERS[path.suffix](path)
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open("rb") as file:
+        _check_mark(path, file.read(4))
+        file.seek(0)
+        for line, raw in enumerate(file, 1):
+            row = _json_line(raw, first=line == 1)
+            if row is not None:
+                yield line, row
+
+
+def _json_line(raw: bytes, first: bool) -> Row | BadRow | None:
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start}; {_LATIN})")
+    if "\0" in text:
+        return BadRow("not JSON (it holds a NUL byte)")
+    if not text.strip():
+        return None
+    try:
+        return _as_row(parse_json(text, constants=True))  # a column that is not used may hold NaN, as pandas writes it
+    except DocumentError as error:
+        return BadRow(f"not JSON ({error})")
+
+
+def _as_row(value: Any) -> Row | BadRow:
+    return value if isinstance(value, dict) else BadRow(f"a JSON object is needed, not {type(value).__name__}")
+
+
+def _json(path: Path) -> Rows:
+    data = path.read_bytes()
+    _check_mark(path, data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(path, line, f"not UTF-8 ({error.reason}; {_LATIN})") from None
+    del data
+    rows = parse_json_rows(text, key="data")
+    while True:
+        try:
+            line, value = next(rows)
+        except StopIteration:
+            return
+        except DocumentError as error:
+            raise DataError(path, error.line or 1, f"not JSON ({error})") from None
+        yield line, _as_row(value)
+
+
+def _table(path: Path) -> Rows:
+    """CSV or TSV with a header. A field that is no UTF-8 is known by the halves of surrogate pairs it decodes to."""
+    with path.open("rb") as file:
+        _check_mark(path, file.read(4))
+    csv.field_size_limit(_LONGEST_FIELD)  # the default takes no text above 128 KiB
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if header is None:
+                    raise DataError(path, line, f"the header is no {path.suffix[1:]} ({error})") from None
+                yield line, BadRow(f"no {path.suffix[1:]} ({error})")
+                continue
+            if not fields:
+                continue
+            if header is None:
+                header = _header(path, line, fields)
+            else:
+                yield line, _fields(header, fields)
+
+
+def _header(path: Path, line: int, names: list[str]) -> list[str]:
+    wrong = _wrong_field(names)
+    twice = [name for name in names if names.count(name) > 1]
+    if wrong or twice:
+        raise DataError(path, line, wrong or f"the header names column {twice[0]!r:.60} twice")
+    return names
+
+
+def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
+    if len(fields) != len(header):
+        return BadRow(f"{len(fields)} fields, but the header has {len(header)}")
+    wrong = _wrong_field(fields)
+    return BadRow(wrong) if wrong else dict(zip(header, fields, strict=True))
+
+
+def _wrong_field(fields: list[str]) -> str | None:
+    for field in fields:
+        if "\0" in field:
+            return "a field holds a NUL byte"
+        if not field.isascii() and _UNDECODED.search(field):
+            return f"not UTF-8 ({_LATIN})"
+    return None
+
+
+def _check_mark(path: Path, start: bytes) -> None:
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            raise DataError(path, 1, f"{name} by its byte order mark; save the file as UTF-8")
+
+
+def _columnar(path: Path) -> Rows:
+    """Parquet and arrow, batch by batch from a memory map."""
+    import pyarrow  # slow to import
+
+    number = 0
+    batches = _parquet_batches(path) if path.suffix == ".parquet" else _arrow_batches(path)
+    while True:
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            batch.validate(full=True)  # offsets of a damaged file may point anywhere
+            names = batch.schema.names
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise DataError(path, 1, f"it has column {twice[0]!r:.60} twice")
+            rows = batch.to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            problem = str(error).partition("\n")[0]
+            raise DataError(path, number + 1, f"not readable as {path.suffix[1:]} ({problem:.200})") from None
+        for row in rows:
+            number += 1
+            yield number, row
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+        yield from file.iter_batches(batch_size=_BATCH)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Batches of the file format, or of the stream format, which is what `datasets` writes."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for batch in batches:
+            yield from (batch.slice(start, _BATCH) for start in range(0, batch.num_rows, _BATCH))
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _columnar,
+    ".arrow": _columnar,
+}
+ENDINGS = tuple(_READERS)

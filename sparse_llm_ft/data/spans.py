@@ -1,0 +1,149 @@
+"""Questions and their contexts -> windows of token ids, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sparse_llm_ft.data.batching import Batch, text_batch
+from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.samples import TextSample
+from sparse_llm_ft.errors import ConfigError, DataError
+
+Offsets = tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class SpanSample:
+    """A question with one window of its context.
+
+    Attributes:
+        type_ids: which text a token belongs to; None where the model does not ask.
+        start, end: first and last token of the answer; both `null` where the window does not hold all of it, or the
+            question has none.
+        null: position of the classification token, which stands for no answer.
+        example: index of the example.
+        offsets: (tokens,) the characters of the context that a token stands for, (first, last + 1); None for tokens
+            that are not of the context.
+    """
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...] | None
+    start: int
+    end: int
+    null: int
+    example: int
+    offsets: Offsets
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class SpanEncoder:
+    """All windows of a question's context. What is right is an example's first answer, as in BERT's training.
+
+    Args:
+        max_length: most tokens of a window, with question and special tokens; also at most what the tokenizer says its
+            model can take.
+        stride: tokens that neighbouring windows share; at most half of those that a window has for the context.
+
+    Raises:
+        ConfigError: a tokenizer that cannot say where its tokens are in the text, or without classification token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    stride: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                "model.name",
+                f"{self.tokenizer.name_or_path!r} has a slow tokenizer, which does not know where its tokens are",
+                "expected a model with a fast one (tokenizer.json)",
+            )
+        if self.tokenizer.cls_token_id is None:
+            raise ConfigError(
+                "model.name",
+                f"{self.tokenizer.name_or_path!r} has a tokenizer without classification token, which stands for no "
+                "answer",
+                "expected an encoder",
+            )
+
+    def __call__(self, example: Example, index: int = 0) -> list[SpanSample]:
+        """The windows of one example, with `answers`, and `texts` of question and context.
+
+        Raises:
+            DataError: a question that leaves no room for any of its context.
+        """
+        length = min(self.max_length, self.tokenizer.model_max_length)
+        return _windows(index, example, self.tokenizer, length, self.stride)
+
+
+def _windows(
+    index: int, example: Example, tokenizer: PreTrainedTokenizerBase, length: int, stride: int
+) -> list[SpanSample]:
+    assert example.answers is not None, "the task is extractive"
+    question, context = example.texts
+    asked = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    room = length - asked - tokenizer.num_special_tokens_to_add(pair=True)
+    if room < 1:
+        raise DataError(
+            example.source, example.line, f"a question of {asked} tokens leaves no room in task.max_length {length}"
+        )
+    encoded = tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        max_length=length,
+        stride=min(stride, room // 2),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    types = encoded.get("token_type_ids")
+    windows = []
+    for i, ids in enumerate(encoded["input_ids"]):
+        texts = encoded.sequence_ids(i)  # 0: question, 1: context, None: special tokens
+        offsets = tuple(
+            (begin, end) if text == 1 else None
+            for text, (begin, end) in zip(texts, encoded["offset_mapping"][i], strict=True)
+        )
+        null = ids.index(tokenizer.cls_token_id)
+        start, end = _place(example.answers, offsets) or (null, null)
+        type_ids = None if types is None else tuple(types[i])
+        windows.append(SpanSample(tuple(ids), type_ids, start, end, null, index, offsets))
+    return windows
+
+
+def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, int] | None:
+    """First and last token of the first answer; None where there is none, or it is not wholly in the window."""
+    inside = [(position, *offset) for position, offset in enumerate(offsets) if offset is not None]
+    if not answers or not inside:
+        return None
+    text, first = answers[0]
+    last = first + len(text)
+    if not inside[0][1] <= first < last <= inside[-1][2]:
+        return None
+    start = max(position for position, begin, _ in inside if begin <= first)
+    end = min(position for position, _, end in inside if end >= last)
+    return start, end
+
+
+def span_batch(samples: Sequence[SpanSample], pad_token_id: int) -> Batch:
+    """Right-padded batch for an encoder.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
+        (len(samples), longest) int64; ``start_positions`` and ``end_positions`` (len(samples),) int64.
+    """
+    batch = text_batch([TextSample(sample.ids, sample.type_ids, 0) for sample in samples], pad_token_id)
+    del batch["labels"]
+    batch["start_positions"] = torch.tensor([sample.start for sample in samples])
+    batch["end_positions"] = torch.tensor([sample.end for sample in samples])
+    return batch

@@ -1,0 +1,74 @@
+"""Training rows read as they are needed, for data that fit neither memory nor disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sparse_llm_ft.data.encoding import Encoder
+from sparse_llm_ft.data.reading import Example
+
+T = TypeVar("T")
+
+
+def shuffled(rows: Iterator[T], buffer_size: int, seed: int, epoch: int) -> Iterator[T]:
+    """All rows, each drawn from the next `buffer_size` ones that are not drawn yet; the order is a function of the
+    rows, `seed` and `epoch`.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    buffer: list[T] = []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+            continue
+        place = int(generator.integers(buffer_size))
+        yield buffer[place]
+        buffer[place] = row
+    for place in generator.permutation(len(buffer)):
+        yield buffer[int(place)]
+
+
+class StreamedSamples:
+    """The sample consumed as number i of the run, under ``samples[i]``: epoch after epoch through the shuffle buffer.
+
+    Every process goes through the rows; only what it is asked for it tokenises. To go on in the middle, rows are read
+    again from the first one. A sample that does not fit is an error even under ``task.on_bad_row: skip``: to leave it
+    out, every process would have to tokenise every row before it.
+
+    Args:
+        open_rows: all examples in file order, from the first one.
+        length: stands for that of the longest sample, which nobody knows.
+    """
+
+    def __init__(
+        self, open_rows: Callable[[], Iterator[Example]], encode: Encoder, buffer_size: int, seed: int, length: int
+    ) -> None:
+        self._open, self._encode, self._buffer_size, self._seed = open_rows, encode, buffer_size, seed
+        self.longest = length
+        self._rows, self._next = self._all(), 0
+
+    def __getitem__(self, position: int) -> Any:
+        """Read on to this sample.
+
+        Raises:
+            UserError: a row on the way that cannot be used, or the sample does not fit.
+        """
+        if position < self._next:
+            self._rows, self._next = self._all(), 0
+        try:
+            while True:
+                example = next(self._rows)
+                self._next += 1
+                if self._next > position:
+                    return self._encode(example)
+        except Exception:  # a reader that has failed cannot go on
+            self._rows, self._next = self._all(), 0
+            raise
+
+    def _all(self) -> Iterator[Example]:
+        epoch = 0
+        while True:
+            yield from shuffled(self._open(), self._buffer_size, self._seed, epoch)
+            epoch += 1

@@ -1,0 +1,183 @@
+"""How a model learns a task: by writing, or through a head; and what transformers and PEFT call that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.errors import ConfigError
+
+Mode = Literal["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"]
+Body = Literal["encoder", "decoder", "encoder-decoder"]
+
+
+class Architecture(NamedTuple):
+    """What transformers and PEFT have for a mode."""
+
+    auto: type
+    classes: frozenset[str]
+    task_type: str | None
+    purpose: str
+
+
+def _classes(names: object) -> frozenset[str]:
+    values: list[str | tuple[str, ...]] = list(dict(names).values())  # type: ignore[call-overload]
+    return frozenset(n for value in values for n in ([value] if isinstance(value, str) else value))
+
+
+ARCHITECTURES: dict[Mode, Architecture] = {
+    "sequence_classification": Architecture(
+        AutoModelForSequenceClassification,
+        _classes(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        "SEQ_CLS",
+        "for sequence classification",
+    ),
+    "question_answering": Architecture(
+        AutoModelForQuestionAnswering,
+        _classes(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        # Not QUESTION_ANS: PEFT's class for it (0.21) keeps `token_type_ids` from the model, and BERT answers worse.
+        None,
+        "for extractive question answering",
+    ),
+    # Before causal_lm: BART has one class name in both.
+    "seq2seq_lm": Architecture(
+        AutoModelForSeq2SeqLM,
+        _classes(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        "SEQ_2_SEQ_LM",
+        "as a sequence-to-sequence model",
+    ),
+    "causal_lm": Architecture(
+        AutoModelForCausalLM,
+        _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        "CAUSAL_LM",
+        "as a causal language model",
+    ),
+}
+
+_WITH_HEAD: tuple[Mode, ...] = ("sequence_classification", "question_answering")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model learns a task.
+
+    Attributes:
+        outputs: of a classification head: one for each label, or 1 in a regression; None in other modes.
+    """
+
+    mode: Mode = "causal_lm"
+    outputs: int | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model's head belongs to the task, and is trained whole."""
+        return self.mode in _WITH_HEAD
+
+
+CAUSAL_LM = Use()
+
+
+def find_use(settings: PreTrainedConfig, model: str, task: Task, wanted: str) -> Use:
+    """What `task.mode` means for this model.
+
+    Args:
+        settings: the model's own.
+        model: its name, for messages.
+        wanted: ``task.mode``.
+
+    Raises:
+        ConfigError: the model or the task does not go with that mode.
+    """
+    body = body_of(settings)
+    mode = _default(body, task) if wanted == "auto" else wanted
+    if mode is None:
+        raise ConfigError(
+            "model.name",
+            f"{model!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
+            "expected a causal language model, or a task with labels",
+        )
+    # T5's and BART's own heads for sequences are left out: which of their two stacks they read differs by model.
+    fits: dict[str, tuple[Body, ...]] = {
+        "sequence_classification": ("encoder", "decoder"),
+        "question_answering": ("encoder",),
+        "causal_lm": ("decoder",),
+        "seq2seq_lm": ("encoder-decoder",),
+    }
+    if body not in fits[mode]:
+        possible = ", ".join(name for name, bodies in fits.items() if body in bodies)
+        raise ConfigError(
+            "task.mode",
+            f"{mode}, and {model!r} is {'a' if body == 'decoder' else 'an'} {body} ({settings.model_type})",
+            f"expected {possible}",
+        )
+    if mode == "sequence_classification":
+        if task.labels is None and task.score is None:
+            raise ConfigError(
+                "task.mode",
+                f"{mode}, and task {task.name} has neither labels nor a score",
+                "expected task.labels or task.score beside it, or another mode",
+            )
+        return Use("sequence_classification", task.outputs)
+    if mode == "question_answering" and not task.extractive:
+        raise ConfigError("task.mode", f"{mode}, and task {task.name} has no answers in a text", "expected squad")
+    return Use(mode)  # type: ignore[arg-type]
+
+
+def body_of(settings: PreTrainedConfig) -> Body:
+    """What the model is, by its settings."""
+    if getattr(settings, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    decodes = getattr(settings, "is_decoder", False)
+    return "encoder" if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "decoder"
+
+
+def mode_of(model: nn.Module) -> Mode:
+    """The mode that a model was built for, by its class; bare or under PEFT."""
+    name = type(base_of(model)).__name__
+    for mode, architecture in ARCHITECTURES.items():
+        if name in architecture.classes:
+            return mode
+    return "causal_lm"
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether the model, bare or under PEFT, has a head that belongs to the task."""
+    return mode_of(model) in _WITH_HEAD
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what the model does; None: `PeftModel` itself, which hands every argument on."""
+    return ARCHITECTURES[mode_of(model)].task_type
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model itself, without PEFT around it."""
+    bare: object = model
+    return bare.get_base_model() if hasattr(bare, "get_base_model") else model  # type: ignore[attr-defined]
+
+
+def _default(body: Body, task: Task) -> Mode | None:
+    if body == "encoder-decoder":
+        return "seq2seq_lm"
+    if body == "decoder":
+        return "causal_lm"
+    if task.extractive:
+        return "question_answering"
+    return "sequence_classification" if task.outputs is not None else None

@@ -1,0 +1,191 @@
+"""Rows -> examples: labels, scores, chats, spans and triples, each with what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sparse_llm_ft.config import TaskConfig
+from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.rows import Example, examples_of
+from sparse_llm_ft.data.tasks import BadRow, MissingColumn
+
+
+def read(row: dict[str, Any], **settings: Any) -> list[Example]:
+    task = check_task(TaskConfig(**{"name": "custom", "path": "."} | settings))
+    return [example for _, example in examples_of(task, row, "file", 7)]
+
+
+def one(row: dict[str, Any], **settings: Any) -> Example:
+    (example,) = read(row, **settings)
+    assert (example.source, example.line) == ("file", 7)
+    return example
+
+
+def test_a_column_of_the_prompt_may_be_empty_as_long_as_another_is_not() -> None:
+    alpaca = {"prompt": "{instruction}\n{input}", "completion": "{output}"}
+    row = {"instruction": "Sing.", "input": None, "output": "La."}
+    assert one(row, **alpaca).prompt == "Sing.\n"
+    with pytest.raises(BadRow, match="column 'instruction', 'input' is empty"):
+        read({**row, "instruction": " "}, **alpaca)
+
+
+def test_each_text_of_an_encoder_is_needed() -> None:
+    with pytest.raises(BadRow, match="column 'question2' is empty"):
+        read({"question1": "Why?", "question2": "", "label": 0}, name="glue/qqp")
+
+
+@pytest.mark.parametrize(("value", "label"), [(1, 1), ("1", 1), (" 0 ", 0), ("good", 1)])
+def test_a_label_is_its_word_or_its_number_also_as_text(value: Any, label: int) -> None:
+    example = one({"t": "a", "label": value}, labels=("bad", "good"), texts=("t",))
+    assert example.label == label and example.completion == (" bad", " good")[label]
+
+
+def test_a_label_word_that_is_a_number_is_that_word() -> None:
+    assert one({"t": "a", "label": "0"}, labels=("1", "0"), texts=("t",)).label == 1
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "", "1.0", 1.0, "9" * 5000, None, True, [1]])
+def test_what_is_no_label_is_refused_with_the_labels(value: Any) -> None:
+    with pytest.raises(BadRow, match="is not 0 to 1"):
+        read({"t": "a", "label": value}, labels=("bad", "good"), texts=("t",))
+
+
+@pytest.mark.parametrize(
+    ("value", "score", "completion"),
+    [(3.799999952316284, 3.799999952316284, " 3.8"), (5, 5.0, " 5.0"), ("0", 0.0, " 0.0"), ("2.25", 2.25, " 2.2")],
+)
+def test_a_score_is_written_with_one_decimal(value: Any, score: float, completion: str) -> None:
+    example = one({"sentence1": "a", "sentence2": "b", "label": value}, name="glue/stsb")
+    assert example.label == score and isinstance(example.label, float)
+    assert example.completion == completion and example.references == (completion.strip(),)
+    assert example.texts == ("a", "b")
+
+
+@pytest.mark.parametrize("value", [5.1, -1, "high", None, True, float("nan"), 10**400, "nan"])
+def test_what_is_no_score_is_refused_with_its_bounds(value: Any) -> None:
+    with pytest.raises(BadRow, match=r"score .* is not a number from 0 to 5"):
+        read({"sentence1": "a", "sentence2": "b", "label": value}, name="glue/stsb")
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+]
+
+
+def test_the_last_turn_of_a_chat_is_its_completion() -> None:
+    example = one(
+        {"turns": [*TURNS[:2], {**TURNS[2], "id": 3}], "other": "Hey"}, messages="turns", references=("other",)
+    )
+    assert example.messages == tuple(TURNS[:2]) and example.completion == "Ho"
+    assert example.references == ("Ho", "Hey")
+    assert example.prompt == "system:\nBe brief.\n\nuser:\nHi\n\nassistant:\n"
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("hi", "column 'turns' is no list of two or more turns"),
+        (TURNS[:1], "no list of two or more turns"),
+        (TURNS[:2], "the last turn of column 'turns' is the user's, the assistant's is needed"),
+        (TURNS[::2], "column 'turns' has no turn of the user"),
+        ([{"from": "human", "value": "x"}, TURNS[2]], "turn 1 of column 'turns' has from, value; needed role, content"),
+        (["x", TURNS[2]], "turn 1 of column 'turns' has str; needed role, content"),
+        ([{"role": "bot", "content": "x"}, TURNS[2]], "turn 1 .*: role 'bot' is not system, user, assistant"),
+        ([{"role": ["user"], "content": "x"}, TURNS[2]], r"turn 1 .*: role \['user'\] is not system"),
+        ([{"role": "user", "content": ["x"]}, TURNS[2]], "column 'content' is list, text is needed"),
+        ([TURNS[1], {"role": "assistant", "content": None}], "turn 2 of column 'turns' is empty"),
+    ],
+)
+def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        read({"turns": turns}, messages="turns")
+
+
+SQUAD = {
+    "question": "Where?",
+    "context": "In Rome, in Rome.",
+    "answers": {"text": ["Rome", "in Rome"], "answer_start": [3, 9]},
+}
+
+
+@pytest.mark.parametrize("name", ["squad", "squad_v2"])
+def test_every_answer_of_a_question_counts_and_stands_where_it_is_said(name: str) -> None:
+    example = one(SQUAD, name=name)
+    assert example.answers == (("Rome", 3), ("in Rome", 9)) and example.texts == ("Where?", "In Rome, in Rome.")
+    assert all(example.texts[1][start : start + len(text)] == text for text, start in example.answers)
+    assert example.completion == " Rome" and example.references == ("Rome", "in Rome")
+
+
+def test_a_question_without_answer_is_said_to_be_unanswerable() -> None:
+    row = {**SQUAD, "answers": {"text": [], "answer_start": []}}
+    example = one(row, name="squad_v2")
+    assert example.answers == () and example.completion == " unanswerable" and example.references == ()
+    with pytest.raises(BadRow, match="column 'answers' is empty; a question without answer is for task squad_v2"):
+        read(row, name="squad")
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"text": ["Rome"], "answer_start": [4]}, "answer 'Rome' does not stand at character 4 of column 'context'"),
+        ({"text": ["Rome"], "answer_start": [-5]}, "does not stand at character -5"),
+        ({"text": ["Rome"], "answer_start": []}, "with as many of both"),
+        ({"text": "Rome", "answer_start": [3]}, "column 'answers' is not"),
+        ("{'text': ['Rome']}", "column 'answers' is not"),
+        ({"text": ["Rome"], "answer_start": ["3"]}, "has 'Rome' at '3', a text and an integer are needed"),
+        ({"text": [" "], "answer_start": [2]}, "has ' ' at 2"),
+    ],
+)
+def test_answers_that_cannot_be_used_are_refused(answers: Any, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        read({**SQUAD, "answers": answers}, name="squad")
+
+
+TRIPLES = [["A", "AREA", "river"], ["A", "SINCE", "1998"]]
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"source": ["x", "y"], "text": ["One.", "Two."]},
+        [{"source": "x", "text": "One."}, {"source": "y", "text": "Two."}],
+    ],
+)
+def test_dart_has_a_row_for_each_sentence_about_its_triples(annotations: Any) -> None:
+    task = check_task(TaskConfig(name="dart"))
+    pairs = list(examples_of(task, {"tripleset": TRIPLES, "annotations": annotations}, "file", 1))
+    assert [example.completion for _, example in pairs] == [" One.", " Two."]
+    assert {key for key, _ in pairs} == {"A | AREA | river ; A | SINCE | 1998"}
+    assert all("A | AREA | river ; A | SINCE | 1998" in example.prompt for _, example in pairs)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tripleset": [["A", "B"]], "annotations": []}, "column 'tripleset' is no list of"),
+        ({"tripleset": [], "annotations": []}, "column 'tripleset' is no list of"),
+        ({"tripleset": TRIPLES, "annotations": []}, "column 'annotations' has no list of texts"),
+        ({"tripleset": TRIPLES, "annotations": {"text": [3]}}, "column 'text' is int, text is needed"),
+        ({"tripleset": TRIPLES, "annotations": ["One."]}, "the completion is empty"),
+    ],
+)
+def test_triples_that_cannot_be_used_are_refused(row: dict, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        read(row, name="dart")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("dart", {"tripleset": TRIPLES}, "no column 'annotations'; found tripleset; needed tripleset, annotations"),
+        ("squad", {"question": "a", "context": "b"}, "no column 'answers'; found question, context; needed answers"),
+        ("xsum", {}, "no column 'document'; found none; needed document, summary"),
+    ],
+)
+def test_a_missing_column_is_named_with_those_that_are_there(name: str, row: dict, message: str) -> None:
+    with pytest.raises(MissingColumn, match=message):
+        read(row, name=name)
