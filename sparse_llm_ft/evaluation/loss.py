@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparse_llm_ft.data.encoding import Batch
+from sparse_llm_ft.data.batching import Batch
 from sparse_llm_ft.evaluation.objective import Objective
 
 S = TypeVar("S")
@@ -26,6 +27,12 @@ def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> lis
     return [mine[i : i + batch_size] for i in range(0, most, batch_size)]
 
 
+def lengths_of(samples: Sequence[Any], objective: Objective[Any]) -> np.ndarray:
+    """(samples,) tokens of each; of stored samples known without making them."""
+    known = getattr(samples, "lengths", None)
+    return np.array([objective.tokens(sample) for sample in samples], dtype=np.int32) if known is None else known
+
+
 def batches_on(
     device: torch.device,
     samples: Sequence[S],
@@ -37,7 +44,7 @@ def batches_on(
     """This rank's batches on `device`, of samples of like length, with the indices of their samples; where a rank has
     none left, no indices and the first sample, for a forward pass whose result nobody counts.
     """
-    order = sorted(range(len(samples)), key=lambda i: objective.tokens(samples[i]))  # little padding in a batch
+    order = np.argsort(lengths_of(samples, objective), kind="stable").tolist()  # little padding in a batch
     for places in rank_batches(len(samples), batch_size, rank, world_size):
         indices = [order[place] for place in places]
         batch = objective.batch([samples[i] for i in indices] or samples[:1])
@@ -63,5 +70,6 @@ def mean_loss(
             total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
     model.train(was_training)
     total = total.to(device)
-    dist.all_reduce(total)
+    if world_size > 1:
+        dist.all_reduce(total)
     return float(total[0] / total[1])

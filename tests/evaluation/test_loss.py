@@ -1,11 +1,11 @@
-"""How samples are dealt to ranks, the mean over them, and ROUGE."""
+"""How samples are dealt to ranks, and the mean over them."""
 
 from __future__ import annotations
 
 import pytest
 
 from sparse_llm_ft.data.encoding import Sample
-from sparse_llm_ft.evaluation import CompletionObjective, mean_loss, rank_batches, rouge
+from sparse_llm_ft.evaluation import CompletionObjective, mean_loss, rank_batches
 
 SAMPLES = [Sample((1, 5, 6, 7), (8, 9, 2)), Sample((1, 4), (11, 2)), Sample((1, 12, 3), (5, 5, 5, 2))]
 
@@ -25,11 +25,3 @@ def test_the_mean_is_over_units_whatever_the_batch(process_group, causal) -> Non
     for batch_size in (1, 2, 3):
         assert mean_loss(causal, SAMPLES, objective, batch_size, 0, 1) == pytest.approx(alone, rel=1e-6)
     assert causal.training
-
-
-def test_rouge_takes_the_best_reference_and_is_in_percent() -> None:
-    scores = rouge(["the red book"], [["a blue cake", "the red book"]])
-    assert scores == {"rouge1": 100.0, "rouge2": 100.0, "rougeL": 100.0}
-    assert rouge(["red book"], [["red cake"]])["rougeL"] == pytest.approx(50.0)
-    with pytest.raises(ValueError, match="0 predictions"):
-        rouge([], [])

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.encoding import Sample, TextSample
 from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import ClassificationObjective, CompletionObjective, make_objective
+from sparse_llm_ft.evaluation import ClassificationObjective, CompletionObjective, LabelWords, make_objective
 
 SAMPLES = [Sample((1, 5, 6, 7), (8, 9, 2)), Sample((1, 4), (11, 2)), Sample((1, 12, 3), (5, 5, 5, 2))]
 WORDS = (8, 11, 5)
@@ -38,9 +38,9 @@ def negative_log_likelihood(model: torch.nn.Module, sample: Sample) -> float:
 
 
 @pytest.mark.parametrize("keeps_logits", [True, False])
-@pytest.mark.parametrize("label_tokens", [None, torch.tensor(WORDS)])
-def test_a_completions_loss_is_the_sum_over_its_tokens(causal, keeps_logits: bool, label_tokens) -> None:
-    objective = CompletionObjective(0, keeps_logits, label_tokens)
+@pytest.mark.parametrize("label_words", [None, LabelWords(torch.tensor(WORDS), 0)])
+def test_a_completions_loss_is_the_sum_over_its_tokens(causal, keeps_logits: bool, label_words) -> None:
+    objective = CompletionObjective(0, keeps_logits, label_words)
     batch, expected = objective.batch(SAMPLES), [negative_log_likelihood(causal, sample) for sample in SAMPLES]
     assert objective.losses(causal, batch).tolist() == pytest.approx(expected, rel=1e-5)
     assert float(objective.loss(causal, batch)) == pytest.approx(sum(expected), rel=1e-5)
@@ -66,7 +66,7 @@ def test_right_tokens_of_a_completion_are_counted_teacher_forced(causal, keeps_l
 def test_a_label_is_chosen_by_the_first_token_of_its_word(causal, keeps_logits: bool) -> None:
     prompts = [(1, *range(3, 3 + n)) for n in range(1, 9)]
     samples = [Sample(prompt, (WORDS[i % 3], 4, 2)[: 2 + i % 2]) for i, prompt in enumerate(prompts)]
-    objective = CompletionObjective(0, keeps_logits, torch.tensor(WORDS))
+    objective = CompletionObjective(0, keeps_logits, LabelWords(torch.tensor(WORDS), 0))
     expected = [max(range(3), key=lambda k: by_hand(causal, s)[0, WORDS[k]]) for s in samples]
     assert len(set(expected)) > 1
     batch = objective.batch(samples)
@@ -102,7 +102,7 @@ def test_a_heads_loss_is_the_sum_over_samples(encoder) -> None:
 def test_a_repeated_batch_gives_repeated_values(causal, encoder) -> None:
     for model, objective, samples in (
         (causal, CompletionObjective(0, True), SAMPLES),
-        (causal, CompletionObjective(0, True, torch.tensor(WORDS)), SAMPLES),
+        (causal, CompletionObjective(0, True, LabelWords(torch.tensor(WORDS), 0)), SAMPLES),
         (encoder, ClassificationObjective(0), TEXTS),
     ):
         batch = objective.batch(samples)
@@ -133,17 +133,33 @@ def test_the_objective_follows_from_model_and_task(causal, encoder, model_folder
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     objective = make_objective(causal, tokenizer, labelled("red", "blue cake", "book"))
     assert isinstance(objective, CompletionObjective) and objective.keeps_logits and objective.pad_token_id == 0
-    assert tokenizer.convert_ids_to_tokens(objective.label_tokens) == ["red", "blue", "book"]
-    assert make_objective(causal, tokenizer, replace(labelled("red", "blue"), labels=None)).label_tokens is None
+    assert tokenizer.convert_ids_to_tokens(objective.label_words.tokens) == ["red", "blue", "book"]
+    assert make_objective(causal, tokenizer, replace(labelled("red", "blue"), labels=None)).label_words is None
     assert isinstance(make_objective(encoder, tokenizer, labelled("red", "red cake")), ClassificationObjective)
 
 
 def test_label_words_with_the_same_first_token_are_refused(causal, model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both begin with the token 'red'"):
+    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both go on with the token 'red'"):
         make_objective(causal, tokenizer, labelled("blue", "red cake", "red book"))
-    with pytest.raises(ConfigError, match=r"task.labels: .* both begin with the token 'a'"):
-        make_objective(causal, tokenizer, labelled("blue", "red", completion="a {label}"))
+    with pytest.raises(ConfigError, match=r"task.labels: 'dog' and 'cat' both go on with the token '<unk>'"):
+        make_objective(causal, tokenizer, labelled("dog", "cat"))
+
+
+def test_label_words_may_have_the_same_beginning(causal, model_folder: Path) -> None:
+    """Told by the second token, of a completion that begins with "a", as one told by the first without it."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    objective = make_objective(causal, tokenizer, labelled("blue", "in", completion="a {label}"))
+    assert objective.label_words.position == 1
+    first = make_objective(causal, tokenizer, labelled("blue", "in"))
+    assert objective.label_words.tokens.tolist() == first.label_words.tokens.tolist()
+    a, blue = tokenizer("a blue", add_special_tokens=False)["input_ids"]
+    prompts = [(1, *range(3, 3 + n)) for n in range(1, 9)]
+    long, short = ([Sample(p, c) for p in prompts] for c in ((a, blue, 2), (blue, 2)))
+    short = [Sample((*s.prompt, a), s.completion) for s in short]
+    chosen = objective.judge(causal, objective.batch(long))[1].tolist()
+    assert len(set(chosen)) == 2
+    assert chosen == first.judge(causal, first.batch(short))[1].tolist()
 
 
 def test_the_majority_is_the_largest_class_or_the_most_frequent_token() -> None:

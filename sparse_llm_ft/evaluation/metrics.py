@@ -1,0 +1,167 @@
+"""What papers report: accuracy, F1, correlations, ROUGE, BLEU, and exact match and F1 of answers; all in percent.
+
+A metric takes predictions and references, one of each per sample, in any order of samples: classes (int), scores
+(float), or a text and the texts that count as right. The libraries are imported where they are used: each takes up to
+a second, and a run needs one of them.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from sparse_llm_ft.config.sections import Metric
+
+Compute = Callable[..., dict[str, float]]
+"""Of predictions and references; `_f1` is told the number of labels, too."""
+
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def score(
+    names: Iterable[Metric], predictions: Sequence[Any], references: Sequence[Any], labels: int = 2
+) -> dict[str, float]:
+    """All numbers of the named metrics, in the order of the names.
+
+    Args:
+        predictions: (samples,) ints for ``accuracy``, ``f1`` and ``matthews``; floats for ``pearson`` and
+            ``spearman``; texts for ``rouge``, ``bleu`` and ``squad``.
+        references: (samples,) ints, floats, or for texts sequences of reference texts, not all equally many.
+        labels: how many the task has; for ``f1``.
+
+    Raises:
+        ValueError: no predictions, not as many references, or a text without reference where it needs one.
+    """
+    if not len(predictions) or len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions and {len(references)} references")
+    found: dict[str, float] = {}
+    for name in names:
+        found |= METRICS[name](predictions, references, *([labels] if name == "f1" else []))
+    return found
+
+
+def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    """Share of right classes."""
+    right = sum(prediction == label for prediction, label in zip(predictions, references, strict=True))
+    return {"accuracy": 100 * right / len(references)}
+
+
+def _f1(predictions: Sequence[int], references: Sequence[int], labels: int) -> dict[str, float]:
+    """F1 of class 1, as GLUE reports MRPC and QQP; of more than two classes the mean of all their F1 (macro), as
+    SuperGLUE reports CB. A class that is never predicted, or never there, has F1 0.
+    """
+    from sklearn.metrics import f1_score
+
+    options = {"average": "binary"} if labels == 2 else {"average": "macro", "labels": range(labels)}
+    return {"f1": 100 * float(f1_score(references, predictions, zero_division=0, **options))}
+
+
+def _matthews(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    """Matthews' correlation coefficient, for more classes Gorodkin's R_K (2004). 0 where all predictions or all
+    references are the same: it is not defined there, and a model that always says the same has learned nothing.
+    """
+    from sklearn.metrics import matthews_corrcoef
+
+    constant = _constant(predictions) or _constant(references)
+    return {"matthews": 0.0 if constant else 100 * float(matthews_corrcoef(references, predictions))}
+
+
+def _pearson(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Pearson's correlation; 0 where it is not defined, as `_matthews`."""
+    from scipy.stats import pearsonr
+
+    return {"pearson": _correlation(pearsonr, predictions, references)}
+
+
+def _spearman(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Pearson's correlation of the ranks, equal values sharing the mean of theirs; 0 where it is not defined."""
+    from scipy.stats import spearmanr
+
+    return {"spearman": _correlation(spearmanr, predictions, references)}
+
+
+def _correlation(compute: Callable[..., Any], predictions: Sequence[float], references: Sequence[float]) -> float:
+    constant = _constant(predictions) or _constant(references)
+    return 0.0 if constant else 100 * float(compute(predictions, references).statistic)
+
+
+def _constant(values: Sequence[float]) -> bool:
+    return len(set(values)) == 1
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, 2, L and Lsum by Google's rouge-score, with Porter stemming.
+
+    Of several references the best-matching one counts, for each of the four on its own. Lsum takes lines as
+    sentences; of texts of one line it is L.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _check_references(references)
+    scorer = RougeScorer(list(_ROUGE), use_stemmer=True)
+    scores = [scorer.score_multi(list(texts), text) for text, texts in zip(predictions, references, strict=True)]
+    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in _ROUGE}
+
+
+def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Corpus BLEU by sacreBLEU with its defaults: case kept, 13a tokens, exponential smoothing, and for the brevity
+    penalty the reference whose length is closest.
+    """
+    import sacrebleu
+
+    _check_references(references)
+    streams = list(zip_longest(*references))  # the first references, the second ones or None, ...
+    # force: no warning about predictions that end in " .", as those of lower-cased data sets do.
+    return {"bleu": float(sacrebleu.corpus_bleu(predictions, streams, force=True).score)}
+
+
+def _squad(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and token F1 as SQuAD 2's evaluation script: texts without case, punctuation, articles and
+    superfluous space, and the best over the references. A question without references has the empty answer.
+
+    Source: Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250, and 2018, https://arxiv.org/abs/1806.03822.
+    """
+    exact = f1 = 0.0
+    for prediction, texts in zip(predictions, references, strict=True):
+        answer = _answer_tokens(prediction)
+        golds = [tokens for tokens in map(_answer_tokens, texts) if tokens] or [[]]
+        exact += max(answer == gold for gold in golds)
+        f1 += max(_token_f1(answer, gold) for gold in golds)
+    return {"exact_match": 100 * exact / len(predictions), "f1": 100 * f1 / len(predictions)}
+
+
+def _answer_tokens(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _token_f1(answer: list[str], gold: list[str]) -> float:
+    if not answer or not gold:
+        return float(answer == gold)
+    common = (Counter(answer) & Counter(gold)).total()
+    return 2 * common / (len(answer) + len(gold))  # 2 P R / (P + R) with P = common / answer, R = common / gold
+
+
+def _check_references(references: Sequence[Sequence[str]]) -> None:
+    for i, texts in enumerate(references):
+        if not texts:
+            raise ValueError(f"sample {i} has no reference")
+
+
+METRICS: Mapping[Metric, Compute] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "rouge": _rouge,
+    "bleu": _bleu,
+    "squad": _squad,
+}
+"""Each metric by name. The numbers it gives bear its name, but for ``rouge`` (``rouge1``, ``rouge2``, ``rougeL``,
+``rougeLsum``) and ``squad`` (``exact_match``, ``f1``)."""

@@ -1,0 +1,187 @@
+"""Answers as spans of a context: what is learned about them, and which one an encoder chooses.
+
+Source: Devlin et al., 2019, https://arxiv.org/abs/1810.04805, section 4.2 and 4.3, and its script for SQuAD.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_llm_ft.data.batching import Batch
+from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.spans import SpanSample, span_batch
+from sparse_llm_ft.evaluation.loss import batches_on
+from sparse_llm_ft.evaluation.objective import Forward
+from sparse_llm_ft.signals import leave_if_asked
+
+LONGEST = 30
+"""Most tokens of an answer."""
+
+BEST = 20
+"""How many of the most probable starts, and ends, of a window are tried."""
+
+
+@dataclass(frozen=True)
+class SpanObjective:
+    """Cross-entropy of the answer's first and last token, their mean; a unit is a window of a context.
+
+    Padding has no probability, so that a window's loss does not depend on what else is in its batch.
+    """
+
+    pad_token_id: int
+
+    def batch(self, samples: Sequence[SpanSample]) -> Batch:
+        """See `span_batch`."""
+        return span_batch(samples, self.pad_token_id)
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Scalar float32: summed over the windows."""
+        return self.losses(forward, batch).sum()
+
+    def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """(batch,) float32."""
+        starts, ends = self.logits(forward, batch)
+        start_losses = F.cross_entropy(starts, batch["start_positions"], reduction="none")
+        return (start_losses + F.cross_entropy(ends, batch["end_positions"], reduction="none")) / 2
+
+    def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """(batch,) int64: 1 where both the most probable start and the most probable end are right."""
+        starts, ends = self.logits(forward, batch)
+        right = (starts.argmax(-1) == batch["start_positions"]) & (ends.argmax(-1) == batch["end_positions"])
+        return right.long()
+
+    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Spans are no labels: see `choose_spans`.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("spans are no labels; choose_spans finds them")
+
+    def units(self, sample: SpanSample) -> int:
+        """1."""
+        return 1
+
+    def scored(self, sample: SpanSample) -> int:
+        """1."""
+        return 1
+
+    def tokens(self, sample: SpanSample) -> int:
+        """Tokens of question and window."""
+        return len(sample.ids)
+
+    def majority(self, samples: Iterable[SpanSample]) -> float:
+        """Share of the most frequent place, which is most often that of no answer."""
+        places = Counter((sample.start, sample.end) for sample in samples)
+        return max(places.values()) / places.total()
+
+    def logits(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, longest) float32 of starts and of ends; -inf at padding. The positions stay here: from them the
+        model would make a loss of its own.
+        """
+        inputs = {name: value for name, value in batch.items() if not name.endswith("_positions")}
+        output = forward(**inputs)
+        padding = batch["attention_mask"] == 0
+        starts, ends = (
+            values.float().masked_fill(padding, -torch.inf) for values in (output.start_logits, output.end_logits)
+        )
+        return starts, ends
+
+
+@torch.no_grad()
+def choose_spans(
+    model: nn.Module,
+    examples: Sequence[Example],
+    samples: Sequence[SpanSample],
+    objective: SpanObjective,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    unanswerable: bool,
+) -> list[str]:
+    """The answer chosen for every example, in order, on every rank: a piece of its context.
+
+    The span with the largest sum of start and end logit over all windows of an example, of at most `LONGEST` tokens
+    of the context, from the `BEST` starts and ends of each window. Collective where there are several ranks. The model
+    is in evaluation mode meanwhile.
+
+    Args:
+        samples: all windows of the examples.
+        unanswerable: whether questions may have no answer: "" where the least sum of the classification token's two
+            logits, over the windows of an example, is larger than the best span's. Without, "" stands only where no
+            span can be formed.
+    """
+    scores, spans = rank_spans(model, samples, objective, batch_size, rank, world_size)
+    if world_size > 1:
+        dist.all_reduce(scores)
+        dist.all_reduce(spans)
+    return spans_of(examples, samples, scores.cpu(), spans.cpu(), unanswerable)
+
+
+@torch.no_grad()
+def rank_spans(
+    model: nn.Module,
+    samples: Sequence[SpanSample],
+    objective: SpanObjective,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this rank finds in its windows, see `choose_spans`.
+
+    Returns:
+        (windows, 2) float64, the score of the best span (-inf: there is none) and of no answer; and (windows, 2)
+        int64, that span's first and last token. 0 where another rank judges: the sum over ranks is everybody's.
+    """
+    device = next(model.parameters()).device
+    scores = torch.zeros((len(samples), 2), dtype=torch.float64, device=device)
+    spans = torch.zeros((len(samples), 2), dtype=torch.long, device=device)
+    was_training = model.training
+    model.eval()
+    for indices, batch in batches_on(device, samples, objective, batch_size, rank, world_size):
+        starts, ends = objective.logits(model, batch)
+        for row, i in enumerate(indices):
+            sample = samples[i]
+            allowed = torch.tensor([offset is not None for offset in sample.offsets], device=device)
+            best, spans[i] = _best_span(starts[row, : len(allowed)], ends[row, : len(allowed)], allowed)
+            scores[i] = torch.stack([best, starts[row, sample.null] + ends[row, sample.null]])
+        leave_if_asked()
+    model.train(was_training)
+    return scores, spans
+
+
+def _best_span(starts: torch.Tensor, ends: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best score (-inf: there is none) and its (2,) first and last token, from logits (tokens,)."""
+    count = min(BEST, len(starts))
+    (a, first), (b, last) = starts.topk(count), ends.topk(count)
+    first, last = first[:, None], last[None, :]
+    possible = allowed[first] & allowed[last] & (first <= last) & (last < first + LONGEST)
+    score, place = (a[:, None] + b[None, :]).masked_fill(~possible, -torch.inf).flatten().max(0)
+    return score, torch.stack([first.flatten()[place // count], last.flatten()[place % count]])
+
+
+def spans_of(
+    examples: Sequence[Example],
+    samples: Sequence[SpanSample],
+    scores: torch.Tensor,
+    spans: torch.Tensor,
+    unanswerable: bool,
+) -> list[str]:
+    """The texts of `choose_spans` from what all ranks found, see `rank_spans`."""
+    best, null, texts = [-torch.inf] * len(examples), [torch.inf] * len(examples), [""] * len(examples)
+    for sample, (score, no_answer), (start, end) in zip(samples, scores.tolist(), spans.tolist(), strict=True):
+        i = sample.example
+        null[i] = min(null[i], no_answer)
+        first, last = sample.offsets[start], sample.offsets[end]
+        if score > best[i] and first and last:
+            best[i], texts[i] = score, examples[i].texts[1][first[0] : last[1]].strip()
+    if unanswerable:
+        return ["" if nothing > score else text for nothing, score, text in zip(null, best, texts, strict=True)]
+    return texts

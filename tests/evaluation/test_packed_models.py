@@ -1,0 +1,220 @@
+"""Packed or alone, a sample has one loss: no sample of a sequence sees another. Where it would, packing is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    DeepseekV4Config,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    JambaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3NextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from sparse_llm_ft.data.batching import IGNORED
+from sparse_llm_ft.data.samples import Pack, Sample
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.evaluation import CompletionObjective, check_packing
+
+SAMPLES = (
+    Sample((5, 6, 7, 8), (9, 10, 2)),
+    Sample((11, 12), (13, 14, 15, 2)),
+    Sample((21,), (22, 2)),
+    Sample((5, 9, 11, 30, 31, 3, 17), (9, 2)),
+)
+PACKS = (Pack(SAMPLES[:3]), Pack(SAMPLES[3:]))
+"""Of 16 and 9 tokens, so that one is padded."""
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+FALCON = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2 = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "eos_token_id": 2}
+
+DECODERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),  # shorter than its longest sample, too
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "gpt2": lambda: GPT2Config(**GPT2, pad_token_id=0),
+}
+OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3": lambda: Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi": lambda: PhiConfig(**SIZES),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4),
+}
+
+
+def build(settings: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    """Large weights: logits that differ enough for an error to show."""
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def objective_of(model: PreTrainedModel) -> CompletionObjective:
+    return CompletionObjective(0, "logits_to_keep" in inspect.signature(model.forward).parameters)
+
+
+def alone(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
+    """Transformers' own loss, summed."""
+    ids = torch.tensor([[*sample.prompt, *sample.completion]])
+    labels = ids.clone()
+    labels[:, : len(sample.prompt)] = IGNORED
+    return model(input_ids=ids, labels=labels).loss * sample.supervised
+
+
+def supervise(batch: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    """The labels of one sample alone, found by where positions begin anew."""
+    starts = (batch["position_ids"] == 0).long().flatten().cumsum(0).view_as(batch["labels"])
+    return batch | {"labels": batch["labels"].masked_fill(starts != number + 1, IGNORED)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_each_sample_has_the_loss_that_it_has_alone(name: str, attention: str) -> None:
+    model = build(DECODERS[name](), attention)
+    check_packing(model)
+    objective = objective_of(model)
+    batch = objective.batch(PACKS)
+    with torch.no_grad():
+        expected = [float(alone(model, sample)) for sample in SAMPLES]
+        packed = [float(objective.loss(model, supervise(batch, number))) for number in range(4)]
+    assert packed == pytest.approx(expected, rel=1e-5)
+    assert len({round(loss, 2) for loss in expected}) == 4
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_gradients_are_those_of_all_samples_alone(name: str) -> None:
+    model = build(DECODERS[name]())
+    objective = objective_of(model)
+    objective.loss(model, objective.batch(PACKS)).backward()
+    packed = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    for sample in SAMPLES:
+        alone(model, sample).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1.0
+            torch.testing.assert_close(packed[key], parameter.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_sample_sees_another(name: str, attention: str) -> None:
+    """Neither those before it nor those behind."""
+    model = build(DECODERS[name](), attention)
+    objective = objective_of(model)
+    changed = Pack((Sample((33, 34, 35, 36), (37, 38, 2)), SAMPLES[1], Sample((39,), (33, 2))))
+    with torch.no_grad():
+        logits = []
+        for pack in (PACKS[0], changed):
+            batch = objective.batch([pack])
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+            logits.append(model(**inputs, use_cache=False).logits[0])
+    assert torch.equal(logits[0][7:13], logits[1][7:13])
+    assert not torch.equal(logits[0][:7], logits[1][:7]) and not torch.equal(logits[0][13:], logits[1][13:])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_further_families_that_may_be_packed(name: str) -> None:
+    model = build(OTHERS[name]())
+    with torch.device("meta"):
+        check_packing(AutoModelForCausalLM.from_config(OTHERS[name]()))
+    objective = objective_of(model)
+    with torch.no_grad():
+        expected = sum(float(alone(model, sample)) for sample in SAMPLES)
+        assert float(objective.loss(model, objective.batch(PACKS))) == pytest.approx(expected, rel=1e-5)
+
+
+STATEFUL = "has layers that carry a state along"
+LEAKS = "lets samples in one sequence see each other"
+REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    "mamba": (lambda: MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2), "takes no positions"),
+    "jamba": (lambda: JambaConfig(**GROUPED, num_experts=2), STATEFUL),
+    "qwen3_next": (lambda: Qwen3NextConfig(**GROUPED, num_experts=4), STATEFUL),
+    "deepseek_v4": (
+        lambda: DeepseekV4Config(vocab_size=40, hidden_size=32, num_hidden_layers=2, n_routed_experts=4),
+        STATEFUL,  # which its layers' names do not tell
+    ),
+    "lfm2": (lambda: Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]), STATEFUL),
+    "opt": (lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32), LEAKS),
+    "gpt_oss": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), LEAKS),
+    "falcon": (lambda: FalconConfig(**FALCON), LEAKS),
+    "bert": (lambda: BertConfig(**SIZES, is_decoder=True), LEAKS),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_in_which_samples_would_see_each_other_are_refused(name: str) -> None:
+    settings, reason = REFUSED[name]
+    with torch.device("meta"):
+        model = BertLMHeadModel(settings()) if name == "bert" else AutoModelForCausalLM.from_config(settings())
+    with pytest.raises(ConfigError, match=f"^task.packing: true, but a {name} model {reason}; expected false$"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_oss", "falcon"])
+def test_those_models_do_see_the_others(name: str) -> None:
+    """Should a release of transformers mend them, they need no longer be refused."""
+    model = build(REFUSED[name][0](), "eager")
+    objective = objective_of(model)
+    with torch.no_grad():
+        expected = sum(float(alone(model, sample)) for sample in SAMPLES)
+        assert float(objective.loss(model, objective.batch(PACKS))) != pytest.approx(expected, rel=1e-3)
+
+
+def test_encoders_and_encoder_decoders_are_refused() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    with torch.device("meta"):
+        models = [
+            T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes)),
+            BertForSequenceClassification(BertConfig(**SIZES)),
+        ]
+    for model in models:
+        with pytest.raises(ConfigError, match="true, but the model is no decoder that writes"):
+            check_packing(model)
+
+
+def test_attention_that_makes_no_mask_is_refused() -> None:
+    model = build(LlamaConfig(**GROUPED))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="true, but attention in 'flash_attention_2' lets samples"):
+        check_packing(model)
