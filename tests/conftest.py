@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from tiny_files import make_data, make_encoder, make_labelled, make_model
 from tiny_run import run_settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="datasets-")  # gone with the process
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +55,16 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict:
     """A complete tree of settings for a run of 8 steps on the tiny model."""
     return run_settings(model_folder, data_folder, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """The test after it could not make its own."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("a process group was left")
 
 
 @pytest.fixture

@@ -88,7 +88,8 @@ def run_world(
     """Exit status of every rank (negative: the signal that ended it).
 
     Args:
-        trees: the settings, or several that are run one after the other until one fails.
+        trees: the settings, or several that are run one after the other until one fails; ``{"command": [...]}`` is
+            what `sparse-llm-ft` is called with.
         logs: folder for ``rank-0.log`` ...: standard output and error of each rank, one run behind the other.
         before: called with its rank in each process before anything else, to patch what the run calls.
         timeout: for each run.
@@ -185,7 +186,8 @@ def _become_rank(rank: int, world_size: int, port: int, log: Path, parent: int) 
 
 
 def _train(tree: Tree) -> int:
-    """What launch/train.py does with parsed arguments; the exit status."""
+    """What launch/train.py does with parsed arguments, or `sparse-llm-ft` with ``command``; the exit status."""
+    from sparse_llm_ft.cli import main
     from sparse_llm_ft.config import parse_config
     from sparse_llm_ft.distributed import find_world, prepare_cpu
     from sparse_llm_ft.exits import one_line_errors
@@ -193,6 +195,9 @@ def _train(tree: Tree) -> int:
     from sparse_llm_ft.training.run import run
 
     try:
+        if "command" in tree:
+            main(tree["command"])
+            return 0
         world = find_world()
         with one_line_errors(world):
             prepared = prepare(parse_config(json.loads(json.dumps(tree))), world)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,15 @@ def on_rank_zero(world: World, action: Callable[[], None]) -> None:
         TrainingError: on every rank where rank 0 raised one. What is neither keeps its type and traceback on rank 0,
             and is one elsewhere.
     """
+    _on_some(world.rank == 0, action, "rank 0 failed")
+
+
+def _on_some(chosen: bool, action: Callable[[], None], elsewhere: str) -> None:
     failure: Exception | None = None
-    if world.rank == 0:
+    if chosen:
         try:
             action()
-        except Exception as error:  # whatever it is, nobody may wait for rank 0
+        except Exception as error:  # whatever it is, nobody may wait for this rank
             failure = error
     if isinstance(failure, OSError | SafetensorError):  # what safetensors writes fails with an error of its own
         failure = UserError(str(failure))
@@ -32,22 +38,34 @@ def on_rank_zero(world: World, action: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if kind:
-        raise (UserError if kind == 1 else TrainingError)("rank 0 failed")
+        raise (UserError if kind == 1 else TrainingError)(elsewhere)
 
 
-def on_every_rank(action: Callable[[], None], hint: str) -> None:
-    """Run `action` on all ranks; if it fails on one, all stop.
+def on_node_leaders(world: World, action: Callable[[], None]) -> None:
+    """Run `action` on the first rank of each node while the others wait; if it fails on one, all ranks stop.
 
     Raises:
-        UserError: on every rank, with the reason where it failed, followed by `hint`.
+        UserError: on every rank, with the reason where it failed. What is neither that nor an error of a disk keeps its
+            type and traceback there, and is a TrainingError elsewhere.
     """
-    failure: Exception | None = None
-    try:
-        action()
-    except (OSError, CheckpointError) as error:
-        failure = error
-    if _worst(int(failure is not None)):
-        raise UserError(f"{failure or 'another process failed'}; {hint}")
+    _on_some(world.local_rank == 0, action, "the first rank of another node failed")
+
+
+def on_every_rank(action: Callable[[], None], hint: str = "") -> None:
+    """Run `action` on all ranks; if it fails on one, all stop, as by `on_node_leaders`.
+
+    Args:
+        hint: follows the reason of a file that cannot be read.
+    """
+    ending = f"; {hint}" if hint else ""
+
+    def hinted() -> None:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            raise UserError(f"{error}{ending}") from error
+
+    _on_some(True, hinted, f"another process failed{ending}")
 
 
 def from_rank_zero(value: int) -> int:
@@ -65,6 +83,16 @@ def bytes_from_rank_zero(data: bytes) -> bytes:
         shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else shared)
     dist.broadcast(shared, 0)
     return bytes(shared.cpu().numpy())
+
+
+def text_from_rank_zero(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    return bytes_from_rank_zero(text.encode()).decode()
+
+
+def encoding_together(world: World) -> dict[str, Any]:
+    """How the ranks encode data together: the arguments of `Samples.encode` and `Encoding` that say who does what."""
+    return {"lead": partial(on_node_leaders, world), "each": on_every_rank, "share": text_from_rank_zero}
 
 
 def _worst(failure: int) -> int:

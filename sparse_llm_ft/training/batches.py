@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.modes import Use
 from sparse_llm_ft.plan import Shape
 from sparse_llm_ft.planner import grown_micro_batch, saved_bytes, state_bytes
 
@@ -25,7 +26,7 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
-def check_growth(config: RunConfig, first: Phase, labels: int | None) -> None:
+def check_growth(config: RunConfig, first: Phase, use: Use) -> None:
     """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
 
     Raises:
@@ -34,7 +35,7 @@ def check_growth(config: RunConfig, first: Phase, labels: int | None) -> None:
     if all(getattr(method, "batch_growth", "none") == "none" for method in config.method):
         return
     try:
-        saved_bytes(config.model, first.plan, 8, labels)
+        saved_bytes(config.model, first.plan, 8, use)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -64,21 +65,20 @@ def grown_batch(
     targets: dict[str, Shape],
     length: int,
     world_size: int,
-    labels: int | None,
+    use: Use,
 ) -> Phase:
     """The phase after a change of plan, its micro-batch grown into the freed memory as `batch_growth` says.
 
     Args:
         before: the phase that just ended.
         length: tokens of the longest training sample; memory is compared at that length.
-        labels: as in `model_kind`.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor)
     stage = config.deepspeed.zero_stage
     freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
-    old, new = (saved_bytes(config.model, plan, length, labels) for plan in (before.plan, phase.plan))
+    old, new = (saved_bytes(config.model, plan, length, use) for plan in (before.plan, phase.plan))
     limit = grown_micro_batch(micro, old, new, freed)
     if phase.batch_growth == "keep_global":
         return phase.with_batch(largest_micro_batch(total, world_size, limit), total, before.lr_factor)

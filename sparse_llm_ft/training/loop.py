@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from sparse_llm_ft import signals
 from sparse_llm_ft.adapters import orthogonality
-from sparse_llm_ft.data.stream import SampleStream
+from sparse_llm_ft.data.stream import InOrder, SampleStream
+from sparse_llm_ft.data.streaming import StreamedSamples
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.engine import Engine
-from sparse_llm_ft.errors import TrainingError
-from sparse_llm_ft.evaluation import Objective
+from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.evaluation import Objective, lengths_of
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.training.rules import Rule
@@ -45,7 +46,7 @@ class Loop:
 
     Args:
         rule: acts on parameters after each step.
-        samples: the training set, the same on every rank.
+        samples: the training set, the same on every rank; or what is streamed of it.
         progress: where the run is; moved on by every step.
         max_skipped_updates: see `TrainingConfig`.
 
@@ -56,7 +57,7 @@ class Loop:
     engine: Engine
     phase: Phase
     rule: Rule | None
-    samples: Sequence[Any]
+    samples: Sequence[Any] | StreamedSamples
     objective: Objective[Any]
     schedule: Schedule
     progress: Progress
@@ -65,7 +66,13 @@ class Loop:
     max_skipped_updates: int
 
     def __post_init__(self) -> None:
-        self.stream = SampleStream(len(self.samples), self.seed)
+        self.stream: InOrder = InOrder()
+        self.lengths: np.ndarray | None = None
+        if not isinstance(self.samples, StreamedSamples):
+            self.stream, self.lengths = (
+                SampleStream(len(self.samples), self.seed),
+                lengths_of(self.samples, self.objective),
+            )
         self.device = next(self.engine.module.parameters()).device
         self.orth_reg_weight = self.phase.plan.options.get("orth_reg_weight", 0.0)
         self.active = self._count_active()
@@ -93,18 +100,23 @@ class Loop:
         self._seed_generators()
         shares = list(
             self.stream.micro_batches(
-                progress.position, phase.global_batch_size, phase.micro_batch_size, world.rank, world.size
+                progress.position,
+                phase.global_batch_size,
+                phase.micro_batch_size,
+                world.rank,
+                world.size,
+                self.lengths,
             )
         )
-        units, tokens = self._count_global()
+        chosen, units, tokens = self._read(shares)
         # DeepSpeed averages over ranks and accumulation steps; this factor turns the average of sums into the mean
         # over all units of the global batch, so that it does not matter who got the long completions.
         factor = len(shares) * world.size / units
         learning_rate = self.schedule.learning_rate(progress) * phase.lr_factor
         total, updated = torch.zeros((), device=self.device), False
         gradients: dict[str, torch.Tensor] = {}
-        for i, indices in enumerate(shares):
-            batch = self.objective.batch([self.samples[k] for k in indices])
+        for i, samples in enumerate(chosen):
+            batch = self.objective.batch(samples)
             loss = self.objective.loss(self.engine.forward, {k: v.to(self.device) for k, v in batch.items()})
             total += loss.detach()
             # A loss that is not finite can have gradients that are; then nothing would tell the engine to skip.
@@ -160,11 +172,29 @@ class Loop:
     def _count_active(self) -> int:
         return len(self.phase.plan.active) if self.rule is None else self.rule.active_adapters(self.engine)
 
-    def _count_global(self) -> tuple[int, int]:
-        """Loss units and tokens of the global batch; every rank knows every sample, so nothing is sent."""
-        first = self.progress.position
-        chosen = [self.samples[self.stream.index(i)] for i in range(first, first + self.phase.global_batch_size)]
-        return sum(map(self.objective.units, chosen)), sum(map(self.objective.tokens, chosen))
+    def _read(self, shares: list[list[int]]) -> tuple[list[list[Any]], int, int]:
+        """This rank's share of the global batch; loss units and tokens of the whole.
+
+        Raises:
+            UserError: the same on every rank, where one of them is streamed a row that cannot be used.
+        """
+        chosen: list[list[Any]] = []
+        failed = False
+        try:
+            chosen = [[self.samples[k] for k in indices] for indices in shares]
+        except UserError:
+            failed = True
+        own = [sample for samples in chosen for sample in samples]
+        counts = [sum(map(self.objective.units, own)), sum(map(self.objective.tokens, own)), failed]
+        shared = torch.tensor(counts, device=self.device)
+        dist.all_reduce(shared)
+        units, tokens, failures = shared.tolist()
+        if failures:  # whoever failed, its row is among these
+            first = self.progress.position
+            for position in range(first, first + self.phase.global_batch_size):
+                self.samples[self.stream.index(position)]
+            raise TrainingError("a training sample could be read by some processes, not by all")
+        return chosen, units, tokens
 
     def _seed_generators(self) -> None:
         """Dropout as a function of (seed, samples consumed, rank): a resumed run draws what the first one drew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -15,9 +15,8 @@ from peft import PeftModel
 
 from sparse_llm_ft.adapters import is_adapter
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
-from sparse_llm_ft.data.sampling import stratified
-from sparse_llm_ft.engine import Engine, EngineSettings, check_deepspeed, init_distributed
-from sparse_llm_ft.errors import LeaveRequest, UserError
+from sparse_llm_ft.engine import Engine, check_deepspeed, init_distributed
+from sparse_llm_ft.errors import ConfigError, LeaveRequest, UserError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.modeling import check_weights
@@ -27,9 +26,10 @@ from sparse_llm_ft.report import write_report
 from sparse_llm_ft.signals import leave_if_asked
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
-from sparse_llm_ft.training.batches import check_growth, first_batch, grown_batch, resumed_batch
-from sparse_llm_ft.training.building import build_model, fresh_heads, rebuild_model
+from sparse_llm_ft.training.batches import check_growth, grown_batch, resumed_batch
+from sparse_llm_ft.training.building import build_model, engine_settings, fresh_heads, rebuild_model
 from sparse_llm_ft.training.checkpoints import save_checkpoint
+from sparse_llm_ft.training.course import Course
 from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.export import export
 from sparse_llm_ft.training.handover import load_state, masks_of, read_state
@@ -40,7 +40,6 @@ from sparse_llm_ft.training.prepare import Prepared
 from sparse_llm_ft.training.resuming import newest_state
 from sparse_llm_ft.training.rules import make_rule
 from sparse_llm_ft.training.run_folder import PLAN, SUMMARY, RunFolder
-from sparse_llm_ft.training.samples import Samples
 from sparse_llm_ft.training.scores import Scorer
 from sparse_llm_ft.training.setup import Setup
 from sparse_llm_ft.training.summary import PhaseRecord, show_summary, summarize
@@ -63,11 +62,10 @@ def run(prepared: Prepared) -> dict[str, Any]:
     display = Display(world.rank)
     check_deepspeed(config.deepspeed.extra)
     setup = Setup.of(prepared)
-    first = first_batch(setup.methods.first(setup.plan, setup.targets), config)
-    check_growth(config, first, setup.labels)
     check_weights(config.model)
-    samples = Samples.encode(prepared, setup.tokenizer)
     init_distributed()
+    course = Course.of(prepared, setup)
+    check_growth(config, course.first, setup.use)
     if from_rank_zero(int(folder.is_complete())):
         display.say(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
@@ -75,7 +73,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
             _draw_report(folder, display)
         show_summary(summary, folder, display)
     else:
-        summary = Run(prepared, display, setup, samples).train(first)
+        summary = Run(prepared, display, setup, course).train()
     dist.destroy_process_group()
     return summary
 
@@ -89,17 +87,17 @@ def derive(prepared: Prepared) -> None:
     config, world = prepared.config, prepared.world
     transformers.utils.logging.disable_progress_bar()
     display = Display(world.rank)
-    setup = Setup.of(prepared)
-    first = first_batch(setup.methods.first(setup.plan, setup.targets), config)
-    if first.measure is None or first.measure.kind != "derivation":
+    begins = config.method[0]
+    if not isinstance(begins, SparseAdapterMethod) and not (isinstance(begins, PartialLoraMethod) and begins.ranks):
         raise UserError(
             f"method.name: {config.method_name} derives nothing before it trains; expected partial_lora, with "
             "ratios: derived or another selection than random"
         )
+    setup = Setup.of(prepared)
     check_weights(config.model)
-    samples = Samples.encode(prepared, setup.tokenizer)
     init_distributed()
-    Run(prepared, display, setup, samples).derive(first)
+    course = Course.of(prepared, setup)
+    Run(prepared, display, setup, course).derive()
     dist.destroy_process_group()
 
 
@@ -117,39 +115,41 @@ def _draw_report(folder: RunFolder, display: Display) -> None:
 class Run:
     """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
 
-    def __init__(self, prepared: Prepared, display: Display, setup: Setup, samples: Samples) -> None:
+    def __init__(self, prepared: Prepared, display: Display, setup: Setup, course: Course) -> None:
         self.config: RunConfig = prepared.config
-        self.world, self.folder, self.schedule = prepared.world, prepared.folder, prepared.schedule
-        self.display, self.setup, self.samples = display, setup, samples
+        self.world, self.folder, self.course = prepared.world, prepared.folder, course
+        self.display, self.setup, self.samples, self.schedule = display, setup, course.samples, course.schedule
         self.targets = setup.targets
         self.measure = Measure(
             self.config.evaluation,
             prepared.task,
-            prepared.measured,
-            samples.measured,
+            setup.use,
+            course.samples.measured,
             setup.tokenizer,
             setup.objective,
             self.world,
             self.config.deepspeed.zero_stage,
+            self.config.seed,
         )
         self.scorer = Scorer(self.config, self.world, setup.objective, display)
 
-    def train(self, first: Phase) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
-        state, phase = self._begin(first)
+        state, phase = self._begin(self.course.first)
         model = self._build_model(phase)
         if state is None:
             record: dict[str, Any] = {
                 "run": RunFolder.identity(self.config),
                 "before": None,
+                "samples": self.samples.key,
                 "phases": [],
                 "micro_batch_size": self.config.training.micro_batch_size,
             }
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
             engine, state = self._train_phase(model, phase, state)
-            scores = self.scorer(engine, phase, self._samples(phase), state.tensors)
-            following = self.setup.methods.next(phase, state, scores, self.targets)
+            scores = self.scorer(engine, phase, self.course.samples_of(phase), state.tensors)
+            following = self.course.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
                 return self._finish(engine, phase, state)
@@ -157,15 +157,15 @@ class Run:
             state.record["current"]["measured"] = in_brief(scores, phase)
             model, phase, state = self._change_phase(model, phase, *following)
 
-    def derive(self, first: Phase) -> None:
+    def derive(self) -> None:
         """Fit the head if the first phase does, measure, and show the ratios."""
-        phase = self._with_steps(first)
+        phase = self._with_steps(self.course.first)
         model = self._build_model(phase)
-        engine = Engine(model, self._engine_settings(phase))
+        engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         for _ in loop.steps():
             leave_if_asked()
-        scores = self.scorer(engine, phase, self._samples(phase), engine.values())
+        scores = self.scorer(engine, phase, self.course.samples_of(phase), engine.values())
         engine.close()
         self.display.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
 
@@ -176,6 +176,7 @@ class Run:
         state = newest_state(self.folder, run, self.world, self.display, self.setup.expected)
         phase = first
         if state is not None:
+            self._check_samples(state.record)
             configured = self.config.training.micro_batch_size
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
@@ -183,12 +184,22 @@ class Run:
         phase = self._with_steps(phase)
         on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
-        if self.samples.shortened:
-            self.display.say(
-                f"{self.samples.shortened} of {len(self.samples.train)} training prompts were shortened to fit "
-                f"task.max_length {self.config.task.max_length}"
-            )
+        for line in self.samples.remarks(self.config.task):
+            self.display.say(line)
         return state, phase
+
+    def _check_samples(self, record: Mapping[str, Any]) -> None:
+        """Refuse to go on with other training samples: the place in them is a number, and would mean others.
+
+        Raises:
+            ConfigError: rows, tokenizer or package are not those that the run began with.
+        """
+        if record.get("samples", self.samples.key) != self.samples.key:
+            raise ConfigError(
+                "task",
+                "the training samples are not those that the run began with: rows or tokenizer have changed",
+                "expected the same ones, or another output_dir",
+            )
 
     def _as_set(self, phase: Phase) -> Phase:
         """A phase from a checkpoint, with what may have been set anew since."""
@@ -200,11 +211,11 @@ class Run:
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
-        engine = Engine(model, self._engine_settings(phase), masks_of(phase.plan))
+        engine = Engine(model, engine_settings(self.config, phase, self.world.size), masks_of(phase.plan))
         load_state(engine, phase.plan, state)
-        if self.measure.samples and state.record["before"] is None and state.progress.step == 0:
+        if self.measure.parts and state.record["before"] is None and state.progress.step == 0:
             # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
-            self.display.say(f"measuring {len(self.measure.samples)} {self.config.evaluation.split} samples")
+            self.display.say(f"measuring {self.measure.count} {self.config.evaluation.split} samples")
             state.record["before"] = self.measure(engine.module, self.folder.path / "predictions-before.jsonl")
         loop = self._loop(engine, phase, state)
         progress = loop.progress
@@ -230,7 +241,7 @@ class Run:
 
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
         """The phase's loop, going on from `state`."""
-        samples, schedule = self._samples(phase), self.schedule
+        samples, schedule = self.course.units(phase), self.schedule
         if phase.prelude:
             schedule = schedule.prelude(phase.steps or 0, len(samples), phase.learning_rate)
         return Loop(
@@ -250,9 +261,9 @@ class Run:
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
     ) -> tuple[PeftModel, Phase, TrainState]:
         """Put the new plan on the model, around the same frozen base."""
-        length = max(map(self.setup.objective.tokens, self.samples.train))
+        length = self.course.longest
         phase = self._with_steps(
-            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.labels)
+            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.use)
         )
         grown = phase.micro_batch_size > before.micro_batch_size
         model = rebuild_model(self.config, model, before.plan, phase.plan)
@@ -274,11 +285,13 @@ class Run:
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
         """Measure what was trained, export it, write the summary and the report."""
         after = None
-        if self.measure.samples:
+        if self.measure.parts:
             after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
         leave_if_asked()
         engine.close()
-        summary = summarize(self.config, self.world, state.record, after)
+        summary = summarize(
+            self.config, self.world, state.record, after, self.samples.sizes(self.config.evaluation.split)
+        )
 
         def write() -> None:
             folder = self.folder.model if EVERYTHING in phase.plan.trained else self.folder.adapter
@@ -317,22 +330,11 @@ class Run:
         """The step that the phase's part of the run ends with."""
         return loop.schedule.last_step(loop.progress, loop.phase.global_batch_size)
 
-    def _samples(self, phase: Phase) -> Sequence[Any]:
-        """The training samples that the phase uses."""
-        train = self.samples.train
-        if phase.subset is None:
-            return train
-        subset = phase.subset
-        chosen = stratified(
-            [sample.label for sample in train], fraction=subset.fraction, shots=subset.shots, seed=subset.seed
-        )
-        return [train[i] for i in chosen]
-
     def _with_steps(self, phase: Phase) -> Phase:
         """The phase with the steps that its passes over its subset make."""
         if phase.epochs is None:
             return phase
-        samples = phase.epochs * len(self._samples(phase))
+        samples = phase.epochs * len(self.course.units(phase))
         return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
@@ -368,25 +370,10 @@ class Run:
     def _build_model(self, phase: Phase) -> PeftModel:
         leave_if_asked()
         self.display.say(f"loading {self.config.model.name}")
-        settings = self._engine_settings(phase).to_deepspeed()
-        model = build_model(self.config, self.setup.labels, phase.plan, settings)
+        settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
+        model = build_model(self.config, self.setup.use, phase.plan, settings)
         self.head = fresh_heads(model, phase.plan)
         return model
-
-    def _engine_settings(self, phase: Phase) -> EngineSettings:
-        config = self.config
-        return EngineSettings(
-            zero_stage=config.deepspeed.zero_stage,
-            dtype=config.model.dtype,
-            micro_batch_size=phase.micro_batch_size,
-            accumulation_steps=phase.global_batch_size // (phase.micro_batch_size * self.world.size),
-            max_grad_norm=config.training.max_grad_norm,
-            weight_decay=config.training.weight_decay,
-            omega_lr=phase.omega_lr,
-            omega_algorithm=phase.omega_algorithm,
-            extra=config.deepspeed.extra,
-            lora_b_lr_factor=phase.lora_b_lr_factor,
-        )
 
     @staticmethod
     def _due(every: int | None, step: int) -> bool:

@@ -2,57 +2,286 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.data.encoding import Sample, TextSample, encode_split, encode_texts
+from sparse_llm_ft.config import RunConfig, TaskConfig
+from sparse_llm_ft.data.encoding import CompletionEncoder, Encoder, Seq2SeqEncoder, TextEncoder
+from sparse_llm_ft.data.packing import PackedSamples
+from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
+from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.schemas import schema_of
+from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
+from sparse_llm_ft.data.store import StoredSamples, content_key, store_samples, stored_at, tokenizer_key
+from sparse_llm_ft.data.streaming import StreamedSamples
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modeling import Kind, model_kind
-from sparse_llm_ft.training.prepare import Prepared
+from sparse_llm_ft.errors import ConfigError, DataError, UserError
+from sparse_llm_ft.modes import Use
 
-Split = tuple[Sample, ...] | tuple[TextSample, ...]
+Lead = Callable[[Callable[[], None]], None]
+"""Runs something on one process of a node while its others wait (`on_node_leaders`), or on all (`on_every_rank`); what
+fails on one stops all.
+"""
+
+
+def alone(action: Callable[[], None]) -> None:
+    """The `Lead` of a single process."""
+    action()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured before and after training: the samples, and the rows they are made of.
+
+    Attributes:
+        name: empty, or of a further split, as MNLI's ``mismatched``.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    samples: Sequence[Any]
 
 
 @dataclass(frozen=True)
 class Samples:
     """The encoded splits of a run; `validation` and `measured` may be empty."""
 
-    train: Split
-    validation: Split
-    measured: Split
-    shortened: int
+    train: StoredSamples | StreamedSamples
+    validation: Sequence[Any]
+    measured: tuple[Measured, ...]
 
     @classmethod
-    def encode(cls, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Samples:
-        """Tokenise all that `prepare` read, for a model that writes or for an encoder.
+    def encode(
+        cls,
+        config: RunConfig,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        use: Use,
+        lead: Lead = alone,
+        each: Lead = alone,
+        share: Callable[[str], str] = str,
+    ) -> Samples:
+        """Tokenise all that a run needs, or find it in the cache. Collective if `lead`, `each` and `share` are.
+
+        Args:
+            share: makes of a text the one that rank 0 has.
 
         Raises:
-            UserError: a sample that does not fit, or a task that does not say what such a model sees.
+            UserError: a row or a sample that cannot be used, or a task that does not say what such a model sees.
         """
-        config, task = prepared.config, prepared.task
-        kind = model_kind(config.model, task.classes)
-        _check_inputs(task, kind, config.model)
-        encode = encode_texts if kind == "classifier" else encode_split
-        train, validation, measured = (
-            encode(examples, tokenizer, config.task.max_length)
-            for examples in (prepared.train, prepared.validation, prepared.measured)
-        )
-        return cls(train.samples, validation.samples, measured.samples, train.shortened)
+        encoding = Encoding(config, task, tokenizer, use, lead, each, share)
+        validation = encoding.stored("validation") if config.training.eval_every is not None else ()
+        train = encoding.streamed() if config.task.streaming else encoding.stored("train")
+        return cls(train, validation, encoding.measured())
+
+    def sizes(self, measured: str) -> dict[str, int]:
+        """Split -> its samples: all that are trained on (0 of a stream), and those that are measured.
+
+        Args:
+            measured: name of the split that is measured.
+        """
+        train = 0 if isinstance(self.train, StreamedSamples) else len(self.train)
+        return {"train": train} | {part.name or measured: len(part.examples) for part in self.measured}
+
+    @property
+    def key(self) -> str:
+        """Of the training samples, the same for the same ones; empty of a stream, whose rows nobody has seen."""
+        return "" if isinstance(self.train, StreamedSamples) else self.train.key
+
+    def remarks(self, task: TaskConfig) -> list[str]:
+        """What a user wants to know about the samples before they are used: how many were shortened or left out."""
+        parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamedSamples) else [("training", self.train)]
+        parts += [(f"measured {part.name}".strip(), part.samples) for part in self.measured]
+        lines = []
+        for name, samples in parts:
+            if samples.shortened:
+                lines.append(
+                    f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.max_length "
+                    f"{task.max_length}"
+                )
+            if samples.skipped:
+                lines.append(f"{samples.skipped} {name} rows were left out, the first: {samples.reasons[0]}")
+        return lines
 
 
-def _check_inputs(task: Task, kind: Kind, model: ModelConfig) -> None:
-    if kind == "causal_lm" and not task.prompt:
-        raise ConfigError(
-            "task.prompt",
-            f"not given, and {model.name!r} is a causal language model",
-            "expected a template such as '{text}'",
+@dataclass(frozen=True)
+class Encoding:
+    """How splits become samples."""
+
+    config: RunConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    use: Use
+    lead: Lead = alone
+    each: Lead = alone
+    share: Callable[[str], str] = str
+
+    def __post_init__(self) -> None:
+        _check_inputs(self.task, self.use, self.config.model.name)
+
+    @property
+    def encoder(self) -> Encoder:
+        """One example -> one sample."""
+        length = self.config.task.max_length
+        if self.use.mode == "question_answering":
+            return SpanEncoder(self.tokenizer, length)
+        if self.use.has_head:
+            return TextEncoder(self.tokenizer, length)
+        return (Seq2SeqEncoder if self.use.mode == "seq2seq_lm" else CompletionEncoder)(self.tokenizer, length)
+
+    @property
+    def kind(self) -> type:
+        """Of the samples."""
+        if self.use.mode == "question_answering":
+            return SpanSample
+        return TextSample if self.use.has_head else Sample
+
+    def stored(self, split: str, further: str | None = None, limit: int | None = None) -> StoredSamples:
+        """A split's samples, in the cache."""
+        own = ""
+        kind = self.kind
+
+        def find() -> None:
+            nonlocal own
+            own = self._key(split, further, limit)
+
+        self.lead(find)  # reading all of a large file is for one process of a node
+        key = self.share(own)
+        skipped = Skipped()
+
+        def rows() -> Iterator[Example]:
+            if split == "train":
+                yield from examples(self.config.task, split, skipped)
+            else:
+                yield from read_split(self.config.task, split, further, limit, skipped)
+
+        def write() -> None:
+            if own != key:
+                raise UserError(f"task: this node's {split} rows, or its tokenizer, are not those of rank 0's node")
+            counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
+            schema = schema_of(kind, self.task.score is not None)
+            store_samples(key, kind, schema, lambda: self._encode(rows(), skipped), counts)
+
+        self.lead(write)
+        samples = self._by_each(lambda: StoredSamples(stored_at(key), kind))
+        if not len(samples):
+            raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
+        return samples
+
+    def samples_of(self, rows: Iterable[Example]) -> Iterator[Any]:
+        """Samples of rows at hand, past the cache.
+
+        Raises:
+            DataError: a row that does not fit.
+        """
+        return self._encode(rows, Skipped())
+
+    def streamed(self) -> StreamedSamples:
+        """The training split, row by row."""
+        task = self.config.task
+        return StreamedSamples(
+            lambda: examples(task, "train", Skipped()),
+            self.encoder,
+            task.shuffle_buffer,
+            self.config.seed,
+            task.max_length,
         )
-    if kind == "classifier" and not task.texts:
+
+    def measured(self) -> tuple[Measured, ...]:
+        """The first samples of the evaluated split, and of those that are measured beside it."""
+        evaluation, task = self.config.evaluation, self.config.task
+        if not evaluation.samples:
+            return ()
+        parts = []
+        for further in (None, *self.task.further_splits):
+            skipped = Skipped()
+            read = partial(read_split, task, evaluation.split, further, evaluation.samples, skipped)
+            rows: list[Example] = self._by_each(read)
+            samples = self.stored(evaluation.split, further, evaluation.samples)
+            if skipped.count or samples.skipped:  # keep those that could be tokenised, too
+                rows = [row for row in rows if self._fits(row)]
+            parts.append(Measured(further or "", rows, samples))
+        return tuple(parts)
+
+    def _by_each(self, make: Callable[[], Any]) -> Any:
+        found = []
+        self.each(lambda: found.append(make()))
+        return found[0]
+
+    def _fits(self, example: Example) -> bool:
+        try:
+            self.encoder(example)
+        except DataError:
+            return False
+        return True
+
+    def _encode(self, rows: Iterable[Example], skipped: Skipped) -> Iterator[Any]:
+        encode, number = self.encoder, 0
+        for example in rows:
+            try:
+                sample = encode(example)
+            except DataError as error:
+                if self.config.task.on_bad_row == "error":
+                    raise
+                skipped.add(error)
+                continue
+            if isinstance(sample, list):
+                yield from (replace(window, example=number) for window in sample)
+            else:
+                yield sample
+            number += 1
+
+    def _key(self, split: str, further: str | None, limit: int | None) -> str:
+        """By content: of the rows, of the tokenizer, and every setting that samples depend on."""
+        task, settings = self.task, self.config.task
+        templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
+        return content_key(
+            rows=_source(settings, task, split, further),
+            tokenizer=tokenizer_key(self.tokenizer),
+            mode=self.use.mode,
+            max_length=settings.max_length,
+            on_bad_row=settings.on_bad_row,
+            split=[split, further, limit],
+            task=templates,
+        )
+
+
+_NOT_CONTENT = ("flatten", "metrics", "source", "description", "example", "further_splits", "splits")
+
+
+def _source(settings: TaskConfig, task: Task, split: str, further: str | None) -> list[str]:
+    """What says that the rows are the same: a file's content, or what `datasets` knows a data set by."""
+    path = split_file(settings, split, further)
+    if path is None:
+        splits = task.splits if further is None else task.further_splits[further]
+        return [str(task.hub_id), str(getattr(hub_rows(task, splits[split]), "_fingerprint", None))]
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def packed(samples: Sequence[Any], lengths: Any, config: RunConfig) -> Sequence[Any]:
+    """What the loop consumes of these samples: packs, where `task.packing` says so."""
+    return PackedSamples(samples, lengths, config.task.max_length) if config.task.packing else samples
+
+
+def strata(samples: StoredSamples, task: Task) -> list[int | None]:
+    """The class of every sample, for stratified draws; scores are of one class."""
+    return samples.labels if task.labels is not None else [None] * len(samples)
+
+
+def _check_inputs(task: Task, use: Use, model: str) -> None:
+    writes = task.prompt or task.messages
+    if not use.has_head and not writes:
+        raise ConfigError("task.prompt", f"not given, and {model!r} writes", "expected a template such as '{text}'")
+    if use.has_head and not task.texts:
         raise ConfigError(
             "task.texts",
-            f"not given, and {model.name!r} is an encoder, which task.prompt shows more than two columns",
+            f"not given, and {model!r} gets a head, which task.prompt shows more than two columns",
             "expected one column or two",
         )

@@ -78,7 +78,8 @@ class Scorer:
         try:
             device = next(model.parameters()).device
             for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
-                scores.begin_batch(batch["attention_mask"] if indices else torch.zeros_like(batch["attention_mask"]))
+                masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+                scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
                 self.objective.loss(model, batch)
                 leave_if_asked()
         finally:

@@ -90,12 +90,17 @@ class PhaseRecord:
 
 
 def summarize(
-    config: RunConfig, world: World, record: Mapping[str, Any], after: Mapping[str, float] | None
+    config: RunConfig,
+    world: World,
+    record: Mapping[str, Any],
+    after: Mapping[str, float] | None,
+    samples: Mapping[str, int],
 ) -> dict[str, Any]:
     """summary.json as plain values.
 
     Args:
         record: of the last state: metrics before training and all phases.
+        samples: split -> how many were used; 0 where nobody knows, of a stream.
     """
     return {
         "method": config.method_name,
@@ -107,6 +112,7 @@ def summarize(
         "dtype": config.model.dtype,
         "seed": config.seed,
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _PACKAGES},
+        "samples": dict(samples),
         "phases": [*record["phases"], record["current"]],
         "metrics": {"before": record["before"], "after": after},
     }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import sparse_llm_ft.folders as folders
-from sparse_llm_ft.evaluation import objective
+from sparse_llm_ft.evaluation import CompletionObjective
 from sparse_llm_ft.training import measure
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.run_folder import RunFolder
@@ -99,5 +99,5 @@ Loop._step = in_step(Loop._step)
 folders._sync = while_writing(folders._sync)
 RunFolder.log = logged(RunFolder.log)
 measure.mean_loss = measured(measure.mean_loss)
-objective.CompletionObjective.loss = with_loss(objective.CompletionObjective.loss)
+CompletionObjective.loss = with_loss(CompletionObjective.loss)
 runpy.run_path(os.environ["TRAIN"], run_name="__main__")

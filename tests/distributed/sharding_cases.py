@@ -41,6 +41,7 @@ from sparse_llm_ft.engine import Engine
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation import mean_loss
 from sparse_llm_ft.modeling import DTYPES, head_modules, load_model
+from sparse_llm_ft.modes import Use
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.sharded_loading import Reads, load_sharded_model
@@ -222,7 +223,8 @@ def what_an_encoders_checkpoint_lacks_is_drawn_as_without_sharding() -> None:
     dist.barrier()
     for dtype, quantization in KINDS:
         config = ModelConfig(name=str(folder), dtype=dtype, quantization=quantization)
-        expected, sharded = load_model(config, 3, 7), load_sharded_model(config, settings_of(dtype), 3, 7)
+        use = Use("sequence_classification", 3)
+        expected, sharded = load_model(config, use, 7), load_sharded_model(config, settings_of(dtype), use, 7)
         for name in ("classifier.weight", "classifier.bias"):
             assert torch.equal(sharded.get_parameter(name), expected.get_parameter(name)), (name, quantization)
         assert sharded.classifier.weight.abs().max() > 0

@@ -76,7 +76,7 @@ def test_the_summary_says_what_happened(finished_run: Path) -> None:
         assert 0 <= phase["optimizer_bytes_per_rank"] - expected < 1000
         assert phase["seconds"] > 0 and phase["tokens_per_second"] > 0
     assert set(summary["metrics"]["before"]) == set(summary["metrics"]["after"]) == {
-        "loss", "rouge1", "rouge2", "rougeL",
+        "loss", "rouge1", "rouge2", "rougeL", "rougeLsum",
     }  # fmt: skip
     assert summary["metrics"]["after"]["loss"] < summary["metrics"]["before"]["loss"]
 

@@ -11,6 +11,7 @@ from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.methods import Phase, make_methods
 from sparse_llm_ft.modeling import empty_model
+from sparse_llm_ft.modes import CAUSAL_LM
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.planner import saved_bytes, state_bytes
 from sparse_llm_ft.training import batches
@@ -42,13 +43,13 @@ def change(settings: dict):
 
 def test_no_growth_keeps_both(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(phase, before, config, targets, 16, 1, None)
+    grown = grown_batch(phase, before, config, targets, 16, 1, CAUSAL_LM)
     assert (grown.micro_batch_size, grown.global_batch_size, grown.lr_factor) == (2, 8, 0.5)
 
 
 def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, None)
+    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, CAUSAL_LM)
     assert grown.micro_batch_size in (4, 8) and grown.global_batch_size == 8 and grown.lr_factor == 0.5
 
 
@@ -56,7 +57,7 @@ def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
 def test_grow_global_fills_the_freed_memory_and_scales_the_rate(change, scaling: str, exponent: float) -> None:
     config, targets, before, phase = change
     after = replace(phase, batch_growth="grow_global", lr_scaling=scaling)
-    grown = grown_batch(after, before, config, targets, 16, 1, None)
+    grown = grown_batch(after, before, config, targets, 16, 1, CAUSAL_LM)
     old, new = (saved_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
     freed = state_bytes(before.plan, targets, 2, 1) - state_bytes(phase.plan, targets, 2, 1)
     assert grown.micro_batch_size == (2 * old + freed) // new > 2
@@ -74,11 +75,11 @@ def test_resuming_elsewhere_keeps_the_global_batch(change) -> None:
 
 def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypatch) -> None:
     config, _, before, _ = change
-    check_growth(config, before, None)
+    check_growth(config, before, CAUSAL_LM)
 
     def fails(*args: object, **kwargs: object) -> int:
         raise RuntimeError("no meta kernel\nfor this")
 
     monkeypatch.setattr(batches, "saved_bytes", fails)
     with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
-        check_growth(config, before, None)
+        check_growth(config, before, CAUSAL_LM)

@@ -38,7 +38,7 @@ def test_a_classification_is_learned(folder: str, labelled_folder: Path, setting
         "max_length": 32,
         "prompt": "{sentence} ?",
         "labels": ["cake", "book"],
-        "metric": "matthews",
+        "metrics": ["matthews", "accuracy"],
     }
     settings["training"] |= {"max_steps": 40, "learning_rate": 0.02, "micro_batch_size": 8}
     settings["evaluation"] |= {"split": "validation", "samples": 12, "micro_batch_size": 8}

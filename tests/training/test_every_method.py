@@ -143,9 +143,9 @@ def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
 
 
 def _encode(example: Any, tokenizer: Any, length: int, labelled: bool) -> Any:
-    from sparse_llm_ft.data.encoding import encode_split, encode_texts
+    from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
 
-    return (encode_texts if labelled else encode_split)([example], tokenizer, length).samples[0]
+    return (TextEncoder if labelled else CompletionEncoder)(tokenizer, length)(example)
 
 
 def plans(trees: dict[str, dict], name: str) -> list[AdapterPlan]:

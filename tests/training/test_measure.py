@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation import make_objective
-from sparse_llm_ft.modeling import load_model, load_tokenizer
+from sparse_llm_ft.modeling import find_model_use, load_model, load_tokenizer
 from sparse_llm_ft.training.measure import Measure
 from sparse_llm_ft.training.prepare import Prepared, prepare
 from sparse_llm_ft.training.samples import Samples
@@ -37,12 +38,18 @@ def prepared(labelled_folder: Path, settings: dict) -> Make:
 
 def measured(run: Prepared, predictions: Path) -> tuple[dict[str, float], list[dict]]:
     config, task = run.config, run.task
-    tokenizer, model = load_tokenizer(config.model, task.classes), load_model(config.model, task.classes)
-    samples = Samples.encode(run, tokenizer)
+    use = find_model_use(config.model, task, config.task.mode)
+    tokenizer, model = load_tokenizer(config.model, use), load_model(config.model, use)
+    samples = Samples.encode(config, task, tokenizer, use)
     objective = make_objective(model, tokenizer, task)
-    measure = Measure(config.evaluation, task, run.measured, samples.measured, tokenizer, objective, WORLD, 0)
+    measure = Measure(config.evaluation, task, use, samples.measured, tokenizer, objective, WORLD, 0, 0)
     metrics = measure(model, predictions)
     return metrics, [json.loads(line) for line in predictions.read_text().splitlines()]
+
+
+def encoded(run: Prepared) -> Samples:
+    use = find_model_use(run.config.model, run.task, run.config.task.mode)
+    return Samples.encode(run.config, run.task, load_tokenizer(run.config.model, use), use)
 
 
 @pytest.mark.parametrize("folder", ["encoder_folder", "model_folder"])
@@ -53,30 +60,32 @@ def test_a_classification_is_measured_by_its_labels(process_group, prepared: Mak
     assert [row["label"] for row in rows] == [("cake", "book")[int("red" in row["prompt"])] for row in rows]
     assert {row["prediction"] for row in rows} <= {"cake", "book"} and len(rows) == 12
     assert metrics["accuracy"] == pytest.approx(100 * sum(row["prediction"] == row["label"] for row in rows) / 12)
-    metrics, _ = measured(prepared(request.getfixturevalue(folder), metric="matthews"), tmp_path / "again.jsonl")
+    metrics, _ = measured(
+        prepared(request.getfixturevalue(folder), metrics=["accuracy", "matthews"]), tmp_path / "again.jsonl"
+    )
     assert set(metrics) == {"loss", "accuracy", "matthews"}
 
 
 def test_a_generation_is_measured_as_before(process_group, settings: dict, tmp_path: Path) -> None:
     metrics, rows = measured(prepare(parse_config(settings), WORLD), tmp_path / "predictions.jsonl")
-    assert list(metrics) == ["loss", "rouge1", "rouge2", "rougeL"]
+    assert list(metrics) == ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]
     assert set(rows[0]) == {"prompt", "prediction", "references"} and len(rows) == 5
 
 
 def test_samples_of_both_kinds_know_their_label(prepared: Make, encoder_folder: Path, model_folder: Path) -> None:
     for folder in (encoder_folder, model_folder):
         run = prepared(folder)
-        samples = Samples.encode(run, load_tokenizer(run.config.model, run.task.classes))
-        assert [sample.label for sample in samples.train] == [example.label for example in run.train]
+        samples = encoded(run)
+        assert [sample.label for sample in samples.train] == [row.label for row in read_split(run.config.task, "train")]
         assert sum(sample.label for sample in samples.train) == 16 and len(samples.train) == 40
 
 
 def test_a_task_must_say_what_its_model_sees(prepared: Make, encoder_folder: Path, model_folder: Path) -> None:
     run = prepared(model_folder, prompt=None, texts=["sentence"])
-    with pytest.raises(ConfigError, match=r"task.prompt: not given, and .* is a causal language model"):
-        Samples.encode(run, load_tokenizer(run.config.model, 2))
+    with pytest.raises(ConfigError, match=r"task.prompt: not given, and .* writes"):
+        encoded(run)
     run = prepared(encoder_folder, prompt=None, texts=["sentence"])
-    assert len(Samples.encode(run, load_tokenizer(run.config.model, 2)).measured) == 12
+    assert len(encoded(run).measured[0].samples) == 12
 
 
 def test_an_encoder_takes_no_more_than_a_pair(prepared: Make, encoder_folder: Path, tmp_path: Path) -> None:
@@ -84,5 +93,5 @@ def test_an_encoder_takes_no_more_than_a_pair(prepared: Make, encoder_folder: Pa
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     run = prepared(encoder_folder, path=str(tmp_path), prompt="{a} {b} {c}")
-    with pytest.raises(ConfigError, match=r"task.texts: not given, and .* is an encoder"):
-        Samples.encode(run, load_tokenizer(run.config.model, 2))
+    with pytest.raises(ConfigError, match=r"task.texts: not given, and .* gets a head"):
+        encoded(run)
