@@ -1,0 +1,39 @@
+"""A LoRA of one rank and one scaling, for servers that read neither ``rank_pattern`` nor ``alpha_pattern``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+def to_uniform_rank(
+    config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The same ΔW of every module with the largest rank R and scaling 1 everywhere.
+
+    Rows of zeros are added to A (r, d_in) and columns of zeros to B (d_out, r); lora_alpha / r goes into B.
+
+    Args:
+        config: ``adapter_config.json`` of a stock LoRA whose patterns name modules in full.
+        weights: its tensors.
+
+    Returns:
+        Config with ``r == lora_alpha == R`` and empty patterns, and tensors of that rank.
+    """
+    rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(A))
+    padded = {}
+    for name, tensor in weights.items():
+        module = name.removeprefix("base_model.model.").removesuffix(A).removesuffix(B)
+        if name.endswith(A):
+            tensor = F.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+        elif name.endswith(B):
+            r = config["rank_pattern"].get(module, config["r"])
+            scaling = config["alpha_pattern"].get(module, config["lora_alpha"]) / r
+            tensor = F.pad(tensor * scaling, (0, rank - tensor.shape[1]))
+        padded[name] = tensor.contiguous()
+    return {**config, "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}, padded

@@ -1,0 +1,110 @@
+"""Runs as training leaves them, without training: a config and a checkpoint whose tensors are drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_llm_ft.adapters import add_adapters, trained_parameters
+from sparse_llm_ft.adapters.masking import clear_masked, to_kept
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.modeling import find_model_use, head_modules, load_model
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, ModuleAdapter
+from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.checkpoints import save_checkpoint
+from sparse_llm_ft.training.run_folder import RunFolder
+
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "mlp.down_proj": (16, 24)}
+
+
+def modules(adapter: Any) -> dict[str, ModuleAdapter | None]:
+    """`adapter(layer, kind)` on three linear layers of both layers of the tiny Llama."""
+    return {f"model.layers.{layer}.{kind}": adapter(layer, kind) for layer in range(2) for kind in LAYERS}
+
+
+def masked(layer: int, kind: str) -> ModuleAdapter:
+    """Every other row, and all columns but the first."""
+    rows, columns = SHAPES[kind]
+    return ModuleAdapter(
+        3, 6.0, rows=Kept(rows, tuple(range(0, rows, 2))), cols=Kept(columns, tuple(range(1, columns)))
+    )
+
+
+def plain(layer: int, kind: str) -> ModuleAdapter:
+    return ModuleAdapter(4, 8.0)
+
+
+def ranked(layer: int, kind: str) -> ModuleAdapter | None:
+    """Ranks and scalings that differ, one module without adapter, omega trained or fixed."""
+    if (layer, kind) == (1, "mlp.down_proj"):
+        return None
+    return ModuleAdapter(2 + 2 * layer, 5.0 + layer, omega=0.5 + layer, train_omega=layer == 0)
+
+
+def grouped(layer: int, kind: str) -> ModuleAdapter:
+    return ModuleAdapter(4, 8.0, group=None if layer else kind.replace(".", "-"))
+
+
+def adalora() -> dict[str, float]:
+    return {"target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
+
+
+PLANS: dict[str, AdapterPlan] = {
+    "lora": AdapterPlan(modules(plain), tuner="lora"),
+    "masked": AdapterPlan(modules(masked)),
+    "masked_in_optimizer": AdapterPlan(modules(masked), tuner="lora", masking="optimizer"),
+    "ranked": AdapterPlan(modules(ranked)),
+    "grouped": AdapterPlan(modules(grouped)),
+    "dora": AdapterPlan(modules(plain), tuner="dora"),
+    "masked_dora": AdapterPlan(modules(masked), tuner="dora", masking="optimizer"),
+    "vera": AdapterPlan(modules(plain), tuner="vera"),
+    "adalora": AdapterPlan(modules(plain), tuner="adalora", options=adalora()),
+    "full": AdapterPlan({}, trained=(EVERYTHING,)),
+}
+
+
+def make_run(settings: dict, plan: AdapterPlan | None, step: int = 8) -> torch.nn.Module:
+    """Write the run that `settings` describe; returns the trained model itself, in evaluation mode.
+
+    Args:
+        plan: None: that of a head and adapters on the query layers of an encoder.
+    """
+    config = parse_config(settings)
+    task = check_task(config.task)
+    base = load_model(config.model, find_model_use(config.model, task, config.task.mode), seed=config.seed)
+    if plan is None:
+        queries = {name for name, _ in base.named_modules() if name.endswith("attention.self.query")}
+        plan = AdapterPlan({name: ModuleAdapter(4, 8.0) for name in sorted(queries)}, trained=head_modules(base))
+    model = add_adapters(base, plan)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            if not name.endswith("lora_omega"):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    clear_masked(model, plan)
+    values = {name: p.detach().float().clone() for name, p in trained_parameters(model).items()}
+    current = {"steps": step, "samples": 8 * step, "tokens": 100, "seconds": 1.0}
+    record = {
+        "run": RunFolder.identity(config),
+        "before": {"loss": 3.0},
+        "phases": [],
+        "current": current,
+        "micro_batch_size": 2,
+    }
+    phase = Phase("train", plan).with_batch(2, 8)
+    state = TrainState(to_kept(plan, values), {}, {}, Progress(step, 8 * step, 0, step), phase.to_dict(), None, record)
+    folder = RunFolder(config.output_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.begin(config, step)
+    save_checkpoint(folder.checkpoints, state, keep=None)
+    return model.eval()
+
+
+def run_folder(settings: dict) -> Path:
+    return Path(settings["output_dir"])
