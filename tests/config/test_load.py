@@ -72,6 +72,8 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"model": {"dtype": "fp16"}}, "model.dtype: 'fp16' is not allowed; expected 'float32' or 'bfloat16'"),
         ({"model": {"name": "./nowhere"}}, "model.name: './nowhere' has no config.json"),
         ({"task": {"path": "nowhere"}}, "task.path: 'nowhere' is not a folder"),
+        ({"evaluation": {"temperature": 0.7, "num_beams": 4}}, "evaluation.temperature: 0.7 samples, and"),
+        ({"evaluation": {"top_p": 0.9}}, "evaluation.top_p: 0.9 is for sampling"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage: 4 is not allowed; expected less than or equal to 3"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
         (

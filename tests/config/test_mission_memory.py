@@ -1,0 +1,169 @@
+"""The methods of configs/ on the four families at their published sizes: adapters, and bytes kept for backward.
+
+Nothing has weights: the architectures are traced on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from families import FAMILIES, files, parsed, settings
+from sparse_llm_ft.adapters import find_targets
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.engine import check_deepspeed
+from sparse_llm_ft.methods import make_methods
+from sparse_llm_ft.modeling import empty_model
+from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
+from sparse_llm_ft.planner import saved_bytes, state_bytes
+
+LENGTH, STEPS = 512, 1000
+METHODS = list(files("methods"))
+
+
+@dataclass
+class Planned:
+    """Models without weights, and what has been planned on them."""
+
+    folder: Path
+    bytes_of: dict[tuple[str, str, bool], int]
+
+    def model(self, name: str, gradient_checkpointing: bool = False) -> ModelConfig:
+        if not (self.folder / name).is_dir():
+            settings(name).save_pretrained(self.folder / name)
+        return ModelConfig(name=str(self.folder / name), gradient_checkpointing=gradient_checkpointing)
+
+    def first(self, name: str, method: str, task: str = "glue/cola") -> tuple[AdapterPlan, dict[str, Shape]]:
+        """The plan that a run's first phase trains, and every target module's shape."""
+        config = parsed({"model": {"name": self.model(name).name}}, files("tasks")[task], files("methods")[method])
+        adapter = config.adapter
+        targets = find_targets(empty_model(config.model), adapter.target_modules)
+        plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, lora_dropout=adapter.lora_dropout)
+        return make_methods(config, STEPS).first(plan, targets).plan, targets
+
+    def kept(self, name: str, plan: AdapterPlan, gradient_checkpointing: bool = False) -> int:
+        """`saved_bytes`, each plan traced once: many methods begin with the same."""
+        key = name, json.dumps(plan.to_dict()), gradient_checkpointing
+        if key not in self.bytes_of:
+            self.bytes_of[key] = saved_bytes(self.model(name, gradient_checkpointing), plan, LENGTH)
+        return self.bytes_of[key]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    return Planned(tmp_path_factory.mktemp("families"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "linear_layers", "published"),
+    [
+        ("llama-2-7b", 224, 6.74e9),
+        ("llama-3-8b", 224, 8.03e9),
+        ("mistral-7b", 224, 7.25e9),
+        ("qwen2.5-7b", 196, 7.62e9),
+    ],
+)
+def test_the_families_have_their_published_sizes(
+    name: str, linear_layers: int, published: float, planned: Planned
+) -> None:
+    empty = empty_model(planned.model(name))
+    assert sum(parameter.numel() for parameter in empty.parameters()) == pytest.approx(published, rel=1e-3)
+    targets = find_targets(empty, "all-linear")
+    assert len(targets) == linear_layers and not any("lm_head" in target for target in targets)
+    assert empty.get_input_embeddings().weight is not empty.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "published"),
+    [
+        ("lora_drop", "glue/rte", 4.2e6),  # LoRA-drop, Table 4, LoRA
+        ("lora_drop", "dialogsum", 8.4e6),  # LoRA-drop, Table 2, LoRA
+        ("lora_drop", "e2e_nlg", 4.2e6),  # LoRA-drop, Table 5, LoRA
+        ("partial_lora", "glue/sst2", 4.2e6),  # Partial-LoRA, Table 1, LoRA
+    ],
+)
+def test_llama_2_has_as_many_values_in_lora_as_the_papers(
+    method: str, task: str, published: float, planned: Planned
+) -> None:
+    """Before anything is masked or shared: which modules, and what rank."""
+    plan, targets = planned.first("llama-2-7b", method, task)
+    assert plan.parameters(targets) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weight_lora_can_keep_its_adapters_in_every_family(name: str, planned: Planned) -> None:
+    plan, _ = planned.first(name, "weight_lora")
+    keep = files("methods")["weight_lora"]["method"]["keep"]
+    assert keep < len(plan.active) and all(adapter.train_omega for adapter in plan.active.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grouped_queries_make_a_second_shape_of_shared_adapters(name: str, planned: Planned) -> None:
+    """One pair for q_proj and one for v_proj, whose outputs are as many as there are key heads."""
+    plan, targets = planned.first(name, "tied_lora")
+    sizes = FAMILIES[name][1]
+    width = sizes["hidden_size"]
+    narrow = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    assert len(plan.groups) == 2
+    assert {targets[module] for module in plan.active} == {(width, width), (narrow, width)}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[] if name == "llama-3-8b" or method == "lora" else pytest.mark.long)
+        for name in FAMILIES
+        for method in METHODS
+    ],
+)
+def test_every_first_plan_is_planned_at_full_size(method: str, name: str, planned: Planned) -> None:
+    """Between half and twice what LoRA on the same modules keeps; PEFT's DoRA on all of them keeps whole matrices."""
+    plan, _ = planned.first(name, method)
+    everywhere = method == "full" or files("methods")[method]["adapter"]["target_modules"] == "all-linear"
+    plain, _ = planned.first(name, "lora" if everywhere else "partial_lora")
+    ratio = planned.kept(name, plan) / planned.kept(name, plain)
+    assert ratio > 2 if method == "dora" else 0.5 < ratio < 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "lora_drop"])
+def test_checkpointing_keeps_a_fraction_of_what_lies_within_the_layers(
+    method: str, name: str, planned: Planned
+) -> None:
+    plan, _ = planned.first(name, method)
+    sizes = FAMILIES[name][1]
+    logits = LENGTH * sizes["vocab_size"] * (2 + 4)  # in bfloat16 and in float32, whichever way
+    kept, checkpointed = planned.kept(name, plan), planned.kept(name, plan, gradient_checkpointing=True)
+    assert 0 < checkpointed - logits < 0.1 * (kept - logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fewer_adapters_keep_less(name: str, planned: Planned) -> None:
+    """q_proj and v_proj less than all; the upper half of the layers about half; omega hardly more than none."""
+    everywhere, targets = planned.first(name, "lora")
+    some, fewer = planned.first(name, "partial_lora")
+    weighed, _ = planned.first(name, "weight_lora")
+    layers = FAMILIES[name][1]["num_hidden_layers"]
+    upper = replace(
+        everywhere,
+        modules={
+            m: a if int(m.split(".layers.")[1].split(".")[0]) >= layers // 2 else None
+            for m, a in everywhere.modules.items()
+        },
+    )
+    kept = planned.kept(name, everywhere)
+    assert planned.kept(name, some) < 0.75 * kept
+    assert planned.kept(name, upper) < 0.7 * kept
+    assert kept <= planned.kept(name, weighed) < 1.01 * kept
+    assert state_bytes(some, fewer, 2, 8) < 0.5 * state_bytes(everywhere, targets, 2, 8)
+    assert state_bytes(upper, targets, 2, 8) == state_bytes(everywhere, targets, 2, 8) // 2
+
+
+def test_deepspeed_knows_every_setting() -> None:
+    for tree in files("deepspeed").values():
+        check_deepspeed(
+            parsed({"model": {"name": "org/base"}, "task": {"name": "custom"}, "method": "lora"}, tree).deepspeed.extra
+        )
