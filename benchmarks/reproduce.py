@@ -2,9 +2,9 @@
 
     python benchmarks/reproduce.py --models FOLDER --data FOLDER [--runs FOLDER] [--only NAME ...]
 
-FOLDER of models holds ``all-minilm-l6-v2`` and ``smollm2-135m-instruct``; FOLDER of data ``sst2``, ``rte`` and
-``cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. Killed at any time, the same command goes on: a finished
-run is not done again, an unfinished one resumes.
+FOLDER of models holds ``all-minilm-l6-v2`` and ``smollm2-135m-instruct``; FOLDER of data ``glue/sst2``, ``glue/rte``
+and ``glue/cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. Killed at any time, the same command goes on: a
+finished run is not done again, an unfinished one resumes.
 
 Every system has the same tuning: one rule for learning rates (`tuning_jobs`); the one with the lowest loss on samples
 held out of the training set is reported, on GLUE's own validation set.

@@ -10,8 +10,7 @@ from statistics import mean, median, stdev
 
 from jobs import HELD_OUT, Result, Setting, best_rate, final_jobs
 
-BEGIN, END = "<!-- reproduce: begin -->", "<!-- reproduce: end -->"
-METRIC = {"sst2": "SST-2, accuracy", "rte": "RTE, accuracy", "cola": "CoLA, Matthews"}
+METRIC = {"glue/sst2": "SST-2, accuracy", "glue/rte": "RTE, accuracy", "glue/cola": "CoLA, Matthews"}
 
 Cell = dict[str, dict[int, Result]]
 """Task -> seed -> result."""
@@ -30,15 +29,21 @@ def collect(setting: Setting, runs: Path) -> Table:
 
 
 def write_results(settings: Sequence[Setting], runs: Path, output: Path) -> None:
-    """Replace what stands between the markers in `output`; the rest of the file stays."""
-    text = output.read_text(encoding="utf-8") if output.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
-    before, found, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
+    """Replace the part of `output` that is this reproduction's; the rest of the file stays."""
+    body = "\n".join([_introduction(), *(_section(setting, collect(setting, runs), runs) for setting in settings)])
+    write_part(output, "reproduce", body)
+
+
+def write_part(output: Path, name: str, body: str) -> None:
+    """Replace what stands between the markers of `name` in `output`, or append it; the rest of the file stays."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = output.read_text(encoding="utf-8") if output.is_file() else "# Results\n"
+    before, found, rest = text.partition(begin)
+    after = rest.partition(end)[2]
     if not found:
         before, after = text.rstrip() + "\n\n", "\n"
-    body = "\n".join([_introduction(), *(_section(setting, collect(setting, runs), runs) for setting in settings)])
     temporary = output.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    temporary.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
     temporary.replace(output)
 
 

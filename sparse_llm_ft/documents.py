@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ MAX_YAML_BYTES = 2**20
 MAX_JSON_BYTES = 2**26
 """The plans of the largest models with all their masks are a quarter of that."""
 
+_SPACE = re.compile(r"[ \t\n\r]*")
 _MAX_NODES = 100_000
 """Of a YAML document with its aliases written out."""
 
@@ -61,6 +63,106 @@ def parse_json(text: str, constants: bool = False) -> Any:
         raise DocumentError(f"{error.msg} at column {error.colno}", error.lineno) from None
     except ValueError as error:  # Python reads no integer of more than some thousand digits
         raise DocumentError(str(error)) from None
+
+
+def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each item of a JSON list, or of the list under `key` of a JSON object. NaN is let through.
+
+    Args:
+        text: the whole document; items are parsed as they are asked for.
+
+    Raises:
+        DocumentError: as `parse_json`, with the line; there is no such list, or something behind the document.
+    """
+    scan = _Scan(text)
+    if scan.peek() == "{":
+        yield from scan.member(key)
+    else:
+        yield from scan.items()
+    if scan.peek():
+        scan.refuse("something stands behind the end of the document")
+
+
+class _Scan:
+    """A place in a JSON document that moves on value by value."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._place = text, 0
+        self._line, self._counted = 1, 0
+        self._decoder = json.JSONDecoder(object_pairs_hook=_unique)
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end."""
+        match = _SPACE.match(self._text, self._place)
+        self._place = match.end() if match else self._place
+        return self._text[self._place : self._place + 1]
+
+    def take(self, character: str) -> bool:
+        """Whether `character` is next; if so, go past it."""
+        if self.peek() != character:
+            return False
+        self._place += 1
+        return True
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        """(line, value) of each item of the list that begins here."""
+        if not self.take("["):
+            self.refuse("a list of objects is needed")
+        if self.take("]"):
+            return
+        while True:
+            self.peek()
+            line = self.line()
+            yield line, self.value()
+            if self.take("]"):
+                return
+            if not self.take(","):
+                self.refuse("',' or ']' is needed")
+
+    def member(self, key: str) -> Iterator[tuple[int, Any]]:
+        """(line, value) of each item of the list under `key` of the object that begins here, which must have one."""
+        seen: set[str] = set()
+        self.take("{")
+        while self.peek() == '"':
+            name = self.value()
+            if name in seen:
+                self.refuse(f"the key {name!r:.60} stands twice")
+            seen.add(name)
+            if not self.take(":"):
+                self.refuse("':' is needed")
+            self.peek()
+            if name == key:
+                yield from self.items()
+            else:
+                self.value()
+            if not self.take(","):
+                break
+        if not self.take("}"):
+            self.refuse("',' or '}' is needed")
+        if key not in seen:
+            self.refuse(f"a list of objects is needed, or an object with one under {key!r} (JSON lines are for .jsonl)")
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        try:
+            value, self._place = self._decoder.raw_decode(self._text, self._place)
+        except RecursionError:
+            self.refuse("nested too deeply")
+        except json.JSONDecodeError as error:
+            raise DocumentError(f"{error.msg} at column {error.colno}", error.lineno) from None
+        except ValueError as error:  # a key that stands twice; an integer of more digits than Python reads
+            self.refuse(str(error))
+        return value
+
+    def line(self) -> int:
+        """The line of this place, from 1."""
+        self._line += self._text.count("\n", self._counted, self._place)
+        self._counted = self._place
+        return self._line
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise a `DocumentError` for this place."""
+        raise DocumentError(problem, self.line())
 
 
 def parse_yaml(text: str) -> Any:

@@ -47,6 +47,29 @@ def check_chain(methods: tuple[MethodConfig, ...]) -> None:
             raise _refusal(names, f"partial_lora with base: {method.base} trains PEFT's own layers")
 
 
+def check_data_path(config: RunConfig) -> None:
+    """Refuse ways to pass the data that exclude each other, or that a method cannot work with.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    task = config.task
+    if task.packing and task.mode not in ("auto", "causal_lm"):
+        raise ConfigError("task.packing", f"true, and task.mode is {task.mode}", "expected false, or mode causal_lm")
+    if not task.streaming:
+        return
+    if task.packing:
+        raise ConfigError("task.streaming", "true beside task.packing, which needs all lengths", "expected one of them")
+    if config.training.max_steps is None:
+        raise ConfigError("training.max_steps", "not given, and task.streaming is true", "expected a number of steps")
+    for method in config.method:
+        draws = method.name in ("lora_drop", "sparse_adapter")
+        if draws or (isinstance(method, PartialLoraMethod) and method.ranks):
+            raise ConfigError(
+                "task.streaming", f"true, and {method.name} draws a part of all samples", "expected streaming: false"
+            )
+
+
 def _refusal(names: list[str], reason: str) -> ConfigError:
     return ConfigError(
         "method", f"[{', '.join(names)}] cannot be composed ({reason})", "expected one method, or another order"

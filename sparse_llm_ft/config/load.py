@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparse_llm_ft.config.compose import check_chain, check_method
+from sparse_llm_ft.config.compose import check_chain, check_data_path, check_method
 from sparse_llm_ft.config.methods import method_class, method_names
 from sparse_llm_ft.config.paths import is_file
-from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, RunConfig
+from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
 from sparse_llm_ft.documents import DocumentError, parse_yaml, read_yaml
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.tokens import holds_token
@@ -199,6 +199,8 @@ def _check_together(config: RunConfig) -> None:
     check_chain(config.method)
     check_steps(config, training.max_steps)
     check_method(config)
+    check_data_path(config)
+    _check_evaluation(config.evaluation)
     _check_deepspeed(config.deepspeed)
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
@@ -211,6 +213,19 @@ def _check_together(config: RunConfig) -> None:
             "model.name",
             f"{name!r} has no config.json",
             "expected a model folder in Hugging Face layout, or a hub id",
+        )
+
+
+def _check_evaluation(config: EvaluationConfig) -> None:
+    if config.temperature > 0 and config.num_beams > 1:
+        raise ConfigError(
+            "evaluation.temperature",
+            f"{config.temperature} samples, and evaluation.num_beams {config.num_beams} searches for the most probable",
+            "expected temperature 0 or num_beams 1",
+        )
+    if config.top_p < 1 and not config.temperature:
+        raise ConfigError(
+            "evaluation.top_p", f"{config.top_p} is for sampling", "expected evaluation.temperature above 0 beside it"
         )
 
 

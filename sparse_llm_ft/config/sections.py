@@ -14,6 +14,9 @@ from sparse_llm_ft.config.numbers import Float, Int
 from sparse_llm_ft.config.paths import FilePath
 from sparse_llm_ft.plan import MAX_RANK
 
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
+"""``rouge`` is ROUGE-1, 2, L and Lsum; ``squad`` exact match and F1 of answers."""
+
 MAX_BATCH = 2**20
 """Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
 
@@ -49,27 +52,46 @@ class TaskConfig(Section):
     """What is learned.
 
     Attributes:
-        name: an entry of the task registry (sparse_llm_ft/data/tasks).
-        path: local folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``; without it the task's data
-            set is loaded from the hub.
+        name: an entry of the task registry (`sparse-llm-ft tasks` lists them).
+        path: local folder with a file for each split (``train.jsonl``, ``validation.csv``, ...); without it the
+            task's data set is loaded from the hub.
+        mode: how the model learns the task; ``auto`` takes a head for an encoder (that of a classification, or for
+            spans), ``seq2seq_lm`` for an encoder-decoder, ``causal_lm`` for a decoder.
         max_length: most tokens of prompt and completion together; a longer prompt loses its middle, the
-            completion nothing. What an encoder sees loses its end.
+            completion nothing. In ``seq2seq_lm`` each of the two may be as long. What a head sees loses its end.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
+        messages: column of chats, lists of ``{role, content}``, in place of `prompt` and `completion`.
         labels: makes the task a classification: the label words in the order of the integer labels.
+        score: makes the task a regression: lowest and highest score.
         texts: columns an encoder sees, one or a pair; None takes the task's own, or those of its prompt.
-        label_column: holds the integer label or the label word; None takes the task's own.
-        metric: what a classification is judged by; accuracy is measured in any case.
+        label_column: holds the integer label, the label word, or the score; None takes the task's own.
+        references: further columns with completions that count as right.
+        metrics: what is measured; None takes the task's own.
+        on_bad_row: whether a row that cannot be used ends the run or is left out and counted.
+        packing: lay several short samples into one sequence of at most `max_length` tokens; batch sizes then count
+            sequences.
+        streaming: read training rows as they are needed, in file order through a shuffle buffer, for data that fit
+            neither memory nor the disk's cache; needs `training.max_steps`.
+        shuffle_buffer: rows that streaming draws the next one from.
     """
 
     name: str
     path: FilePath | None = None
+    mode: Literal["auto", "sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"] = "auto"
     max_length: Int = Field(512, ge=8)
     prompt: str | None = None
     completion: str | None = None
+    messages: str | None = None
     labels: tuple[str, ...] | None = Field(None, min_length=2)
+    score: tuple[Float, Float] | None = None
     texts: tuple[str, ...] | None = Field(None, min_length=1, max_length=2)
     label_column: str | None = None
-    metric: Literal["accuracy", "matthews"] | None = None
+    references: tuple[str, ...] | None = None
+    metrics: tuple[Metric, ...] | None = Field(None, min_length=1)
+    on_bad_row: Literal["error", "skip"] = "error"
+    packing: StrictBool = False
+    streaming: StrictBool = False
+    shuffle_buffer: Int = Field(10_000, ge=1)
 
 
 class AdapterConfig(Section):
@@ -126,12 +148,21 @@ class EvaluationConfig(Section):
         samples: how many of its first samples; 0 measures nothing.
         max_new_tokens: length limit of a generated completion.
         micro_batch_size: samples a rank evaluates at once.
+        num_beams: width of the beam search; 1 is greedy.
+        length_penalty: exponent of the length that a beam's score is divided by.
+        temperature: above 0, completions are sampled from the softmax of logits divided by it, each from its own
+            seed, so that neither batch nor ranks matter; 0 takes the most probable ones.
+        top_p: least probability mass that sampling draws from.
     """
 
     split: Literal["validation", "test"] = "test"
     samples: Int = Field(100, ge=0)
     max_new_tokens: Int = Field(64, ge=1)
     micro_batch_size: Int = Field(8, ge=1)
+    num_beams: Int = Field(1, ge=1, le=64)
+    length_penalty: Float = 1.0
+    temperature: Float = Field(0.0, ge=0)
+    top_p: Float = Field(1.0, gt=0, le=1)
 
 
 class DeepSpeedConfig(BaseModel):
