@@ -64,7 +64,7 @@ def check_packing(model: PreTrainedModel) -> None:
         reason = f"a {kind} model takes no positions"
     elif others or model._is_stateful:
         reason = f"a {kind} model has layers that carry a state along"
-    elif attention not in ("sdpa", "eager"):  # flash attention looks at positions in a batch of one alone
+    elif attention not in ("sdpa", "eager") and "flash" not in attention:  # for flash attention see `packs_in_one_row`
         reason = f"attention in {attention!r} lets samples in one sequence see each other"
     elif not _masks_by_positions(model):
         reason = f"a {kind} model lets samples in one sequence see each other"

@@ -316,7 +316,7 @@ def generation_is_greedy_decoding_at_stages_2_and_3() -> None:
     gathers = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     others = (EvaluationConfig(max_new_tokens=6, num_beams=3), EvaluationConfig(max_new_tokens=6, temperature=1.0))
     found = []
-    for stage, extra in ((2, {}), (3, {}), (3, gathers)):
+    for stage, extra in ((2, {}), (3, gathers)):
         model = base_model()
         peft_model = get_peft_model(model, SparseLoraConfig(plan=plan_for(model, train_omega=True)))
         engine = Engine(peft_model, replace(engine_settings(stage, 2), extra=extra))
@@ -328,7 +328,7 @@ def generation_is_greedy_decoding_at_stages_2_and_3() -> None:
             [generate(engine.module, SAMPLES[:5], tokenizer, s, WORLD.rank, WORLD.size, stage == 3) for s in others]
         )
         engine.close()
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert found[0][1] != expected, "sampling has drawn nothing else than the most probable tokens"
 
 

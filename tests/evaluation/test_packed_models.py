@@ -213,8 +213,19 @@ def test_encoders_and_encoder_decoders_are_refused() -> None:
             check_packing(model)
 
 
-def test_attention_that_makes_no_mask_is_refused() -> None:
+def test_attention_that_makes_no_mask_is_refused_and_flash_gets_one_row() -> None:
+    """As transformers asks for: it looks for samples in positions, in a batch of one, where there is no mask."""
     model = build(LlamaConfig(**GROUPED))
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="true, but attention in 'flash_attention_2' lets samples"):
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ConfigError, match=r"true, but attention in 'paged\|sdpa' lets samples"):
         check_packing(model)
+    packs = [Pack((Sample((5, 6), (7, 2)), Sample((8,), (9, 2)))), Pack((Sample((4, 4, 4), (3, 2)),))]
+    batch = CompletionObjective(0, True, packs_in_one_row=True).batch(packs)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2, 8, 9, 2, 4, 4, 4, 3, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]]
+    alone = CompletionObjective(0, True)
+    rows = alone.batch(packs)
+    assert (batch["labels"] >= 0).sum() == (rows["labels"] >= 0).sum() == 6
+    with torch.no_grad():
+        model.config._attn_implementation = "sdpa"
+        torch.testing.assert_close(alone.loss(model, batch), alone.loss(model, rows))

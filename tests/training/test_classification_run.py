@@ -28,7 +28,7 @@ def causal_folder(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("folder", ["encoder_folder", "causal_folder"])
+@pytest.mark.parametrize("folder", ["encoder_folder", pytest.param("causal_folder", marks=pytest.mark.long)])
 def test_a_classification_is_learned(folder: str, labelled_folder: Path, settings: dict, request, tmp_path) -> None:
     """Label 1 is a matter of one word: the training loss halves and validation gets better than the majority."""
     settings["model"]["name"] = str(request.getfixturevalue(folder))
