@@ -57,10 +57,18 @@ def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict:
     return run_settings(model_folder, data_folder, tmp_path / "run")
 
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """The test after it could not make its own."""
+    """The test after it could not make its own; nor may it take itself for a rank that a launcher has started."""
+    before = {name: os.environ.get(name) for name in _LAUNCHED}
     yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
