@@ -114,6 +114,9 @@ def page(runs: Path) -> Iterator[str]:
         "methods say nothing; what they show is that each task is learned, and how it is measured.",
         "MiniLM on GLUE's tasks is in the part before.",
     )
+    missing = [(s, m) for s in SETTINGS for m in METHODS if _summary(folder_of(s, m, runs)) is None]
+    if missing:
+        yield from ("", f"Not run yet: {', '.join(f'{method} on {setting.name}' for setting, method in missing)}.")
     for setting in SETTINGS:
         found = {method: _summary(folder_of(setting, method, runs)) for method in METHODS}
         complete = {method: summary for method, summary in found.items() if summary is not None}
@@ -142,7 +145,7 @@ def _samples(setting: Setting, methods: list[str], runs: Path) -> Iterator[str]:
     rows = {method: _rows(folder_of(setting, method, runs) / "predictions-after.jsonl") for method in methods}
     before = _rows(folder_of(setting, methods[0], runs) / "predictions-before.jsonl")
     for i in range(2):
-        yield from ("", f"Sample {i + 1}, of which one reference is: {_short(before[i]['references'][0])}", "")
+        yield from ("", f"Sample {i + 1} of the split:", "")
         yield f"- before: {_short(before[i]['prediction'])}"
         for method in methods:
             yield f"- {method}: {_short(rows[method][i]['prediction'])}"
