@@ -178,9 +178,9 @@ class Encoding:
         """Samples of rows at hand, past the cache.
 
         Raises:
-            DataError: a row that does not fit.
+            DataError: a row that does not fit, whatever ``task.on_bad_row`` says: each of these is asked for.
         """
-        return self._encode(rows, Skipped())
+        return self._encode(rows, None)
 
     def streamed(self) -> StreamedSamples:
         """The training split, row by row."""
@@ -221,13 +221,13 @@ class Encoding:
             return False
         return True
 
-    def _encode(self, rows: Iterable[Example], skipped: Skipped) -> Iterator[Any]:
+    def _encode(self, rows: Iterable[Example], skipped: Skipped | None) -> Iterator[Any]:
         encode, number = self.encoder, 0
         for example in rows:
             try:
                 sample = encode(example)
             except DataError as error:
-                if self.config.task.on_bad_row == "error":
+                if skipped is None or self.config.task.on_bad_row == "error":
                     raise
                 skipped.add(error)
                 continue
@@ -260,7 +260,8 @@ def _source(settings: TaskConfig, task: Task, split: str, further: str | None) -
     path = split_file(settings, split, further)
     if path is None:
         splits = task.splits if further is None else task.further_splits[further]
-        return [str(task.hub_id), str(getattr(hub_rows(task, splits[split]), "_fingerprint", None))]
+        rows: Any = hub_rows(task, splits[split])
+        return [str(task.hub_id), rows._fingerprint]
     with path.open("rb") as file:
         return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +386,13 @@ def test_the_same_settings_alone_are_not(settings: dict) -> None:
     random = {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5, "selection": "random"}
     tree = settings | {"task": settings["task"] | {"streaming": True}, "method": random}
     assert isinstance(parse_config(tree), RunConfig)
+
+
+def test_rows_at_hand_are_all_encoded_or_refused(settings: dict) -> None:
+    """Nobody who asks for an answer is left out, as a row of a split may be."""
+    settings["task"] |= {"on_bad_row": "skip"}
+    made = encoding(settings)
+    row = read_split(made.config.task, "test", limit=1)[0]
+    assert len(list(made.samples_of([row, row]))) == 2
+    with pytest.raises(UserError, match="do not fit"):
+        list(made.samples_of([row, replace(row, completion=LONG)]))
