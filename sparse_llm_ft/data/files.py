@@ -27,6 +27,8 @@ _MARKS = {
 _LATIN = "Latin-1, perhaps: save the file as UTF-8"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _LONGEST_FIELD = 2**24
+_ENDED = "unexpected end of data"
+"""What csv says of a field without its closing quotation mark."""
 _BATCH = 1000
 """Rows of a columnar file that are Python values at once."""
 
@@ -108,7 +110,10 @@ def _table(path: Path) -> Rows:
             except csv.Error as error:
                 if header is None:
                     raise DataError(path, line, f"the header is no {path.suffix[1:]} ({error})") from None
-                yield line, BadRow(f"no {path.suffix[1:]} ({error})")
+                if _ENDED in str(error):  # it may have swallowed any number of good rows
+                    raise DataError(path, line, "a quotation mark opens a field that the file ends in") from None
+                lines = f", to line {reader.line_num}" if reader.line_num > line else ""
+                yield line, BadRow(f"no {path.suffix[1:]} ({error}{lines})")
                 continue
             if not fields:
                 continue

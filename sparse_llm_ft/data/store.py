@@ -66,6 +66,29 @@ class StoredSamples(Sequence[Any]):
         return (self[i] for i in range(len(self)))
 
 
+class ChosenSamples(Sequence[Any]):
+    """Some of the stored samples, each made when it is asked for.
+
+    Attributes:
+        lengths: (samples,) int32, their tokens.
+    """
+
+    def __init__(self, stored: StoredSamples, indices: Sequence[int]) -> None:
+        self._stored, self._indices = stored, indices
+        self.lengths = stored.lengths[list(indices)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        chosen = self._indices[index]
+        return [self._stored[i] for i in chosen] if isinstance(chosen, Sequence) else self._stored[chosen]
+
+
 def store_samples(
     key: str, kind: type[T], schema: pyarrow.Schema, make: Callable[[], Iterable[T]], counts: Callable[[], Any]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +14,11 @@ from safetensors import SafetensorError
 
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
+from sparse_llm_ft.signals import leave_if_asked
+from sparse_llm_ft.training.display import Display
+
+_FINE, _WORKING, _USER, _OWN = range(4)
+"""What a rank says of itself; the greatest counts."""
 
 
 def on_rank_zero(world: World, action: Callable[[], None]) -> None:
@@ -32,23 +39,63 @@ def _on_some(chosen: bool, action: Callable[[], None], elsewhere: str) -> None:
             action()
         except Exception as error:  # whatever it is, nobody may wait for this rank
             failure = error
+    failure, kind = _judged(failure)
+    _end(failure, _worst(kind), elsewhere)
+
+
+def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
     if isinstance(failure, OSError | SafetensorError):  # what safetensors writes fails with an error of its own
         failure = UserError(str(failure))
-    kind = _worst(0 if failure is None else 1 if isinstance(failure, UserError) else 2)
+    return failure, _FINE if failure is None else _USER if isinstance(failure, UserError) else _OWN
+
+
+def _end(failure: Exception | None, worst: int, elsewhere: str) -> None:
     if failure is not None:
         raise failure
-    if kind:
-        raise (UserError if kind == 1 else TrainingError)(elsewhere)
+    if worst:
+        raise (UserError if worst == _USER else TrainingError)(elsewhere)
 
 
-def on_node_leaders(world: World, action: Callable[[], None]) -> None:
-    """Run `action` on the first rank of each node while the others wait; if it fails on one, all ranks stop.
+def on_node_leaders(world: World, action: Callable[[], None], what: str = "", every: float = 30.0) -> None:
+    """Run `action`, which must not be collective, on the first rank of each node while the others wait; if it fails on
+    one, all ranks stop.
+
+    It may take hours: the ranks meet every now and then, so that none waits longer than a process group lets it.
+
+    Args:
+        what: it does, for a line on rank 0 now and then; without, there is none.
+        every: seconds between two meetings.
 
     Raises:
         UserError: on every rank, with the reason where it failed. What is neither that nor an error of a disk keeps its
             type and traceback there, and is a TrainingError elsewhere.
+        LeaveRequest: on every rank, where one was asked to leave meanwhile. What `action` does is then cut off when the
+            process ends.
     """
-    _on_some(world.local_rank == 0, action, "the first rank of another node failed")
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            action()
+        except Exception as error:  # as in `_on_some`
+            raised.append(error)
+
+    worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not keep a process that leaves
+    if world.local_rank == 0:
+        worker.start()
+    began, display = time.monotonic(), Display(world.rank)
+    while True:
+        if world.local_rank == 0:
+            worker.join(every)
+        working = worker.is_alive()  # asked first: what it raises comes before its end
+        failure, kind = _judged(raised[0] if raised else None)
+        worst = _worst(_WORKING if working else kind)
+        if worst != _WORKING:
+            break
+        leave_if_asked()
+        if what:
+            display.say(f"{what}: {time.monotonic() - began:.0f} s so far")
+    _end(failure, worst, "the first rank of another node failed")
 
 
 def on_every_rank(action: Callable[[], None], hint: str = "") -> None:
@@ -92,7 +139,8 @@ def text_from_rank_zero(text: str) -> str:
 
 def encoding_together(world: World) -> dict[str, Any]:
     """How the ranks encode data together: the arguments of `Samples.encode` and `Encoding` that say who does what."""
-    return {"lead": partial(on_node_leaders, world), "each": on_every_rank, "share": text_from_rank_zero}
+    lead = partial(on_node_leaders, world, what="reading and tokenising the data")
+    return {"lead": lead, "each": on_every_rank, "share": text_from_rank_zero}
 
 
 def _worst(failure: int) -> int:

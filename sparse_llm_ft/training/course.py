@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from sparse_llm_ft.config import RunConfig, check_steps
 from sparse_llm_ft.data.sampling import stratified
+from sparse_llm_ft.data.store import ChosenSamples
 from sparse_llm_ft.data.streaming import StreamedSamples
 from sparse_llm_ft.evaluation import lengths_of
 from sparse_llm_ft.methods import Chain, Phase, make_methods
@@ -66,7 +67,7 @@ class Course:
             return train  # type: ignore[return-value]
         labels = strata(train, self.setup.task)
         chosen = stratified(labels, fraction=subset.fraction, shots=subset.shots, seed=subset.seed)
-        return [train[i] for i in chosen]
+        return ChosenSamples(train, chosen)
 
     def units(self, phase: Phase) -> Any:
         """What the loop goes through in the phase: `samples_of`, packed where the settings say so."""

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.schemas import schema_of
 from sparse_llm_ft.data.spans import SpanSample
-from sparse_llm_ft.data.store import StoredSamples, content_key, store_samples, stored_at, tokenizer_key
+from sparse_llm_ft.data.store import ChosenSamples, StoredSamples, content_key, store_samples, stored_at, tokenizer_key
 
 NOTHING_SKIPPED = {"skipped": 0, "reasons": []}
 SAMPLES = [Sample((5, 6), (7, 2)), Sample((8,), (2,), shortened=True), Sample((9, 10, 11), (12, 13, 2))]
@@ -64,6 +64,17 @@ def test_more_samples_than_are_written_at_once() -> None:
     samples = [Sample((i,) * (1 + i % 7), (2,)) for i in range(2500)]
     store_samples("k", Sample, schema_of(Sample, False), lambda: iter(samples), lambda: NOTHING_SKIPPED)
     assert list(StoredSamples(stored_at("k"), Sample)) == samples
+
+
+def test_chosen_samples_are_made_when_they_are_asked_for() -> None:
+    store_samples("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
+    stored = StoredSamples(stored_at("k"), Sample)
+    chosen = ChosenSamples(stored, [2, 0])
+    assert list(chosen) == [SAMPLES[2], SAMPLES[0]] == chosen[:] and chosen[-1] == SAMPLES[0] and len(chosen) == 2
+    assert chosen.lengths.tolist() == [SAMPLES[2].length, SAMPLES[0].length]
+    assert ChosenSamples(stored, []).lengths.tolist() == [] == list(ChosenSamples(stored, []))
+    with pytest.raises(IndexError):
+        chosen[2]
 
 
 def test_no_samples_at_all() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.state import TrainState
 from sparse_llm_ft.training import agreement
-from sparse_llm_ft.training.agreement import on_rank_zero
+from sparse_llm_ft.training.agreement import on_node_leaders, on_rank_zero
 from sparse_llm_ft.training.checkpoints import newest_valid, save_checkpoint
 
 ALONE = World(0, 1, 0, 1)
@@ -66,7 +68,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_last_checkpoint(
     assert newest is not None and newest.name == "step-00000003" and not complaints
 
 
-@pytest.mark.parametrize(("kind", "error"), [(1, UserError), (2, TrainingError)])
+@pytest.mark.parametrize(("kind", "error"), [(2, UserError), (3, TrainingError)])
 def test_the_others_stop_with_the_same_exit_status(kind: int, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "_worst", lambda own: kind)
     with pytest.raises(error, match="rank 0 failed"):
@@ -81,3 +83,50 @@ def test_what_is_not_the_users_keeps_its_type_on_rank_0(error: Exception) -> Non
 
     with pytest.raises(type(error), match=str(error)):
         on_rank_zero(ALONE, fail)
+
+
+def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    told: list[int] = []
+    go = threading.Event()
+
+    def meet(own: int) -> int:
+        told.append(own)
+        if len(told) == 3:
+            go.set()
+        return own
+
+    monkeypatch.setattr(agreement, "_worst", meet)
+    monkeypatch.setattr(agreement, "leave_if_asked", lambda: None)
+    on_node_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
+    assert told[:3] == [1, 1, 1] and told[-1] == 0
+    assert capsys.readouterr().out.count("reading: 0 s so far") == len(told) - 1
+
+
+def test_a_leader_that_works_ends_when_another_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(agreement, "_worst", lambda own: 2)
+    with pytest.raises(UserError, match="the first rank of another node failed"):
+        on_node_leaders(World(0, 2, 0, 1), lambda: go.wait() and None, every=0.05)
+    go.set()
+
+
+WORLD_OF_TWO = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from sparse_llm_ft.distributed import World
+from sparse_llm_ft.training.agreement import on_node_leaders
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=2), 2, rank)
+on_node_leaders(World(rank, 2, rank, 2), lambda: time.sleep(5), every=0.5)
+print("met")
+"""
+
+
+def test_a_leader_may_work_longer_than_the_process_group_waits(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WORLD_OF_TWO]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["met\n"] * 2

@@ -186,9 +186,9 @@ def test_only_the_first_rank_of_a_node_tokenises(
 @pytest.mark.parametrize(
     ("raised", "worst", "expected", "message"),
     [
-        (UserError("row 7"), 1, UserError, "row 7"),
-        (OSError(28, "No space left on device"), 1, UserError, "No space left"),
-        (ZeroDivisionError("ours"), 2, ZeroDivisionError, "ours"),
+        (UserError("row 7"), 2, UserError, "row 7"),
+        (OSError(28, "No space left on device"), 2, UserError, "No space left"),
+        (ZeroDivisionError("ours"), 3, ZeroDivisionError, "ours"),
     ],
 )
 def test_what_fails_on_a_node_leader_ends_it_as_it_is(
@@ -205,7 +205,7 @@ def test_what_fails_on_a_node_leader_ends_it_as_it_is(
     assert told == [worst]
 
 
-@pytest.mark.parametrize(("worst", "expected"), [(1, "UserError"), (2, "TrainingError")])
+@pytest.mark.parametrize(("worst", "expected"), [(2, "UserError"), (3, "TrainingError")])
 def test_what_fails_on_one_node_leader_ends_all(worst: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "_worst", lambda own: worst)
     for world in (World(0, 4, 0, 2), World(1, 4, 1, 2)):
