@@ -64,6 +64,10 @@ def import_everything() -> None:
     quiet_libraries()
     prepare_cpu(World(0, 1, 0, 1))
     import matplotlib.pyplot  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401
+    import sacrebleu  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn.metrics  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import tqdm
     from deepspeed.comm.torch import build_shm_op

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def run_settings(model_folder: Path, data_folder: Path, output_dir: Path) -> dict:
-    """8 optimizer steps of plain LoRA; tests change what they need."""
+    """8 optimizer steps of plain LoRA without pictures, which take longer; tests change what they need."""
     return {
         "model": {"name": str(model_folder), "dtype": "float32"},
         "task": {
@@ -20,5 +20,6 @@ def run_settings(model_folder: Path, data_folder: Path, output_dir: Path) -> dic
         "method": {"name": "lora"},
         "training": {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 8, "learning_rate": 0.01},
         "evaluation": {"samples": 5, "max_new_tokens": 4, "micro_batch_size": 2},
+        "report": False,
         "output_dir": str(output_dir),
     }

@@ -403,6 +403,8 @@ def mean_loss_alone(model: torch.nn.Module) -> float:
 def main() -> None:
     prepare_cpu(WORLD)
     init_distributed()
+    gc.collect()
+    gc.freeze()  # an engine that closes collects; what libraries have made is not looked through a hundred times
     results = {}
     for name, function in (LONG_CASES if "long" in sys.argv else CASES).items():
         started = time.monotonic()

@@ -16,6 +16,7 @@ def plus_settings(model_folder: Path, data_folder: Path) -> dict:
     """weight_lora_plus in 14 steps: 14 adapters, 4 kept after step 6, a checkpoint every 4 steps, dropout on."""
     settings = run_settings(model_folder, data_folder, Path("to be set"))
     settings["method"] = {"name": "weight_lora_plus", "keep": 4, "steps": 6, "cut_after": 2, "omega_lr": 0.5}
+    settings["report"] = True
     settings["training"] |= {"max_steps": 14, "save_every": 4, "eval_every": 7, "warmup_steps": 2}
     return settings
 

@@ -69,7 +69,7 @@ class Journeys:
             AssertionError: a leg that ended in another way than it should.
         """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        tree = run_settings(self.model, self.data, folder / "run") | {"report": False}
+        tree = run_settings(self.model, self.data, folder / "run")
         tree["model"]["dtype"] = dtype
         tree["adapter"]["lora_dropout"] = 0.0
         tree["method"] = METHODS[method]

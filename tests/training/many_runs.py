@@ -16,6 +16,10 @@ import sys
 import traceback
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))
+
+from forked_ranks import import_everything
+
 KILLED = 42
 
 
@@ -76,9 +80,7 @@ def one(work: tuple[str, list[dict], Path]) -> tuple[str, str]:
 
 
 def main() -> None:
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
-
+    import_everything()
     runs, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     work = [(name, trees, results.parent) for name, trees in runs.items()]
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:

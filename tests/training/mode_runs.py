@@ -49,7 +49,7 @@ _CLASSES: Mapping[str, Any] = {
 
 
 def mode_settings(model: Path, data: Path, task: Mapping[str, Any], method: str, output: Path) -> dict[str, Any]:
-    """8 steps, measured on 9 samples; no report."""
+    """8 steps, measured on 9 samples."""
     tree = run_settings(model, data, output)
     tree["task"] = {**task, "path": str(data)}
     tree["adapter"]["lora_dropout"] = 0.0
@@ -58,7 +58,7 @@ def mode_settings(model: Path, data: Path, task: Mapping[str, Any], method: str,
     found = METHODS[method]
     if isinstance(found, dict) and found["name"] == "partial_lora":
         found = found | {"cache_dir": f"{output}-cache"}
-    return tree | {"method": found, "report": False}
+    return tree | {"method": found}
 
 
 def run_all(trees: Mapping[str, Mapping[str, Any]], folder: Path, world_size: int = 1) -> dict[str, str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_llm_ft import signals
 from sparse_llm_ft.distributed import World
-from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
 from sparse_llm_ft.methods import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.progress import Progress
@@ -110,10 +111,20 @@ def test_a_leader_that_works_ends_when_another_has_failed(monkeypatch: pytest.Mo
     go.set()
 
 
+def test_a_rank_that_is_asked_to_leave_need_not_wait_for_a_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(agreement, "_worst", lambda own: own)
+    monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
+    with pytest.raises(LeaveRequest, match="SIGTERM"):
+        on_node_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, every=0.05)
+    go.set()
+
+
 WORLD_OF_TWO = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
+from sparse_llm_ft import signals
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.training.agreement import on_node_leaders
 rank = int(sys.argv[1])

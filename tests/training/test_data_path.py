@@ -66,7 +66,7 @@ def worlds(model_folder: Path, folder: Path) -> dict[str, dict[str, Any]]:
         tree["adapter"]["lora_dropout"] = 0.0
         tree["training"] |= {"max_steps": STEPS} | (training or {})
         tree["evaluation"] |= {"samples": 0}
-        return {"trees": tree | {"report": False}, "world_size": ranks}
+        return {"trees": tree, "world_size": ranks}
 
     epochs = {"max_steps": None, "epochs": 2.0, "global_batch_size": 4}
     made = {
