@@ -403,11 +403,11 @@ def mean_loss_alone(model: torch.nn.Module) -> float:
 def main() -> None:
     prepare_cpu(WORLD)
     init_distributed()
-    gc.collect()
-    gc.freeze()  # an engine that closes collects; what libraries have made is not looked through a hundred times
     results = {}
     for name, function in (LONG_CASES if "long" in sys.argv else CASES).items():
         started = time.monotonic()
+        gc.collect()
+        gc.freeze()  # an engine that closes collects: what libraries have made is not looked through each time
         try:
             function()
             results[name] = "passed"

@@ -129,6 +129,7 @@ def a_rank_holds_its_shard_and_one_module() -> None:
     for dtype, quantization in KINDS:
         config = ModelConfig(name=in_files("several"), dtype=dtype, quantization=quantization)
         load_sharded_model(config, settings_of(dtype))  # bitsandbytes makes tables once
+        gc.unfreeze()
         gc.collect()
         before = live()
         with watched() as moments:
