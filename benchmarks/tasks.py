@@ -85,8 +85,8 @@ MINILM = Model(
         },
     },
     (
-        "all-MiniLM-L6-v2 with a fresh head in float32, adapters of rank 16 on all linear layers, one seed. The learning",
-        "rate is 0.001, and 0.004 for Partial-LoRA: the search above finds four times that of LoRA for it.",
+        "all-MiniLM-L6-v2 with a fresh head in float32, adapters of rank 16 on all linear layers, one seed. The",
+        "learning rate is 0.001, and 0.004 for Partial-LoRA: the search above finds four times that of LoRA for it.",
     ),
     rates={"Partial-LoRA": 4e-3},
 )
@@ -171,11 +171,37 @@ def page(runs: Path) -> Iterator[str]:
         yield from ("", f"Not run yet: {', '.join(f'{method} on {setting.key}' for setting, method in missing)}.")
     for model in (SMOLLM, MINILM):
         yield from ("", *model.about)
+        yield from _beside_lora(model, runs)
         for setting in SETTINGS:
             found = {method: _summary(folder_of(setting, method, runs)) for method in model.methods}
             complete = {method: summary for method, summary in found.items() if summary is not None}
             if complete and setting.model is model:
                 yield from _section(setting, complete, runs)
+
+
+def _beside_lora(model: Model, runs: Path) -> Iterator[str]:
+    """On how many tasks each method ends with a higher loss than LoRA, and with what share of its values."""
+    lora, *others = model.methods
+    for method in others:
+        pairs = [
+            (ours, theirs)
+            for setting in SETTINGS
+            if setting.model is model
+            and (ours := _summary(folder_of(setting, method, runs))) is not None
+            and (theirs := _summary(folder_of(setting, lora, runs))) is not None
+        ]
+        if pairs:
+            higher = sum(a["metrics"]["after"]["loss"] > b["metrics"]["after"]["loss"] for a, b in pairs)
+            shares = [_trained(a) / _trained(b) for a, b in pairs]
+            yield (
+                f"{method} trains {min(shares):.0%} to {max(shares):.0%} of LoRA's values, and its loss is higher on "
+                f"{higher} of {len(pairs)} tasks."
+            )
+
+
+def _trained(summary: dict[str, Any]) -> int:
+    """Trainable values of the last phase."""
+    return int(summary["phases"][-1]["trainable_parameters"])
 
 
 def _section(setting: Setting, found: dict[str, dict[str, Any]], runs: Path) -> Iterator[str]:
@@ -191,8 +217,7 @@ def _section(setting: Setting, found: dict[str, dict[str, Any]], runs: Path) -> 
     yield f"| before | | {' | '.join(f'{before[name]:.2f}' for name in names)} |"
     for method, summary in found.items():
         after = summary["metrics"]["after"]
-        trained = summary["phases"][-1]["trainable_parameters"]
-        yield f"| {method} | {trained:,} | {' | '.join(f'{after[name]:.2f}' for name in names)} |"
+        yield f"| {method} | {_trained(summary):,} | {' | '.join(f'{after[name]:.2f}' for name in names)} |"
     yield from _samples(setting, list(found), runs)
 
 
