@@ -8,10 +8,12 @@ from sparse_llm_ft.after.trained import TrainedRun, load_trained
 from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.tasks import Task, render, template_columns
+from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.evaluation import SpanObjective, choose_labels, choose_spans, generate, make_objective
+from sparse_llm_ft.evaluation import make_objective
 from sparse_llm_ft.modeling import load_tokenizer
-from sparse_llm_ft.training.samples import Encoding
+from sparse_llm_ft.training.measure import Measure
+from sparse_llm_ft.training.samples import Encoding, Measured
 
 Row = Mapping[str, str]
 
@@ -29,17 +31,12 @@ def answer(run: TrainedRun, rows: Sequence[Row], settings: EvaluationConfig, see
     examples = [unanswered(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
     tokenizer = load_tokenizer(run.config.model, run.use)
     samples = list(Encoding(run.config, run.task, tokenizer, run.use).samples_of(examples))
-    model, size = load_trained(run), settings.micro_batch_size
-    objective = make_objective(model, tokenizer, run.task)
-    if isinstance(objective, SpanObjective):
-        may_lack = run.task.no_answer is not None
-        return choose_spans(model, examples, samples, objective, size, 0, 1, unanswerable=may_lack)
-    if run.use.has_head or run.task.labels is not None:
-        _, chosen = choose_labels(model, samples, objective, size, rank=0, world_size=1)
-        labels = run.task.labels
-        return [f"{value:.3f}" if labels is None else labels[int(value)] for value in chosen]
-    seq2seq = run.use.mode == "seq2seq_lm"
-    return generate(model, samples, tokenizer, settings, 0, 1, synced=False, seed=seed, seq2seq=seq2seq)
+    model = load_trained(run)
+    objective, alone = make_objective(model, tokenizer, run.task), World(0, 1, 0, 1)
+    measure = Measure(settings, run.task, run.use, (), tokenizer, objective, alone, zero_stage=0, seed=seed)
+    predictions, _ = measure.predict(model, Measured("", examples, samples))
+    shown = [measure.shown(prediction) for prediction in predictions]
+    return [value if isinstance(value, str) else f"{value:.3f}" for value in shown]
 
 
 def shown_columns(run: TrainedRun) -> list[str]:

@@ -70,75 +70,69 @@ class Measure:
         on_rank_zero(self.world, lambda: write_file(predictions, "".join(lines)))
         return metrics
 
-    def _part(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
-        if self.use.mode == "question_answering":
-            return self._spans(model, part)
-        if self.use.has_head or self.task.labels is not None:
-            return self._labels(model, part)
-        return self._texts(model, part)
-
-    def _texts(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
+    def predict(self, model: nn.Module, part: Measured) -> tuple[list[Any], float | None]:
+        """What the model makes of every example, in order, on every rank: a text, the number of a label, or a score;
+        and the mean loss, where that falls out. Collective.
+        """
+        ranks = self.world.rank, self.world.size
+        size = self.settings.micro_batch_size
+        if isinstance(self.objective, SpanObjective):
+            unanswerable = self.task.no_answer is not None
+            spans = choose_spans(model, part.examples, part.samples, self.objective, size, *ranks, unanswerable)
+            return spans, None
+        if self._chooses:
+            loss, chosen = choose_labels(model, part.samples, self.objective, size, *ranks)
+            return (chosen if self.task.labels is None else [int(choice) for choice in chosen]), loss
         texts = generate(
             model,
             part.samples,
             self.tokenizer,
             self.settings,
-            self.world.rank,
-            self.world.size,
+            *ranks,
             synced=self.zero_stage == 3,
             seed=self.seed,
             seq2seq=self.use.mode == "seq2seq_lm",
         )
+        return texts, None
+
+    @property
+    def _chooses(self) -> bool:
+        """Labels or scores come from the objective's judgement, no text is written."""
+        return not isinstance(self.objective, SpanObjective) and (self.use.has_head or self.task.labels is not None)
+
+    def _part(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
+        predictions, loss = self.predict(model, part)
+        metrics, rows = (self._judge_choices if self._chooses else self._judge_texts)(part, predictions)
+        return {"loss": self._loss(model, part) if loss is None else loss} | metrics, rows
+
+    def _judge_texts(self, part: Measured, texts: list[str]) -> tuple[dict[str, float], Rows]:
+        spans = isinstance(self.objective, SpanObjective)
         rows: Rows = [
-            {"prompt": example.prompt, "prediction": text, "references": example.references}
+            ({"question": example.texts[0]} if spans else {"prompt": example.prompt})
+            | {"prediction": text, "references": example.references}
             for example, text in zip(part.examples, texts, strict=True)
         ]
-        loss = {"loss": self._loss(model, part)}
         if self.task.score is not None:
             scores = [example.label for example in part.examples]
-            return loss | score(self.task.metrics, [as_score(text, self.task.score) for text in texts], scores), rows
+            return score(self.task.metrics, [as_score(text, self.task.score) for text in texts], scores), rows
         answers = [self._answer(text) for text in texts]
-        return loss | score(self.task.metrics, answers, [example.references for example in part.examples]), rows
+        return score(self.task.metrics, answers, [example.references for example in part.examples]), rows
 
     def _answer(self, text: str) -> str:
         """The text; of a question that may have no answer, the words that say so are the empty one."""
         return "" if self.task.no_answer and text.strip() == self.task.no_answer else text
 
-    def _labels(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
-        world, size = self.world, self.settings.micro_batch_size
-        loss, chosen = choose_labels(model, part.samples, self.objective, size, world.rank, world.size)
-        right = [sample.label for sample in part.samples]
-        words = self.task.labels
-        if words is None:
-            predictions: list[Any] = chosen
-            shown: list[Any] = [chosen, right]
-        else:
-            predictions = [int(choice) for choice in chosen]
-            shown = [[words[i] for i in numbers] for numbers in (predictions, right)]
+    def _judge_choices(self, part: Measured, chosen: list[Any]) -> tuple[dict[str, float], Rows]:
+        right, words = [sample.label for sample in part.samples], self.task.labels
         rows: Rows = [
-            {"prompt": example.prompt, "prediction": prediction, "label": label}
-            for example, prediction, label in zip(part.examples, *shown, strict=True)
+            {"prompt": example.prompt, "prediction": self.shown(choice), "label": self.shown(label)}
+            for example, choice, label in zip(part.examples, chosen, right, strict=True)
         ]
-        return {"loss": loss} | score(self.task.metrics, predictions, right, len(words or ())), rows
+        return score(self.task.metrics, chosen, right, len(words or ())), rows
 
-    def _spans(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
-        assert isinstance(self.objective, SpanObjective)
-        texts = choose_spans(
-            model,
-            part.examples,
-            part.samples,
-            self.objective,
-            self.settings.micro_batch_size,
-            self.world.rank,
-            self.world.size,
-            unanswerable=self.task.no_answer is not None,
-        )
-        rows: Rows = [
-            {"question": example.texts[0], "prediction": text, "references": example.references}
-            for example, text in zip(part.examples, texts, strict=True)
-        ]
-        metrics = score(self.task.metrics, texts, [example.references for example in part.examples])
-        return {"loss": self._loss(model, part)} | metrics, rows
+    def shown(self, prediction: Any) -> Any:
+        """What `predict` has found as people read it: labels by their words."""
+        return self.task.labels[prediction] if self._chooses and self.task.labels is not None else prediction
 
     def _loss(self, model: nn.Module, part: Measured) -> float:
         world, size = self.world, self.settings.micro_batch_size

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.after import answer as answering
 from sparse_llm_ft.after.answer import make_rows, unanswered
 from sparse_llm_ft.cli import main
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.training import measure as measuring
 from trained_runs import PLANS, make_run
 
 TEXTS = ["anna meets tom", "the red cake"]
@@ -124,7 +124,7 @@ def test_sampling_follows_its_settings(settings: dict, capsys, monkeypatch) -> N
         seen.update(options.model_dump(), **more)
         return ["" for _ in samples]
 
-    monkeypatch.setattr(answering, "generate", fake)
+    monkeypatch.setattr(measuring, "generate", fake)
     run(settings["output_dir"], "tom", "--temperature", "0.5", "--top-p", "0.9", "--seed", "11", capsys=capsys)
     assert (seen["temperature"], seen["top_p"], seen["seed"], seen["num_beams"]) == (0.5, 0.9, 11, 1)
     run(settings["output_dir"], "tom", "--num-beams", "3", capsys=capsys)
