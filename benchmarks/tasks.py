@@ -112,9 +112,9 @@ class Setting:
 
 WHOLE = {"samples": 2000, "micro_batch_size": 64}
 SETTINGS = (
-    Setting(SMOLLM, "dialogsum", "test", {"max_length": 256}, {"max_new_tokens": 48}),
-    Setting(SMOLLM, "xsum", "validation", {"max_length": 256}, {"max_new_tokens": 40}),
-    Setting(SMOLLM, "e2e_nlg", "test", {"max_length": 128}, {"max_new_tokens": 48}),
+    Setting(SMOLLM, "dialogsum", "test", {"max_length": 256, "max_prompt_length": 208}, {"max_new_tokens": 48}),
+    Setting(SMOLLM, "xsum", "validation", {"max_length": 256, "max_prompt_length": 216}, {"max_new_tokens": 40}),
+    Setting(SMOLLM, "e2e_nlg", "test", {"max_length": 160, "max_prompt_length": 96}, {"max_new_tokens": 48}),
     Setting(SMOLLM, "glue/sst2", "validation", {"max_length": 96}, {"samples": 200}, shots=8),
     Setting(MINILM, "glue/cola", "validation", {"max_length": 64}, WHOLE, {"max_steps": 600}),
     Setting(MINILM, "glue/sst2", "validation", {"max_length": 64}, WHOLE, {"max_steps": 200}),

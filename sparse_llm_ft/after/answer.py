@@ -11,7 +11,7 @@ from sparse_llm_ft.data.tasks import Task, render, template_columns
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import make_objective
-from sparse_llm_ft.modeling import load_tokenizer
+from sparse_llm_ft.training.lengths import check_lengths, tokenizer_for
 from sparse_llm_ft.training.measure import Measure
 from sparse_llm_ft.training.samples import Encoding, Measured
 
@@ -29,7 +29,8 @@ def answer(run: TrainedRun, rows: Sequence[Row], settings: EvaluationConfig, see
         UserError: a prompt that is empty, or an answer that cannot be given outside of evaluation.
     """
     examples = [unanswered(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
-    tokenizer = load_tokenizer(run.config.model, run.use)
+    check_lengths(run.config.model_copy(update={"evaluation": settings}), run.task, run.use, run.empty)
+    tokenizer = tokenizer_for(run.config.model, run.use, run.empty)
     samples = list(Encoding(run.config, run.task, tokenizer, run.use).samples_of(examples))
     model = load_trained(run)
     objective, alone = make_objective(model, tokenizer, run.task), World(0, 1, 0, 1)

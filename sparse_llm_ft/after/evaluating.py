@@ -15,10 +15,11 @@ from sparse_llm_ft.distributed import World
 from sparse_llm_ft.engine import Engine, check_deepspeed
 from sparse_llm_ft.evaluation import make_objective
 from sparse_llm_ft.folders import write_file
-from sparse_llm_ft.modeling import check_weights, load_tokenizer
+from sparse_llm_ft.modeling import check_weights
 from sparse_llm_ft.training.agreement import encoding_together, on_rank_zero
 from sparse_llm_ft.training.building import build_model, engine_settings
 from sparse_llm_ft.training.handover import load_state, masks_of
+from sparse_llm_ft.training.lengths import check_lengths, tokenizer_for
 from sparse_llm_ft.training.measure import Measure
 from sparse_llm_ft.training.samples import Encoding
 
@@ -43,7 +44,8 @@ def evaluate(run: TrainedRun, config: RunConfig, world: World, output: Path) -> 
     """
     check_deepspeed(config.deepspeed.extra)
     check_weights(config.model)
-    tokenizer = load_tokenizer(config.model, run.use)
+    check_lengths(config, run.task, run.use, run.empty)
+    tokenizer = tokenizer_for(config.model, run.use, run.empty)
     parts = Encoding(config, run.task, tokenizer, run.use, **encoding_together(world)).measured()
     on_rank_zero(world, lambda: output.mkdir(parents=True))
     phase = run.phase.with_batch(1, world.size)

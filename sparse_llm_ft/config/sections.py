@@ -57,8 +57,11 @@ class TaskConfig(Section):
             task's data set is loaded from the hub.
         mode: how the model learns the task; ``auto`` takes a head for an encoder (that of a classification, or for
             spans), ``seq2seq_lm`` for an encoder-decoder, ``causal_lm`` for a decoder.
-        max_length: most tokens of prompt and completion together; a longer prompt loses its middle, the
-            completion nothing. In ``seq2seq_lm`` each of the two may be as long. What a head sees loses its end.
+        max_length: most tokens of prompt and completion together. In ``seq2seq_lm`` each of the two may be as long.
+            What a head sees loses its end.
+        max_prompt_length: most tokens of a prompt; a longer one loses its middle. None: three quarters of
+            `max_length`; with labels or scores, what the longest of them leaves; in ``seq2seq_lm`` all of it. A
+            completion that is longer than the rest takes its room from its own prompt, and loses nothing.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
         messages: column of chats, lists of ``{role, content}``, in place of `prompt` and `completion`.
         labels: makes the task a classification: the label words in the order of the integer labels.
@@ -79,6 +82,7 @@ class TaskConfig(Section):
     path: FilePath | None = None
     mode: Literal["auto", "sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"] = "auto"
     max_length: Int = Field(512, ge=8)
+    max_prompt_length: Int | None = Field(None, ge=1)
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None

@@ -20,13 +20,18 @@ Encoder = Callable[[Example], Any]
 class CompletionEncoder:
     """For a decoder: prompt and completion in one sequence.
 
-    A tokenizer with a chat template sees the prompt as the user's turn, or the turns of a chat as they are. A pair
-    longer than `max_length` loses tokens from the middle of its prompt: both ends stay, where templates and
-    instructions are. The completion is never cut.
+    A tokenizer with a chat template sees the prompt as the user's turn, or the turns of a chat as they are. A prompt
+    longer than `prompt_length` loses tokens from its middle: both ends stay, where templates and instructions are. How
+    much stays says nothing about the completion, from which a model would learn its length; only a completion
+    that does not fit into the rest of `max_length` takes room from its own prompt. It is never cut.
+
+    Attributes:
+        prompt_length: None is three quarters of `max_length`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    prompt_length: int | None = None
 
     def __call__(self, example: Example) -> Sample:
         """Tokenise.
@@ -36,7 +41,8 @@ class CompletionEncoder:
         """
         prompt = prompt_ids(example, self.tokenizer)
         completion = completion_ids(example.completion, self.tokenizer)
-        room = self.max_length - len(completion)
+        usual = usual_prompt_length(self.max_length) if self.prompt_length is None else self.prompt_length
+        room = min(usual, self.max_length - len(completion))
         if room < 1 or not prompt:
             raise DataError(
                 example.source,
@@ -50,12 +56,13 @@ class CompletionEncoder:
 @dataclass(frozen=True)
 class Seq2SeqEncoder:
     """For an encoder-decoder: the prompt with the tokenizer's special tokens goes into the encoder, the completion
-    with those of a target text comes out of the decoder. Each may have `max_length` tokens; of a longer prompt the
-    middle is lost.
+    with those of a target text comes out of the decoder. Each may have `max_length` tokens, and the prompt at most
+    `prompt_length`, if that is given; of a longer prompt the middle is lost.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    prompt_length: int | None = None
 
     def __call__(self, example: Example) -> Sample:
         """Tokenise.
@@ -72,8 +79,10 @@ class Seq2SeqEncoder:
                 f"a completion of {len(completion)} tokens or a prompt of {len(prompt)} does not fit into "
                 f"task.max_length {self.max_length}",
             )
-        shortened = len(prompt) > self.max_length
-        return Sample(tuple(_without_middle(prompt, self.max_length)), tuple(completion), example.label, shortened)
+        room = self.prompt_length or self.max_length
+        return Sample(
+            tuple(_without_middle(prompt, room)), tuple(completion), example.label, shortened=len(prompt) > room
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,11 @@ class TextEncoder:
         return TextSample(
             tuple(encoded["input_ids"]), None if types is None else tuple(types), example.label, shortened
         )
+
+
+def usual_prompt_length(max_length: int) -> int:
+    """Most tokens of a prompt where nothing else is said: three quarters."""
+    return max_length - max_length // 4
 
 
 def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

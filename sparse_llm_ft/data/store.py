@@ -21,7 +21,7 @@ from sparse_llm_ft.folders import is_whole, write_folder
 
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
 _ROWS_AT_ONCE = 1000
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when the same settings would encode differently, or files look differently."""
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
-from sparse_llm_ft.data.encoding import CompletionEncoder, Encoder, Seq2SeqEncoder, TextEncoder
+from sparse_llm_ft.data.encoding import CompletionEncoder, Encoder, Seq2SeqEncoder, TextEncoder, completion_ids
 from sparse_llm_ft.data.packing import PackedSamples
 from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
 from sparse_llm_ft.data.samples import Sample, TextSample
@@ -20,7 +20,7 @@ from sparse_llm_ft.data.schemas import schema_of
 from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
 from sparse_llm_ft.data.store import StoredSamples, content_key, store_samples, stored_at, tokenizer_key
 from sparse_llm_ft.data.streaming import StreamedSamples
-from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks import Task, render
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 from sparse_llm_ft.modes import Use
 
@@ -101,10 +101,10 @@ class Samples:
         lines = []
         for name, samples in parts:
             if samples.shortened:
-                lines.append(
-                    f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.max_length "
-                    f"{task.max_length}"
-                )
+                most = f"max_length {task.max_length}"
+                if task.max_prompt_length is not None:
+                    most = f"max_prompt_length {task.max_prompt_length}"
+                lines.append(f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.{most}")
             if samples.skipped:
                 lines.append(f"{samples.skipped} {name} rows were left out, the first: {samples.reasons[0]}")
         return lines
@@ -133,7 +133,24 @@ class Encoding:
             return SpanEncoder(self.tokenizer, length)
         if self.use.has_head:
             return TextEncoder(self.tokenizer, length)
-        return (Seq2SeqEncoder if self.use.mode == "seq2seq_lm" else CompletionEncoder)(self.tokenizer, length)
+        kind = Seq2SeqEncoder if self.use.mode == "seq2seq_lm" else CompletionEncoder
+        return kind(self.tokenizer, length, self._prompt_length)
+
+    @property
+    def _prompt_length(self) -> int | None:
+        """What a writer's prompt may have: as set, but so that every label fits behind it."""
+        settings, task = self.config.task, self.task
+        answers = task.labels or [f"{score:.1f}" for score in task.score or ()]
+        if self.use.mode == "seq2seq_lm" or not answers:
+            return settings.max_prompt_length
+        assert task.completion, "check_task made sure"
+        completions = [render(task.completion, {task.label_column: answer}) for answer in answers]
+        room = settings.max_length - max(len(completion_ids(text, self.tokenizer)) for text in completions)
+        if room < 1:
+            raise ConfigError(
+                "task.max_length", f"{settings.max_length} leaves no room beside the longest label", "expected more"
+            )
+        return min(settings.max_prompt_length or room, room)
 
     @property
     def kind(self) -> type:
@@ -245,7 +262,7 @@ class Encoding:
             rows=_source(settings, task, split, further),
             tokenizer=tokenizer_key(self.tokenizer),
             mode=self.use.mode,
-            max_length=settings.max_length,
+            max_length=[settings.max_length, settings.max_prompt_length],
             on_bad_row=settings.on_bad_row,
             split=[split, further, limit],
             task=templates,

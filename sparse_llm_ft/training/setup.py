@@ -8,16 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_llm_ft.adapters import find_targets
-from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation import Objective, check_packing, make_objective
 from sparse_llm_ft.fitting import Expected
 from sparse_llm_ft.methods import make_methods
-from sparse_llm_ft.modeling import empty_model, find_model_use, head_modules, load_tokenizer
+from sparse_llm_ft.modeling import empty_model, find_model_use, head_modules
 from sparse_llm_ft.modes import Use
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
 from sparse_llm_ft.training.display import Display
+from sparse_llm_ft.training.lengths import check_lengths, tokenizer_for
 from sparse_llm_ft.training.prepare import Prepared
 
 
@@ -71,8 +70,8 @@ class Setup:
         plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, adapter.lora_dropout, heads)
         if config.training.max_steps is not None:  # else the data say how long the run is, and `Course` checks it then
             make_methods(config, config.training.max_steps).first(plan, targets)
-        check_lengths(config, use, empty)
-        tokenizer = load_tokenizer(config.model, use)
+        check_lengths(config, prepared.task, use, empty)
+        tokenizer = tokenizer_for(config.model, use, empty)
         if config.task.packing:
             check_packing(empty)
         return cls(
@@ -84,37 +83,4 @@ class Setup:
             len(config.method),
             tokenizer,
             make_objective(empty, tokenizer, prepared.task),
-        )
-
-
-def check_lengths(config: RunConfig, use: Use, model: PreTrainedModel) -> None:
-    """Refuse samples, and texts that are written behind prompts, that a model has no positions for.
-
-    A head's texts are cut to what their tokenizer says the model can take.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    if config.task.streaming and use.mode == "question_answering":
-        raise ConfigError("task.streaming", "true, and a context has several windows", "expected false")
-    settings = model.config.get_text_config()
-    relative = hasattr(settings, "relative_attention_num_buckets")  # T5: any distance will do
-    limit = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None)
-    if use.has_head or relative or not isinstance(limit, int):
-        return
-    if config.task.max_length > limit:
-        raise ConfigError(
-            "task.max_length",
-            f"{config.task.max_length}, and {config.model.name!r} has {limit} positions",
-            f"expected at most {limit}",
-        )
-    if getattr(settings, "rope_parameters", None):
-        return  # beyond its positions a rotary model computes on, and the text behind a prompt may be a little longer
-    written = config.evaluation.max_new_tokens + (0 if use.mode == "seq2seq_lm" else config.task.max_length)
-    if config.evaluation.samples and written > limit + 1:  # of the last token no position is asked
-        raise ConfigError(
-            "evaluation.max_new_tokens",
-            f"{config.evaluation.max_new_tokens} behind prompts of up to task.max_length {config.task.max_length}, and "
-            f"{config.model.name!r} has {limit} positions",
-            "expected less of one of them",
         )
