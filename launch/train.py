@@ -6,22 +6,13 @@ Runs under deepspeed, torchrun and srun, and alone. Later files win over earlier
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
 
 from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed import find_world, prepare_cpu
-from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.exits import Parser, one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
 from sparse_llm_ft.signals import catch_signals
 from sparse_llm_ft.training.prepare import prepare
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a wrong argument as every other user error: one line, on rank 0."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main() -> None:
@@ -42,7 +33,7 @@ def main() -> None:
 
 def _arguments() -> tuple[list[str], list[str]]:
     """Config files and overrides. Overrides may stand before or after --config."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML files, later ones win")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments, rest = parser.parse_known_args()

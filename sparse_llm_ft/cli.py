@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from sparse_llm_ft.after.commands import add_commands
 from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.exits import Parser, one_line_errors
 from sparse_llm_ft.quiet import quiet_libraries
 from sparse_llm_ft.signals import catch_signals
 from sparse_llm_ft.training.run_folder import RunFolder
@@ -20,7 +21,19 @@ from sparse_llm_ft.training.run_folder import RunFolder
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="sparse-llm-ft", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Only these are started by launchers; the others may run anywhere, an allocation's shell included.
+    world = find_world() if {"derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
+    with one_line_errors(world):
+        options = _parse(arguments)
+        quiet_libraries()
+        if options.command is not _tasks:  # torch takes seconds to import
+            prepare_cpu(world)
+        options.command(options)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="sparse-llm-ft", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -36,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
     derive.add_argument("--config", nargs="+", required=True, metavar="FILE")
-    derive.set_defaults(command=_derive, parallel=True)
+    derive.set_defaults(command=_derive)
     report = commands.add_parser("report", help="draw pictures of a run, or compare several in one table")
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it need not be finished")
     report.add_argument("--output", metavar="FOLDER", help="default: RUN/report for one run, report for several")
@@ -51,12 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes is not None:
         takes += rest  # argparse takes none behind an option
-    quiet_libraries()
-    world = find_world() if getattr(options, "parallel", False) else World(rank=0, size=1, local_rank=0, local_size=1)
-    with one_line_errors(world):
-        if options.command is not _tasks:  # torch takes seconds to import
-            prepare_cpu(world)
-        options.command(options)
+    return options
 
 
 def _check(options: argparse.Namespace) -> None:

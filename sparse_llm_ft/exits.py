@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -15,6 +16,14 @@ from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
 USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, and the same command shall be started again
 _GRACE_SECONDS = 5.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a wrong argument as every other user error: one line, on rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it, for `one_line_errors` to say."""
+        raise UserError(message)
 
 
 @contextmanager

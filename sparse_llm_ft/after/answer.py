@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from sparse_llm_ft.after.trained import TrainedRun, load_trained
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.reading import Example
-from sparse_llm_ft.data.tasks import Task, render, template_columns
+from sparse_llm_ft.data.rows import Example, text_of
+from sparse_llm_ft.data.tasks import BadRow, Task, render, template_columns
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import make_objective
@@ -74,10 +74,14 @@ def unanswered(task: Task, row: Row, source: str) -> Example:
     cannot be without, is the task's first or lowest, and says nothing.
 
     Raises:
-        UserError: a text is empty.
+        UserError: a text is empty, or none.
     """
-    for column, text in row.items():
-        if not text.strip():
+    for column in row:
+        try:
+            empty = not text_of(row, column).strip()
+        except BadRow as error:
+            raise UserError(f"{source}: {error}") from None
+        if empty:
             raise UserError(f"{source}: column {column} is empty")
     label: int | float | None = None
     completion = ""

@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
         "settings", nargs="*", metavar="KEY=VALUE", help="evaluation.split=validation, evaluation.samples=500, ..."
     )
     evaluate.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/evaluation-NUMBER")
-    evaluate.set_defaults(command=_evaluate, parallel=True, rest="settings")
+    evaluate.set_defaults(command=_evaluate, rest="settings")
 
     generate = commands.add_parser("generate", help="show what a run's newest checkpoint makes of a text")
     generate.add_argument("run", metavar="RUN", help=_RUN)

@@ -18,10 +18,11 @@ from sparse_llm_ft.folders import write_file
 from sparse_llm_ft.modeling import check_weights
 from sparse_llm_ft.training.agreement import encoding_together, on_rank_zero
 from sparse_llm_ft.training.building import build_model, engine_settings
+from sparse_llm_ft.training.display import Display
 from sparse_llm_ft.training.handover import load_state, masks_of
 from sparse_llm_ft.training.lengths import check_lengths, tokenizer_for
 from sparse_llm_ft.training.measure import Measure
-from sparse_llm_ft.training.samples import Encoding
+from sparse_llm_ft.training.samples import Encoding, remarks_of
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 
@@ -47,6 +48,8 @@ def evaluate(run: TrainedRun, config: RunConfig, world: World, output: Path) -> 
     check_lengths(config, run.task, run.use, run.empty)
     tokenizer = tokenizer_for(config.model, run.use, run.empty)
     parts = Encoding(config, run.task, tokenizer, run.use, **encoding_together(world)).measured()
+    for line in remarks_of(parts, config.task):
+        Display(world.rank).say(line)
     on_rank_zero(world, lambda: output.mkdir(parents=True))
     phase = run.phase.with_batch(1, world.size)
     settings = engine_settings(config, phase, world.size)

@@ -157,8 +157,10 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return ConfigError(setting, "unknown key", hint)
-    if problem["type"] == "missing":
+    if problem["type"] == "missing" and len(where) <= 2:
         return ConfigError(setting, "not given", "it has no default")
+    if problem["type"] in ("missing", "too_long"):  # of a pair one is missing, or there is a third
+        return ConfigError(setting, "has too few or too many values", "expected two")
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = method.get("name")
         near = difflib.get_close_matches(str(given), method_names(), n=1)
@@ -167,6 +169,9 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if "dictionary" in message:
         message = "a mapping of settings"
+    if problem["type"] == "string_type":  # YAML reads yes, 1 and {text} as something else
+        message = "text; quote what YAML takes for something else"
+    message = message.replace("a valid tuple", "a list, as in [a, b]")
     return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
 
 

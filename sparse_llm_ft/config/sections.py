@@ -83,13 +83,13 @@ class TaskConfig(Section):
     mode: Literal["auto", "sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"] = "auto"
     max_length: Int = Field(512, ge=8)
     max_prompt_length: Int | None = Field(None, ge=1)
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
+    prompt: str | None = Field(None, min_length=1)
+    completion: str | None = Field(None, min_length=1)
+    messages: str | None = Field(None, min_length=1)
     labels: tuple[str, ...] | None = Field(None, min_length=2)
     score: tuple[Float, Float] | None = None
     texts: tuple[str, ...] | None = Field(None, min_length=1, max_length=2)
-    label_column: str | None = None
+    label_column: str | None = Field(None, min_length=1)
     references: tuple[str, ...] | None = None
     metrics: tuple[Metric, ...] | None = Field(None, min_length=1)
     on_bad_row: Literal["error", "skip"] = "error"

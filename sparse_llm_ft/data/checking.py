@@ -50,7 +50,7 @@ def check_task(config: TaskConfig) -> Task:
         ConfigError: an unknown task, a setting missing or at odds with another, or no place to read from.
     """
     entry = find_task(config.name)
-    given: dict[str, Any] = {key: getattr(config, key) for key in _SETTINGS if getattr(config, key)}
+    given: dict[str, Any] = {key: getattr(config, key) for key in _SETTINGS if getattr(config, key) is not None}
     task = replace(entry, **given)
     if task.labels is not None and task.score is not None:
         raise ConfigError("task.score", f"{list(task.score)} beside labels {list(task.labels)}", "expected one of them")

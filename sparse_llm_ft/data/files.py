@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_llm_ft.data.tasks import BadRow, Row
 from sparse_llm_ft.documents import DocumentError, parse_json, parse_json_rows
-from sparse_llm_ft.errors import DataError
+from sparse_llm_ft.errors import DataError, UserError
 
 Rows = Iterator[tuple[int, Row | BadRow]]
 
@@ -39,9 +39,13 @@ def rows_of(path: Path) -> Rows:
     Lines count from 1; in parquet and arrow files, rows do. A blank line of a text file is no row.
 
     Raises:
-        DataError: the file, or the rest of it, cannot be read.
+        DataError: the file, or the rest of it, is not what its ending says.
+        UserError: it cannot be opened or read.
     """
-    return _READERS[path.suffix](path)
+    try:
+        yield from _READERS[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def _json_lines(path: Path) -> Rows:

@@ -11,7 +11,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.checking import check_task
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task
+from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, require, template_columns
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Example",
     "Skipped",
     "check_columns",
+    "check_references",
     "check_task",
     "examples",
     "has_split",
@@ -96,6 +97,28 @@ def check_columns(config: TaskConfig, split: str, further: str | None = None) ->
         UserError: as `examples`.
     """
     next(_grouped_examples(config, split, further, Skipped()))
+    task = check_task(config)
+    source, rows = _open(task, config, split, further)
+    line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
+    for template in filter(None, (task.prompt, task.completion)):
+        fields = [f"{{{column}}}" for column in row]
+        if odd := [field for field in fields if field in template and not template_columns(field)]:
+            raise DataError(source, line, f"{odd[0]} in a template: the column needs a name of letters, digits and _")
+
+
+def check_references(config: TaskConfig, split: str) -> None:
+    """Look for the columns that the user named in ``task.references`` in a split's first row; those that only the
+    registry names need not be there.
+
+    Raises:
+        DataError: one is not there.
+    """
+    source, rows = _open(check_task(config), config, split, None)
+    line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
+    try:
+        require(row, config.references or ())
+    except MissingColumn as error:
+        raise DataError(source, line, f"task.references: {error}") from None
 
 
 def has_split(config: TaskConfig, split: str, further: str | None = None) -> bool:

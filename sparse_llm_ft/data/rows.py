@@ -57,7 +57,7 @@ def examples_of(task: Task, row: Row, source: str, line: int) -> Iterator[tuple[
     for flat in task.flatten(row) if task.flatten else (row,):
         require(flat, task.columns)
         example = _chat(task, flat, source, line) if task.messages else _templates(task, flat, source, line)
-        yield _text(flat, task.group_by) if task.group_by else "", example
+        yield text_of(flat, task.group_by) if task.group_by else "", example
 
 
 def _templates(task: Task, row: Row, source: str, line: int) -> Example:
@@ -69,10 +69,10 @@ def _templates(task: Task, row: Row, source: str, line: int) -> Example:
     elif task.score is not None:
         label = _score(task.score, row[task.label_column])
         row = {**row, task.label_column: f"{label:.1f}"}
-    row = dict(row) | {column: _text(row, column) for column in (*task.shown, *task.filled)}  # null is an empty text
+    row = dict(row) | {column: text_of(row, column) for column in (*task.shown, *task.filled)}  # null is an empty text
     _check_filled(row, task)
     completion = render(task.completion, row)
-    if not completion.strip():
+    if not any(row[column].strip() for column in task.filled) or not completion.strip():
         raise BadRow(f"the completion is empty (column {', '.join(task.filled)})")
     texts = tuple(row[column] for column in task.texts)
     answers = _answers(row, task.texts[1]) if task.extractive else None
@@ -103,7 +103,7 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(f"turn {number} of column {column!r} has {found or 'nothing'}; needed role, content")
         if turn["role"] not in _ROLES:
             raise BadRow(f"turn {number} of column {column!r}: role {turn['role']!r:.60} is not {', '.join(_ROLES)}")
-        content = _text(turn, "content")
+        content = text_of(turn, "content")
         if not content.strip():
             raise BadRow(f"turn {number} of column {column!r} is empty")
         turns.append({"role": turn["role"], "content": content})
@@ -123,7 +123,12 @@ def _check_filled(row: Row, task: Task) -> None:
         raise BadRow(f"column {', '.join(map(repr, empty))} is empty")
 
 
-def _text(row: Row, column: str) -> str:
+def text_of(row: Row, column: str) -> str:
+    """A column's text; null is an empty one.
+
+    Raises:
+        BadRow: it holds something else, or what no tokenizer takes.
+    """
     value = row[column]
     if value is None:
         return ""
@@ -138,7 +143,7 @@ def _text(row: Row, column: str) -> str:
 
 def _others(task: Task, row: Row) -> list[str]:
     """The references that this row has beside its completion."""
-    return [_text(row, column) for column in task.references if column in row]
+    return [text_of(row, column) for column in task.references if column in row]
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
@@ -146,12 +151,16 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _label(labels: Sequence[str], value: Any) -> int:
-    """The number of a row's label, which is the label word, or that number, as text too."""
-    if isinstance(value, str):
-        if value in labels:
-            return labels.index(value)
-        if _NUMBER.fullmatch(value):
-            value = int(value)
+    """The number of a row's label, which is the label word, or that number, as text too. Where words are numbers
+    (grades from 1 to 5), a number is the word, whether a file has it as text or not.
+    """
+    number = isinstance(value, int) and not isinstance(value, bool)
+    word = str(value) if number else value
+    if isinstance(word, str):
+        if word in labels:
+            return labels.index(word)
+        if _NUMBER.fullmatch(word):
+            value = int(word)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
     reason = f"task.labels is {', '.join(labels)}"

@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.documents import read_json
+from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.folders import is_whole, write_folder
 
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
@@ -99,13 +100,17 @@ def store_samples(
         counts: called at the end: ``{"skipped": ..., "reasons": [...]}``.
 
     Raises:
-        OSError: the cache cannot be written.
+        UserError: the cache cannot be written.
     """
     folder = stored_at(key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{key}.lock"):  # another job may be at it
-        if not is_whole(folder):
-            write_folder(folder, lambda path: _write(path, schema, make(), counts))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{key}.lock"):  # another job may be at it
+            if not is_whole(folder):
+                write_folder(folder, lambda path: _write(path, schema, make(), counts))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"HF_DATASETS_CACHE: {folder.parent} cannot be written ({reason})") from error
 
 
 def stored_at(key: str) -> Path:

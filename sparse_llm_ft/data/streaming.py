@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sparse_llm_ft.data.encoding import Encoder
-from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.reading import Example, Skipped
 
 T = TypeVar("T")
 
@@ -38,16 +38,26 @@ class StreamedSamples:
     out, every process would have to tokenise every row before it.
 
     Args:
-        open_rows: all examples in file order, from the first one.
+        open_rows: all examples in file order, from the first one; counts those that are left out.
         length: stands for that of the longest sample, which nobody knows.
+
+    Attributes:
+        skipped: rows of this pass through the data that were left out so far.
     """
 
+    skipped: Skipped
+
     def __init__(
-        self, open_rows: Callable[[], Iterator[Example]], encode: Encoder, buffer_size: int, seed: int, length: int
+        self,
+        open_rows: Callable[[Skipped], Iterator[Example]],
+        encode: Encoder,
+        buffer_size: int,
+        seed: int,
+        length: int,
     ) -> None:
         self._open, self._encode, self._buffer_size, self._seed = open_rows, encode, buffer_size, seed
         self.longest = length
-        self._rows, self._next = self._all(), 0
+        self._rows, self._next, self.skipped = self._all(), 0, Skipped()
 
     def __getitem__(self, position: int) -> Any:
         """Read on to this sample.
@@ -70,5 +80,6 @@ class StreamedSamples:
     def _all(self) -> Iterator[Example]:
         epoch = 0
         while True:
-            yield from shuffled(self._open(), self._buffer_size, self._seed, epoch)
+            self.skipped = Skipped()
+            yield from shuffled(self._open(self.skipped), self._buffer_size, self._seed, epoch)
             epoch += 1

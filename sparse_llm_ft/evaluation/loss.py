@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_llm_ft.data.batching import Batch
 from sparse_llm_ft.evaluation.objective import Objective
+from sparse_llm_ft.signals import leave_if_asked
 
 S = TypeVar("S")
 
@@ -68,6 +69,7 @@ def mean_loss(
         if indices:
             units = sum(objective.units(samples[i]) for i in indices)
             total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
+        leave_if_asked()
     model.train(was_training)
     total = total.to(device)
     if world_size > 1:

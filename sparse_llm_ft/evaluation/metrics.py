@@ -53,13 +53,13 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str
 
 
 def _f1(predictions: Sequence[int], references: Sequence[int], labels: int) -> dict[str, float]:
-    """F1 of class 1, as GLUE reports MRPC and QQP; of more than two classes the mean of all their F1 (macro), as
-    SuperGLUE reports CB. A class that is never predicted, or never there, has F1 0.
+    """F1 of class 1, as GLUE reports MRPC and QQP; of more than two classes the mean of their F1 (macro), as
+    SuperGLUE reports CB: of the classes that are there or predicted, which is scikit-learn's choice.
     """
     from sklearn.metrics import f1_score
 
-    options = {"average": "binary"} if labels == 2 else {"average": "macro", "labels": range(labels)}
-    return {"f1": 100 * float(f1_score(references, predictions, zero_division=0, **options))}
+    average = "binary" if labels == 2 else "macro"
+    return {"f1": 100 * float(f1_score(references, predictions, zero_division=0, average=average))}
 
 
 def _matthews(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:

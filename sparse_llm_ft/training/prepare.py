@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_llm_ft.config import RunConfig, check_steps, check_world
-from sparse_llm_ft.data.reading import check_columns, check_task, has_split
+from sparse_llm_ft.data.reading import check_columns, check_references, check_task, has_split
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed import World
 from sparse_llm_ft.errors import ConfigError
@@ -67,3 +67,4 @@ def check_measured(config: RunConfig, task: Task) -> None:
                 "expected one that is there, or evaluation.samples=0",
             )
         check_columns(config.task, split, further)
+    check_references(config.task, split)

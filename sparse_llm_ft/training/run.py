@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from sparse_llm_ft.adapters import is_adapter
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
+from sparse_llm_ft.data.streaming import StreamedSamples
 from sparse_llm_ft.engine import Engine, check_deepspeed, init_distributed
 from sparse_llm_ft.errors import ConfigError, LeaveRequest, UserError
 from sparse_llm_ft.evaluation import mean_loss
@@ -189,7 +190,8 @@ class Run:
         return state, phase
 
     def _check_samples(self, record: Mapping[str, Any]) -> None:
-        """Refuse to go on with other training samples: the place in them is a number, and would mean others.
+        """Refuse to go on with other samples: the place in those to train on is a number, and would mean others, and
+        what is measured at the end would not be what was measured at the beginning.
 
         Raises:
             ConfigError: rows, tokenizer or package are not those that the run began with.
@@ -197,7 +199,7 @@ class Run:
         if record.get("samples", self.samples.key) != self.samples.key:
             raise ConfigError(
                 "task",
-                "the training samples are not those that the run began with: rows or tokenizer have changed",
+                "the samples are not those that the run began with: rows or tokenizer have changed",
                 "expected the same ones, or another output_dir",
             )
 
@@ -289,6 +291,9 @@ class Run:
             after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
         leave_if_asked()
         engine.close()
+        train = self.samples.train
+        if isinstance(train, StreamedSamples) and train.skipped.count:
+            self.display.say(f"of the training rows that were read last: {train.skipped}")
         summary = summarize(
             self.config, self.world, state.record, after, self.samples.sizes(self.config.evaluation.split)
         )

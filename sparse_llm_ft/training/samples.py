@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,8 +33,15 @@ fails on one stops all.
 
 
 def alone(action: Callable[[], None]) -> None:
-    """The `Lead` of a single process."""
-    action()
+    """The `Lead` of a single process.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        action()
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -41,20 +50,27 @@ class Measured:
 
     Attributes:
         name: empty, or of a further split, as MNLI's ``mismatched``.
+        key: the same for the same samples.
     """
 
     name: str
     examples: Sequence[Example]
     samples: Sequence[Any]
+    key: str = ""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The encoded splits of a run; `validation` and `measured` may be empty."""
+    """The encoded splits of a run; `validation` and `measured` may be empty.
+
+    Attributes:
+        key: the same for the same samples, of every split but what is between the ends of a streamed one.
+    """
 
     train: StoredSamples | StreamedSamples
     validation: Sequence[Any]
     measured: tuple[Measured, ...]
+    key: str
 
     @classmethod
     def encode(
@@ -77,8 +93,14 @@ class Samples:
         """
         encoding = Encoding(config, task, tokenizer, use, lead, each, share)
         validation = encoding.stored("validation") if config.training.eval_every is not None else ()
-        train = encoding.streamed() if config.task.streaming else encoding.stored("train")
-        return cls(train, validation, encoding.measured())
+        measured = encoding.measured()
+        train: StoredSamples | StreamedSamples
+        if config.task.streaming:
+            train, key = encoding.streamed(), encoding.stream_key()
+        else:
+            train = encoding.stored("train")
+            key = train.key
+        return cls(train, validation, measured, content_key(train=key, measured=[part.key for part in measured]))
 
     def sizes(self, measured: str) -> dict[str, int]:
         """Split -> its samples: all that are trained on (0 of a stream), and those that are measured.
@@ -89,25 +111,30 @@ class Samples:
         train = 0 if isinstance(self.train, StreamedSamples) else len(self.train)
         return {"train": train} | {part.name or measured: len(part.examples) for part in self.measured}
 
-    @property
-    def key(self) -> str:
-        """Of the training samples, the same for the same ones; empty of a stream, whose rows nobody has seen."""
-        return "" if isinstance(self.train, StreamedSamples) else self.train.key
-
     def remarks(self, task: TaskConfig) -> list[str]:
         """What a user wants to know about the samples before they are used: how many were shortened or left out."""
         parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamedSamples) else [("training", self.train)]
-        parts += [(f"measured {part.name}".strip(), part.samples) for part in self.measured]
-        lines = []
-        for name, samples in parts:
-            if samples.shortened:
-                most = f"max_length {task.max_length}"
-                if task.max_prompt_length is not None:
-                    most = f"max_prompt_length {task.max_prompt_length}"
-                lines.append(f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.{most}")
-            if samples.skipped:
-                lines.append(f"{samples.skipped} {name} rows were left out, the first: {samples.reasons[0]}")
-        return lines
+        if isinstance(self.validation, StoredSamples):
+            parts.append(("validation", self.validation))
+        return _remarks(parts, task) + remarks_of(self.measured, task)
+
+
+def remarks_of(measured: Sequence[Measured], task: TaskConfig) -> list[str]:
+    """How many of the samples that are measured were shortened or left out."""
+    return _remarks([(f"measured {part.name}".strip(), part.samples) for part in measured], task)
+
+
+def _remarks(parts: Sequence[tuple[str, Any]], task: TaskConfig) -> list[str]:
+    most = f"max_length {task.max_length}"
+    if task.max_prompt_length is not None:
+        most = f"max_prompt_length {task.max_prompt_length}"
+    lines = []
+    for name, samples in parts:
+        if samples.shortened:
+            lines.append(f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.{most}")
+        if samples.skipped:
+            lines.append(f"{samples.skipped} {name} rows were left out, the first: {samples.reasons[0]}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -203,12 +230,27 @@ class Encoding:
         """The training split, row by row."""
         task = self.config.task
         return StreamedSamples(
-            lambda: examples(task, "train", Skipped()),
+            lambda skipped: examples(task, "train", skipped),
             self.encoder,
             task.shuffle_buffer,
             self.config.seed,
             task.max_length,
         )
+
+    def stream_key(self) -> str:
+        """The same for the same rows, as far as both ends of a file show: all of it may take hours to read."""
+        path = split_file(self.config.task, "train")
+        own = [""]
+
+        def look() -> None:
+            own[0] = content_key(
+                rows=None if path is None else _ends(path),
+                tokenizer=tokenizer_key(self.tokenizer),
+                max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
+            )
+
+        self.each(look)
+        return self.share(own[0])
 
     def measured(self) -> tuple[Measured, ...]:
         """The first samples of the evaluated split, and of those that are measured beside it."""
@@ -223,7 +265,7 @@ class Encoding:
             samples = self.stored(evaluation.split, further, evaluation.samples)
             if skipped.count or samples.skipped:  # keep those that could be tokenised, too
                 rows = [row for row in rows if self._fits(row)]
-            parts.append(Measured(further or "", rows, samples))
+            parts.append(Measured(further or "", rows, samples, samples.key))
         return tuple(parts)
 
     def _by_each(self, make: Callable[[], Any]) -> Any:
@@ -269,6 +311,7 @@ class Encoding:
         )
 
 
+_END = 2**20
 _NOT_CONTENT = ("flatten", "metrics", "source", "description", "example", "further_splits", "splits")
 
 
@@ -281,6 +324,15 @@ def _source(settings: TaskConfig, task: Task, split: str, further: str | None) -
         return [str(task.hub_id), rows._fingerprint]
     with path.open("rb") as file:
         return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _ends(path: Path) -> list[Any]:
+    """A file's size, and what its first and its last mebibyte hold."""
+    with path.open("rb") as file:
+        first, size = file.read(_END), os.fstat(file.fileno()).st_size
+        file.seek(max(size - _END, 0))
+        last = file.read(_END)
+    return [size, *(hashlib.sha256(end).hexdigest() for end in (first, last))]
 
 
 def packed(samples: Sequence[Any], lengths: Any, config: RunConfig) -> Sequence[Any]:

@@ -99,7 +99,13 @@ def test_a_classification_prints_the_label(
     encoder: bool, settings: dict, encoder_folder: Path, labelled_folder: Path, capsys
 ) -> None:
     words = ["cake", "book"]
-    settings["task"] = {"name": "custom", "path": str(labelled_folder), "prompt": "{sentence} ?", "labels": words}
+    settings["task"] = {
+        "name": "custom",
+        "path": str(labelled_folder),
+        "prompt": "{sentence} ?",
+        "labels": words,
+        "max_length": 32,
+    }
     if encoder:
         settings["model"]["name"] = str(encoder_folder)
     model = make_run(settings, None if encoder else PLANS["lora"])

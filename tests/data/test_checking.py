@@ -61,6 +61,11 @@ def test_a_task_that_cannot_work_is_refused(settings: dict, message: str) -> Non
         check_task(custom(**settings))
 
 
+def test_references_of_the_registry_can_be_switched_off() -> None:
+    assert check_task(TaskConfig(name="dialogsum")).references
+    assert check_task(TaskConfig(name="dialogsum", references=())).references == ()
+
+
 def test_every_task_of_the_registry_has_what_its_kind_needs() -> None:
     for name, entry in TASKS.items():
         assert entry.name == name and entry.description

@@ -30,10 +30,20 @@ def test_a_completion_ends_with_the_end_of_sequence_token(tokenizer) -> None:
 
 
 def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) -> None:
-    sample = CompletionEncoder(tokenizer, 8)(example("anna meets tom at the park in station ?", "red book"))
+    sample = CompletionEncoder(tokenizer, 8, 5)(example("anna meets tom at the park in station ?", "red book"))
     assert sample.shortened and sample.length == 8
     assert tokenizer.decode(sample.prompt) == "anna meets tom station ?"
     assert tokenizer.decode(sample.completion[:-1]) == "red book"
+
+
+def test_the_length_of_a_shortened_prompt_says_nothing_about_its_completion(tokenizer) -> None:
+    long, answers = " ".join(["anna"] * 40), ("red", "red book", "red book cake tom")
+    for encode, room in ((CompletionEncoder(tokenizer, 20), 15), (CompletionEncoder(tokenizer, 20, 9), 9)):
+        assert {len(encode(example(long, answer)).prompt) for answer in answers} == {room}
+        completion = " ".join(["red"] * 15)  # longer than the rest: its own prompt gives way
+        sample = encode(example(long, completion))
+        assert (len(sample.prompt), sample.supervised) == (min(room, 4), 16)
+    assert not CompletionEncoder(tokenizer, 20)(example(" ".join(["anna"] * 15), "red")).shortened
 
 
 def test_a_completion_without_room_for_a_prompt_is_refused(tokenizer) -> None:

@@ -52,6 +52,18 @@ def test_what_is_no_label_is_refused_with_the_labels(value: Any) -> None:
         read({"t": "a", "label": value}, labels=("bad", "good"), texts=("t",))
 
 
+@pytest.mark.parametrize("value", [1, "1"])
+@pytest.mark.parametrize(("labels", "number"), [(("1", "0"), 0), (("1", "2", "3"), 0), (("no", "yes"), 1)])
+def test_a_number_is_the_word_where_words_are_numbers(value: Any, labels: tuple[str, ...], number: int) -> None:
+    assert one({"t": "a", "label": value}, labels=labels, texts=("t",)).label == number
+
+
+@pytest.mark.parametrize("answer", ["", " ", None])
+def test_a_template_does_not_fill_an_empty_completion(answer: Any) -> None:
+    with pytest.raises(BadRow, match="the completion is empty"):
+        read({"t": "a", "answer": answer}, prompt="{t}", completion="Answer: {answer}")
+
+
 @pytest.mark.parametrize(
     ("value", "score", "completion"),
     [(3.799999952316284, 3.799999952316284, " 3.8"), (5, 5.0, " 5.0"), ("0", 0.0, " 0.0"), ("2.25", 2.25, " 2.2")],

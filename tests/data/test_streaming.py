@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_llm_ft.data.reading import Example
+from sparse_llm_ft.data.reading import Example, Skipped
 from sparse_llm_ft.data.streaming import StreamedSamples, shuffled
 from sparse_llm_ft.errors import DataError
 
@@ -53,7 +53,7 @@ class Rows:
         self.encoded: list[str] = []
         self.opened = 0
 
-    def open(self) -> Iterator[Example]:
+    def open(self, skipped: Skipped) -> Iterator[Example]:
         self.opened += 1
         return (Example(f"row {i}", "", ()) for i in range(7))
 
@@ -121,8 +121,8 @@ def test_after_a_failure_rows_are_read_from_the_first_one() -> None:
 
 
 def test_a_reader_that_failed_fails_again() -> None:
-    def rows() -> Iterator[Example]:
-        yield from Rows().open()
+    def rows(skipped: Skipped) -> Iterator[Example]:
+        yield from Rows().open(skipped)
         raise DataError("rows.jsonl", 8, "not JSON")
 
     samples = StreamedSamples(rows, Rows().encode, 4, 3, 32)

@@ -57,9 +57,10 @@ def test_f1_is_that_of_class_1_and_of_more_classes_the_mean(seed: int) -> None:
     choices, labels = random_classes(4, seed)
     expected = np.mean([f1_of(choices, labels, k) for k in range(4)])
     assert score(["f1"], choices, labels, 4)["f1"] == pytest.approx(100 * expected)
-    # The task says how many labels there are, not which of them occur: two of four have F1 0.
-    few = score(["f1"], [0, 1, 1], [0, 1, 0], 4)["f1"]
-    assert few == pytest.approx(100 * (f1_of([0, 1, 1], [0, 1, 0], 0) + f1_of([0, 1, 1], [0, 1, 0], 1)) / 4)
+    # Of four labels one is neither there nor predicted, and says nothing.
+    few = score(["f1"], [0, 1, 2], [0, 1, 0], 4)["f1"]
+    assert few == pytest.approx(100 * sum(f1_of([0, 1, 2], [0, 1, 0], k) for k in range(3)) / 3)
+    assert score(["f1"], [0, 2], [0, 2], 20) == {"f1": 100.0}
     assert score(["f1"], [0, 0, 0], [0, 1, 1]) == {"f1": 0.0}, "class 1 is never chosen"
 
 

@@ -24,6 +24,7 @@ from sparse_llm_ft.errors import ConfigError, DataError, UserError
 from sparse_llm_ft.modes import CAUSAL_LM, Use
 from sparse_llm_ft.training import agreement
 from sparse_llm_ft.training.agreement import on_node_leaders
+from sparse_llm_ft.training.prepare import prepare
 from sparse_llm_ft.training.samples import Encoding, Samples, packed, strata
 from tiny_files import write_rows
 
@@ -169,7 +170,7 @@ def test_only_the_first_rank_of_a_node_tokenises(
     """Rank 3 of 4 on two nodes finds what rank 2, the first of its node, has written."""
     monkeypatch.setattr(agreement, "_worst", lambda own: own)  # there is no other process here
     waits = lambda action: on_node_leaders(World(3, 4, 1, 2), action)  # noqa: E731
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="No such file"):
         encode(settings, lead=waits, share=lambda text: "of rank 0")
     assert not calls
     said: list[str] = []
@@ -396,3 +397,68 @@ def test_rows_at_hand_are_all_encoded_or_refused(settings: dict) -> None:
     assert len(list(made.samples_of([row, row]))) == 2
     with pytest.raises(UserError, match="do not fit"):
         list(made.samples_of([row, replace(row, completion=LONG)]))
+
+
+def test_every_label_fits_behind_the_longest_prompt(settings: dict, own_data: Path) -> None:
+    """As many tokens of a prompt are seen with each label: else its length would give the label away."""
+    rows = [{"text": LONG, "label": label} for label in ("red", "a red cake", "tom")]
+    write_rows(own_data / "train.jsonl", rows)
+    settings["task"] |= {"labels": ["red", "a red cake", "tom"], "completion": None}
+    settings["evaluation"]["samples"] = 0
+    train = encode(settings).train
+    assert {len(sample.prompt) for sample in train} == {32 - 4}
+    settings["task"]["max_prompt_length"] = 11
+    assert {len(sample.prompt) for sample in encode(settings).train} == {11}
+    settings["task"]["max_length"] = 8
+    settings["task"]["labels"] = ["red", LONG]
+    with pytest.raises(UserError, match=r"task.max_length: 8 leaves no room beside the longest label"):
+        encode(settings)
+
+
+def test_the_key_is_of_all_samples_that_a_run_uses(settings: dict, own_data: Path) -> None:
+    """Those that are measured too: else before and after would be of other rows."""
+    keys = [encode(settings).key]
+    write_rows(own_data / "test.jsonl", [{"text": "anna", "answer": "tom"}] * 5)
+    keys.append(encode(settings).key)
+    settings["task"]["streaming"] = True
+    settings["evaluation"]["samples"] = 0
+    keys.append(encode(settings).key)
+    assert encode(settings).key == keys[-1]
+    write_rows(own_data / "train.jsonl", [{"text": "anna", "answer": "tom"}] * 5)
+    keys.append(encode(settings).key)
+    assert len(set(keys)) == 4
+
+
+def test_files_that_cannot_be_read_or_written_are_one_line(
+    settings: dict, own_data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .*sparse_llm_ft cannot be written \(Not a directory\)"):
+        encode(settings)
+    cache.unlink()
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"test.jsonl: Permission denied"):
+        encode(settings)
+    with pytest.raises(UserError, match=r"train.jsonl: Permission denied"):
+        read_split(parse_config(settings).task, "train")
+
+
+def test_references_that_a_user_names_must_be_there(settings: dict) -> None:
+    settings["task"]["references"] = ["othr"]
+    config = parse_config(settings)
+    with pytest.raises(DataError, match=r"test.jsonl:1: task.references: no column 'othr'; found text, answer"):
+        prepare(config, World(0, 1, 0, 1))
+
+
+def test_a_column_whose_name_no_template_can_have_is_said(settings: dict, own_data: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_rows(own_data / f"{split}.jsonl", [{"my col": "anna", "text": "anna", "answer": "tom"}])
+    settings["task"]["prompt"] = "{text} {my col}"
+    with pytest.raises(DataError, match=r"train.jsonl:1: \{my col\} in a template: the column needs a name of letters"):
+        prepare(parse_config(settings), World(0, 1, 0, 1))
+    settings["task"]["prompt"] = '{text} {"json": 1}'
+    prepare(parse_config(settings), World(0, 1, 0, 1))
