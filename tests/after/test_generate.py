@@ -145,6 +145,7 @@ def test_sampling_follows_its_settings(settings: dict, capsys, monkeypatch) -> N
         (["tom", "--max-new-tokens", "0"], "evaluation.max_new_tokens"),
         ([], "expected a text: the task shows the model text"),
         (["  "], "text 1: column text is empty"),
+        (["tom", "\udcff"], "text 2: column 'text' holds half of a surrogate pair, which is no text"),
         (["tom", "--column", "answer=x"], "--column answer: the task shows the model text"),
         (["tom", "--column", "text"], "--column text: expected NAME=TEXT"),
         (["tom", "--column", "text=anna"], "'tom': every column is given by --column"),
