@@ -12,7 +12,6 @@ from torch import nn
 
 from sparse_llm_ft.data.batching import Batch
 from sparse_llm_ft.evaluation.objective import Objective
-from sparse_llm_ft.signals import leave_if_asked
 
 S = TypeVar("S")
 
@@ -58,7 +57,8 @@ def mean_loss(
 ) -> float:
     """Mean loss per unit over all `samples`, each counted once whatever the world size.
 
-    Collective. The model is in evaluation mode meanwhile.
+    Collective. The model is in evaluation mode meanwhile. A signal is left for later: between two steps, where the
+    loop asks for this, there is something to save first.
     """
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
@@ -69,7 +69,6 @@ def mean_loss(
         if indices:
             units = sum(objective.units(samples[i]) for i in indices)
             total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
-        leave_if_asked()
     model.train(was_training)
     total = total.to(device)
     if world_size > 1:
