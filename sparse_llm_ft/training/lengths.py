@@ -66,14 +66,16 @@ def check_lengths(config: RunConfig, task: Task, use: Use, model: PreTrainedMode
         )
     if task.labels is not None or getattr(settings, "rope_parameters", None):
         return  # beyond its positions a rotary model computes on, and the text behind a prompt may be a little longer
-    prompt = 0 if use.mode == "seq2seq_lm" else config.task.max_prompt_length
-    prompt = usual_prompt_length(config.task.max_length) if prompt is None else prompt
+    prompt = config.task.max_prompt_length or usual_prompt_length(config.task.max_length)
+    behind = f" behind prompts of up to {prompt} tokens"
+    if use.mode == "seq2seq_lm":
+        prompt, behind = 1, ""  # the start token
     new = config.evaluation.max_new_tokens
     if config.evaluation.samples and new + prompt > limit + 1:  # of the last token no position is asked
         raise ConfigError(
             "evaluation.max_new_tokens",
-            f"{new} behind prompts of up to {prompt} tokens, and {config.model.name!r} has {limit} positions",
-            "expected less, or a smaller task.max_prompt_length",
+            f"{new}{behind}, and {config.model.name!r} has {limit} positions",
+            f"expected at most {limit + 1 - prompt}" + (", or a smaller task.max_prompt_length" if behind else ""),
         )
 
 

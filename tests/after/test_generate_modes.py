@@ -147,3 +147,8 @@ def test_bart_begins_with_the_token_it_is_made_to(settings: dict, tmp_path: Path
                 written.append(int(model(seen, decoder_input_ids=torch.tensor([written])).logits[0, -1].argmax()))
             expected.append(tokenizer.decode(written, skip_special_tokens=True).strip())
     assert printed(capsys, settings["output_dir"], *TEXTS, "--max-new-tokens", "5") == expected
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", settings["output_dir"], "tom", "--max-new-tokens", "200"])
+    assert stop.value.code == 2
+    assert "error: evaluation.max_new_tokens: 200, and " in (said := capsys.readouterr().err)
+    assert said.endswith("has 64 positions; expected at most 64\n")
