@@ -48,16 +48,17 @@ class Skipped:
         return f"{self.count} rows left out" + (f", the first: {self.reasons[0]}" if self.reasons else "")
 
 
-def examples(config: TaskConfig, split: str, skipped: Skipped) -> Iterator[Example]:
+def examples(config: TaskConfig, split: str, skipped: Skipped, further: str | None = None) -> Iterator[Example]:
     """Examples of ``train``, ``validation`` or ``test`` as they are read: in one pass, and not grouped.
 
     Args:
         skipped: counts the rows that are left out.
+        further: name of one of `Task.further_splits`.
 
     Raises:
         UserError: no such split, no usable row in it, or (DataError) a row that cannot be used, with file and line.
     """
-    return (example for _, example in _grouped_examples(config, split, None, skipped))
+    return (example for _, example in _grouped_examples(config, split, further, skipped))
 
 
 def read_split(

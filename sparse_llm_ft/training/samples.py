@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +200,13 @@ class Encoding:
         key = self.share(own)
         skipped = Skipped()
 
-        def rows() -> Iterator[Example]:
-            if split == "train":
-                yield from examples(self.config.task, split, skipped)
-            else:
-                yield from read_split(self.config.task, split, further, limit, skipped)
-
         def write() -> None:
             if own != key:
                 raise UserError(f"task: this node's {split} rows, or its tokenizer, are not those of rank 0's node")
             counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
+            make = lambda: self._encode(self._rows(split, further, skipped), skipped, limit)  # noqa: E731
             schema = schema_of(kind, self.task.score is not None)
-            store_samples(key, kind, schema, lambda: self._encode(rows(), skipped), counts)
+            store_samples(key, kind, schema, make, counts)
 
         self.lead(write)
         samples = self._by_each(lambda: StoredSamples(stored_at(key), kind))
@@ -254,19 +250,28 @@ class Encoding:
 
     def measured(self) -> tuple[Measured, ...]:
         """The first samples of the evaluated split, and of those that are measured beside it."""
-        evaluation, task = self.config.evaluation, self.config.task
+        evaluation = self.config.evaluation
         if not evaluation.samples:
             return ()
         parts = []
         for further in (None, *self.task.further_splits):
-            skipped = Skipped()
-            read = partial(read_split, task, evaluation.split, further, evaluation.samples, skipped)
-            rows: list[Example] = self._by_each(read)
+            rows = self._by_each(partial(self._measured_rows, further))
             samples = self.stored(evaluation.split, further, evaluation.samples)
-            if skipped.count or samples.skipped:  # keep those that could be tokenised, too
-                rows = [row for row in rows if self._fits(row)]
             parts.append(Measured(further or "", rows, samples, samples.key))
         return tuple(parts)
+
+    def _measured_rows(self, further: str | None) -> list[Example]:
+        """The rows that `stored` makes the samples of: as many as are asked for, of those that can be used."""
+        evaluation = self.config.evaluation
+        rows = self._rows(evaluation.split, further, Skipped())
+        if self.config.task.on_bad_row == "skip":
+            rows = (row for row in rows if self._fits(row))
+        return list(islice(rows, evaluation.samples))
+
+    def _rows(self, split: str, further: str | None, skipped: Skipped) -> Iterable[Example]:
+        if split == "train" or self.task.group_by is None:
+            return examples(self.config.task, split, skipped, further)
+        return read_split(self.config.task, split, further, skipped=skipped)
 
     def _by_each(self, make: Callable[[], Any]) -> Any:
         found = []
@@ -280,7 +285,7 @@ class Encoding:
             return False
         return True
 
-    def _encode(self, rows: Iterable[Example], skipped: Skipped | None) -> Iterator[Any]:
+    def _encode(self, rows: Iterable[Example], skipped: Skipped | None, limit: int | None = None) -> Iterator[Any]:
         encode, number = self.encoder, 0
         for example in rows:
             try:
@@ -295,6 +300,8 @@ class Encoding:
             else:
                 yield sample
             number += 1
+            if number == limit:
+                return
 
     def _key(self, split: str, further: str | None, limit: int | None) -> str:
         """By content: of the rows, of the tokenizer, and every setting that samples depend on."""

@@ -272,9 +272,10 @@ def test_references_stay_beside_their_samples_when_rows_are_left_out(settings: d
     assert [made.encoder(example) for example in part.examples] == list(part.samples)
     lines = [json.loads(line) for line in (own_data / "test.jsonl").read_text().splitlines() if line[1] == '"']
     usable = [row for row in lines if row["answer"].strip() and row["answer"] != LONG]
-    # Of the first four rows that can be read, one does not fit.
-    assert [example.prompt for example in part.examples] == [f"{row['text']} ?" for row in usable[:3]]
-    assert [example.references for example in part.examples] == [(row["answer"],) for row in usable[:3]]
+    # Of the first four rows that can be read, one does not fit: the fifth is measured.
+    assert [example.prompt for example in part.examples] == [f"{row['text']} ?" for row in usable[:4]]
+    assert [example.references for example in part.examples] == [(row["answer"],) for row in usable[:4]]
+    assert part.samples.skipped == 3
 
 
 def test_windows_are_numbered_by_the_examples_that_are_left(
