@@ -192,11 +192,9 @@ def _beside_lora(model: Model, runs: Path) -> Iterator[str]:
         ]
         if pairs:
             higher = sum(a["metrics"]["after"]["loss"] > b["metrics"]["after"]["loss"] for a, b in pairs)
-            shares = [_trained(a) / _trained(b) for a, b in pairs]
-            yield (
-                f"{method} trains {min(shares):.0%} to {max(shares):.0%} of LoRA's values, and its loss is higher on "
-                f"{higher} of {len(pairs)} tasks."
-            )
+            shares = sorted(f"{_trained(a) / _trained(b):4.0%}" for a, b in pairs)
+            span = shares[0].strip() + ("" if shares[0] == shares[-1] else f" to {shares[-1].strip()}")
+            yield f"{method} trains {span} of LoRA's values, and its loss is higher on {higher} of {len(pairs)} tasks."
 
 
 def _trained(summary: dict[str, Any]) -> int:
