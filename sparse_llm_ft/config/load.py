@@ -159,8 +159,10 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
         return ConfigError(setting, "unknown key", hint)
     if problem["type"] == "missing" and len(where) <= 2:
         return ConfigError(setting, "not given", "it has no default")
-    if problem["type"] in ("missing", "too_long"):  # of a pair one is missing, or there is a third
-        return ConfigError(setting, "has too few or too many values", "expected two")
+    if problem["type"] == "missing":  # the second of a pair
+        return ConfigError(setting, "has too few values", "expected two")
+    if problem["type"] == "too_long":
+        return ConfigError(setting, "has too many values", f"expected at most {problem['ctx']['max_length']}")
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = method.get("name")
         near = difflib.get_close_matches(str(given), method_names(), n=1)
@@ -171,6 +173,8 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
         message = "a mapping of settings"
     if problem["type"] == "string_type":  # YAML reads yes, 1 and {text} as something else
         message = "text; quote what YAML takes for something else"
+    if problem["type"] == "string_too_short":
+        message = "some text"
     message = message.replace("a valid tuple", "a list, as in [a, b]")
     return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
 

@@ -120,6 +120,37 @@ def test_a_rank_that_is_asked_to_leave_need_not_wait_for_a_leader(monkeypatch: p
     go.set()
 
 
+@pytest.mark.parametrize(
+    ("raised", "worst", "expected", "message"),
+    [
+        (UserError("row 7"), 2, UserError, "row 7"),
+        (OSError(28, "No space left on device"), 2, UserError, "No space left"),
+        (ZeroDivisionError("ours"), 3, ZeroDivisionError, "ours"),
+    ],
+)
+def test_what_fails_on_a_node_leader_ends_it_as_it_is(
+    raised: Exception, worst: int, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(agreement, "_worst", lambda own: told.append(own) or own)
+
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(expected, match=message):
+        on_node_leaders(World(2, 4, 0, 2), fail)
+    assert told == [worst]
+
+
+@pytest.mark.parametrize(("worst", "expected"), [(2, "UserError"), (3, "TrainingError")])
+def test_what_fails_on_one_node_leader_ends_all(worst: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_worst", lambda own: worst)
+    for world in (World(0, 4, 0, 2), World(1, 4, 1, 2)):
+        with pytest.raises(Exception, match="the first rank of another node failed") as failure:
+            on_node_leaders(world, lambda: None)
+        assert type(failure.value).__name__ == expected
+
+
 WORLD_OF_TWO = """
 import sys, time
 from datetime import timedelta

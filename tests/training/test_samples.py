@@ -24,7 +24,6 @@ from sparse_llm_ft.errors import ConfigError, DataError, UserError
 from sparse_llm_ft.modes import CAUSAL_LM, Use
 from sparse_llm_ft.training import agreement
 from sparse_llm_ft.training.agreement import on_node_leaders
-from sparse_llm_ft.training.prepare import prepare
 from sparse_llm_ft.training.samples import Encoding, Samples, packed, strata
 from tiny_files import write_rows
 
@@ -182,37 +181,6 @@ def test_only_the_first_rank_of_a_node_tokenises(
     assert list(second.train) == list(first.train) and len(calls) == 45
     with pytest.raises(UserError, match=r"task: this node's .* rows, or its tokenizer, are not those of rank 0's node"):
         encode(settings, lead=leads, share=lambda text: "of rank 0")
-
-
-@pytest.mark.parametrize(
-    ("raised", "worst", "expected", "message"),
-    [
-        (UserError("row 7"), 2, UserError, "row 7"),
-        (OSError(28, "No space left on device"), 2, UserError, "No space left"),
-        (ZeroDivisionError("ours"), 3, ZeroDivisionError, "ours"),
-    ],
-)
-def test_what_fails_on_a_node_leader_ends_it_as_it_is(
-    raised: Exception, worst: int, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(agreement, "_worst", lambda own: told.append(own) or own)
-
-    def fail() -> None:
-        raise raised
-
-    with pytest.raises(expected, match=message):
-        on_node_leaders(World(2, 4, 0, 2), fail)
-    assert told == [worst]
-
-
-@pytest.mark.parametrize(("worst", "expected"), [(2, "UserError"), (3, "TrainingError")])
-def test_what_fails_on_one_node_leader_ends_all(worst: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "_worst", lambda own: worst)
-    for world in (World(0, 4, 0, 2), World(1, 4, 1, 2)):
-        with pytest.raises(Exception, match="the first rank of another node failed") as failure:
-            on_node_leaders(world, lambda: None)
-        assert type(failure.value).__name__ == expected
 
 
 LONG = " ".join(["anna"] * 40)
@@ -446,20 +414,3 @@ def test_files_that_cannot_be_read_or_written_are_one_line(
         encode(settings)
     with pytest.raises(UserError, match=r"train.jsonl: Permission denied"):
         read_split(parse_config(settings).task, "train")
-
-
-def test_references_that_a_user_names_must_be_there(settings: dict) -> None:
-    settings["task"]["references"] = ["othr"]
-    config = parse_config(settings)
-    with pytest.raises(DataError, match=r"test.jsonl:1: task.references: no column 'othr'; found text, answer"):
-        prepare(config, World(0, 1, 0, 1))
-
-
-def test_a_column_whose_name_no_template_can_have_is_said(settings: dict, own_data: Path) -> None:
-    for split in ("train", "validation", "test"):
-        write_rows(own_data / f"{split}.jsonl", [{"my col": "anna", "text": "anna", "answer": "tom"}])
-    settings["task"]["prompt"] = "{text} {my col}"
-    with pytest.raises(DataError, match=r"train.jsonl:1: \{my col\} in a template: the column needs a name of letters"):
-        prepare(parse_config(settings), World(0, 1, 0, 1))
-    settings["task"]["prompt"] = '{text} {"json": 1}'
-    prepare(parse_config(settings), World(0, 1, 0, 1))
