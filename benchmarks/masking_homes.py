@@ -19,10 +19,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_llm_ft.adapters import add_adapters, find_targets
-from sparse_llm_ft.distributed import find_world, prepare_cpu
-from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.distributed.world import find_world, prepare_cpu
+from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.engine.handover import masks_of
 from sparse_llm_ft.plan import AdapterPlan, Kept, Shape, uniform_plan
-from sparse_llm_ft.training.handover import masks_of
 
 SETTINGS = EngineSettings(2, "bfloat16", 2, 1, 1.0, 0.01, 0.0, "sgd", {})
 LENGTH = 128

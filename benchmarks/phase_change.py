@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.distributed import find_world, prepare_cpu
-from sparse_llm_ft.engine import Engine, EngineSettings, init_distributed
-from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.distributed.world import find_world, prepare_cpu
+from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
+from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
 LENGTH = 256

@@ -45,9 +45,9 @@ def prepare_data(source: Path, target: Path, setting: Setting, task: str) -> Pat
 def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
     """In a process of its own: one run, its output in a file beside it."""
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.distributed import find_world, prepare_cpu
+    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.distributed.world import find_world, prepare_cpu
     from sparse_llm_ft.errors import TrainingError
-    from sparse_llm_ft.training.prepare import prepare
     from sparse_llm_ft.training.run import run
 
     folder = job.folder(runs)

@@ -85,7 +85,7 @@ def measure(folder: str, quantization: str, way: str, ranks: int) -> None:
 
 def child(folder: str, quantization: str, way: str) -> None:
     """Load on this rank and print what it took, in bytes."""
-    from sparse_llm_ft.distributed import find_world, prepare_cpu
+    from sparse_llm_ft.distributed.world import find_world, prepare_cpu
 
     world = find_world()
     prepare_cpu(world)
@@ -95,9 +95,9 @@ def child(folder: str, quantization: str, way: str) -> None:
     from safetensors import safe_open
 
     from sparse_llm_ft.config import ModelConfig
-    from sparse_llm_ft.engine import EngineSettings, init_distributed
-    from sparse_llm_ft.modeling import load_model
-    from sparse_llm_ft.sharded_loading import load_sharded_model
+    from sparse_llm_ft.engine.engine import EngineSettings, init_distributed
+    from sparse_llm_ft.engine.sharded_loading import load_sharded_model
+    from sparse_llm_ft.model.loading import load_model
 
     def load(model: str) -> Any:
         config = ModelConfig(name=model, dtype="bfloat16", quantization=quantization)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 
 if __name__ == "__main__":
     # The deepspeed launcher puts its own option first, and srun and torchrun none.

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 
 from sparse_llm_ft.config import load_config, split_arguments
-from sparse_llm_ft.distributed import find_world, prepare_cpu
-from sparse_llm_ft.exits import Parser, one_line_errors
-from sparse_llm_ft.quiet import quiet_libraries
-from sparse_llm_ft.signals import catch_signals
-from sparse_llm_ft.training.prepare import prepare
+from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
+from sparse_llm_ft.distributed.signals import catch_signals
+from sparse_llm_ft.distributed.world import find_world, prepare_cpu
+from sparse_llm_ft.io.console import quiet_libraries
 
 
 def main() -> None:
@@ -24,8 +24,8 @@ def main() -> None:
         prepared = prepare(load_config(files, overrides), world)
         quiet_libraries()
         prepare_cpu(world)
+        from sparse_llm_ft.distributed.heartbeat import watching
         from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
-        from sparse_llm_ft.watch import watching
 
         with watching(world):
             run(prepared)

@@ -6,7 +6,8 @@ its traceback.
 
 from __future__ import annotations
 
-from sparse_llm_ft.tokens import redact
+import os
+import re
 
 _LONGEST = 2000
 
@@ -66,3 +67,27 @@ class LeaveRequest(Exception):
 def _shortened(text: str) -> str:
     """A problem with a value in it that may be as long as a file, so that what is expected is still seen."""
     return text if len(text) <= 800 else f"{text[:500]} ... {text[-200:]}"
+
+
+_PATTERN = re.compile(r"hf_[A-Za-z0-9_]{20,}|(?<=://)[^/\s@]+(?=@)")
+"""A token of the Hugging Face hub, or the credentials of a URL."""
+
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+"""Environment variables whose values are secret, whatever they look like."""
+
+_SHORTEST = 8  # a shorter value would be found in texts that have nothing to do with it
+HIDDEN = "***"
+
+
+def holds_token(text: str) -> bool:
+    """Whether the text has an access token in it, or the value of a variable that holds one."""
+    return redact(text) != text
+
+
+def redact(text: str) -> str:
+    """The text with ``***`` in place of every token."""
+    for name in _VARIABLES:
+        secret = os.environ.get(name, "").strip()
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, HIDDEN)
+    return _PATTERN.sub(HIDDEN, text)

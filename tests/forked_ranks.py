@@ -58,8 +58,8 @@ def import_everything() -> None:
     """All that a run imports, at its start or in its course. Leaves no thread behind."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start one on import
-    from sparse_llm_ft.distributed import World, prepare_cpu
-    from sparse_llm_ft.quiet import quiet_libraries
+    from sparse_llm_ft.distributed.world import World, prepare_cpu
+    from sparse_llm_ft.io.console import quiet_libraries
 
     quiet_libraries()
     prepare_cpu(World(0, 1, 0, 1))
@@ -191,11 +191,11 @@ def _become_rank(rank: int, world_size: int, port: int, log: Path, parent: int) 
 
 def _train(tree: Tree) -> int:
     """What launch/train.py does with parsed arguments, or `sparse-llm-ft` with ``command``; the exit status."""
-    from sparse_llm_ft.cli import main
+    from sparse_llm_ft.cli.main import main
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.distributed import find_world, prepare_cpu
-    from sparse_llm_ft.exits import one_line_errors
-    from sparse_llm_ft.training.prepare import prepare
+    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.distributed.exit_status import one_line_errors
+    from sparse_llm_ft.distributed.world import find_world, prepare_cpu
     from sparse_llm_ft.training.run import run
 
     try:

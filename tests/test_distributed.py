@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_llm_ft import exits
-from sparse_llm_ft.distributed import World, find_world
+from sparse_llm_ft.distributed import exit_status as exits
+from sparse_llm_ft.distributed.world import World, find_world
 from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Robe
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modeling import empty_model, head_modules, load_model, load_tokenizer
-from sparse_llm_ft.modes import Use, has_head
+from sparse_llm_ft.model.architecture import Use, has_head
+from sparse_llm_ft.model.loading import empty_model, head_modules, load_model, load_tokenizer
 
 
 def config(folder: Path, **settings: object) -> ModelConfig:

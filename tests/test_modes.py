@@ -28,8 +28,8 @@ from sparse_llm_ft.config import ModelConfig, TaskConfig
 from sparse_llm_ft.data.reading import check_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modeling import empty_model, find_model_use, head_modules, load_model
-from sparse_llm_ft.modes import Use, base_of, body_of, find_use, has_head, mode_of, task_type
+from sparse_llm_ft.model.architecture import Use, base_of, body_of, find_use, has_head, mode_of, task_type
+from sparse_llm_ft.model.loading import empty_model, find_model_use, head_modules, load_model
 from tiny_modes import make_bart, make_t5
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import DTYPES, empty_model
+from sparse_llm_ft.engine.memory import grown_micro_batch, saved_bytes, state_bytes
+from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
-from sparse_llm_ft.planner import grown_micro_batch, saved_bytes, state_bytes
 
 LAYERS, WIDTH = 4, 32
 CONFIG = LlamaConfig(

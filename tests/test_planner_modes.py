@@ -27,10 +27,10 @@ from transformers import (
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import head_modules
-from sparse_llm_ft.modes import Use
+from sparse_llm_ft.engine.memory import saved_bytes
+from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.loading import head_modules
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
-from sparse_llm_ft.planner import saved_bytes
 
 LAYERS, WIDTH, LENGTH = 3, 32, 48
 PAIR = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", LAYERS), ("ffn_dim", 64))}

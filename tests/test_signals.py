@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sparse_llm_ft import signals
+from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.errors import LeaveRequest
 
 

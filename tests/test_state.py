@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import checkpoint_folder, newest_valid, save_checkpoint
 from sparse_llm_ft.errors import CheckpointError, TrainingError
-from sparse_llm_ft.folders import verify_folder, write_folder
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import checkpoint_folder, newest_valid, save_checkpoint
 
 PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})).with_batch(2, 8)
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from sparse_llm_ft import signals, watch
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.watch import Patience, Watch
+from sparse_llm_ft.distributed import heartbeat as watch
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.heartbeat import Patience, Watch
+from sparse_llm_ft.distributed.world import World
 
 QUICK = Patience(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
 

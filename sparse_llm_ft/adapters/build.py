@@ -16,7 +16,7 @@ from torch import nn
 from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.convert import to_stock_lora
 from sparse_llm_ft.adapters.masking import clear_masked, to_whole
-from sparse_llm_ft.modes import task_type
+from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.plan import AdapterPlan
 
 VERA_PROJECTION_SEED = 0

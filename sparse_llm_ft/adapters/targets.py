@@ -1,16 +1,15 @@
-"""Which modules of a model `adapter.target_modules` means."""
+"""Which modules of a model get adapters, and whether a plan fits them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.fitting import check_modules, name_endings
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
@@ -96,3 +95,59 @@ def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
     return ConfigError(
         "adapter.target_modules", f"{wanted!r} matches no linear layer of the model", f"found: {name_endings(linear)}"
     )
+
+
+TensorShape = tuple[int, ...]
+
+
+def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:
+    """Refuse a plan that names modules the model lacks, or ranks and masks that do not fit their matrices.
+
+    Raises:
+        PlanError: naming the first such module.
+    """
+    for group, names in plan.groups.items():
+        if len(shapes := {targets[name] for name in names if name in targets}) > 1:
+            raise PlanError(f"group {group!r}: its modules have different shapes ({sorted(shapes)})")
+    for name, adapter in plan.modules.items():
+        if name not in targets:
+            raise PlanError(
+                f"the plan names module {name!r}, which is not a linear layer of the model; "
+                f"the model has {name_endings(targets)}"
+            )
+        if adapter is None:
+            continue
+        out_features, in_features = targets[name]
+        for kept, size in ((adapter.rows, out_features), (adapter.cols, in_features)):
+            if kept is not None and kept.size != size:
+                raise PlanError(f"module {name!r}: a mask of size {kept.size} where its matrix has {size}")
+        # AdaLoRA starts with more than it ends with, VeRA's rank is that of fixed projections.
+        if plan.tuner not in ("adalora", "vera") and adapter.r > min(targets[name]):
+            raise PlanError(
+                f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"
+            )
+
+
+def adapter_shapes(plan: AdapterPlan, targets: Mapping[str, Shape]) -> dict[str, TensorShape]:
+    """Short name -> shape of every trained tensor of the plan's adapters, whosever tuner carries them."""
+    found: dict[str, TensorShape] = {}
+    active = plan.active
+    if plan.tuner == "vera":
+        for name, adapter in active.items():
+            found |= {f"{name}.vera_lambda_d": (adapter.r,), f"{name}.vera_lambda_b": (targets[name][0],)}
+        return found
+    for owner, name in plan.matrix_owners().items():
+        adapter = active[name]
+        rows, columns = adapter.shape(targets[name])  # a state holds the kept ones alone, wherever masks live
+        found |= {f"{owner}.lora_A": (adapter.r, columns), f"{owner}.lora_B": (rows, adapter.r)}
+        if plan.tuner == "adalora":
+            found[f"{owner}.lora_E"] = (adapter.r, 1)
+        if plan.tuner == "dora":
+            found[f"{owner}.lora_magnitude_vector"] = (targets[name][0],)
+    return found | {f"{name}.lora_omega": (1,) for name, adapter in active.items() if adapter.train_omega}
+
+
+def name_endings(names: Mapping[str, object]) -> str:
+    """The distinct last parts of the names, in order: ``q_proj, k_proj, ...``."""
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ", ".join(endings[:20]) + (", ..." if len(endings) > 20 else "") if endings else "no linear layer at all"

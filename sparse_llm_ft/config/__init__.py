@@ -24,7 +24,7 @@ from sparse_llm_ft.config.methods import (
     WeightLoraMethod,
     WeightLoraPlusMethod,
 )
-from sparse_llm_ft.config.sections import (
+from sparse_llm_ft.config.schema import (
     AdapterConfig,
     DeepSpeedConfig,
     EvaluationConfig,

@@ -10,13 +10,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparse_llm_ft.config.compose import check_chain, check_data_path, check_method
 from sparse_llm_ft.config.methods import method_class, method_names
-from sparse_llm_ft.config.paths import is_file
-from sparse_llm_ft.config.sections import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
-from sparse_llm_ft.documents import DocumentError, parse_yaml, read_yaml
-from sparse_llm_ft.errors import ConfigError, UserError
-from sparse_llm_ft.tokens import holds_token
+from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
+from sparse_llm_ft.config.types import is_file
+from sparse_llm_ft.config.validation import check_chain, check_data_path, check_method
+from sparse_llm_ft.errors import ConfigError, UserError, holds_token
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_yaml, read_yaml
 
 Tree = dict[str, Any]
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
-from sparse_llm_ft.config.numbers import Float
-from sparse_llm_ft.config.paths import FilePath
+from sparse_llm_ft.config.types import FilePath, Float
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import MAX_RANK
 

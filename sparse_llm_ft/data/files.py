@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llm_ft.data.tasks import BadRow, Row
-from sparse_llm_ft.documents import DocumentError, parse_json, parse_json_rows
 from sparse_llm_ft.errors import DataError, UserError
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, parse_json_rows
 
 Rows = Iterator[tuple[int, Row | BadRow]]
 

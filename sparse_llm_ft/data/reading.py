@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.checking import check_task
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
+from sparse_llm_ft.data.task_config import check_task
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, require, template_columns
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 

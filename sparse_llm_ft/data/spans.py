@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sparse_llm_ft.data.batching import Batch, text_batch
+from sparse_llm_ft.data.collate import Batch, text_batch
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import TextSample
 from sparse_llm_ft.errors import ConfigError, DataError

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sparse_llm_ft.data.encoding import Encoder
 from sparse_llm_ft.data.reading import Example, Skipped
+from sparse_llm_ft.data.tokenization import Encoder
 
 T = TypeVar("T")
 

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.batching import prompt_batch
+from sparse_llm_ft.data.collate import prompt_batch
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.evaluation.loss import rank_batches
-from sparse_llm_ft.modes import base_of
-from sparse_llm_ft.signals import leave_if_asked
+from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.evaluation.loop import rank_batches
+from sparse_llm_ft.model.architecture import base_of
 
 
 def generate(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from sparse_llm_ft.config.sections import Metric
+from sparse_llm_ft.config.schema import Metric
 
 Compute = Callable[..., dict[str, float]]
 """Of predictions and references; `_f1` is told the number of labels, too."""

@@ -6,9 +6,11 @@ from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.methods.baselines import Full, PeftBaseline, TiedLora
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.methods.lora_drop import LoraDrop
+from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.methods.partial_lora import PartialLora
-from sparse_llm_ft.methods.phase import Measurement, Method, Phase, Scores, Subset
 from sparse_llm_ft.methods.weight_lora import WeightLora
+from sparse_llm_ft.phase import Measurement, Phase, Subset
+from sparse_llm_ft.scoring.scores import Scores
 
 METHODS: dict[str, Callable[[RunConfig, int, int], Method]] = {
     "lora": PeftBaseline,

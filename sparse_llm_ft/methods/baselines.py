@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import AdaLoraMethod, LoraPlusMethod, RunConfig, VeraMethod
 from sparse_llm_ft.config.methods import AdaLoraSettings
-from sparse_llm_ft.methods.phase import Phase, Scores
-from sparse_llm_ft.plan import (
-    EVERYTHING,
-    AdapterPlan,
-    ModuleAdapter,
-    Shape,
-    Tuner,
-    group_name,
-    module_kind,
-)
-from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, ModuleAdapter, Shape, Tuner, group_name, module_kind
+from sparse_llm_ft.scoring.scores import Scores
 
 
 class _OnePhase:

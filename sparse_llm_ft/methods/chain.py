@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sparse_llm_ft.methods.phase import Method, Phase, Scores
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.methods.method import Method
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.scoring.scores import Scores
 
 
 class Chain:

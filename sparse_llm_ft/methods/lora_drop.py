@@ -11,11 +11,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import LoraDropMethod, RunConfig
-from sparse_llm_ft.methods.phase import Measurement, Phase, Scores, Subset
+from sparse_llm_ft.phase import Measurement, Phase, Subset
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
 from sparse_llm_ft.scoring import importance_by_type, select_layers
-from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.scoring.scores import Scores
 
 
 class LoraDrop:

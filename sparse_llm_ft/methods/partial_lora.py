@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
+from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.methods.baselines import adalora_plan
-from sparse_llm_ft.methods.phase import Measurement, Phase, Scores, Subset
+from sparse_llm_ft.phase import Measurement, Phase, Subset
 from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, Shape
 from sparse_llm_ft.scoring import (
     Derivation,
@@ -25,7 +26,7 @@ from sparse_llm_ft.scoring import (
     pyramidal,
     ratios_from_file,
 )
-from sparse_llm_ft.state import Tensors, TrainState
+from sparse_llm_ft.scoring.scores import Scores
 
 Ratios = Mapping[str, tuple[float, float]]
 

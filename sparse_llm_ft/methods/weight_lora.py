@@ -10,19 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparse_llm_ft.adapters import is_omega
+from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import RunConfig, WeightLoraMethod, WeightLoraPlusMethod
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods.phase import Phase, Scores
-from sparse_llm_ft.methods.rank_growth import (
-    expand_gaussian,
-    expand_qr,
-    grow_ranks,
-    module_generator,
-    pad_moments,
-)
-from sparse_llm_ft.optim import CutRule
+from sparse_llm_ft.methods.rank_growth import expand_gaussian, expand_qr, grow_ranks, module_generator, pad_moments
+from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, with_omega
-from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.scoring.scores import Scores
 
 
 class WeightLora:

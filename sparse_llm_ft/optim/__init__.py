@@ -1,19 +1,16 @@
 """Optimizers that know adapters: AdamW on kept entries, also in ZeRO's partitions, and StoIHT on omega."""
 
 from sparse_llm_ft.optim.adapter_optimizer import MOMENTS, AdapterOptimizer
-from sparse_llm_ft.optim.iht import CutRule, StoIHT, keep_largest
-from sparse_llm_ft.optim.shards import EntryMask, LineMask, Mask, Place, Shards
+from sparse_llm_ft.optim.iht import StoIHT, keep_largest
+from sparse_llm_ft.optim.masks import EntryMask, LineMask, Mask
 from sparse_llm_ft.optim.sparse_adamw import SparseAdamW
 
 __all__ = [
     "MOMENTS",
     "AdapterOptimizer",
-    "CutRule",
     "EntryMask",
     "LineMask",
     "Mask",
-    "Place",
-    "Shards",
     "SparseAdamW",
     "StoIHT",
     "keep_largest",

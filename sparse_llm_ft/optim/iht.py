@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from sparse_llm_ft.phase import CutRule
 
 
 def keep_largest(omega: Mapping[str, float], k: int) -> set[str]:
@@ -15,26 +17,6 @@ def keep_largest(omega: Mapping[str, float], k: int) -> set[str]:
 
 START = 1.0
 """The value every omega begins with (WeightLoRA, section 3.3)."""
-
-
-@dataclass(frozen=True)
-class CutRule:
-    """How omega is cut; plain values, so that a phase can be saved.
-
-    Attributes:
-        keep: K.
-        steps: T; the last cut is made after this step of the phase, whatever `every` says.
-        every, after: optimizer steps between cuts, and before the first.
-        choose: ``omega`` or, for RLoRA, ``random``.
-        seed: of the random choice.
-    """
-
-    keep: int
-    steps: int
-    every: int = 1
-    after: int = 0
-    choose: Literal["omega", "random"] = "omega"
-    seed: int = 0
 
 
 @dataclass

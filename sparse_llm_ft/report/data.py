@@ -8,8 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sparse_llm_ft.documents import DocumentError, parse_json, read_json, read_yaml
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, read_json, read_yaml
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 Pair = tuple[float, float]

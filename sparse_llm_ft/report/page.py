@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.folders import MANIFEST, write_folder
+from sparse_llm_ft.io.atomic import MANIFEST, write_folder
 from sparse_llm_ft.report.data import RunReport
 from sparse_llm_ft.report.tables import comparison_table, metrics_table, phases_table, summary_table
 

@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparse_llm_ft.documents import read_json
 from sparse_llm_ft.errors import CheckpointError
-from sparse_llm_ft.folders import verify_folder, write_folder
+from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.io.strict_json_yaml import read_json
 from sparse_llm_ft.scoring.derivation import Derivation
 
 VERSION = 1

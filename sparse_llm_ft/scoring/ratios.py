@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_llm_ft.documents import DocumentError, read_yaml
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, read_yaml
 from sparse_llm_ft.scoring.blocks import layer_of
 
 Ratio = tuple[float, float]

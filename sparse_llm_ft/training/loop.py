@@ -12,17 +12,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sparse_llm_ft import signals
 from sparse_llm_ft.adapters import orthogonality
-from sparse_llm_ft.data.stream import InOrder, SampleStream
+from sparse_llm_ft.checkpoint.state import Progress
+from sparse_llm_ft.data.sampler import InOrder, SampleStream
 from sparse_llm_ft.data.streaming import StreamedSamples
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.engine import Engine
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.errors import TrainingError, UserError
-from sparse_llm_ft.evaluation import Objective, lengths_of
-from sparse_llm_ft.methods import Phase
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.training.rules import Rule
+from sparse_llm_ft.objectives.base import Objective, lengths_of
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.training.callbacks import Rule
 from sparse_llm_ft.training.schedule import Schedule
 
 

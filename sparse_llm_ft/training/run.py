@@ -14,37 +14,41 @@ import transformers
 from peft import PeftModel
 
 from sparse_llm_ft.adapters import is_adapter
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
+from sparse_llm_ft.context.course import Course
+from sparse_llm_ft.context.preflight import Prepared
+from sparse_llm_ft.context.setup import Setup
 from sparse_llm_ft.data.streaming import StreamedSamples
-from sparse_llm_ft.engine import Engine, check_deepspeed, init_distributed
+from sparse_llm_ft.distributed.collectives import from_rank_zero, on_rank_zero
+from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
+from sparse_llm_ft.engine.engine import Engine, check_deepspeed, init_distributed
+from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.errors import ConfigError, LeaveRequest, UserError
-from sparse_llm_ft.evaluation import mean_loss
-from sparse_llm_ft.methods import Phase
-from sparse_llm_ft.modeling import check_weights
+from sparse_llm_ft.evaluation.evaluator import Measure
+from sparse_llm_ft.evaluation.loop import mean_loss
+from sparse_llm_ft.export.adapter import export
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.model.loading import check_weights
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
-from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.report import write_report
-from sparse_llm_ft.signals import leave_if_asked
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.agreement import from_rank_zero, on_rank_zero
-from sparse_llm_ft.training.batches import check_growth, grown_batch, resumed_batch
-from sparse_llm_ft.training.building import build_model, engine_settings, fresh_heads, rebuild_model
-from sparse_llm_ft.training.checkpoints import save_checkpoint
-from sparse_llm_ft.training.course import Course
-from sparse_llm_ft.training.display import Display
-from sparse_llm_ft.training.export import export
-from sparse_llm_ft.training.handover import load_state, masks_of, read_state
+from sparse_llm_ft.run_folder import PLAN, SUMMARY, RunFolder
+from sparse_llm_ft.training.batch_size import check_growth, grown_batch, resumed_batch
+from sparse_llm_ft.training.callbacks import make_rule
 from sparse_llm_ft.training.loop import Loop, Step
-from sparse_llm_ft.training.measure import Measure
-from sparse_llm_ft.training.phase_files import finished_phase_file, in_brief, phase_file
-from sparse_llm_ft.training.prepare import Prepared
-from sparse_llm_ft.training.resuming import newest_state
-from sparse_llm_ft.training.rules import make_rule
-from sparse_llm_ft.training.run_folder import PLAN, SUMMARY, RunFolder
-from sparse_llm_ft.training.scores import Scorer
-from sparse_llm_ft.training.setup import Setup
-from sparse_llm_ft.training.summary import PhaseRecord, show_summary, summarize
-from sparse_llm_ft.training.writers import MetricsWriter
+from sparse_llm_ft.training.metrics_logger import MetricsWriter
+from sparse_llm_ft.training.records import (
+    PhaseRecord,
+    finished_phase_file,
+    in_brief,
+    phase_file,
+    show_summary,
+    summarize,
+)
+from sparse_llm_ft.training.scorer import Scorer
 
 
 def run(prepared: Prepared) -> dict[str, Any]:

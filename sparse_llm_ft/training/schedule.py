@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
-from sparse_llm_ft.progress import Progress
 
 
 @dataclass(frozen=True)

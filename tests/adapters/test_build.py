@@ -18,7 +18,7 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
-from sparse_llm_ft.modes import task_type
+from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.optim import LineMask, SparseAdamW
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, uniform_plan
 from tiny_models import IDS, MODELS

@@ -12,7 +12,7 @@ from bitsandbytes.nn import modules as bitsandbytes_modules
 
 from sparse_llm_ft.adapters import SparseLoraLayer
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import DTYPES, load_model
+from sparse_llm_ft.model.loading import DTYPES, load_model
 from tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, dtype):
-    with mock.patch("sparse_llm_ft.modeling.device", lambda: torch.device("cpu")):
+    with mock.patch("sparse_llm_ft.model.loading.device", lambda: torch.device("cpu")):
         return load_model(ModelConfig(name=str(folder), quantization="nf4", dtype=dtype))
 
 

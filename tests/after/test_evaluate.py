@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forked_ranks import last_lines, run_worlds
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.errors import UserError
 from tiny_run import run_settings
 

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import sparse_llm_ft.adapters  # noqa: F401  (registers the tuner of native exports)
-from sparse_llm_ft.after.export import export_run
-from sparse_llm_ft.after.merging import merge_adapters
-from sparse_llm_ft.after.options import ExportOptions
-from sparse_llm_ft.after.trained import load_trained, read_run
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.export import export_run
+from sparse_llm_ft.export.merge import merge_adapters
+from sparse_llm_ft.export.options import ExportOptions
+from sparse_llm_ft.inference.trained_run import load_trained, read_run
 from trained_runs import PLANS, make_run
 
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3], [1, 4, 4, 20, 11, 8]])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 from trained_runs import PLANS, make_run
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.after.answer import make_rows, unanswered
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.training import measure as measuring
+from sparse_llm_ft.evaluation import evaluator as measuring
+from sparse_llm_ft.inference.generate import make_rows, unanswered
 from trained_runs import PLANS, make_run
 
 TEXTS = ["anna meets tom", "the red cake"]

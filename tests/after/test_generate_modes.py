@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from tiny_modes import ANSWERS, LABELLED, SCORED, SUMMARIES, UNANSWERABLE, make_bart, make_t5
 from trained_runs import make_run

@@ -20,15 +20,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hub_server import Hub, serving
-from sparse_llm_ft.after.card import metadata_of, model_card
-from sparse_llm_ft.after.hub import check_name, check_repository, upload
-from sparse_llm_ft.after.options import ExportOptions
-from sparse_llm_ft.after.public import public_settings
-from sparse_llm_ft.after.trained import read_run
-from sparse_llm_ft.cli import main
+from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.config import RunConfig, parse_config
 from sparse_llm_ft.data.reading import check_task
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.hub import check_name, check_repository, upload
+from sparse_llm_ft.export.model_card import metadata_of, model_card
+from sparse_llm_ft.export.options import ExportOptions
+from sparse_llm_ft.export.sanitize import public_settings
+from sparse_llm_ft.inference.trained_run import read_run
 from trained_runs import PLANS, make_run
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
@@ -55,7 +55,7 @@ def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subpro
     """`sparse-llm-ft push` in a process of its own."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
     return subprocess.run(
-        [sys.executable, "-m", "sparse_llm_ft.cli", "push", *arguments],
+        [sys.executable, "-m", "sparse_llm_ft.cli.main", "push", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | settings | environment,

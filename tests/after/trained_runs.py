@@ -9,15 +9,14 @@ import torch
 
 from sparse_llm_ft.adapters import add_adapters, trained_parameters
 from sparse_llm_ft.adapters.masking import clear_masked, to_kept
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import save_checkpoint
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import check_task
-from sparse_llm_ft.methods import Phase
-from sparse_llm_ft.modeling import find_model_use, head_modules, load_model
+from sparse_llm_ft.model.loading import find_model_use, head_modules, load_model
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, ModuleAdapter
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import save_checkpoint
-from sparse_llm_ft.training.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder
 
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "mlp.down_proj": (16, 24)}

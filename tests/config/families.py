@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llm_ft.config import RunConfig, merge, parse_config
-from sparse_llm_ft.documents import read_yaml
+from sparse_llm_ft.io.strict_json_yaml import read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = ("models", "tasks", "methods", "deepspeed")

@@ -14,11 +14,11 @@ import pytest
 from families import FAMILIES, files, parsed, settings
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine import check_deepspeed
+from sparse_llm_ft.engine.engine import check_deepspeed
+from sparse_llm_ft.engine.memory import saved_bytes, state_bytes
 from sparse_llm_ft.methods import make_methods
-from sparse_llm_ft.modeling import empty_model
+from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
-from sparse_llm_ft.planner import saved_bytes, state_bytes
 
 LENGTH, STEPS = 512, 1000
 METHODS = list(files("methods"))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.data.batching import IGNORED, prompt_batch, text_batch, training_batch
-from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
+from sparse_llm_ft.data.collate import IGNORED, prompt_batch, text_batch, training_batch
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
 from sparse_llm_ft.errors import UserError
 
 

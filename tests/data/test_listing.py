@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_llm_ft.cli import main
-from sparse_llm_ft.data.listing import list_tasks, show_task
+from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.cli.task_listing import list_tasks, show_task
 from sparse_llm_ft.data.tasks import TASKS
 from sparse_llm_ft.errors import UserError
 
@@ -76,7 +76,7 @@ def test_the_command_ends_with_2_on_an_unknown_name(capsys) -> None:
 
 def test_tasks_are_listed_and_shown_without_torch() -> None:
     code = (
-        "import sys; from sparse_llm_ft.cli import main; main(['tasks']); main(['tasks', 'dart']);"
+        "import sys; from sparse_llm_ft.cli.main import main; main(['tasks']); main(['tasks', 'dart']);"
         "slow = {'torch', 'transformers', 'peft', 'deepspeed', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "assert not slow, slow"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_llm_ft.data.batching import IGNORED, packed_batch
+from sparse_llm_ft.data.collate import IGNORED, packed_batch
 from sparse_llm_ft.data.packing import PackedSamples, pack_lengths
 from sparse_llm_ft.data.samples import Pack, Sample
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from sparse_llm_ft.data.sampling import stratified
+from sparse_llm_ft.data.subset import stratified
 
 LABELS = [0] * 50 + [1] * 30 + [2] * 3
 

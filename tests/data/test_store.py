@@ -17,10 +17,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from sparse_llm_ft.data.cache import (
+    ChosenSamples,
+    StoredSamples,
+    content_key,
+    schema_of,
+    store_samples,
+    stored_at,
+    tokenizer_key,
+)
 from sparse_llm_ft.data.samples import Sample, TextSample
-from sparse_llm_ft.data.schemas import schema_of
 from sparse_llm_ft.data.spans import SpanSample
-from sparse_llm_ft.data.store import ChosenSamples, StoredSamples, content_key, store_samples, stored_at, tokenizer_key
 
 NOTHING_SKIPPED = {"skipped": 0, "reasons": []}
 SAMPLES = [Sample((5, 6), (7, 2)), Sample((8,), (2,), shortened=True), Sample((9, 10, 11), (12, 13, 2))]

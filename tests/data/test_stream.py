@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_llm_ft.data.stream import InOrder, SampleStream
+from sparse_llm_ft.data.sampler import InOrder, SampleStream
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

@@ -16,17 +16,17 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparse_llm_ft.config import ModelConfig, TaskConfig
-from sparse_llm_ft.data.batching import IGNORED, packed_batch, prompt_batch, training_batch
-from sparse_llm_ft.data.checking import check_task
-from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
+from sparse_llm_ft.data.cache import tokenizer_key
+from sparse_llm_ft.data.collate import IGNORED, packed_batch, prompt_batch, training_batch
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.rows import examples_of
 from sparse_llm_ft.data.samples import Pack
-from sparse_llm_ft.data.store import tokenizer_key
+from sparse_llm_ft.data.task_config import check_task
+from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
 from sparse_llm_ft.errors import DataError
-from sparse_llm_ft.evaluation import CompletionObjective
-from sparse_llm_ft.modeling import load_tokenizer
-from sparse_llm_ft.modes import CAUSAL_LM, Use
+from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.loading import load_tokenizer
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 
 SENTENCES = [
     "anna meets tom at the park",

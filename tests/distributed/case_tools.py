@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_llm_ft.adapters import find_targets, is_omega, trained_parameters
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
-from sparse_llm_ft.data.encoding import Sample
-from sparse_llm_ft.distributed import find_world
-from sparse_llm_ft.engine import Engine, EngineSettings
-from sparse_llm_ft.evaluation import CompletionObjective
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.data.tokenization import Sample
+from sparse_llm_ft.distributed.world import find_world
+from sparse_llm_ft.engine.engine import Engine, EngineSettings
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan, with_omega
-from sparse_llm_ft.progress import Progress
+from sparse_llm_ft.training.callbacks import Rule
 from sparse_llm_ft.training.loop import Loop
-from sparse_llm_ft.training.rules import Rule
 from sparse_llm_ft.training.schedule import Schedule
 
 MODEL, RESULTS = sys.argv[-2:]  # the launcher puts --local_rank before them

@@ -45,19 +45,20 @@ from case_tools import (
     start_values,
 )
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import EvaluationConfig, ModelConfig, parse_config
-from sparse_llm_ft.data.encoding import Sample
-from sparse_llm_ft.data.stream import SampleStream
-from sparse_llm_ft.distributed import prepare_cpu
-from sparse_llm_ft.engine import Engine, init_distributed
-from sparse_llm_ft.evaluation import LabelWords, Seq2SeqObjective, choose_labels, generate, mean_loss
+from sparse_llm_ft.data.sampler import SampleStream
+from sparse_llm_ft.data.tokenization import Sample
+from sparse_llm_ft.distributed.world import prepare_cpu
+from sparse_llm_ft.engine.engine import Engine, init_distributed
+from sparse_llm_ft.evaluation.generation import generate
+from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
 from sparse_llm_ft.methods import make_methods
-from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.model.loading import load_model
+from sparse_llm_ft.objectives.language_modeling import LabelWords, Seq2SeqObjective
 from sparse_llm_ft.plan import AdapterPlan
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
+from sparse_llm_ft.training.callbacks import make_rule
 from sparse_llm_ft.training.loop import Loop
-from sparse_llm_ft.training.rules import make_rule
 from sparse_llm_ft.training.schedule import Schedule
 
 

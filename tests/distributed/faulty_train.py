@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-import sparse_llm_ft.folders as folders
-from sparse_llm_ft.evaluation import CompletionObjective
-from sparse_llm_ft.training import measure
+import sparse_llm_ft.io.atomic as folders
+from sparse_llm_ft.evaluation import evaluator as measure
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective
+from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.training.loop import Loop
-from sparse_llm_ft.training.run_folder import RunFolder
 
 rank = int(os.environ.get("RANK", "0"))
 faults = [fault.split(":") for fault in os.environ["FAULTS"].split()]

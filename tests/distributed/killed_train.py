@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sparse_llm_ft.folders
+import sparse_llm_ft.io.atomic
 import sparse_llm_ft.training.run as run
 from sparse_llm_ft.training.loop import Loop
 
@@ -47,9 +47,9 @@ def killed_in(function: Callable[..., Any]) -> Callable[..., Any]:
 if name == "step":  # before an optimizer step
     Loop._step = killed_in(Loop._step)
 elif name == "save":  # on rank 0 with the files written but not yet in place; rank 1 waits and dies with it
-    sparse_llm_ft.folders._sync = killed_in(sparse_llm_ft.folders._sync)
+    sparse_llm_ft.io.atomic._sync = killed_in(sparse_llm_ft.io.atomic._sync)
 elif name in ("torn", "full"):  # in the writing of a checkpoint of that name: the process dies, or the disk is full
-    sparse_llm_ft.folders._sync = in_checkpoint(sparse_llm_ft.folders._sync)
+    sparse_llm_ft.io.atomic._sync = in_checkpoint(sparse_llm_ft.io.atomic._sync)
 elif name == "change":  # the old engine is gone, the new one not yet there
     run.grown_batch = killed_in(run.grown_batch)
 elif name == "finish":  # trained, but nothing exported

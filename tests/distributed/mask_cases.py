@@ -21,14 +21,13 @@ from method_cases import sparse_plan
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
 from sparse_llm_ft.adapters.convert import full_pair
 from sparse_llm_ft.adapters.masking import to_kept
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config.methods import AdaLoraSettings
-from sparse_llm_ft.engine import Engine
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.methods.baselines import adalora_plan
 from sparse_llm_ft.optim import EntryMask
 from sparse_llm_ft.plan import AdapterPlan, Kept
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.handover import load_state, masks_of, read_state
 
 # At case_tools' rate Adam makes of rounding, in entries whose gradient is almost 0, a difference of 3e-5 in 30 steps.
 LONG = TRAINING.model_copy(update={"learning_rate": 0.003, "max_steps": 30})

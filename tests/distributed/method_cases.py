@@ -21,16 +21,16 @@ from case_tools import (
     start_values,
 )
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig, parse_config
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.engine import Engine
-from sparse_llm_ft.methods import Measurement
-from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.model.loading import load_model
+from sparse_llm_ft.phase import Measurement
 from sparse_llm_ft.plan import AdapterPlan, Kept, group_name, module_kind
-from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.scoring import Derivation
-from sparse_llm_ft.training.display import Display
-from sparse_llm_ft.training.scores import Scorer
+from sparse_llm_ft.training.scorer import Scorer
 
 
 def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
@@ -210,7 +210,7 @@ def lora_plus_groups_are_those_of_peft() -> None:
 @case
 def every_rank_draws_the_same_masks() -> None:
     """Also from a derivation that only rank 0 has in its cache."""
-    from sparse_llm_ft.training.agreement import bytes_from_rank_zero
+    from sparse_llm_ft.distributed.collectives import bytes_from_rank_zero
 
     tokens = AutoTokenizer.from_pretrained(MODEL)("anna buys")["input_ids"]
     sent = bytes_from_rank_zero(bytes(tokens) if WORLD.rank == 0 else b"")

@@ -11,11 +11,11 @@ import torch
 from case_tools import MODEL, WORLD, base_model, engine_settings, long_case, make_loop, plan_for
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.adapters.build import change_plan
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine import Engine
-from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.plan import AdapterPlan
-from sparse_llm_ft.progress import Progress
 
 REBUILDS = 20
 

@@ -34,17 +34,17 @@ from case_tools import (
     plan_for,
     start_values,
 )
-from sparse_llm_ft import sharded_loading
 from sparse_llm_ft.adapters import add_adapters, change_plan, find_targets
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine import Engine
+from sparse_llm_ft.engine import sharded_loading
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.sharded_loading import Reads, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import mean_loss
-from sparse_llm_ft.modeling import DTYPES, head_modules, load_model
-from sparse_llm_ft.modes import Use
+from sparse_llm_ft.evaluation.loop import mean_loss
+from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.loading import DTYPES, head_modules, load_model
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.sharded_loading import Reads, load_sharded_model
 
 KINDS = (("bfloat16", "nf4"), ("bfloat16", "none"), ("float32", "none"))
 

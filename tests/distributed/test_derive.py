@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launching import ROOT, free_port
-from sparse_llm_ft.cli import main as command_line
+from sparse_llm_ft.cli.main import main as command_line
 from tiny_run import run_settings
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +36,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_ranks_derive_and_one_finds_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     binary = str(Path(sys.executable).parent / "deepspeed")
-    start = [binary, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "sparse_llm_ft.cli"]
+    start = [binary, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "sparse_llm_ft.cli.main"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from launching import ROOT, TRAIN, command, free_port, last_lines, launch
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import newest_first, newest_valid
+from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.checkpoint.store import newest_first, newest_valid
 
 pytestmark = pytest.mark.distributed
 FAULTY = Path(__file__).with_name("faulty_train.py")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launching import ROOT, TRAIN, command, last_lines, launch
-from sparse_llm_ft.training.checkpoints import newest_first
+from sparse_llm_ft.checkpoint.store import newest_first
 
 pytestmark = pytest.mark.distributed
 KILLED = Path(__file__).with_name("killed_train.py")

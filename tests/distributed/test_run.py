@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from launching import TRAIN, last_lines, launch
 from sparse_llm_ft.adapters import SparseLoraConfig, trained_parameters
-from sparse_llm_ft.cli import main as command_line
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.checkpoint.store import newest_valid
+from sparse_llm_ft.cli.main import main as command_line
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import newest_valid
 
 pytestmark = pytest.mark.distributed
 

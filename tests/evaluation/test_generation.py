@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.encoding import Sample
-from sparse_llm_ft.evaluation import generate
-from sparse_llm_ft.evaluation.generation import rank_tokens
+from sparse_llm_ft.data.tokenization import Sample
+from sparse_llm_ft.evaluation.generation import generate, rank_tokens
 
 EOS = 2
 VOCABULARY = 23

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_llm_ft.data.encoding import TextSample
-from sparse_llm_ft.evaluation import ClassificationObjective, choose_labels, mean_loss
+from sparse_llm_ft.data.tokenization import TextSample
+from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
+from sparse_llm_ft.objectives.classification import ClassificationObjective
 
 
 def test_choices_come_in_order_with_the_mean_loss(process_group, encoder) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_llm_ft.data.encoding import Sample
-from sparse_llm_ft.evaluation import CompletionObjective, mean_loss, rank_batches
+from sparse_llm_ft.data.tokenization import Sample
+from sparse_llm_ft.evaluation.loop import mean_loss, rank_batches
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 
 SAMPLES = [Sample((1, 5, 6, 7), (8, 9, 2)), Sample((1, 4), (11, 2)), Sample((1, 12, 3), (5, 5, 5, 2))]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from sparse_llm_ft.evaluation import METRICS, score
+from sparse_llm_ft.evaluation.metrics import METRICS, score
 
 PREDICTIONS = [
     "The cat sat on the mat, and it slept.",

@@ -14,7 +14,9 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.reading import check_task
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import ClassificationObjective, CompletionObjective, LabelWords, make_objective
+from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.classification import ClassificationObjective
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective, LabelWords
 
 SAMPLES = [Sample((1, 5, 6, 7), (8, 9, 2)), Sample((1, 4), (11, 2)), Sample((1, 12, 3), (5, 5, 5, 2))]
 WORDS = (8, 11, 5)

@@ -35,10 +35,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sparse_llm_ft.data.batching import IGNORED
+from sparse_llm_ft.data.collate import IGNORED
 from sparse_llm_ft.data.samples import Pack, Sample
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import CompletionObjective, check_packing
+from sparse_llm_ft.objectives.build import check_packing
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 
 SAMPLES = (
     Sample((5, 6, 7, 8), (9, 10, 2)),

@@ -18,15 +18,17 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import ModelConfig, TaskConfig
-from sparse_llm_ft.data.encoding import Seq2SeqEncoder, TextEncoder
 from sparse_llm_ft.data.reading import Example, check_task
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tokenization import Seq2SeqEncoder, TextEncoder
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import ClassificationObjective, RegressionObjective, choose_labels, make_objective
-from sparse_llm_ft.evaluation.completion import Seq2SeqObjective
-from sparse_llm_ft.modeling import load_model, load_tokenizer
-from sparse_llm_ft.modes import Use
+from sparse_llm_ft.evaluation.loop import choose_labels
+from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.loading import load_model, load_tokenizer
+from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
+from sparse_llm_ft.objectives.language_modeling import Seq2SeqObjective
 from tiny_modes import make_bart, make_t5
 
 WRITTEN = check_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
-from sparse_llm_ft.evaluation import SpanObjective, choose_spans, mean_loss, score
-from sparse_llm_ft.evaluation.spans import rank_spans, spans_of
+from sparse_llm_ft.evaluation.loop import mean_loss
+from sparse_llm_ft.evaluation.metrics import score
+from sparse_llm_ft.evaluation.spans import choose_spans, rank_spans, spans_of
+from sparse_llm_ft.objectives.spans import SpanObjective
 
 OBJECTIVE = SpanObjective(0)
 STORY = "anna meets tom at the station . tom gives anna a red book . the cake in the park : blue"

@@ -51,14 +51,14 @@ def _step(die: Die) -> None:
 
 def _accumulation(die: Die) -> None:
     """Between backward and update of a micro-step."""
-    from sparse_llm_ft.engine import Engine
+    from sparse_llm_ft.engine.engine import Engine
 
     _before(Engine, "step", die)
 
 
 def _save(die: Die) -> None:
     """Before one of a checkpoint's five syncs: two files, the manifest, the folder; renamed, the folder above."""
-    from sparse_llm_ft import folders
+    from sparse_llm_ft.io import atomic as folders
 
     _before(
         folders,
@@ -70,7 +70,7 @@ def _save(die: Die) -> None:
 
 def _torn_tensors(die: Die) -> None:
     """With half of a checkpoint's tensors on disk."""
-    from sparse_llm_ft import state
+    from sparse_llm_ft.checkpoint import state
 
     save_file = state.save_file
 
@@ -86,7 +86,7 @@ def _torn_tensors(die: Die) -> None:
 
 def _drop(die: Die) -> None:
     """With an old checkpoint half removed."""
-    from sparse_llm_ft.training import checkpoints
+    from sparse_llm_ft.checkpoint import store as checkpoints
 
     remove = checkpoints.shutil.rmtree
 
@@ -101,7 +101,7 @@ def _drop(die: Die) -> None:
 
 def _metrics(die: Die) -> None:
     """Within a line of metrics.jsonl."""
-    from sparse_llm_ft.training.run_folder import METRICS, RunFolder
+    from sparse_llm_ft.run_folder import METRICS, RunFolder
 
     log = RunFolder.log
 
@@ -118,7 +118,7 @@ def _metrics(die: Die) -> None:
 
 def _begin(die: Die) -> None:
     """Before config.yaml, metrics.jsonl, or the files of plans and phases."""
-    from sparse_llm_ft.training import run_folder
+    from sparse_llm_ft import run_folder
 
     _before(run_folder, "write_file", die)
 
@@ -132,7 +132,7 @@ def _change(die: Die) -> None:
 
 def _changed(die: Die) -> None:
     """The model has the new plan, on disk are the new phase's files, and there is no engine yet."""
-    from sparse_llm_ft.engine import Engine
+    from sparse_llm_ft.engine.engine import Engine
 
     built = 0
 
@@ -146,20 +146,20 @@ def _changed(die: Die) -> None:
 
 def _load(die: Die) -> None:
     """An engine without the state it is to go on from."""
-    from sparse_llm_ft.engine import Engine
+    from sparse_llm_ft.engine.engine import Engine
 
     _before(Engine, "load", die)
 
 
 def _scores(die: Die) -> None:
-    from sparse_llm_ft.training.scores import Scorer
+    from sparse_llm_ft.training.scorer import Scorer
 
     _before(Scorer, "__call__", die)
 
 
 def _evaluation(die: Die) -> None:
     """Between two batches of a mean loss: before training, along the way, after it."""
-    from sparse_llm_ft.evaluation import loss
+    from sparse_llm_ft.evaluation import loop as loss
 
     batches = loss.batches_on
 
@@ -172,27 +172,27 @@ def _evaluation(die: Die) -> None:
 
 
 def _generation(die: Die) -> None:
-    from sparse_llm_ft.training import measure
+    from sparse_llm_ft.evaluation import evaluator as measure
 
     _before(measure, "generate", die)
 
 
 def _predictions(die: Die) -> None:
-    from sparse_llm_ft.training import measure
+    from sparse_llm_ft.evaluation import evaluator as measure
 
     _before(measure, "write_file", die)
 
 
 def _export(die: Die) -> None:
     """Before one of the adapter's syncs: two files, the manifest, the folder."""
-    from sparse_llm_ft import folders
+    from sparse_llm_ft.io import atomic as folders
 
     _before(folders, "_sync", die, lambda path: ".tmp-adapter" in path.parts)
 
 
 def _summary(die: Die) -> None:
     """The adapter is there, summary.json is not."""
-    from sparse_llm_ft.training.run_folder import SUMMARY, RunFolder
+    from sparse_llm_ft.run_folder import SUMMARY, RunFolder
 
     _before(RunFolder, "write_json", die, lambda self, name, data: name == SUMMARY)
 
@@ -239,7 +239,7 @@ def die_at(place: str, arrival: int) -> None:
 
 def record_samples(file: Path) -> None:
     """Append one line per optimizer step that this process has done: the sample indices it was given."""
-    from sparse_llm_ft.data.stream import SampleStream
+    from sparse_llm_ft.data.sampler import SampleStream
     from sparse_llm_ft.training.loop import Loop
 
     micro_batches, step = SampleStream.micro_batches, Loop._step

@@ -8,7 +8,7 @@ from typing import Any
 
 def _samples() -> None:
     """The stream goes on one sample too late."""
-    from sparse_llm_ft.data.stream import SampleStream
+    from sparse_llm_ft.data.sampler import SampleStream
 
     micro_batches = SampleStream.micro_batches
 
@@ -20,7 +20,7 @@ def _samples() -> None:
 
 def _moments() -> None:
     """The optimizer begins with moments of zero."""
-    from sparse_llm_ft.engine import Engine
+    from sparse_llm_ft.engine.engine import Engine
 
     load = Engine.load
 
@@ -32,7 +32,7 @@ def _moments() -> None:
 
 def _optimizer_steps() -> None:
     """Adam corrects its bias as if it had just begun."""
-    from sparse_llm_ft.engine import Engine
+    from sparse_llm_ft.engine.engine import Engine
 
     load = Engine.load
 
@@ -51,7 +51,7 @@ def _dropout() -> None:
 
 def _metrics() -> None:
     """Lines of steps that are done again stay."""
-    from sparse_llm_ft.training.run_folder import METRICS, RunFolder
+    from sparse_llm_ft.run_folder import METRICS, RunFolder
 
     begin = RunFolder.begin
 

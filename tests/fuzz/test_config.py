@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.config import dump_config, load_config, parse_config, split_arguments
-from sparse_llm_ft.documents import DocumentError, parse_yaml
 from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_yaml
 from sparse_llm_ft.scoring.ratios import ratios_from_file
 
 TREE = {

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from inputs import NASTY, VALUES, is_one_line, wounded
+from sparse_llm_ft.checkpoint.store import load_checkpoint
+from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.errors import CheckpointError
-from sparse_llm_ft.fitting import Expected
-from sparse_llm_ft.folders import verify_folder, write_folder
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
-from sparse_llm_ft.training.checkpoints import load_checkpoint
 
 MANIFEST = {"x": {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}}
 PLAN = AdapterPlan({"h.0.q": ModuleAdapter(2, 4.0)})

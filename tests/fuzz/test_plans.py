@@ -10,10 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inputs import VALUES, is_one_line, wounded
-from sparse_llm_ft.documents import DocumentError, parse_json
-from sparse_llm_ft.fitting import adapter_shapes, check_modules
-from sparse_llm_ft.methods import Measurement, Phase, Subset
-from sparse_llm_ft.optim import CutRule
+from sparse_llm_ft.adapters.targets import adapter_shapes, check_modules
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json
+from sparse_llm_ft.phase import CutRule, Measurement, Phase, Subset
 from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, PlanError
 
 TARGETS = {"h.0.q": (6, 4), "h.0.k": (6, 4), "h.0.v": (6, 4)}

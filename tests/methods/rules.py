@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.methods import Chain, Phase, make_methods
+from sparse_llm_ft.methods import Chain, make_methods
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape, uniform_plan
-from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, Importance
-from sparse_llm_ft.state import TrainState
 
 TARGETS: dict[str, Shape] = {
     f"layers.{layer}.{kind}": shape

@@ -10,7 +10,7 @@ import torch
 
 from rules import TARGETS, derivation, start, state
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import Phase, Subset
+from sparse_llm_ft.phase import Phase, Subset
 
 
 def masked(method: dict, ratio: tuple[float, float] = (0.5, 0.25)) -> Phase:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_llm_ft.methods.rank_growth import (
-    expand_gaussian,
-    expand_qr,
-    grow_ranks,
-    module_generator,
-    pad_moments,
-)
+from sparse_llm_ft.methods.rank_growth import expand_gaussian, expand_qr, grow_ranks, module_generator, pad_moments
 
 EXPANSIONS = {"gaussian": expand_gaussian, "qr": expand_qr}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods import Chain, Phase, make_methods
+from sparse_llm_ft.methods import Chain, make_methods
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import uniform_plan
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
 
 TARGETS = {"layers.0.q": (6, 8), "layers.0.up": (12, 8), "layers.1.q": (6, 8), "layers.1.up": (12, 8)}
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from sparse_llm_ft.optim import CutRule, StoIHT, keep_largest
+from sparse_llm_ft.optim import StoIHT, keep_largest
+from sparse_llm_ft.phase import CutRule
 
 
 def reference_cut(omega: list[float], k: int) -> list[float]:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, LineMask, Place, Shards
+from sparse_llm_ft.engine.shards import Place, Shards
+from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, LineMask
 
 SHAPES = {"a": (3, 5), "b": (4, 2), "c": (6,)}
 

@@ -9,16 +9,16 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import TaskConfig, parse_config
-from sparse_llm_ft.data.encoding import Seq2SeqEncoder
 from sparse_llm_ft.data.reading import Example, check_task
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.evaluation import make_objective
+from sparse_llm_ft.data.tokenization import Seq2SeqEncoder
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.objectives.build import make_objective
 from sparse_llm_ft.plan import uniform_plan
 from sparse_llm_ft.scoring import DerivationSettings, derive
 from sparse_llm_ft.scoring.layer_search import LayerSearch
-from sparse_llm_ft.training.display import Display
-from sparse_llm_ft.training.scores import Scorer
+from sparse_llm_ft.training.scorer import Scorer
 from tiny_modes import make_bart, make_t5
 from tiny_run import run_settings
 

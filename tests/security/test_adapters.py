@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer
 from sparse_llm_ft.adapters import layer as layers
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.modeling import load_model
+from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.plan import PlanError
 
 NAME = "model.layers.0.self_attn.q_proj"

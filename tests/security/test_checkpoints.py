@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
+from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import CheckpointError, ConfigError
-from sparse_llm_ft.fitting import Expected
-from sparse_llm_ft.folders import verify_folder, write_file, write_folder
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.io.atomic import verify_folder, write_file, write_folder
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
-from sparse_llm_ft.training.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder
 
 TARGETS = {"h.0.q": (6, 4), "h.0.k": (6, 4)}
 REAL = Expected(TARGETS, {"score.weight": (2, 6), "h.0.q.weight": (6, 4), "h.0.k.weight": (6, 4)}, 1)

@@ -83,7 +83,7 @@ def test_no_file_has_any_of_it(folder: str) -> None:
 def test_the_yaml_loader_is_a_safe_one() -> None:
     import yaml
 
-    from sparse_llm_ft.documents import _Loader
+    from sparse_llm_ft.io.strict_json_yaml import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     plain = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")}

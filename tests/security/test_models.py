@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from sparse_llm_ft.config import ModelConfig, merge, parse_config
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.context.setup import Setup
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modeling import check_weights, empty_model, load_model
-from sparse_llm_ft.modes import Use
-from sparse_llm_ft.training.prepare import prepare
-from sparse_llm_ft.training.setup import Setup
+from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.loading import check_weights, empty_model, load_model
 
 
 def config(folder: Path, **settings: object) -> ModelConfig:

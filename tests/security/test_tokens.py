@@ -10,13 +10,12 @@ import pytest
 from rich.console import Console
 
 from sparse_llm_ft.config import dump_config, load_config, merge, parse_config
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.errors import CheckpointError, ConfigError, DataError, UserError
-from sparse_llm_ft.exits import one_line_errors
+from sparse_llm_ft.distributed.exit_status import one_line_errors
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import CheckpointError, ConfigError, DataError, UserError, holds_token, redact
+from sparse_llm_ft.io.console import Display
 from sparse_llm_ft.plan import PlanError
-from sparse_llm_ft.tokens import holds_token, redact
-from sparse_llm_ft.training.display import Display
-from sparse_llm_ft.training.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder
 
 TOKEN = "hf_" + "aB3dE5gH7j" * 3 + "kLmN"
 ODD = "s3cret-of-no-known-form"
@@ -73,7 +72,7 @@ def test_an_error_of_the_hub_reaches_the_terminal_without_its_token(
 ) -> None:
     from transformers import AutoConfig
 
-    from sparse_llm_ft.modeling import empty_model
+    from sparse_llm_ft.model.loading import empty_model
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(f"401 Unauthorized: Bearer {TOKEN} for https://me:{TOKEN}@huggingface.co")

@@ -29,8 +29,8 @@ def forked(tree: dict, log: Path) -> int:
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.distributed import find_world, prepare_cpu
-    from sparse_llm_ft.training.prepare import prepare
+    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.distributed.world import find_world, prepare_cpu
     from sparse_llm_ft.training.run import run
 
     status = 1

@@ -22,10 +22,10 @@ from transformers.utils import logging
 from all_methods import DROP, PARTIAL, WEIGHT
 from forked_ranks import last_lines, run_worlds
 from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.data.dataset import Encoding
 from sparse_llm_ft.data.reading import check_task, read_split
-from sparse_llm_ft.evaluation import make_objective
-from sparse_llm_ft.modes import find_use
-from sparse_llm_ft.training.samples import Encoding
+from sparse_llm_ft.model.architecture import find_use
+from sparse_llm_ft.objectives.build import make_objective
 from tiny_run import run_settings
 
 # Random models hardly notice what is zeroed: with a floor below their own loss everything would be.

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_llm_ft import signals
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
+from sparse_llm_ft.distributed import collectives as agreement
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.collectives import on_node_leaders, on_rank_zero
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
-from sparse_llm_ft.progress import Progress
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training import agreement
-from sparse_llm_ft.training.agreement import on_node_leaders, on_rank_zero
-from sparse_llm_ft.training.checkpoints import newest_valid, save_checkpoint
 
 ALONE = World(0, 1, 0, 1)
 PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0)})).with_batch(2, 8)

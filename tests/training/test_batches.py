@@ -8,14 +8,15 @@ import pytest
 
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
+from sparse_llm_ft.engine.memory import saved_bytes, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import Phase, make_methods
-from sparse_llm_ft.modeling import empty_model
-from sparse_llm_ft.modes import CAUSAL_LM
+from sparse_llm_ft.methods import make_methods
+from sparse_llm_ft.model.architecture import CAUSAL_LM
+from sparse_llm_ft.model.loading import empty_model
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
-from sparse_llm_ft.planner import saved_bytes, state_bytes
-from sparse_llm_ft.training import batches
-from sparse_llm_ft.training.batches import check_growth, grown_batch, largest_micro_batch, resumed_batch
+from sparse_llm_ft.training import batch_size as batches
+from sparse_llm_ft.training.batch_size import check_growth, grown_batch, largest_micro_batch, resumed_batch
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from forked_ranks import last_lines
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.data.encoding import CompletionEncoder
 from sparse_llm_ft.data.packing import pack_lengths
 from sparse_llm_ft.data.reading import Skipped, examples, read_split
 from sparse_llm_ft.data.streaming import shuffled
-from sparse_llm_ft.modeling import load_tokenizer
+from sparse_llm_ft.data.tokenization import CompletionEncoder
+from sparse_llm_ft.model.loading import load_tokenizer
 from tiny_files import make_data
 from tiny_run import run_settings
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from all_methods import METHODS, with_cache
+from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.context.setup import Setup
 from sparse_llm_ft.data.reading import check_task, read_split
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.evaluation import make_objective
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.objectives.build import make_objective
 from sparse_llm_ft.plan import AdapterPlan
-from sparse_llm_ft.state import TrainState
-from sparse_llm_ft.training.checkpoints import newest_valid
-from sparse_llm_ft.training.prepare import prepare
-from sparse_llm_ft.training.setup import Setup
 from tiny_run import run_settings
 
 ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
@@ -147,7 +147,7 @@ def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
 
 
 def _encode(example: Any, tokenizer: Any, length: int, labelled: bool) -> Any:
-    from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
+    from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
 
     return (TextEncoder if labelled else CompletionEncoder)(tokenizer, length)(example)
 

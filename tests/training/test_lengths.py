@@ -22,8 +22,8 @@ from transformers import (
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.data.reading import check_task
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.modes import CAUSAL_LM, Use
-from sparse_llm_ft.training.lengths import _learned_positions, check_lengths, tokenizer_for
+from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.limits import _learned_positions, check_lengths, tokenizer_for
 
 HEAD = Use("sequence_classification", 2)
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

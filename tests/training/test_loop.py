@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_llm_ft import signals
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import LeaveRequest, TrainingError
-from sparse_llm_ft.methods import Phase
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
-from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.schedule import Schedule
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.context.preflight import Prepared, prepare
+from sparse_llm_ft.data.dataset import Samples
 from sparse_llm_ft.data.reading import read_split
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation import make_objective
-from sparse_llm_ft.modeling import find_model_use, load_model, load_tokenizer
-from sparse_llm_ft.training.measure import Measure
-from sparse_llm_ft.training.prepare import Prepared, prepare
-from sparse_llm_ft.training.samples import Samples
+from sparse_llm_ft.evaluation.evaluator import Measure
+from sparse_llm_ft.model.loading import find_model_use, load_model, load_tokenizer
+from sparse_llm_ft.objectives.build import make_objective
 
 WORLD = World(0, 1, 0, 1)
 Make = Callable[..., Prepared]

@@ -14,13 +14,13 @@ from sklearn.metrics import accuracy_score
 
 from mode_runs import mode_settings, predictions_of, run_all, summary_of
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.evaluation import make_objective
-from sparse_llm_ft.modeling import find_model_use, load_model, load_tokenizer
-from sparse_llm_ft.training import measure as measuring
-from sparse_llm_ft.training.measure import Measure, as_score
-from sparse_llm_ft.training.prepare import prepare
-from sparse_llm_ft.training.samples import Samples
+from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.data.dataset import Samples
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.evaluation import evaluator as measuring
+from sparse_llm_ft.evaluation.evaluator import Measure, as_score
+from sparse_llm_ft.model.loading import find_model_use, load_model, load_tokenizer
+from sparse_llm_ft.objectives.build import make_objective
 from tiny_modes import (
     ANSWERS,
     INFERENCES,

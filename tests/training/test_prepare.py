@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import DataError
-from sparse_llm_ft.training.prepare import prepare
 from tiny_files import write_rows
 
 

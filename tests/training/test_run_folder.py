@@ -10,7 +10,7 @@ import yaml
 
 from sparse_llm_ft.config import RunConfig, merge, parse_config
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.training.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder
 
 
 def test_a_new_or_empty_folder_and_the_same_run_are_fine(settings: dict, tmp_path: Path) -> None:

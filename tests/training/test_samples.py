@@ -14,17 +14,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.data.encoding import CompletionEncoder, TextEncoder
+from sparse_llm_ft.data.dataset import Encoding, Samples, packed, strata
 from sparse_llm_ft.data.packing import PackedSamples
 from sparse_llm_ft.data.reading import check_task, read_split
 from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.data.spans import SpanEncoder
-from sparse_llm_ft.distributed import World
+from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
+from sparse_llm_ft.distributed import collectives as agreement
+from sparse_llm_ft.distributed.collectives import on_node_leaders
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-from sparse_llm_ft.modes import CAUSAL_LM, Use
-from sparse_llm_ft.training import agreement
-from sparse_llm_ft.training.agreement import on_node_leaders
-from sparse_llm_ft.training.samples import Encoding, Samples, packed, strata
+from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
 from tiny_files import write_rows
 
 CHAT = "{% for m in messages %}the {{ m['content'] }} to {% endfor %}"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
-from sparse_llm_ft.progress import Progress
 from sparse_llm_ft.training.schedule import Schedule
 
 

@@ -26,7 +26,7 @@ def watch(logs: Path, die_before_step: int | None) -> Callable[[int], None]:
     """What patches a rank."""
 
     def before(rank: int) -> None:
-        from sparse_llm_ft.data.encoding import CompletionEncoder
+        from sparse_llm_ft.data.tokenization import CompletionEncoder
         from sparse_llm_ft.training.loop import Loop
 
         encode, read = CompletionEncoder.__call__, Loop._read

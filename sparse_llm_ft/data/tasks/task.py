@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from sparse_llm_ft.config.sections import Metric
+from sparse_llm_ft.config.schema import Metric
 
 _FIELD = re.compile(r"\{(\w+)\}")
 

@@ -1,1 +1,0 @@
-"""After training: completions from a run, its export in several forms, its upload to the hub."""

@@ -1,0 +1,181 @@
+"""`TrainState`: all that training is, by name and unsharded. Checkpoint, phase hand-over, resume and export are it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.io.strict_json_yaml import read_json
+
+Tensors = dict[str, torch.Tensor]
+
+STATE_VERSION = 2
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_VALUE, _RULE = "value", "rule"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MANY = 2**62  # more steps or samples than any run has, and little enough for a torch integer
+
+
+@dataclass
+class TrainState:
+    """Every trainable tensor with its moments, and what else the next step depends on.
+
+    Random numbers need no place here: each step seeds its generators from (seed, samples, rank).
+
+    Attributes:
+        tensors: parameter name -> value, float32, unsharded, on the CPU.
+        moments: parameter name -> {"exp_avg": ..., "exp_avg_sq": ...} of the same shape; absent under SGD.
+        optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
+        phase: the current phase as plain values (`Phase.to_dict`).
+        rule, rule_tensors: state of the phase's rule (cuts of omega, AdaLoRA's ranks), if it has one.
+        record: what the run's summary needs from the past (metrics before training, finished phases).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    optimizer_steps: dict[str, int]
+    progress: Progress
+    phase: dict[str, Any]
+    rule: dict[str, Any] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    rule_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def fresh(self) -> TrainState:
+        """The same place in the run with nothing trained: what it lacks starts from its initial value."""
+        return replace(self, tensors={}, moments={}, optimizer_steps={}, rule=None, rule_tensors={})
+
+    def save(self, folder: Path) -> None:
+        """Write the state as safetensors and JSON; atomically, with checksums (`write_folder`)."""
+
+        def fill(temporary: Path) -> None:
+            flat = {f"{_VALUE}/{name}": tensor for name, tensor in self.tensors.items()}
+            for name, moments in self.moments.items():
+                flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
+            flat |= {f"{_RULE}/{key}": tensor for key, tensor in self.rule_tensors.items()}
+            save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
+            data = {
+                "version": STATE_VERSION,
+                "optimizer_steps": self.optimizer_steps,
+                "progress": asdict(self.progress),
+                "phase": self.phase,
+                "rule": self.rule,
+                "record": self.record,
+            }
+            (temporary / STATE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+        write_folder(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainState:
+        """Read and verify a checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or not of this format; there are other files or links; a tensor
+                is not float32 or not finite.
+        """
+        verify_folder(folder, (TENSORS, STATE))
+        try:
+            data = read_json(folder / STATE, constants=True)  # a metric may have been NaN
+            if not isinstance(data, dict) or data.get("version") != STATE_VERSION:
+                version = data.get("version") if isinstance(data, dict) else None
+                raise CheckpointError(f"{folder}: version {version!r:.40}; this release reads {STATE_VERSION}")
+            flat = load_file(folder / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+        try:
+            _check_values(data)
+            tensors, moments, rule_tensors = _split(flat)
+            return cls(
+                tensors,
+                moments,
+                data["optimizer_steps"],
+                Progress(**data["progress"]),
+                data["phase"],
+                data["rule"],
+                data["record"],
+                rule_tensors,
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    """Types of what the run counts with. Raises ValueError, KeyError."""
+    for name in ("optimizer_steps", "progress"):
+        values = data[name]
+        if not isinstance(values, dict) or not all(type(v) is int and 0 <= v < _MANY for v in values.values()):
+            raise ValueError(f"{name} is {values!r:.60}")
+    for name, allowed in (("phase", dict), ("record", dict), ("rule", dict | None)):
+        if not isinstance(data[name], allowed):
+            raise ValueError(f"{name} is {data[name]!r:.60}")
+
+
+def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
+    """Values, moments and the rule's tensors. Raises ValueError for a tensor that is none of them."""
+    tensors: Tensors = {}
+    rule_tensors: Tensors = {}
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in flat.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{key!r:.100} is {tensor.dtype}, not float32")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key!r:.100} holds a value that is not finite")
+        kind, _, name = key.partition("/")
+        if kind == _VALUE:
+            tensors[name] = tensor
+        elif kind == _RULE:
+            rule_tensors[name] = tensor
+        elif kind in _MOMENTS:
+            moments.setdefault(name, {})[kind] = tensor
+        else:
+            raise ValueError(f"{key!r:.100} is no tensor of a checkpoint")
+    for name, both in moments.items():
+        if any(name not in tensors or moment.shape != tensors[name].shape for moment in both.values()):
+            raise ValueError(f"the moments of {name!r:.100} are not of its shape")
+    return tensors, moments, rule_tensors
+
+
+@dataclass
+class Progress:
+    """Counters of a run. A checkpoint holds them.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: samples consumed.
+        phase: number of the current phase, from 0.
+        phase_step: optimizer steps done in the current phase.
+        phase_skipped: those of them whose update was skipped.
+        start_step, start_samples: where the counted part of the run began: what precedes it (a pilot) has a length
+            and a schedule of its own, and the data begin anew after it.
+    """
+
+    step: int = 0
+    samples: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    start_step: int = 0
+    start_samples: int = 0
+    phase_skipped: int = 0
+
+    @property
+    def phase_updates(self) -> int:
+        """Updates made in the current phase: what its length and its rule go by, so that a last cut is never missed."""
+        return self.phase_step - self.phase_skipped
+
+    @property
+    def counted_steps(self) -> int:
+        """Steps done of the part that counts."""
+        return self.step - self.start_step
+
+    @property
+    def position(self) -> int:
+        """Samples consumed of the part that counts: the place in the data."""
+        return self.samples - self.start_samples

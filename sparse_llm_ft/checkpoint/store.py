@@ -1,0 +1,144 @@
+"""The checkpoints of a run: which is the newest that can be trusted, and how many stay."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.checkpoint.validation import Expected, check_state
+from sparse_llm_ft.distributed.collectives import from_rank_zero, on_every_rank, on_rank_zero
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import PlanError
+from sparse_llm_ft.run_folder import RunFolder
+
+_NAME = re.compile(r"step-[0-9]{8}")
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """``checkpoints/step-00000100``."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def newest_first(checkpoints: Path) -> Iterator[Path]:
+    """The checkpoint folders, the one with the most steps first."""
+    yield from sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def newest_valid(
+    checkpoints: Path, real: Expected | None = None, run: str | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be used, and a line about each newer one that cannot.
+
+    Args:
+        real, run: as in `load_checkpoint`.
+    """
+    complaints = []
+    for folder in newest_first(checkpoints):
+        try:
+            load_checkpoint(folder, real, run)
+        except CheckpointError as error:
+            complaints.append(f"{error}; using the checkpoint before it")
+        else:
+            return folder, complaints
+    return None, complaints
+
+
+def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None = None) -> tuple[TrainState, Phase]:
+    """The state and its phase.
+
+    Args:
+        real: what the model has; every claim of the checkpoint is held against it before anything is built. None where
+            no model is at hand: then only what the checkpoint says of itself is checked.
+        run: the only run, by `RunFolder.identity`, whose checkpoint it may be; None: any.
+
+    Raises:
+        CheckpointError: anything about the folder that keeps a run from going on from it.
+    """
+    state = TrainState.load(folder)
+    if run is not None and state.record.get("run") != run:
+        raise CheckpointError(f"{folder}: belongs to a run with other settings")
+    try:
+        phase = Phase.from_dict(state.phase, None if real is None else real.targets)
+        if real is not None:
+            check_state(state, phase, real)
+    except PlanError as error:
+        raise CheckpointError(f"{folder}: its phase is not readable ({error})") from None
+    if _NAME.fullmatch(folder.name) and folder.name != checkpoint_folder(folder.parent, state.progress.step).name:
+        raise CheckpointError(f"{folder}: its state is of step {state.progress.step}")
+    return state, phase
+
+
+def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
+    """Write the state as a checkpoint, unless a good one of its step is there, and drop all but the newest `keep`.
+
+    A folder of a later step was found damaged when the run was resumed; it neither counts as kept nor is it removed.
+
+    Raises:
+        TrainingError: a value is not finite; nothing is written.
+    """
+    folder = checkpoint_folder(checkpoints, state.progress.step)
+    try:
+        load_checkpoint(folder, run=state.record.get("run"))
+    except CheckpointError:
+        _check_finite(state)
+        state.save(folder)
+    if keep is not None:
+        for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
+            if old.is_symlink():
+                old.unlink()  # what it leads to is not ours
+            else:
+                shutil.rmtree(old)
+
+
+def _check_finite(state: TrainState) -> None:
+    named = [*state.tensors.items(), *((n, t) for n, moments in state.moments.items() for t in moments.values())]
+    for name, tensor in named:
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"step {state.progress.step} is not saved: {name} or a moment of it is not finite; lower "
+                "training.learning_rate; the last checkpoint is intact"
+            )
+
+
+def newest_state(folder: RunFolder, run: str, world: World, display: Display, real: Expected) -> TrainState | None:
+    """The newest valid checkpoint; None where there is none. Rank 0 chooses, all ranks continue from the same one.
+
+    Args:
+        run: whose checkpoint it must be (`RunFolder.identity`).
+        real: what a checkpoint's claims are held against.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used.
+    """
+    chosen = -1
+
+    def choose() -> None:
+        nonlocal chosen
+        newest, complaints = newest_valid(folder.checkpoints, real, run)
+        if newest is None and complaints:
+            raise UserError(
+                f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "
+                f"to start anew, choose another output_dir than {folder.path}"
+            )
+        for complaint in complaints:
+            display.say(complaint)
+        chosen = int(newest.name.removeprefix("step-")) if newest else -1
+
+    on_rank_zero(world, choose)
+    step = from_rank_zero(chosen)
+    if step < 0:
+        return None
+    display.say(f"resuming from step {step}")
+    states: list[TrainState] = []
+    path = checkpoint_folder(folder.checkpoints, step)
+    hint = "all nodes must share the file system of output_dir"
+    on_every_rank(lambda: states.append(load_checkpoint(path, real, run)[0]), hint)
+    return states[0]

@@ -1,0 +1,129 @@
+"""What a checkpoint claims beyond its checksums: that its phase, tensors and counters are of this model and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparse_llm_ft.adapters.targets import TensorShape, adapter_shapes, check_modules
+from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, PlanError, Shape
+
+_SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""Of AdaLoRA's rank allocation: ``<kind>/<parameter>.default``."""
+
+_COUNTERS = ("steps", "samples", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What model and run really have.
+
+    Attributes:
+        targets: linear layers that may carry adapters -> (out_features, in_features).
+        parameters: parameters of the base -> their shapes.
+        methods: how many the run applies.
+    """
+
+    targets: Mapping[str, Shape]
+    parameters: Mapping[str, TensorShape]
+    methods: int
+
+
+def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Expected) -> None:
+    """Refuse tensors that are not those of the plan: all of its adapters', and else only of what it trains whole.
+
+    Args:
+        shapes: short parameter name -> shape.
+
+    Raises:
+        PlanError: naming the first tensor that is missing, of another shape, or of nothing that the plan trains.
+    """
+    expected = adapter_shapes(plan, real.targets)
+    for name in expected:
+        if name not in shapes:
+            raise PlanError(f"tensor {name!r} is missing")
+    whole = tuple(f"{name}." for name in plan.trained)
+    for name, shape in shapes.items():
+        right = expected.get(name)
+        if right is None and (EVERYTHING in plan.trained or name.startswith(whole)):
+            right = real.parameters.get(name)
+        if right is None:
+            raise PlanError(f"tensor {name!r:.100} is of nothing that the plan trains")
+        if shape != right:
+            raise PlanError(f"tensor {name!r} has shape {shape!r:.60}; expected {right}")
+
+
+def check_state(state: TrainState, phase: Phase, real: Expected) -> None:
+    """Refuse a state that this run could not have written.
+
+    Raises:
+        PlanError: naming the claim.
+    """
+    if phase.method >= real.methods:
+        raise PlanError(f"method number {phase.method}; the run has {real.methods}")
+    if phase.micro_batch_size < 1:
+        raise PlanError("a phase without batch sizes")
+    for plan in (phase.plan, phase.then):
+        if plan is not None:
+            check_modules(plan, real.targets)
+    check_tensors(phase.plan, {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}, real)
+    _check_rule(state, phase, real)
+    _check_record(state.record)
+
+
+def _check_rule(state: TrainState, phase: Phase, real: Expected) -> None:
+    plan = phase.plan
+    # A rule sees parameters as the layers hold them, masked entries included.
+    shapes = adapter_shapes(replace(plan, modules=plan.layers), real.targets) if plan.tuner == "adalora" else {}
+    for key, tensor in state.rule_tensors.items():
+        kind, _, name = key.partition("/")
+        if kind not in _SENSITIVITIES or shapes.get(name.removesuffix(".default")) != tuple(tensor.shape):
+            raise PlanError(f"tensor {key!r:.100} belongs to no rule of the phase")
+    if state.rule is None:
+        return
+    if phase.cut is not None:
+        fits = set(state.rule) == {"moved", "kept"} and all(_is_names(names) for names in state.rule.values())
+    elif phase.plan.tuner == "adalora":
+        fits = set(state.rule) == {"rank_pattern"} and _is_pattern(state.rule["rank_pattern"], state)
+    else:
+        fits = False
+    if not fits:
+        raise PlanError(f"the state of its rule is {state.rule!r:.60}")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any, state: TrainState) -> bool:
+    """Which singular values are left: one true or false for each, by the parameter's name."""
+    if value is None:
+        return True
+    lengths = {f"{name}.default": len(t) for name, t in state.tensors.items() if name.endswith(".lora_E")}
+    return (
+        isinstance(value, dict)
+        and value.keys() == lengths.keys()
+        and all(
+            isinstance(row, list) and len(row) == lengths[name] and all(isinstance(left, bool) for left in row)
+            for name, row in value.items()
+        )
+    )
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """What the summary will read."""
+    before, phases, current = record.get("before"), record.get("phases"), record.get("current")
+    if not isinstance(record.get("micro_batch_size"), int) or not isinstance(phases, list):
+        raise PlanError("the record has no micro_batch_size or no phases")
+    if before is not None and not (isinstance(before, dict) and all(_is_number(v) for v in before.values())):
+        raise PlanError(f"the metrics before training are {before!r:.60}")
+    for entry in (*phases, current):
+        if not isinstance(entry, dict) or not all(_is_number(entry.get(key)) for key in _COUNTERS):
+            raise PlanError(f"the record of a phase is {entry!r:.60}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""The command `sparse-llm-ft`: what is typed and what is printed."""

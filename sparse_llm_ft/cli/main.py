@@ -1,0 +1,137 @@
+"""`sparse-llm-ft`: what one does before and after a run. Training itself is `deepspeed launch/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_llm_ft import __version__
+from sparse_llm_ft.cli.run_commands import add_commands
+from sparse_llm_ft.config import load_config, split_arguments
+from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
+from sparse_llm_ft.distributed.signals import catch_signals
+from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.console import quiet_libraries
+from sparse_llm_ft.run_folder import RunFolder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run one command; a user error is one line and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Only these are started by launchers; the others may run anywhere, an allocation's shell included.
+    world = find_world() if {"derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
+    with one_line_errors(world):
+        options = _parse(arguments)
+        quiet_libraries()
+        if options.command is not _tasks:  # torch takes seconds to import
+            prepare_cpu(world)
+        options.command(options)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="sparse-llm-ft", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="check settings and data, and show the plan a run would begin with")
+    check.add_argument("--config", nargs="+", required=True, metavar="FILE")
+    check.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
+    check.set_defaults(command=_check)
+    summary = commands.add_parser("summary", help="show the table of a finished run")
+    summary.add_argument("run", metavar="RUN", help="a run's output_dir")
+    summary.set_defaults(command=_summary)
+    add_commands(commands)
+    derive = commands.add_parser(
+        "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
+    )
+    derive.add_argument("--config", nargs="+", required=True, metavar="FILE")
+    derive.set_defaults(command=_derive)
+    report = commands.add_parser("report", help="draw pictures of a run, or compare several in one table")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it need not be finished")
+    report.add_argument("--output", metavar="FOLDER", help="default: RUN/report for one run, report for several")
+    report.set_defaults(command=_report)
+    tasks = commands.add_parser("tasks", help="list the tasks, or show one with an example")
+    tasks.add_argument("name", nargs="?", metavar="TASK")
+    tasks.add_argument("--path", metavar="FOLDER", help="show an example from these data")
+    tasks.set_defaults(command=_tasks)
+    options, rest = parser.parse_known_args(arguments)
+    takes: list[str] | None = getattr(options, getattr(options, "rest", ""), None)
+    if rest and (takes is None or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if takes is not None:
+        takes += rest  # argparse takes none behind an option
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.context.preflight import prepare
+
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes}: expected 1 or more")
+    config = load_config(*split_arguments(options.config))
+    prepared = prepare(config, World(0, options.processes, 0, options.processes))
+    from sparse_llm_ft.context.course import Course
+    from sparse_llm_ft.context.setup import Setup
+    from sparse_llm_ft.model.loading import check_weights
+    from sparse_llm_ft.plan import module_kind
+
+    setup = Setup.of(prepared)
+    check_weights(config.model)
+    course = Course.of(prepared, setup)
+    phase = course.first
+    kinds = Counter(module_kind(name).rpartition(".")[2] for name in phase.plan.active)
+    adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
+    print(f"{course.describe()}, {course.schedule.total_steps} optimizer steps")
+    for line in course.samples.remarks(config.task):
+        print(line)
+    print(f"phase {phase.name}: {phase.plan.describe()}{adapters}")
+    whole = sum(
+        parameter.numel() for name in phase.plan.trained for parameter in setup.empty.get_submodule(name).parameters()
+    )
+    print(f"{phase.plan.parameters(setup.targets) + whole:,} trainable parameters")
+
+
+def _derive(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.context.preflight import prepare
+
+    catch_signals()
+    prepared = prepare(load_config(*split_arguments(options.config)), find_world())
+    from sparse_llm_ft.distributed.heartbeat import watching
+    from sparse_llm_ft.training.run import derive
+
+    with watching(prepared.world):
+        derive(prepared)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    output = Path(options.output) if options.output else runs[0] / "report" if len(runs) == 1 else Path("report")
+    for path in write_report(runs, output):
+        print(path)
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from sparse_llm_ft.cli.task_listing import list_tasks, show_task
+
+    if options.path is not None and options.name is None:
+        raise UserError("--path: expected a task before it, as in `sparse-llm-ft tasks dialogsum --path FOLDER`")
+    print(list_tasks() if options.name is None else show_task(options.name, options.path))
+
+
+def _summary(options: argparse.Namespace) -> None:
+    folder = RunFolder(options.run)
+    summary = folder.summary()
+    from sparse_llm_ft.io.console import Display
+    from sparse_llm_ft.training.records import show_summary
+
+    show_summary(summary, folder, Display(rank=0))
+
+
+if __name__ == "__main__":
+    main()

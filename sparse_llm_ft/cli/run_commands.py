@@ -1,0 +1,204 @@
+"""The commands `evaluate`, `generate`, `export`, `push`: what is typed and what is printed. Imports no torch itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_llm_ft.config import EvaluationConfig, RunConfig, load_config, merge, parse_config
+from sparse_llm_ft.context.preflight import check_measured
+from sparse_llm_ft.data.task_config import check_task
+from sparse_llm_ft.distributed.world import find_world
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.hub import check_name, check_repository, upload
+from sparse_llm_ft.export.options import ExportOptions, open_run, refuse_existing
+from sparse_llm_ft.run_folder import CONFIG
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.inference.trained_run import TrainedRun
+
+_RUN = "a run's output_dir; the run need not be finished"
+_MEASURING = ("evaluation.", "deepspeed.", "task.path=", "task.metrics=", "seed=")
+_TO = "peft: a stock PEFT adapter; merged: whole weights, for transformers alone; native: this package's own adapter"
+
+
+def add_commands(commands: Any) -> None:
+    """Enter the commands among those of the command line.
+
+    Args:
+        commands: what `ArgumentParser.add_subparsers` returned.
+    """
+    export = commands.add_parser("export", help="write what a run's newest checkpoint trained, in one of three forms")
+    export.add_argument("run", metavar="RUN", help=_RUN)
+    export.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/export-FORM")
+    _add_form(export)
+    export.set_defaults(command=_export)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint, on one process or many")
+    evaluate.add_argument("run", metavar="RUN", help=_RUN)
+    evaluate.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="evaluation.split=validation, evaluation.samples=500, ..."
+    )
+    evaluate.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/evaluation-NUMBER")
+    evaluate.set_defaults(command=_evaluate, rest="settings")
+
+    generate = commands.add_parser("generate", help="show what a run's newest checkpoint makes of a text")
+    generate.add_argument("run", metavar="RUN", help=_RUN)
+    generate.add_argument("texts", nargs="*", metavar="TEXT", help="for the task's prompt; - reads standard input")
+    generate.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="a column of a prompt that has several",
+    )
+    generate.add_argument("--max-new-tokens", type=int, metavar="N")
+    generate.add_argument("--num-beams", type=int, metavar="N", help="width of a beam search")
+    generate.add_argument("--temperature", type=float, metavar="T", help="above 0: sample; 0: the most probable tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="least probability mass that sampling draws from")
+    generate.add_argument("--seed", type=int, metavar="S", help="of sampling")
+    generate.set_defaults(command=_generate, rest="texts")
+
+    push = commands.add_parser("push", help="upload an export with a model card to the Hugging Face hub")
+    push.add_argument("run", metavar="RUN", help=_RUN)
+    push.add_argument("repo_id", metavar="NAMESPACE/NAME", help="a repository that does not exist yet")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--update", action="store_true", help="upload into a repository that may exist")
+    push.add_argument("--dry-run", action="store_true", help="upload nothing, but write the files into --output")
+    push.add_argument("--output", metavar="FOLDER", help="of --dry-run; must not exist yet; default: RUN/push-FORM")
+    _add_form(push)
+    push.set_defaults(command=_push)
+
+
+def _add_form(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--to", default="peft", metavar="FORM", help=_TO)
+    command.add_argument(
+        "--uniform-rank", action="store_true", help="with --to peft: one rank and one lora_alpha for all modules"
+    )
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="with --to merged: largest file of weights"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    form = ExportOptions.parse(options.to, options.uniform_rank, options.max_shard_size)
+    output = Path(options.output or Path(options.run) / f"export-{form.to}")
+    refuse_existing(output)
+    run = _read(options.run)
+    from sparse_llm_ft.export.export import export_run
+
+    export_run(run, output, form)
+    print(json.dumps({"to": form.to, "folder": str(output), "step": run.state.progress.step}))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    world = find_world()
+    folder = open_run(options.run)
+    config = _measured(folder.path / CONFIG, options.settings)
+    task = check_task(config.task)
+    if not config.evaluation.samples:
+        raise UserError("evaluation.samples: 0 measures nothing; expected 1 or more")
+    check_measured(config, task)
+    if options.output:
+        refuse_existing(Path(options.output))
+    from sparse_llm_ft.distributed.collectives import from_rank_zero
+    from sparse_llm_ft.distributed.heartbeat import watching
+    from sparse_llm_ft.engine.engine import init_distributed
+    from sparse_llm_ft.inference.evaluate import evaluate, free_folder
+    from sparse_llm_ft.io.console import Display
+
+    output = Path(options.output) if options.output else free_folder(folder.path)
+    with watching(world):
+        init_distributed()
+        run = _read(options.run, from_rank_zero, complain=world.rank == 0)
+        result = evaluate(replace(run, task=task), config, world, output)
+    display = Display(world.rank)
+    for name, value in result["metrics"].items():
+        display.say(f"{name} {value:.4f}")
+    display.say(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")
+
+
+def _measured(path: Path, settings: Sequence[str]) -> RunConfig:
+    """The run's settings with those typed over them; only of sections that do not make it another run."""
+    for setting in settings:
+        if not setting.startswith(_MEASURING):
+            raise UserError(f"{setting}: expected a setting of {', '.join(_MEASURING)}")
+    return load_config([str(path)], settings)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    given = _columns(options.column)
+    run = _read(options.run)
+    from sparse_llm_ft.inference.generate import answer, make_rows, shown_columns
+
+    settings, seed = _generation(run.config, options)
+    texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in options.texts]
+    rows = make_rows(shown_columns(run), texts, given)
+    for text in answer(run, rows, settings, seed):
+        print(text)
+
+
+def _push(options: argparse.Namespace) -> None:
+    form = ExportOptions.parse(options.to, options.uniform_rank, options.max_shard_size)
+    if options.output and not options.dry_run:
+        raise UserError(f"--output {options.output}: expected --dry-run beside it; else nothing stays on disk")
+    check_name(options.repo_id)
+    if options.dry_run:
+        output = Path(options.output or Path(options.run) / f"push-{form.to}")
+        refuse_existing(output)
+        run = _read(options.run)
+        from sparse_llm_ft.export.staging import stage
+
+        print(f"nothing uploaded; {options.repo_id} would get, from {output}:")
+        for name, size in stage(run, output, options.repo_id, form).items():
+            print(f"  {name} ({size:,} bytes)")
+        return
+    open_run(options.run)
+    check_repository(options.repo_id, options.update)  # before an export that may be large
+    run = _read(options.run)
+    from sparse_llm_ft.export.staging import staged
+
+    with staged(run, options.repo_id, form) as folder:
+        print(upload(folder, options.repo_id, options.private, options.update))
+
+
+def _read(path: str, agree: Callable[[int], int] = int, complain: bool = True) -> TrainedRun:
+    """The run, after a line on standard error about each of its checkpoints that cannot be used."""
+    open_run(path)  # what is wrong with it is said before anything slow is imported
+    import transformers
+
+    from sparse_llm_ft.inference.trained_run import read_run
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    run = read_run(path, agree)
+    for complaint in run.complaints if complain else ():
+        print(complaint, file=sys.stderr)
+    return run
+
+
+def _columns(arguments: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals or name in columns:
+            raise UserError(f"--column {argument}: " + ("given twice" if equals else "expected NAME=TEXT"))
+        columns[name] = text
+    return columns
+
+
+def _generation(config: RunConfig, options: argparse.Namespace) -> tuple[EvaluationConfig, int]:
+    """The run's evaluation settings and seed, with what was typed over them, checked as settings are."""
+    names = ("max_new_tokens", "num_beams", "temperature", "top_p")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    # No data are read: their folder need not be there.
+    tree = merge(config.model_dump(mode="json"), {"evaluation": given, "task": {"path": None}})
+    if options.seed is not None:
+        tree["seed"] = options.seed
+    checked = parse_config(tree)
+    return checked.evaluation, checked.seed

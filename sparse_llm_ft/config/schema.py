@@ -1,0 +1,260 @@
+"""The settings of a run, typed. Every section is a contract with the YAML files; unknown keys are errors.
+
+Imports no torch: a wrong setting is said within a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
+
+from sparse_llm_ft.config.methods import Methods
+from sparse_llm_ft.config.types import FilePath, Float, Int
+from sparse_llm_ft.phase import MAX_BATCH
+from sparse_llm_ft.plan import MAX_RANK
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
+"""``rouge`` is ROUGE-1, 2, L and Lsum; ``squad`` exact match and F1 of answers."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The pretrained base.
+
+    Attributes:
+        name: a hub id or a local folder in Hugging Face layout.
+        revision: branch, tag or commit on the hub.
+        dtype: type of the base's weights and of the computation.
+        quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation
+            in `dtype`).
+        trust_remote_code: whether code that the model's repository or folder brings along may run in this process.
+    """
+
+    name: FilePath = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantization: Literal["none", "nf4", "fp4"] = "none"
+    gradient_checkpointing: StrictBool = False
+    attn_implementation: str | None = None
+    trust_remote_code: StrictBool = False
+
+
+class TaskConfig(Section):
+    """What is learned.
+
+    Attributes:
+        name: an entry of the task registry (`sparse-llm-ft tasks` lists them).
+        path: local folder with a file for each split (``train.jsonl``, ``validation.csv``, ...); without it the
+            task's data set is loaded from the hub.
+        mode: how the model learns the task; ``auto`` takes a head for an encoder (that of a classification, or for
+            spans), ``seq2seq_lm`` for an encoder-decoder, ``causal_lm`` for a decoder.
+        max_length: most tokens of prompt and completion together. In ``seq2seq_lm`` each of the two may be as long.
+            What a head sees loses its end.
+        max_prompt_length: most tokens of a prompt; a longer one loses its middle. None: three quarters of
+            `max_length`; with labels or scores, what the longest of them leaves; in ``seq2seq_lm`` all of it. A
+            completion that is longer than the rest takes its room from its own prompt, and loses nothing.
+        prompt, completion: templates with ``{column}`` fields; None takes the task's own.
+        messages: column of chats, lists of ``{role, content}``, in place of `prompt` and `completion`.
+        labels: makes the task a classification: the label words in the order of the integer labels.
+        score: makes the task a regression: lowest and highest score.
+        texts: columns an encoder sees, one or a pair; None takes the task's own, or those of its prompt.
+        label_column: holds the integer label, the label word, or the score; None takes the task's own.
+        references: further columns with completions that count as right.
+        metrics: what is measured; None takes the task's own.
+        on_bad_row: whether a row that cannot be used ends the run or is left out and counted.
+        packing: lay several short samples into one sequence of at most `max_length` tokens; batch sizes then count
+            sequences.
+        streaming: read training rows as they are needed, in file order through a shuffle buffer, for data that fit
+            neither memory nor the disk's cache; needs `training.max_steps`.
+        shuffle_buffer: rows that streaming draws the next one from.
+    """
+
+    name: str
+    path: FilePath | None = None
+    mode: Literal["auto", "sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"] = "auto"
+    max_length: Int = Field(512, ge=8)
+    max_prompt_length: Int | None = Field(None, ge=1)
+    prompt: str | None = Field(None, min_length=1)
+    completion: str | None = Field(None, min_length=1)
+    messages: str | None = Field(None, min_length=1)
+    labels: tuple[str, ...] | None = Field(None, min_length=2)
+    score: tuple[Float, Float] | None = None
+    texts: tuple[str, ...] | None = Field(None, min_length=1, max_length=2)
+    label_column: str | None = Field(None, min_length=1)
+    references: tuple[str, ...] | None = None
+    metrics: tuple[Metric, ...] | None = Field(None, min_length=1)
+    on_bad_row: Literal["error", "skip"] = "error"
+    packing: StrictBool = False
+    streaming: StrictBool = False
+    shuffle_buffer: Int = Field(10_000, ge=1)
+
+
+class AdapterConfig(Section):
+    """Size and place of the adapters that a method starts from.
+
+    Attributes:
+        target_modules: ``all-linear`` (every linear layer but the output head), a list of name endings as in PEFT,
+            or a regular expression that must match the whole module name.
+    """
+
+    r: Int = Field(8, ge=1, le=MAX_RANK)
+    lora_alpha: Float = Field(32.0, gt=0)
+    lora_dropout: Float = Field(0.05, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainingConfig(Section):
+    """The loop.
+
+    Attributes:
+        micro_batch_size: samples a rank sees in one forward pass.
+        global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
+        epochs: passes over the training set; unused when `max_steps` is given.
+        max_steps: optimizer steps of the whole run.
+        schedule: course of the learning rate after `warmup_steps` (linear rise from the first step on).
+        save_every, eval_every: optimizer steps between checkpoints, between validations; None: only at phase ends,
+            never.
+        keep_checkpoints: how many of the newest checkpoints stay; None keeps all.
+        max_skipped_updates: how many updates in a row may be left out because loss or gradients are not finite; one
+            more ends the run.
+    """
+
+    micro_batch_size: Int = Field(1, ge=1)
+    global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
+    learning_rate: Float = Field(1e-4, gt=0)
+    epochs: Float = Field(1.0, gt=0)
+    max_steps: Int | None = Field(None, ge=1)
+    warmup_steps: Int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Float = Field(0.0, ge=0)
+    max_grad_norm: Float = Field(1.0, ge=0)
+    save_every: Int | None = Field(None, ge=1)
+    eval_every: Int | None = Field(None, ge=1)
+    log_every: Int = Field(1, ge=1)
+    keep_checkpoints: Int | None = Field(None, ge=2)
+    max_skipped_updates: Int = Field(3, ge=0)
+
+
+class EvaluationConfig(Section):
+    """What is measured before and after training.
+
+    Attributes:
+        split: which split ``metrics.before`` and ``metrics.after`` are measured on.
+        samples: how many of its first samples; 0 measures nothing.
+        max_new_tokens: length limit of a generated completion.
+        micro_batch_size: samples a rank evaluates at once.
+        num_beams: width of the beam search; 1 is greedy.
+        length_penalty: exponent of the length that a beam's score is divided by.
+        temperature: above 0, completions are sampled from the softmax of logits divided by it, each from its own
+            seed, so that neither batch nor ranks matter; 0 takes the most probable ones.
+        top_p: least probability mass that sampling draws from.
+    """
+
+    split: Literal["validation", "test"] = "test"
+    samples: Int = Field(100, ge=0)
+    max_new_tokens: Int = Field(64, ge=1)
+    micro_batch_size: Int = Field(8, ge=1)
+    num_beams: Int = Field(1, ge=1, le=64)
+    length_penalty: Float = 1.0
+    temperature: Float = Field(0.0, ge=0)
+    top_p: Float = Field(1.0, gt=0, le=1)
+
+
+class DeepSpeedConfig(BaseModel):
+    """`zero_stage`, and any DeepSpeed setting, merged into what the engine gets.
+
+    Settings that follow from other sections are refused here, see `MANAGED`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is merged into DeepSpeed's own configuration."""
+        return dict(self.model_extra or {})
+
+
+PASSED_THROUGH = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "eigenvalue",
+        "flops_profiler",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "nebula",
+        "prescale_gradients",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "use_data_before_expert_parallelism",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
+"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key without a word, so a
+misspelt one has to be caught here."""
+
+MANAGED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "optimizer": "training.learning_rate and method",
+    "scheduler": "training.schedule",
+}
+"""DeepSpeed settings that other sections own, and where."""
+
+
+class RunConfig(Section):
+    """Everything that one run needs to know."""
+
+    model: ModelConfig
+    task: TaskConfig
+    method: Methods
+    output_dir: FilePath = Field(min_length=1)
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    seed: Int = Field(0, ge=0, lt=2**63)
+    resume: Literal["auto", "never"] = "auto"
+    report: StrictBool = True
+
+    @field_serializer("method")
+    def _as_written(self, methods: Methods) -> Any:
+        """A single method is a mapping again, not a list of one."""
+        dumped = [method.model_dump(mode="json") for method in methods]
+        return dumped[0] if len(dumped) == 1 else dumped
+
+    @property
+    def method_name(self) -> str:
+        """For people: ``lora_drop + partial_lora``."""
+        return " + ".join(method.name for method in self.method)

@@ -1,0 +1,47 @@
+"""Types of single settings: numbers that are not booleans, and paths that the system can take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's true would otherwise pass as the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
+
+
+def _expand(path: str) -> str:
+    if path.startswith("~"):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError:
+            raise ValueError("a path; there is no such home folder") from None
+    data = os.fsencode(path)
+    if b"\0" in data or len(data) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in data.split(b"/")):
+        raise ValueError("a path that the system can take")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_expand)]
+"""A path; a leading ~ is the home folder."""
+
+
+def is_file(text: str) -> bool:
+    """Whether there is a file of that name; False for what cannot be a name."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name that is too long
+        return False

@@ -1,0 +1,1 @@
+"""How every command opens a run: settings, data, architecture, tokenizer, objective, methods and first phase."""

@@ -1,0 +1,190 @@
+"""Tokenised samples on disk, in the cache of `datasets`: written once per node, mapped into memory by every process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import datasets
+import numpy as np
+import pyarrow
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.spans import SpanSample
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.atomic import is_whole, write_folder
+from sparse_llm_ft.io.strict_json_yaml import read_json
+
+_IDS = pyarrow.list_(pyarrow.int32())
+
+
+def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
+    """Columns of `Sample`, `TextSample` or `SpanSample`.
+
+    Args:
+        is_score: whether labels are scores of a regression and not numbers of labels.
+    """
+    if kind is SpanSample:
+        numbers = dict.fromkeys(("start", "end", "null", "example"), pyarrow.int32())
+        return pyarrow.schema({"ids": _IDS, "type_ids": _IDS} | numbers | {"offsets": pyarrow.list_(_IDS)})
+    label = pyarrow.float64() if is_score else pyarrow.int64()
+    if kind is Sample:
+        columns = {"prompt": _IDS, "completion": _IDS}
+    else:
+        assert kind is TextSample, kind
+        columns = {"ids": _IDS, "type_ids": _IDS}
+    return pyarrow.schema(columns | {"label": label, "shortened": pyarrow.bool_()})
+
+
+_ROWS, _COUNTS = "samples.arrow", "counts.json"
+_ROWS_AT_ONCE = 1000
+_FORMAT = 2
+"""Goes up when the same settings would encode differently, or files look differently."""
+
+T = TypeVar("T")
+
+
+class StoredSamples(Sequence[Any]):
+    """Samples in a file that is mapped, not read: each is made when it is asked for.
+
+    Attributes:
+        key: what they are stored under: the same for the same samples.
+        lengths: (samples,) int32, their tokens.
+        labels: of all samples, None where they have none.
+        shortened: how many were too long and lost tokens.
+        skipped: how many rows were left out, and why the first few.
+    """
+
+    def __init__(self, folder: Path, kind: type[Any]) -> None:
+        self.key = folder.name
+        self._kind, self._names = kind, [field.name for field in fields(kind)]
+        self._rows = datasets.Dataset.from_file(str(folder / _ROWS))
+        self.lengths: np.ndarray = _column(self._rows, "length", np.int32)
+        self.labels: list[Any] = self._rows["label"][:] if "label" in self._names else [None] * len(self._rows)
+        self.shortened = int(_column(self._rows, "shortened", np.int32).sum()) if "shortened" in self._names else 0
+        counts = read_json(folder / _COUNTS)
+        self.skipped: int = counts["skipped"]
+        self.reasons: list[str] = counts["reasons"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self._rows[index]
+        return self._kind(**{name: _frozen(row[name]) for name in self._names})
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+class ChosenSamples(Sequence[Any]):
+    """Some of the stored samples, each made when it is asked for.
+
+    Attributes:
+        lengths: (samples,) int32, their tokens.
+    """
+
+    def __init__(self, stored: StoredSamples, indices: Sequence[int]) -> None:
+        self._stored, self._indices = stored, indices
+        self.lengths = stored.lengths[list(indices)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        chosen = self._indices[index]
+        return [self._stored[i] for i in chosen] if isinstance(chosen, Sequence) else self._stored[chosen]
+
+
+def store_samples(
+    key: str, kind: type[T], schema: pyarrow.Schema, make: Callable[[], Iterable[T]], counts: Callable[[], Any]
+) -> None:
+    """Write what `make` yields under `key`, unless it is there, whole.
+
+    Args:
+        schema: of `kind`'s fields, without ``length``, which is added.
+        counts: called at the end: ``{"skipped": ..., "reasons": [...]}``.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    folder = stored_at(key)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{key}.lock"):  # another job may be at it
+            if not is_whole(folder):
+                write_folder(folder, lambda path: _write(path, schema, make(), counts))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"HF_DATASETS_CACHE: {folder.parent} cannot be written ({reason})") from error
+
+
+def stored_at(key: str) -> Path:
+    """The folder of a key."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sparse_llm_ft" / key
+
+
+def content_key(**parts: Any) -> str:
+    """SHA-256 of JSON values."""
+    text = json.dumps({"format": _FORMAT} | parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all by which a tokenizer turns text into ids."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # slow: of a sentencepiece model, the vocabulary does not tell all
+        file = Path(getattr(tokenizer, "vocab_file", None) or "")
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), content]
+    else:
+        rules = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+            rules.pop(state, None)
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return content_key(
+        rules=rules,
+        special=special,
+        chat=tokenizer.chat_template,
+        limit=tokenizer.model_max_length,
+        inputs=tokenizer.model_input_names,  # whether there are type ids
+        split_special=getattr(tokenizer, "split_special_tokens", None),
+    )
+
+
+def _write(folder: Path, schema: pyarrow.Schema, samples: Iterable[Any], counts: Callable[[], Any]) -> None:
+    schema = schema.append(pyarrow.field("length", pyarrow.int32()))
+    with (
+        pyarrow.OSFile(str(folder / _ROWS), "wb") as file,
+        pyarrow.ipc.new_stream(file, schema) as stream,
+    ):
+        rest = iter(samples)
+        while rows := [asdict(sample) | {"length": sample.length} for sample in islice(rest, _ROWS_AT_ONCE)]:
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+    (folder / _COUNTS).write_text(json.dumps(counts()), encoding="utf-8")
+
+
+def _column(rows: datasets.Dataset, name: str, dtype: Any) -> np.ndarray:
+    return rows.data.column(name).to_numpy().astype(dtype)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, as samples have them."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,363 @@
+"""The encoded splits of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sparse_llm_ft.config import RunConfig, TaskConfig
+from sparse_llm_ft.data.cache import StoredSamples, content_key, schema_of, store_samples, stored_at, tokenizer_key
+from sparse_llm_ft.data.packing import PackedSamples
+from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
+from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
+from sparse_llm_ft.data.streaming import StreamedSamples
+from sparse_llm_ft.data.tasks import Task, render
+from sparse_llm_ft.data.tokenization import CompletionEncoder, Encoder, Seq2SeqEncoder, TextEncoder, completion_ids
+from sparse_llm_ft.errors import ConfigError, DataError, UserError
+from sparse_llm_ft.model.architecture import Use
+
+Lead = Callable[[Callable[[], None]], None]
+"""Runs something on one process of a node while its others wait (`on_node_leaders`), or on all (`on_every_rank`); what
+fails on one stops all.
+"""
+
+
+def alone(action: Callable[[], None]) -> None:
+    """The `Lead` of a single process.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        action()
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured before and after training: the samples, and the rows they are made of.
+
+    Attributes:
+        name: empty, or of a further split, as MNLI's ``mismatched``.
+        key: the same for the same samples.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    samples: Sequence[Any]
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The encoded splits of a run; `validation` and `measured` may be empty.
+
+    Attributes:
+        key: the same for the same samples, of every split but what is between the ends of a streamed one.
+    """
+
+    train: StoredSamples | StreamedSamples
+    validation: Sequence[Any]
+    measured: tuple[Measured, ...]
+    key: str
+
+    @classmethod
+    def encode(
+        cls,
+        config: RunConfig,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        use: Use,
+        lead: Lead = alone,
+        each: Lead = alone,
+        share: Callable[[str], str] = str,
+    ) -> Samples:
+        """Tokenise all that a run needs, or find it in the cache. Collective if `lead`, `each` and `share` are.
+
+        Args:
+            share: makes of a text the one that rank 0 has.
+
+        Raises:
+            UserError: a row or a sample that cannot be used, or a task that does not say what such a model sees.
+        """
+        encoding = Encoding(config, task, tokenizer, use, lead, each, share)
+        validation = encoding.stored("validation") if config.training.eval_every is not None else ()
+        measured = encoding.measured()
+        train: StoredSamples | StreamedSamples
+        if config.task.streaming:
+            train, key = encoding.streamed(), encoding.stream_key()
+        else:
+            train = encoding.stored("train")
+            key = train.key
+        return cls(train, validation, measured, content_key(train=key, measured=[part.key for part in measured]))
+
+    def sizes(self, measured: str) -> dict[str, int]:
+        """Split -> its samples: all that are trained on (0 of a stream), and those that are measured.
+
+        Args:
+            measured: name of the split that is measured.
+        """
+        train = 0 if isinstance(self.train, StreamedSamples) else len(self.train)
+        return {"train": train} | {part.name or measured: len(part.examples) for part in self.measured}
+
+    def remarks(self, task: TaskConfig) -> list[str]:
+        """What a user wants to know about the samples before they are used: how many were shortened or left out."""
+        parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamedSamples) else [("training", self.train)]
+        if isinstance(self.validation, StoredSamples):
+            parts.append(("validation", self.validation))
+        return _remarks(parts, task) + remarks_of(self.measured, task)
+
+
+def remarks_of(measured: Sequence[Measured], task: TaskConfig) -> list[str]:
+    """How many of the samples that are measured were shortened or left out."""
+    return _remarks([(f"measured {part.name}".strip(), part.samples) for part in measured], task)
+
+
+def _remarks(parts: Sequence[tuple[str, Any]], task: TaskConfig) -> list[str]:
+    most = f"max_length {task.max_length}"
+    if task.max_prompt_length is not None:
+        most = f"max_prompt_length {task.max_prompt_length}"
+    lines = []
+    for name, samples in parts:
+        if samples.shortened:
+            lines.append(f"{samples.shortened} of {len(samples)} {name} texts were shortened to fit task.{most}")
+        if samples.skipped:
+            lines.append(f"{samples.skipped} {name} rows were left out, the first: {samples.reasons[0]}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How splits become samples."""
+
+    config: RunConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    use: Use
+    lead: Lead = alone
+    each: Lead = alone
+    share: Callable[[str], str] = str
+
+    def __post_init__(self) -> None:
+        _check_inputs(self.task, self.use, self.config.model.name)
+
+    @property
+    def encoder(self) -> Encoder:
+        """One example -> one sample."""
+        length = self.config.task.max_length
+        if self.use.mode == "question_answering":
+            return SpanEncoder(self.tokenizer, length)
+        if self.use.has_head:
+            return TextEncoder(self.tokenizer, length)
+        kind = Seq2SeqEncoder if self.use.mode == "seq2seq_lm" else CompletionEncoder
+        return kind(self.tokenizer, length, self._prompt_length)
+
+    @property
+    def _prompt_length(self) -> int | None:
+        """What a writer's prompt may have: as set, but so that every label fits behind it."""
+        settings, task = self.config.task, self.task
+        answers = task.labels or [f"{score:.1f}" for score in task.score or ()]
+        if self.use.mode == "seq2seq_lm" or not answers:
+            return settings.max_prompt_length
+        assert task.completion, "check_task made sure"
+        completions = [render(task.completion, {task.label_column: answer}) for answer in answers]
+        room = settings.max_length - max(len(completion_ids(text, self.tokenizer)) for text in completions)
+        if room < 1:
+            raise ConfigError(
+                "task.max_length", f"{settings.max_length} leaves no room beside the longest label", "expected more"
+            )
+        return min(settings.max_prompt_length or room, room)
+
+    @property
+    def kind(self) -> type:
+        """Of the samples."""
+        if self.use.mode == "question_answering":
+            return SpanSample
+        return TextSample if self.use.has_head else Sample
+
+    def stored(self, split: str, further: str | None = None, limit: int | None = None) -> StoredSamples:
+        """A split's samples, in the cache."""
+        own = ""
+        kind = self.kind
+
+        def find() -> None:
+            nonlocal own
+            own = self._key(split, further, limit)
+
+        self.lead(find)  # reading all of a large file is for one process of a node
+        key = self.share(own)
+        skipped = Skipped()
+
+        def write() -> None:
+            if own != key:
+                raise UserError(f"task: this node's {split} rows, or its tokenizer, are not those of rank 0's node")
+            counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
+            make = lambda: self._encode(self._rows(split, further, skipped), skipped, limit)  # noqa: E731
+            schema = schema_of(kind, self.task.score is not None)
+            store_samples(key, kind, schema, make, counts)
+
+        self.lead(write)
+        samples = self._by_each(lambda: StoredSamples(stored_at(key), kind))
+        if not len(samples):
+            raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
+        return samples
+
+    def samples_of(self, rows: Iterable[Example]) -> Iterator[Any]:
+        """Samples of rows at hand, past the cache.
+
+        Raises:
+            DataError: a row that does not fit, whatever ``task.on_bad_row`` says: each of these is asked for.
+        """
+        return self._encode(rows, None)
+
+    def streamed(self) -> StreamedSamples:
+        """The training split, row by row."""
+        task = self.config.task
+        return StreamedSamples(
+            lambda skipped: examples(task, "train", skipped),
+            self.encoder,
+            task.shuffle_buffer,
+            self.config.seed,
+            task.max_length,
+        )
+
+    def stream_key(self) -> str:
+        """The same for the same rows, as far as both ends of a file show: all of it may take hours to read."""
+        path = split_file(self.config.task, "train")
+        own = [""]
+
+        def look() -> None:
+            own[0] = content_key(
+                rows=None if path is None else _ends(path),
+                tokenizer=tokenizer_key(self.tokenizer),
+                max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
+            )
+
+        self.each(look)
+        return self.share(own[0])
+
+    def measured(self) -> tuple[Measured, ...]:
+        """The first samples of the evaluated split, and of those that are measured beside it."""
+        evaluation = self.config.evaluation
+        if not evaluation.samples:
+            return ()
+        parts = []
+        for further in (None, *self.task.further_splits):
+            rows = self._by_each(partial(self._measured_rows, further))
+            samples = self.stored(evaluation.split, further, evaluation.samples)
+            parts.append(Measured(further or "", rows, samples, samples.key))
+        return tuple(parts)
+
+    def _measured_rows(self, further: str | None) -> list[Example]:
+        """The rows that `stored` makes the samples of: as many as are asked for, of those that can be used."""
+        evaluation = self.config.evaluation
+        rows = self._rows(evaluation.split, further, Skipped())
+        if self.config.task.on_bad_row == "skip":
+            rows = (row for row in rows if self._fits(row))
+        return list(islice(rows, evaluation.samples))
+
+    def _rows(self, split: str, further: str | None, skipped: Skipped) -> Iterable[Example]:
+        if split == "train" or self.task.group_by is None:
+            return examples(self.config.task, split, skipped, further)
+        return read_split(self.config.task, split, further, skipped=skipped)
+
+    def _by_each(self, make: Callable[[], Any]) -> Any:
+        found = []
+        self.each(lambda: found.append(make()))
+        return found[0]
+
+    def _fits(self, example: Example) -> bool:
+        try:
+            self.encoder(example)
+        except DataError:
+            return False
+        return True
+
+    def _encode(self, rows: Iterable[Example], skipped: Skipped | None, limit: int | None = None) -> Iterator[Any]:
+        encode, number = self.encoder, 0
+        for example in rows:
+            try:
+                sample = encode(example)
+            except DataError as error:
+                if skipped is None or self.config.task.on_bad_row == "error":
+                    raise
+                skipped.add(error)
+                continue
+            if isinstance(sample, list):
+                yield from (replace(window, example=number) for window in sample)
+            else:
+                yield sample
+            number += 1
+            if number == limit:
+                return
+
+    def _key(self, split: str, further: str | None, limit: int | None) -> str:
+        """By content: of the rows, of the tokenizer, and every setting that samples depend on."""
+        task, settings = self.task, self.config.task
+        templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
+        return content_key(
+            rows=_source(settings, task, split, further),
+            tokenizer=tokenizer_key(self.tokenizer),
+            mode=self.use.mode,
+            max_length=[settings.max_length, settings.max_prompt_length],
+            on_bad_row=settings.on_bad_row,
+            split=[split, further, limit],
+            task=templates,
+        )
+
+
+_END = 2**20
+_NOT_CONTENT = ("flatten", "metrics", "source", "description", "example", "further_splits", "splits")
+
+
+def _source(settings: TaskConfig, task: Task, split: str, further: str | None) -> list[str]:
+    """What says that the rows are the same: a file's content, or what `datasets` knows a data set by."""
+    path = split_file(settings, split, further)
+    if path is None:
+        splits = task.splits if further is None else task.further_splits[further]
+        rows: Any = hub_rows(task, splits[split])
+        return [str(task.hub_id), rows._fingerprint]
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _ends(path: Path) -> list[Any]:
+    """A file's size, and what its first and its last mebibyte hold."""
+    with path.open("rb") as file:
+        first, size = file.read(_END), os.fstat(file.fileno()).st_size
+        file.seek(max(size - _END, 0))
+        last = file.read(_END)
+    return [size, *(hashlib.sha256(end).hexdigest() for end in (first, last))]
+
+
+def packed(samples: Sequence[Any], lengths: Any, config: RunConfig) -> Sequence[Any]:
+    """What the loop consumes of these samples: packs, where `task.packing` says so."""
+    return PackedSamples(samples, lengths, config.task.max_length) if config.task.packing else samples
+
+
+def strata(samples: StoredSamples, task: Task) -> list[int | None]:
+    """The class of every sample, for stratified draws; scores are of one class."""
+    return samples.labels if task.labels is not None else [None] * len(samples)
+
+
+def _check_inputs(task: Task, use: Use, model: str) -> None:
+    writes = task.prompt or task.messages
+    if not use.has_head and not writes:
+        raise ConfigError("task.prompt", f"not given, and {model!r} writes", "expected a template such as '{text}'")
+    if use.has_head and not task.texts:
+        raise ConfigError(
+            "task.texts",
+            f"not given, and {model!r} gets a head, which task.prompt shows more than two columns",
+            "expected one column or two",
+        )

@@ -1,0 +1,148 @@
+"""The registry's task with the settings in place, and whatever in them contradicts each other. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+from sparse_llm_ft.config import TaskConfig
+from sparse_llm_ft.config.schema import Metric
+from sparse_llm_ft.data.tasks import TASKS, Kind, Task, template_columns
+from sparse_llm_ft.errors import ConfigError
+
+METRICS: dict[Kind, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "extractive": ("squad",),
+    "generation": ("rouge", "bleu", "squad"),
+}
+"""What can be measured of each kind of task."""
+
+_DEFAULT: dict[Kind, tuple[Metric, ...]] = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "extractive": ("squad",),
+    "generation": ("rouge",),
+}
+_SETTINGS = ("prompt", "completion", "messages", "labels", "score", "texts", "label_column", "references")
+
+
+def find_task(name: str, setting: str = "task.name") -> Task:
+    """The registry's entry.
+
+    Raises:
+        ConfigError: there is none; with the nearest name, or the family's (``sst2`` is ``glue/sst2``).
+    """
+    entry = TASKS.get(name)
+    if entry is None:
+        family = [known for known in TASKS if known.endswith(f"/{name}")]
+        near = family or difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(setting, f"{name!r} is unknown", f"{hint}known: {', '.join(sorted(TASKS))}")
+    return entry
+
+
+def check_task(config: TaskConfig) -> Task:
+    """The registry's task with the config's settings in place.
+
+    Raises:
+        ConfigError: an unknown task, a setting missing or at odds with another, or no place to read from.
+    """
+    entry = find_task(config.name)
+    given: dict[str, Any] = {key: getattr(config, key) for key in _SETTINGS if getattr(config, key) is not None}
+    task = replace(entry, **given)
+    if task.labels is not None and task.score is not None:
+        raise ConfigError("task.score", f"{list(task.score)} beside labels {list(task.labels)}", "expected one of them")
+    task = _check_messages(task) if task.messages else task
+    if task.kind in ("classification", "regression"):
+        task = _check_labelled(task, config)
+    else:
+        _check_text(task, config)
+    for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+        if template and not template_columns(template):
+            raise ConfigError(setting, f"{template!r} has no {{column}} field", "expected one at least")
+    if config.path is None and task.hub_id is None:
+        raise ConfigError(
+            "task.path",
+            f"not given, and task {task.name} has no data set on the hub",
+            "expected a folder with train.jsonl",
+        )
+    if config.metrics is None and task.kind == entry.kind:
+        return task
+    return replace(task, metrics=_check_metrics(task, config.metrics or _DEFAULT[task.kind]))
+
+
+def _check_metrics(task: Task, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+    for metric in metrics:
+        if metric not in METRICS[task.kind]:
+            raise ConfigError(
+                "task.metrics",
+                f"{metric!r} does not measure a task of kind {task.kind}",
+                f"expected of {', '.join(METRICS[task.kind])}",
+            )
+    if len(set(metrics)) < len(metrics):
+        raise ConfigError("task.metrics", f"{list(metrics)} names one twice", "expected each once")
+    return metrics
+
+
+def _check_messages(task: Task) -> Task:
+    """A chat brings along what a prompt and a completion would say."""
+    for key in ("prompt", "completion", "labels", "score", "texts"):
+        if getattr(task, key):
+            raise ConfigError(
+                "task.messages", f"{task.messages!r} beside {key} {getattr(task, key)!r}", "expected one of them"
+            )
+    return task
+
+
+def _check_text(task: Task, config: TaskConfig) -> None:
+    """What only labels need has no place in a generation, and references none in a span's."""
+    unused = ("label_column", "references") if task.extractive else ("texts", "label_column")
+    for key in unused:
+        if getattr(config, key) is not None:
+            where = "generation" if key == "references" else "classification or regression"
+            raise ConfigError(
+                f"task.{key}",
+                f"{getattr(config, key)!r} is for {where}",
+                f"expected none in task {task.name}" if task.extractive else "expected task.labels or task.score too",
+            )
+    if task.extractive and len(task.texts) != 2:
+        raise ConfigError("task.texts", f"{list(task.texts)}", "expected the columns of question and context")
+    if task.messages:
+        return
+    for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+        if not template:
+            raise ConfigError(
+                setting, f"not given, and task {task.name} has none", "expected a template such as '{text}'"
+            )
+
+
+def _check_labelled(task: Task, config: TaskConfig) -> Task:
+    """The task with its completion and texts filled in: the label word or score, and what the prompt shows."""
+    setting = "task.labels" if task.labels is not None else "task.score"
+    labels = task.labels or ()
+    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+        raise ConfigError("task.labels", f"{list(labels)} has an empty or a repeated word", "expected distinct words")
+    if task.score is not None and not task.score[0] < task.score[1]:
+        raise ConfigError("task.score", f"{list(task.score)} is no range", "expected the lowest score and the highest")
+    if config.references is not None:
+        raise ConfigError("task.references", f"{list(config.references)} is for generation", f"expected no {setting}")
+    shown = template_columns(task.prompt or "")
+    if task.label_column in (*shown, *task.texts):
+        raise ConfigError(
+            "task.label_column",
+            f"{task.label_column!r} is in task.prompt or task.texts",
+            "expected a column that the model does not see",
+        )
+    completion = task.completion or f" {{{task.label_column}}}"
+    if template_columns(completion) != [task.label_column]:
+        raise ConfigError(
+            "task.completion",
+            f"{completion!r} is not the label alone",
+            f"expected '{{{task.label_column}}}' as its only column, or no {setting}",
+        )
+    if not task.texts and not shown:
+        raise ConfigError("task.texts", "not given, nor is task.prompt", "expected one column or two")
+    texts = task.texts or (tuple(shown) if len(shown) <= 2 else ())  # more than a pair no encoder takes
+    return replace(task, completion=completion, texts=texts)

@@ -1,0 +1,1 @@
+"""This process among the others: launchers, collectives, signals, dead ranks, exit status."""

@@ -1,0 +1,70 @@
+"""How a process ends when something is wrong: one line, once, and an exit status that says whose fault it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
+
+USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
+REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, and the same command shall be started again
+_GRACE_SECONDS = 5.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a wrong argument as every other user error: one line, on rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it, for `one_line_errors` to say."""
+        raise UserError(message)
+
+
+@contextmanager
+def one_line_errors(world: World) -> Iterator[None]:
+    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, Ctrl-C
+    into a line and status 130, a `LeaveRequest` into its line and status 75.
+
+    All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
+    everyone when the first process fails, and that must not be before rank 0 has spoken. If then the first process of
+    another node is still alive, the error may be its own (a file missing there), and it says so too.
+    """
+    try:
+        yield
+    except (UserError, TrainingError) as error:
+        status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
+        if world.rank != 0:
+            time.sleep(_GRACE_SECONDS)
+        if world.local_rank == 0:
+            where = f"rank {world.rank}: " if world.rank else ""
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        sys.exit(status)
+    except LeaveRequest as request:
+        if world.rank == 0:
+            print(f"{request}; the same command continues", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_GRACE_SECONDS)
+        sys.exit(REQUEUE)
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
+    """End this process from any thread, with a line and status 1, because other ranks are `dead`.
+
+    The first survivor of each node says it; its others wait a moment, as in `one_line_errors`.
+    """
+    first = world.rank - world.local_rank
+    if any(rank not in dead for rank in range(first, world.rank)):
+        time.sleep(_GRACE_SECONDS)
+    else:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(TRAINING_ERROR)  # the main thread may be in a collective that never ends

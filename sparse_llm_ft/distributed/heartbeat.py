@@ -1,0 +1,193 @@
+"""A rank that dies is named by the others, which then end, whatever collective they are waiting in.
+
+Every rank writes a beat into the run's TCPStore and reads those of all others, in a thread of its own with a
+connection of its own. Nothing is sent between ranks by the training itself, and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from sparse_llm_ft.distributed import exit_status as exits
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.world import World
+
+_DONE = "done"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds.
+
+    Attributes:
+        beat: between two beats of a rank.
+        silent: without a beat a rank is taken for dead. Long, since a library may hold the interpreter for a while.
+        doubted: the same once this process was asked to leave: launchers ask the survivors when one rank dies, and
+            kill those that are still there after 30 s.
+        lost: the same once a collective has failed, which is proof that somebody is gone.
+        store: the store may take to answer.
+    """
+
+    beat: float = 2.0
+    silent: float = 40.0
+    doubted: float = 15.0
+    lost: float = 6.0
+    store: float = 5.0
+
+
+class Watch:
+    """The threads of one rank: one talks to the store, one judges.
+
+    Whoever talks may wait for ever: a host that is frozen accepts a connection and never answers.
+    Time counts only while this process itself is running: who wakes from a suspension must not blame all others.
+
+    Args:
+        connect: makes a connection to the store; called anew after a failure.
+        holder: who is to blame if the store cannot be reached.
+        end: called with the dead ranks and what to say of them.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        connect: Callable[[], Any],
+        holder: tuple[int, str],
+        end: Callable[[set[int], str], None],
+        patience: Patience = Patience(),
+    ) -> None:
+        self.world, self.patience = world, patience
+        self._connect, self._holder, self._end = connect, holder, end
+        self._others = [rank for rank in range(world.size) if rank != world.rank]
+        self._last = dict.fromkeys(self._others, "")
+        self._silent = dict.fromkeys(self._others, 0.0)
+        self._deaf, self._beats, self._met = 0.0, 0, False
+        self._store: Any = None
+        self._heard: list[str] | None = None
+        self._stopped, self._lost = threading.Event(), threading.Event()
+        self._talker, self._judge = (
+            threading.Thread(target=target, name="watch", daemon=True) for target in (self._talk, self._look)
+        )
+        self._talker.start()
+        self._judge.start()
+
+    def collective_failed(self) -> None:
+        """Wait while it is found out who is gone and the process ends; returns if nobody is."""
+        self._lost.set()
+        self._judge.join(2 * (self.patience.lost + self.patience.beat + self.patience.store))
+
+    def close(self, done: bool) -> None:
+        """Stop; if `done`, tell the others that this rank's silence is right."""
+        self._stopped.set()
+        self._judge.join()
+        self._talker.join(2 * self.patience.store)
+        if done and not self._talker.is_alive():
+            self._say(_DONE)
+
+    def _talk(self) -> None:
+        while not self._stopped.is_set():
+            self._beats += 1
+            self._heard = self._say(f"{self._beats} {socket.gethostname()}")
+            self._stopped.wait(self.patience.beat)
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._stopped.wait(self.patience.beat):
+            heard, self._heard = self._heard, None
+            now = time.monotonic()
+            self._weigh(heard, min(now - before, 2 * self.patience.beat))
+            before = now
+
+    def _say(self, beat: str) -> list[str] | None:
+        """Write this rank's beat and read the others'; None if the store did not answer."""
+        try:
+            if self._store is None:
+                self._store = self._connect()
+            self._store.set(_key(self.world.rank), beat)
+            begun = [r for r in self._others if self._last[r] or self._store.check([_key(r)])]
+            beats = self._store.multi_get([_key(rank) for rank in begun]) if begun else []
+            heard = dict(zip(begun, beats, strict=True))
+            return [heard.get(rank, b"").decode() for rank in self._others]
+        except RuntimeError:  # DistError: whoever holds the store is gone, or too busy
+            self._store = None  # a late answer to this question would be taken for one to the next
+            return None
+
+    def _weigh(self, beats: list[str] | None, seconds: float) -> None:
+        """Take what was heard since the last look, `seconds` ago; None: nothing."""
+        if beats is None:
+            self._deaf += seconds if self._met else 0.0  # its holder may still be loading
+        else:
+            self._deaf, self._met = 0.0, True
+            for rank, beat in zip(self._others, beats, strict=True):
+                starting = beat == "" and not self._lost.is_set()  # who took part in a collective had begun
+                alive = starting or beat == _DONE or beat != self._last[rank]
+                self._silent[rank] = 0.0 if alive else self._silent[rank] + seconds
+                self._last[rank] = beat
+        limit = self._limit()
+        dead = {rank for rank, silent in self._silent.items() if silent >= limit}
+        hosts = {rank: self._last[rank].partition(" ")[2] or "host unknown" for rank in dead}
+        names = [f"rank {rank} ({hosts[rank]})" for rank in sorted(dead)]
+        if not dead and self._deaf >= limit:
+            dead, names = {self._holder[0]}, [self._holder[1]]
+        if dead and not self._stopped.is_set():
+            self._end(dead, ", ".join(names))
+
+    def _limit(self) -> float:
+        if self._lost.is_set():
+            return self.patience.lost
+        return self.patience.doubted if any(signals.caught()) else self.patience.silent
+
+
+@contextmanager
+def watching(world: World) -> Iterator[None]:
+    """Watch the other ranks while the body runs; the process ends as soon as one of them is found dead.
+
+    A body that raises leaves the others to find this rank silent, unless they stop with the same error.
+    """
+    if world.size == 1:
+        yield
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    holder = (-1, f"the launcher's store at {address}") if agent else (0, f"rank 0 ({address})")
+    # Rank 0 opens the store before the process group does, which then finds it open in this process and shares it.
+    server = _store(address, port, held=True) if world.rank == 0 and not agent else None
+
+    def end(dead: set[int], names: str) -> None:
+        exits.end_at_once(
+            world,
+            dead,
+            f"{names} stopped answering: it died, or left with an error; the same command continues from the last "
+            "checkpoint",
+        )
+
+    watch = Watch(world, lambda: _store(address, port), holder, end)
+    done = False
+    try:
+        yield
+        done = True
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            watch.collective_failed()
+        raise
+    finally:
+        watch.close(done)
+        del server
+
+
+def _store(address: str, port: int, held: bool = False) -> dist.Store:
+    timeout = timedelta(seconds=Patience().store)
+    return dist.TCPStore(address, port, is_master=held, timeout=timeout, wait_for_workers=False, multi_tenant=held)
+
+
+def _key(rank: int) -> str:
+    return f"watch/{rank}"

@@ -1,0 +1,281 @@
+"""DeepSpeed's engine: build one around a model, step, read and write its state, tear it down.
+
+ZeRO keeps values and moments of the trained parameters in flat float32 partitions; zero.py knows where.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import io
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+from torch import nn
+
+from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
+from sparse_llm_ft.config import merge
+from sparse_llm_ft.engine import zero
+from sparse_llm_ft.engine.shards import Shards
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
+
+deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
+
+Tensors = dict[str, torch.Tensor]
+Moments = dict[str, Tensors]
+
+
+def init_distributed() -> None:
+    """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
+            os.environ["LOCAL_RANK"] = "0"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with redirect_stdout(io.StringIO()):  # on CPUs it prints which operator it has built, on every rank
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built with.
+
+    Attributes:
+        micro_batch_size: per rank.
+        accumulation_steps: forward passes of one optimizer step.
+        dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
+        omega_lr, omega_algorithm: of trained omegas.
+        extra: settings merged into DeepSpeed's own.
+        lora_b_lr_factor: learning rate of B over that of everything else (LoRA+).
+    """
+
+    zero_stage: int
+    dtype: Literal["float32", "bfloat16"]
+    micro_batch_size: int
+    accumulation_steps: int
+    max_grad_norm: float
+    weight_decay: float
+    omega_lr: float
+    omega_algorithm: Literal["adamw", "sgd"]
+    extra: Mapping[str, Any]
+    lora_b_lr_factor: float = 1.0
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        ours: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation_steps,
+            "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "zero_optimization": {"stage": self.zero_stage},
+            "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        return merge(ours, self.extra)
+
+
+def check_deepspeed(extra: Mapping[str, Any]) -> None:
+    """Refuse unknown or impossible settings of ``deepspeed.zero_optimization`` before anything slow.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    known = list(DeepSpeedZeroConfig.model_fields)
+    given = extra.get("zero_optimization", {})
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json"
+            raise ConfigError(f"deepspeed.zero_optimization.{key}", "unknown key", hint)
+    try:
+        DeepSpeedZeroConfig(**given)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(["deepspeed.zero_optimization", *(str(part) for part in problem["loc"])])
+        raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {problem['msg']}") from None
+
+
+class Engine:
+    """DeepSpeed around a model with adapters. All ranks must call every method together.
+
+    Args:
+        masks: short parameter name -> which of its entries are trained, where not all are. Read once, for this rank's
+            shard alone, and not kept.
+
+    Attributes:
+        parameters: short name -> what is trained.
+        grad_norm: of the last update's gradients before clipping, over all ranks, masked entries left out.
+    """
+
+    def __init__(self, model: nn.Module, settings: EngineSettings, masks: Mapping[str, Mask] | None = None) -> None:
+        self.settings = settings
+        self.parameters = trained_parameters(model)
+        optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
+        self.module = model
+        if settings.zero_stage == 3 and settings.dtype == "bfloat16":
+            zero.cast_whole(model, torch.bfloat16)
+        self._hooks_before = zero.hooks(model)
+        self._engine, self._wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings.to_deepspeed()
+        )
+        if settings.zero_stage == 3:
+            zero.gather_with_users(model)
+        self._optimizer = optimizer
+        self.grad_norm = math.nan
+        masters = zero.masters(self._wrapped, optimizer)
+        self._shards = Shards(
+            optimizer,
+            masters,
+            {name: zero.full_shape(parameter) for name, parameter in self.parameters.items()},
+            zero.places(self._wrapped, self.parameters, masters),
+            masks or {},
+            zero.is_sharded(self._wrapped),
+            self._engine.device,
+        )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameter groups by `_group_of`; an empty one is left out (DeepSpeed cannot take it)."""
+        settings = self.settings
+        groups: list[dict[str, Any]] = [
+            {"name": "adapter", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "lora_B", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "whole", "algorithm": "adamw", "weight_decay": settings.weight_decay},
+            {"name": "omega", "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
+        ]
+        for group in groups:
+            group["params"] = [p for name, p in self.parameters.items() if self._group_of(name) == group["name"]]
+        return [group for group in groups if group["params"]]
+
+    def _group_of(self, name: str) -> str:
+        """``omega``; ``whole`` for modules of the base, whose moments outlive a change of adapters and so need a step
+        count of their own; under LoRA+ ``lora_B``; else ``adapter``.
+        """
+        if is_omega(name):
+            return "omega"
+        if not is_adapter(name):
+            return "whole"
+        return "lora_B" if self.settings.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's output for this rank's micro-batch."""
+        return self._engine(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients. DeepSpeed averages them over ranks and divides by the accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> bool:
+        """End a micro-step; on the last of the accumulation, update with `learning_rate`.
+
+        Returns:
+            False where the update was not made, since its gradients are not finite; nothing has changed then.
+        """
+        settings = self.settings
+        rates = {"omega": settings.omega_lr, "lora_B": learning_rate * settings.lora_b_lr_factor}
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates.get(group["name"], learning_rate)
+        if self._engine.is_gradient_accumulation_boundary():
+            self.grad_norm = self._shards.norm(self._flat_gradients())
+            self._optimizer.gradient_scale = self.clip_factor if math.isfinite(self.grad_norm) else None
+        self._engine.step()
+        return self._optimizer.gradient_scale is not None
+
+    @property
+    def clip_factor(self) -> float:
+        """What the last update's gradients were multiplied with, so that their norm is at most `max_grad_norm`."""
+        most = self.settings.max_grad_norm
+        return min(1.0, most / (self.grad_norm + 1e-6)) if most else 1.0
+
+    def gradients(self) -> Tensors:
+        """float32 gradients of the optimizer step that is about to be made, before clipping, averaged over ranks,
+        unsharded, on the CPU. Between the last `backward` of an accumulation and its `step`.
+        """
+        flat = self._flat_gradients()
+        return {name: self._shards.gradient(name, flat).cpu() for name in self.parameters}
+
+    def _flat_gradients(self) -> list[torch.Tensor]:
+        return zero.flat_gradients(self._wrapped, self._shards.masters)
+
+    def values(self, names: Iterable[str] | None = None) -> Tensors:
+        """float32 values of the named parameters (None: of all), unsharded, on the CPU."""
+        wanted = self.parameters if names is None else names
+        return {name: self._shards.read(name).cpu() for name in wanted}
+
+    def moments(self) -> Moments:
+        """Adam's moments of every parameter that has some, unsharded, on the CPU; 0 for masked entries."""
+        return {
+            name: {key: self._shards.read(name, key).cpu() for key in keys}
+            for name in self.parameters
+            if (keys := MOMENTS[self._algorithm(name)])
+        }
+
+    def optimizer_steps(self) -> dict[str, int]:
+        """Updates made so far per parameter group, the count in Adam's bias correction."""
+        state = self._optimizer.state
+        return {group["name"]: int(state[master]["step"]) for group, master in self._shards.masters}
+
+    def load(
+        self,
+        values: Mapping[str, torch.Tensor],
+        moments: Mapping[str, Tensors] | None = None,
+        optimizer_steps: Mapping[str, int] | None = None,
+    ) -> None:
+        """Set parameters, moments and step counts; what is not given keeps its value (a fresh engine's is zero).
+
+        Raises:
+            ValueError: a name the engine does not train, or another shape.
+        """
+        unknown = [name for name in (*values, *(moments or {})) if name not in self.parameters]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a trained parameter of this engine")
+        for name, value in values.items():
+            self._shards.write(name, value)
+        for name, entry in (moments or {}).items():
+            for key, value in entry.items():
+                self._shards.write(name, value, key)
+        if values:
+            zero.copy_masters_to_model(self._wrapped)
+        if optimizer_steps is not None:
+            for group, master in self._shards.masters:
+                self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which `module`'s own parameters are whole on every rank. Collective at stage 3."""
+        return zero.gathered(module)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state on the rank that holds most: moments, step counts, indices of kept entries, and the
+        float32 masters that exist beside the model's own parameters.
+        """
+        own = {id(parameter) for parameter in self.parameters.values()}
+        tensors = self._shards.state_tensors() + [m for _, m in self._shards.masters if id(m) not in own]
+        total = torch.tensor([sum(t.numel() * t.element_size() for t in tensors)], device=self._engine.device)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return int(total)
+
+    def close(self) -> None:
+        """Free the engine and its optimizer state; the model stays, its frozen base untouched."""
+        self._engine.destroy()
+        zero.remove_hooks(self.module, keep=self._hooks_before)
+        zero.forget(self.module.parameters())
+        self._optimizer.state.clear()
+        self._optimizer.kept.clear()
+        self._optimizer.param_groups.clear()
+        del self._engine, self._wrapped, self._optimizer, self._shards, self.parameters
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _algorithm(self, name: str) -> str:
+        return self.settings.omega_algorithm if is_omega(name) else "adamw"

@@ -1,0 +1,300 @@
+"""ZeRO stage 3: read a base so that no rank ever holds more than its shard and the module that is being read.
+
+transformers shards a base while it loads it only where nothing is quantised, and there rank 0 first reads all of it; a
+4-bit base is loaded whole by every rank (peft#1844). Here transformers' own loader goes through the checkpoint, tensor
+by tensor, with its renamings, conversions, quantiser, tied and fresh weights. Two things differ:
+
+    what it reads   a tensor of a file is read, in slices, by the first rank of each node, and sent to the others
+    what it sets    a parameter is cut by DeepSpeed at once; the whole of it is freed before the next is read
+
+So a value is what it is without sharding, bit by bit. The scales of a 4-bit weight (one byte for 64 values), which
+bitsandbytes keeps beside the weight, become a parameter of the layer, cut and gathered like the weight itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel, modeling_utils
+
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.loading import device, load_model
+
+SLICE_BYTES = 16 * 2**20
+"""Of a tensor, this much is read at a time: all that host memory holds of it where it goes to a GPU. On a CPU this
+much is used at a time for quantising.
+"""
+
+
+@dataclass
+class Reads:
+    """What this process has read from files.
+
+    Attributes:
+        tensors: name -> how often.
+    """
+
+    tensors: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+
+
+def load_sharded_model(
+    config: ModelConfig,
+    deepspeed_settings: Mapping[str, Any],
+    use: Use = CAUSAL_LM,
+    seed: int = 0,
+    node: str | None = None,
+    reads: Reads | None = None,
+) -> PreTrainedModel:
+    """`load_model`, with every parameter that the checkpoint has already cut into shards. Collective.
+
+    Forward passes need the hooks of an engine. Weights that are no safetensors files are read by every rank.
+
+    Args:
+        deepspeed_settings: of the engine that will be built around the model.
+        node: which processes share one reading of the files; None: those of one host.
+        reads: is told what this process reads.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, on this rank or another.
+    """
+    with _node(node or socket.gethostname()) as readers, ExitStack() as stack:
+        reads = Reads() if reads is None else reads
+        for name, replacement in (
+            ("safe_open", lambda path, *_, **__: _SharedFile(path, readers, reads)),
+            ("caching_allocator_warmup", lambda *_: None),  # it would allocate the whole model on every rank
+            ("_tied_params_are_equal", _shards_are_equal),
+        ):
+            stack.enter_context(mock.patch.object(modeling_utils, name, replacement))
+        in_slices = partial(_quantize_in_slices, bitsandbytes.functional.quantize_4bit)
+        stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
+        # One tensor after the other and in this thread: reading is a collective.
+        stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
+        stack.enter_context(_shard_what_is_set(deepspeed_settings))
+        return load_model(config, use, seed)
+
+
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a parameter's value on the CPU, as float32, whether it is cut or not. Collective."""
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().float().cpu().clone()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """The processes that share one reading: their group (None: all there are) and the rank of the one that reads."""
+
+    group: Any
+    reader: int
+
+    @property
+    def reads(self) -> bool:
+        return dist.get_rank() == self.reader
+
+    def send(self, value: torch.Tensor) -> None:
+        """Fill `value` with the reader's."""
+        dist.broadcast(value.view(torch.uint8), self.reader, group=self.group)
+
+    def send_json(self, value: Any) -> Any:
+        """The reader's value on every rank. Not as an object collective: those unpickle what they get."""
+        data = json.dumps(value).encode() if self.reads else b""
+        length = torch.tensor([len(data)], device=device())
+        dist.broadcast(length, self.reader, group=self.group)
+        shared = torch.zeros(int(length), dtype=torch.uint8, device=device())
+        if self.reads:
+            shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(shared, self.reader, group=self.group)
+        return json.loads(bytes(shared.cpu().numpy()))
+
+
+@contextmanager
+def _node(name: str) -> Iterator[_Node]:
+    own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    numbers = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, torch.tensor([own], device=device()))
+    nodes = [int(number) for number in numbers]
+    members = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in dict.fromkeys(nodes)}
+    if len(members) == 1:
+        yield _Node(None, 0)
+        return
+    groups = {node: dist.new_group(ranks) for node, ranks in members.items()}
+    try:
+        yield _Node(groups[own], members[own][0])
+    finally:
+        dist.destroy_process_group(groups[own])
+
+
+class _SharedFile:
+    """As `safetensors.safe_open`, as far as transformers uses it; only the node's reader opens the file. Collective."""
+
+    def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads) -> None:
+        self.node, self.tally = node, reads
+        self.file: Any = None
+        contents: dict[str, Any] = {}
+
+        def look() -> None:
+            with safe_open(path, framework="pt"):  # checks that header and length of the file fit
+                pass
+            # Not read by safetensors: of its map, what was read stays resident until the file is closed, and without
+            # a map it reads a tensor whole for each slice of it.
+            self.file = Path(path).open("rb", buffering=0)  # noqa: SIM115  (closed in __exit__)
+            length = int.from_bytes(self.file.read(8), "little")
+            for name, entry in json.loads(self.file.read(length)).items():
+                if name != "__metadata__":
+                    contents[name] = entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0]
+
+        _together(look if node.reads else None)
+        self.contents: dict[str, tuple[list[int], str, int]] = node.send_json(contents)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self.contents)
+
+    def get_slice(self, name: str) -> _SharedTensor:
+        """A tensor that is not read yet."""
+        return _SharedTensor(self, name)
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class _SharedTensor:
+    """A tensor of a file. transformers asks for all of it, ``[...]``, and then where to and in which type."""
+
+    def __init__(self, file: _SharedFile, name: str) -> None:
+        self.file, self.name = file, name
+        self.shape, self.type, self.start = file.contents[name]
+
+    def get_shape(self) -> list[int]:
+        """As safetensors says it."""
+        return self.shape
+
+    def get_dtype(self) -> str:
+        """As safetensors says it: ``BF16``."""
+        return self.type
+
+    def __getitem__(self, index: Any) -> _SharedTensor:
+        if index is not Ellipsis:
+            raise NotImplementedError(f"{self.name}: only whole tensors can be read sharded, not [{index}]")
+        return self
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read it, on the node's reader, and send it to the others. Collective."""
+        value = torch.empty(self.shape, dtype=dtype or modeling_utils.str_to_torch_dtype[self.type], device=device)
+        if value.is_meta:
+            return value
+        _together((lambda: self._read(value)) if self.file.node.reads else None)
+        if value.numel():
+            self.file.node.send(value)
+        return value
+
+    def _read(self, value: torch.Tensor) -> None:
+        """From the file into `value`, slice by slice."""
+        stored, flat = modeling_utils.str_to_torch_dtype[self.type], value.view(-1)
+        self.file.file.seek(self.start)
+        for part in flat.split(SLICE_BYTES // stored.itemsize):
+            piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
+            buffer: Any = piece.numpy()
+            rest = memoryview(buffer)
+            while rest:
+                count = self.file.file.readinto(rest)
+                if not count:
+                    raise OSError(f"{self.file.file.name} ends within {self.name}")
+                rest, self.file.tally.bytes = rest[count:], self.file.tally.bytes + count
+            part.copy_(piece.view(stored))
+        self.file.tally.tensors[self.name] += 1
+
+
+def _together(action: Callable[[], None] | None) -> None:
+    """Run `action` where there is one; if it fails on one rank, all stop. Collective.
+
+    Raises:
+        OSError: with the reason, where it is known.
+    """
+    failure: Exception | None = None
+    try:
+        if action is not None:
+            action()
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        failure = error
+    flag = torch.tensor([failure is not None], dtype=torch.int32, device=device())
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    if flag.item():
+        raise OSError(str(failure or "another process could not read its weights"))
+
+
+@contextmanager
+def _shard_what_is_set(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, a parameter that any module is given, off the meta device, is cut into shards. Collective."""
+    first: Any = nn.Parameter(torch.zeros(1))
+    deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=dict(settings))
+
+    def shard(parameter: nn.Parameter) -> None:
+        memory = parameter.data.untyped_storage()
+        alone = memory.nbytes() == parameter.data.nbytes
+        first.convert_to_zero_parameters(param_list=[parameter])
+        if alone:  # whoever still refers to it: transformers' loop does, until it has read the next
+            memory.resize_(0)
+
+    def on_set(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None or parameter.is_meta or hasattr(parameter, "ds_id"):
+            return
+        if not getattr(parameter, "_is_hf_initialized", False):
+            return  # the checkpoint lacks it: transformers draws its values next, all of them, and the engine cuts it
+        shard(parameter)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.absmax = nn.Parameter(state.absmax, requires_grad=False)
+            state.absmax._is_hf_initialized = True
+            module.register_parameter(f"{name}_absmax", state.absmax)
+
+    hook = register_module_parameter_registration_hook(on_set)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
+    """bitsandbytes' `quantize_4bit`, bit by bit; on a CPU slice by slice, for there it uses 14 bytes for each value."""
+    size = max(1, SLICE_BYTES // 16 // options["blocksize"]) * options["blocksize"]
+    if values.device.type != "cpu" or values.numel() <= size:
+        return quantize(values, **options)  # type: ignore[no-any-return]
+    parts = [quantize(part, **options | {"compress_statistics": False}) for part in values.flatten().split(size)]
+    codes, state = torch.cat([part for part, _ in parts]), parts[0][1]
+    state.shape, state.absmax = values.shape, torch.cat([own.absmax for _, own in parts])
+    if options["compress_statistics"]:
+        state.offset, state.nested = state.absmax.mean(), True
+        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=256
+        )
+    return codes, state
+
+
+def _shards_are_equal(one: Any, other: Any) -> bool:
+    """Whether two parameters have the same value. Collective."""
+    parts: Sequence[torch.Tensor] = [getattr(p, "ds_tensor", p) for p in (one, other)]
+    flag = torch.tensor([torch.equal(*parts)], dtype=torch.int32, device=device())
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())

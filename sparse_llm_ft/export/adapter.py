@@ -1,0 +1,53 @@
+"""What a run leaves: an adapter that stock PEFT loads, or after full fine-tuning a model that transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict, try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from sparse_llm_ft.adapters import save_peft_adapter
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.io.atomic import write_folder
+from sparse_llm_ft.model.architecture import Use, mode_of, task_type
+from sparse_llm_ft.model.loading import DTYPES, load_tokenizer
+from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+
+
+def export(
+    folder: Path, model: ModelConfig, empty: PreTrainedModel, plan: AdapterPlan, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the trained parameters of `plan` into `folder`, atomically.
+
+    Args:
+        empty: the base, from `empty_model`.
+        tensors: short parameter name -> value, float32.
+    """
+
+    def fill(path: Path) -> None:
+        if EVERYTHING not in plan.trained:
+            save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(empty))
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        values = {name: tensor.to(DTYPES[model.dtype]).contiguous() for name, tensor in tensors.items()}
+        save_torch_state_dict(values, path)
+        empty.config.architectures = [type(empty).__name__]
+        empty.config.save_pretrained(path)
+        if (generation := _generation_settings(model)) is not None:
+            shutil.copyfile(generation, path / generation.name)
+        load_tokenizer(model, Use(mode_of(empty))).save_pretrained(path)
+
+    write_folder(folder, fill)
+
+
+def _generation_settings(model: ModelConfig) -> Path | None:
+    """The base's file of them, without which the trained model would end, or BART begin, its texts in another way."""
+    name = "generation_config.json"
+    if Path(model.name).is_dir():
+        path = Path(model.name) / name
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(model.name, name, revision=model.revision)  # loading the base has fetched it
+    return Path(cached) if isinstance(cached, str) else None

@@ -1,0 +1,128 @@
+"""What a run trained, as files: a stock PEFT adapter, this package's own, or whole weights with the adapter merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparse_llm_ft.adapters import SparseLoraConfig, save_peft_adapter
+from sparse_llm_ft.adapters.convert import is_adapter, is_omega
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.merge import merge_adapters
+from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.export.uniform_rank import to_uniform_rank
+from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
+from sparse_llm_ft.io.atomic import write_folder
+from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.loading import load_tokenizer
+from sparse_llm_ft.plan import SHARED
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_LORA = ("sparse_lora", "lora")
+"""Tuners whose ΔW is a product of A and B with a factor."""
+
+
+def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
+    """Write the export into the new folder `output`, atomically.
+
+    Raises:
+        UserError: `output` exists or cannot be written, or the run has no such form.
+    """
+    refuse_existing(output)
+    check_form(run, options)
+    write_new_folder(output, lambda folder: write_export(folder, run, options, run.config.model.name))
+
+
+def write_new_folder(output: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder`; raises UserError where the disk is full or the place is none to write to."""
+    try:
+        write_folder(output, fill)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {output}: cannot be written ({reason})") from error
+
+
+def check_form(run: TrainedRun, options: ExportOptions) -> None:
+    """Refuse a form that this run cannot be brought into, before anything is written.
+
+    Raises:
+        UserError: saying why.
+    """
+    tuner, where = run.plan.tuner, run.folder.path
+    if run.full and options.to != "merged":
+        raise UserError(f"--to {options.to}: {where} trained the whole model, so there is no adapter; use --to merged")
+    if options.to == "native" and tuner not in _LORA:
+        raise UserError(f"--to native: {where} was trained with PEFT's own tuner {tuner}; use --to peft")
+    if options.uniform_rank and tuner not in _LORA:
+        raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner}; expected a LoRA")
+    if options.to != "merged" and not run.plan.active:
+        raise UserError(
+            f"--to {options.to}: phase {run.phase.name} of {where}, in which its newest checkpoint was written, has "
+            "no adapters; use --to merged, or let the run go on"
+        )
+    off = [float(value) <= 0 for name, value in run.state.tensors.items() if is_omega(name)]
+    if options.to == "peft" and len(off) == len(run.plan.active) and all(off):
+        raise UserError(f"--to peft: every adapter of {where} is off (omega <= 0); use --to native")
+
+
+def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> None:
+    """Write the files into `folder`, which exists and is empty.
+
+    Args:
+        base: what an adapter's config calls its base model.
+    """
+    if options.to == "merged":
+        _write_merged(folder, run, options.max_shard_size)
+    elif options.to == "native":
+        _write_native(folder, run, base)
+    else:
+        save_peft_adapter(folder, run.plan, run.state.tensors, base, run.config.model.revision, task_type(run.empty))
+        if options.uniform_rank:
+            _rewrite_uniform(folder)
+
+
+def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
+    model = merge_adapters(load_trained(run, dequantize=True))
+    model.config.use_cache = run.empty.config.use_cache  # training has no use for it, and turned it off
+    if run.task.labels is not None and model.config.num_labels == len(run.task.labels):
+        model.config.id2label = dict(enumerate(run.task.labels))
+        model.config.label2id = {word: i for i, word in enumerate(run.task.labels)}
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    load_tokenizer(run.config.model, run.use).save_pretrained(folder)
+
+
+def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
+    """Kept rows and columns alone, groups once, omega where it is trained."""
+    plan = replace(run.plan, tuner="sparse_lora", masking="compact")
+    config = SparseLoraConfig(
+        plan=plan,
+        target_modules=sorted(plan.active),
+        base_model_name_or_path=base,
+        revision=run.config.model.revision,
+        task_type=None if plan.trained else task_type(run.empty),
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    weights = {_native_name(name): tensor.contiguous() for name, tensor in run.state.tensors.items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _native_name(name: str) -> str:
+    """The name of a trained parameter, given its short one, in a saved adapter of this package's tuner."""
+    if not is_adapter(name):
+        return f"base_model.model.{name}"
+    prefix = "base_model.lora_shared." if name.startswith(f"{SHARED}.") else "base_model.model."
+    return prefix + name.removeprefix(f"{SHARED}.") + ("" if is_omega(name) else ".weight")
+
+
+def _rewrite_uniform(folder: Path) -> None:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config, weights = to_uniform_rank(config, load_file(folder / ADAPTER_WEIGHTS))
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

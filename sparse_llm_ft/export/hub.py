@@ -1,0 +1,81 @@
+"""The Hugging Face hub: whether a repository may be written, and the upload; what it answers is said in one line.
+
+The token is huggingface_hub's: of the environment (``HF_TOKEN``) or of `hf auth login`. It is never read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.atomic import MANIFEST
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_LOG_IN = "log in with `hf auth login`, or put a token that may write into HF_TOKEN"
+
+
+def check_name(repo_id: str) -> None:
+    """Raises UserError for what is no ``NAMESPACE/NAME``."""
+    if not _NAME.fullmatch(repo_id) or len(repo_id) > 96 or "--" in repo_id or ".." in repo_id:
+        raise UserError(f"{repo_id}: no name of a repository; expected NAMESPACE/NAME, such as your-name/your-model")
+
+
+def check_repository(repo_id: str, update: bool) -> None:
+    """Find out before a long export what can be known about the upload.
+
+    Raises:
+        UserError: no token, no hub, or a repository that exists without `update`.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    check_name(repo_id)
+    if not get_token():
+        raise UserError(f"{repo_id}: no access token for the hub; {_LOG_IN}")
+    with _one_line(repo_id):
+        exists = HfApi().repo_exists(repo_id)
+    if exists and not update:
+        raise UserError(f"{repo_id}: exists; choose another name, or give --update to upload into it")
+
+
+def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
+    """Create the repository and upload the folder, all but its checksums; the address of the repository.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    with _one_line(repo_id):
+        url = api.create_repo(repo_id, private=private or None, exist_ok=update)
+    with _one_line(repo_id, " (it is created; --update tries again)"):
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload the trained model", ignore_patterns=[MANIFEST]
+        )
+    return str(url)
+
+
+@contextmanager
+def _one_line(repo_id: str, hint: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub raises for an answer, or for none, into a `UserError`."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = " ".join((error.server_message or str(error)).split())[:200]
+        reason = {
+            401: f"the hub does not accept the access token; {_LOG_IN}",
+            403: f"the access token may not write there ({said}); {_LOG_IN}",
+            409: "exists; choose another name, or give --update to upload into it",
+        }.get(status, f"the hub answered {status} ({said})")
+        raise UserError(f"{repo_id}: {reason}{hint}") from error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the last two of uploads that are refused
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{repo_id}: the hub cannot be used ({type(error).__name__}: {reason}){hint}") from error

@@ -1,0 +1,69 @@
+"""The folder that is uploaded: an export, a model card and the run's settings, with nothing of this machine in it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from sparse_llm_ft.errors import UserError, holds_token
+from sparse_llm_ft.export.export import check_form, write_export, write_new_folder
+from sparse_llm_ft.export.model_card import model_card
+from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.export.sanitize import public_name, public_settings
+from sparse_llm_ft.inference.trained_run import TrainedRun
+from sparse_llm_ft.io.atomic import MANIFEST
+from sparse_llm_ft.run_folder import CONFIG
+
+CARD = "README.md"
+
+
+def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -> dict[str, int]:
+    """Write all that is uploaded into the new folder `output`, atomically: file name -> bytes.
+
+    Raises:
+        UserError: `output` exists or cannot be written, the run has no such form, or a file would give away a local
+            path or an access token.
+    """
+    refuse_existing(output)
+    check_form(run, options)
+    base = public_name(run.config.model.name)
+
+    def fill(folder: Path) -> None:
+        write_export(folder, run, options, base)
+        settings = yaml.safe_dump(public_settings(run.config), sort_keys=False, allow_unicode=True)
+        (folder / CONFIG).write_text(settings, encoding="utf-8")
+        (folder / CARD).write_text(model_card(run, repo_id, options), encoding="utf-8")
+        _check_private(folder, run)
+
+    write_new_folder(output, fill)
+    return {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.name != MANIFEST}
+
+
+@contextmanager
+def staged(run: TrainedRun, repo_id: str, options: ExportOptions) -> Iterator[Path]:
+    """As `stage`, in a folder inside the run's that is gone afterwards."""
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".tmp-push-")
+    except OSError as error:
+        raise UserError(f"{run.folder.path}: cannot be written ({error.strerror})") from error
+    with temporary as folder:
+        stage(run, Path(folder) / "files", repo_id, options)
+        yield Path(folder) / "files"
+
+
+def _check_private(folder: Path, run: TrainedRun) -> None:
+    """Refuse texts with a path of this machine or a token; a tokenizer's vocabulary is not ours to judge."""
+    config = run.config
+    local = [Path(name).absolute() for name in (config.model.name, config.task.path) if name and Path(name).exists()]
+    paths = {str(path) for path in (*local, run.folder.path.absolute(), Path(config.output_dir).absolute())}
+    for name in (CARD, CONFIG, "adapter_config.json", "config.json", "tokenizer_config.json"):
+        path = folder / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if holds_token(text):
+            raise UserError(f"{name} would hold an access token; remove it from the run's settings")
+        if found := next((local for local in sorted(paths) if len(local) > 1 and local in text), None):
+            raise UserError(f"{name} would hold the local path {found}; nothing is uploaded")

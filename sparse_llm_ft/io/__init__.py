@@ -1,0 +1,1 @@
+"""Files and the terminal: atomic folders, strict JSON and YAML, progress lines."""

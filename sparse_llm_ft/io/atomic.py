@@ -1,0 +1,136 @@
+"""Folders that are either complete or not there: written aside, synced, checksummed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, read_json
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make `target` hold what `fill` writes, or leave it as it was.
+
+    `fill` gets an empty temporary folder beside `target`. Its files are synced to disk and listed with size and
+    SHA-256 in ``manifest.json``; then the folder is renamed. A crash leaves at most a ``.tmp-`` folder, which the
+    next write of the same target removes. An older `target` is set aside first and removed last.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{target.name}"
+    replaced = target.parent / f".old-{target.name}"
+    for left_over in (temporary, replaced):
+        if left_over.exists():
+            shutil.rmtree(left_over)
+    temporary.mkdir()
+    fill(temporary)
+    files = sorted(path for path in temporary.iterdir())
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, temporary / MANIFEST, temporary):
+        _sync(path)
+    if target.exists():
+        target.rename(replaced)
+    temporary.rename(target)
+    _sync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Replace one text file at once: a reader, or a crash, sees the old or the new text, never a part.
+
+    A link in its place is replaced, and not what it leads to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{target.name}"
+    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link that leads elsewhere
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
+    """Check that the folder holds the files of its manifest and nothing else, by size and SHA-256.
+
+    Only plain files count: no links, whatever they lead to, no folders.
+
+    Args:
+        required: files that the manifest must list.
+
+    Raises:
+        CheckpointError: naming the folder, the file and what is wrong with it.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: a link, not a folder")
+    entries = _manifest(folder)
+    for name in required:
+        if name not in entries:
+            raise CheckpointError(f"{folder}: {name} is not in {MANIFEST}")
+    with os.scandir(folder) as found:
+        plain = {entry.name: entry.is_file(follow_symlinks=False) for entry in found}
+    for name, is_plain in plain.items():
+        if not is_plain:
+            raise CheckpointError(f"{folder}: {name} is missing or not a plain file")
+        if name not in entries and name != MANIFEST:
+            raise CheckpointError(f"{folder}: {name} is not in {MANIFEST}")
+    for name, (size, digest) in entries.items():
+        if name not in plain:  # nor can a name that leads out of the folder be there
+            raise CheckpointError(f"{folder}: {name} is missing or not a plain file")
+        path = folder / name
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, not {size!r:.40}")
+        if _sha256(path) != digest:
+            raise CheckpointError(f"{folder}: {name} differs from its checksum")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder holds every file of its manifest in full length: enough for what can be made again."""
+    try:
+        entries = _manifest(folder)
+        return all((folder / name).stat().st_size == size for name, (size, _) in entries.items())
+    except (OSError, CheckpointError):
+        return False
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256)."""
+    path = folder / MANIFEST
+    if path.is_symlink():
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing or not a plain file")
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
+    except (OSError, DocumentError) as error:
+        reason = str(error) if isinstance(error, DocumentError) else type(error).__name__
+        raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({reason})") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder}: {MANIFEST} is not readable (a JSON object is needed)")
+    for name, entry in manifest.items():
+        kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else None
+        if kinds != {"bytes": int, "sha256": str}:
+            raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({name!r:.60} has no bytes and sha256)")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

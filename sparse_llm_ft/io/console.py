@@ -1,0 +1,99 @@
+"""What a person sees: a progress bar on a terminal, plain lines elsewhere; only on rank 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparse_llm_ft.errors import one_line
+
+
+class Display:
+    """Progress of a run. On other ranks than 0 it is silent."""
+
+    def __init__(self, rank: int, seconds_between_lines: float = 2.0) -> None:
+        self.enabled = rank == 0
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self.live = self.enabled and sys.stdout.isatty()
+        self._between = seconds_between_lines
+        self._last = float("-inf")
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One line, always shown; without access tokens."""
+        if self.enabled:
+            self.console.print(one_line(text), markup=False, soft_wrap=True)
+
+    def begin(self, phase: str, step: int, total: int) -> None:
+        """A phase begins at `step` of the run's `total`."""
+        if self.live:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task(phase, total=total, completed=step, status="")
+            self._bar.start()
+        self._started, self._first = time.monotonic(), step
+
+    def step(self, record: Mapping[str, Any], total: int) -> None:
+        """Show a logged step. Plain lines come a few seconds apart at the least, and always at the end."""
+        if not self.enabled:
+            return
+        loss = "update skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        status = f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {record['active_adapters']} adapters"
+        if "validation_loss" in record:
+            status += f"  validation loss {record['validation_loss']:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], total=total, status=status)
+            return
+        now, done = time.monotonic(), record["step"] - self._first
+        special = record["loss"] is None or "validation_loss" in record
+        if now - self._last < self._between and record["step"] < total and not special:
+            return
+        self._last = now
+        left = (total - record["step"]) * (now - self._started) / max(done, 1)
+        self.say(f"{record['phase']} {record['step']}/{total}  {status}  {_clock(left)} left")
+
+    def show_ratios(self, title: str | None, ratios: Mapping[str, tuple[float, float]]) -> None:
+        """Kept shares of rows and columns by module."""
+        if not self.enabled:
+            return
+        table = Table(title=title)
+        for column in ("module", "rows kept", "columns kept"):
+            table.add_column(column, justify="left" if column == "module" else "right")
+        for name, (rows, cols) in ratios.items():
+            table.add_row(name, f"{rows:.3f}", f"{cols:.3f}")
+        self.console.print(table)
+
+    def end(self) -> None:
+        """A phase is over."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def quiet_libraries() -> None:
+    """Call before torch is imported.
+
+    Silenced are bitsandbytes' note on an optional CPU kernel, and warnings about calls that torch and transformers
+    make to themselves. (DeepSpeed sets its own level on import; engine.py follows it.)
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")

@@ -1,0 +1,1 @@
+"""The pretrained base: its architecture, its limits, its tokenizer and its weights."""

@@ -1,0 +1,304 @@
+"""The pretrained base: its tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.architecture import ARCHITECTURES, CAUSAL_LM, Use, base_of, find_use, has_head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_WITH_WEIGHTS = tuple(architecture.auto for architecture in ARCHITECTURES.values())
+
+_UNREADABLE = (
+    *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
+
+_HEADS = ("score", "pre_classifier", "classifier", "classification_head", "qa_outputs")
+"""What transformers calls the heads of its models. They are trained even where a checkpoint has one."""
+
+
+def find_model_use(config: ModelConfig, task: Task, mode: str) -> Use:
+    """What `task.mode` means for the configured model (`find_use`).
+
+    Raises:
+        ConfigError: no such model, or one that cannot learn the task so.
+    """
+    return find_use(_settings(config), config.name, task, mode)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that are trained whole, in the model's order; none in a model that writes.
+
+    They are the task's head and whatever else the checkpoint lacks, a pooler for instance: what `empty_model` and
+    `load_model` found missing.
+    """
+    base = base_of(model)
+    if not has_head(base):
+        return ()
+    wanted = {*_HEADS, *getattr(base, _FRESH, ())}
+    return tuple(name for name, _ in base.named_modules() if name in wanted)
+
+
+def load_tokenizer(config: ModelConfig, use: Use = CAUSAL_LM) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has no end-of-sequence token for a model that writes, or none to pad with.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.eos_token_id is None and not use.has_head:
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} has a tokenizer without end-of-sequence token",
+            "expected a model for text generation",
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "model.name", f"{config.name!r} has a tokenizer without padding token", "expected one that has it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.truncation_side = "right"  # a text that is too long loses its end, whatever the tokenizer was saved with
+    return tokenizer
+
+
+def empty_model(config: ModelConfig, attn_implementation: str | None = None, use: Use = CAUSAL_LM) -> PreTrainedModel:
+    """The architecture on the meta device: names and shapes, no weights, in about a second.
+
+    Of a checkpoint for a head the names are read, to know what it lacks (`head_modules`).
+
+    Args:
+        attn_implementation: where the model has the choice; None takes the model's default.
+
+    Raises:
+        ConfigError: no such model, or one that cannot learn such a task.
+    """
+    settings = _settings(config)
+    architecture = ARCHITECTURES[use.mode]
+    builder: Any = architecture.auto
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = builder.from_config(
+                settings, trust_remote_code=config.trust_remote_code, **options
+            )
+    except (ValueError, ImportError) as error:
+        if attn_implementation is not None:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                "model.attn_implementation",
+                f"{attn_implementation!r} cannot be used ({reason})",
+                "expected sdpa or eager",
+            ) from None
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} is a {settings.model_type} model",
+            f"expected one that transformers can load {architecture.purpose}",
+        ) from None
+    return _load_with_head(config, use, device_map={"": "meta"}, **options) if use.has_head else model
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Refuse a local model folder without weights that can be loaded, before anything is written.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    folder = Path(config.name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt", "pkl") for path in folder.glob(f"*.{ending}"))
+    if pickled:
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} has its weights in {pickled[0]}, a pickle, which can run any code when it is loaded",
+            "expected model.safetensors there",
+        )
+    raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
+
+
+def load_model(config: ModelConfig, use: Use = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
+    """The frozen base with its weights, on this process's device.
+
+    Args:
+        seed: of a fresh head, which is the same on every rank. Sets torch's generators.
+
+    Raises:
+        ConfigError: weights that cannot be loaded.
+    """
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization != "none":
+        # What is trained whole stays as it is; None: only the output embeddings do, which transformers knows.
+        whole = list(head_modules(empty_model(config, use=use))) if use.has_head else None
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[config.dtype],
+            bnb_4bit_quant_storage=DTYPES[config.dtype],
+            llm_int8_skip_modules=whole,
+        )
+    if config.quantization != "none" or torch.cuda.is_available():
+        options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
+    torch.manual_seed(seed)
+    model = _load_with_head(config, use, **options) if use.has_head else _load_complete(config, use, **options)
+    if use.has_head:  # by its padding a decoder's head finds the last token of each text
+        model.config.get_text_config().pad_token_id = load_tokenizer(config, use).pad_token_id
+    model.requires_grad_(False)
+    _keep_four_bit_weights_in_place(model)
+    if config.gradient_checkpointing:
+        # Non-reentrant: the reentrant kind would need inputs that require gradients, and with them the backward
+        # pass would run down to the embeddings even where only upper layers have adapters.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    return model
+
+
+def device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight inside forward; under ZeRO-3 the next gather
+    brings the unpacked bytes back while the quantisation state says "packed", and the layer computes garbage.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+_FRESH = "_sparse_llm_ft_fresh"
+"""Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading shows them."""
+
+
+def _load_complete(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
+    """A model all of whose weights are the checkpoint's; transformers would draw those that it lacks, and go on.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, are missing, left over or of another shape.
+    """
+    model: PreTrainedModel
+    with _silence():  # what is wrong is said in one line
+        model, report = _from_pretrained(
+            ARCHITECTURES[use.mode].auto, config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    for problem, names in (
+        ("lacks weights", report["missing_keys"]),
+        ("has weights that the model has no place for", report["unexpected_keys"]),
+        ("has weights of another shape", {name for name, *_ in report["mismatched_keys"]}),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ConfigError("model.name", f"{config.name!r} {problem}: {shown}", "expected a complete checkpoint")
+    return model
+
+
+def _load_with_head(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
+    """A model with the task's head; what the checkpoint lacks is drawn from torch's generator.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, or that lack more than a head.
+    """
+    if use.outputs is not None:
+        options["num_labels"] = use.outputs
+    with _silence():  # transformers reports at length what is missing: the head, as it must be
+        model, report = _from_pretrained(
+            ARCHITECTURES[use.mode].auto,
+            config,
+            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced as well
+            output_loading_info=True,
+            **options,
+        )
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    fresh = tuple(_without_weights(model, missing))
+    for name in fresh:
+        module = model.get_submodule(name)
+        inside_layer = any(part.isdigit() for part in name.split("."))
+        if inside_layer or any(isinstance(m, nn.ModuleList | nn.Embedding) for m in module.modules()):
+            raise ConfigError(
+                "model.name",
+                f"{config.name!r} has no fitting weights for {name}",
+                "expected a checkpoint that lacks nothing but a head",
+            )
+    setattr(model, _FRESH, fresh)
+    return model
+
+
+def _without_weights(model: nn.Module, missing: Iterable[str]) -> Iterator[str]:
+    """Names of the outermost modules all of whose parameters are `missing`, or of the one that owns a lone one."""
+    names = {name for name, _ in model.named_parameters()}
+    rest = names & set(missing)
+    for name, _ in model.named_modules():
+        inside = {parameter for parameter in names if parameter.startswith(name + ".")}
+        if inside and inside <= rest:
+            rest -= inside
+            yield name
+    yield from sorted({parameter.rpartition(".")[0] for parameter in rest})
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no progress bar from transformers."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _settings(config: ModelConfig) -> PreTrainedConfig:
+    return _from_pretrained(AutoConfig, config)
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    """Load without unpickling anything, and without running code from the repository unless the config says so; a
+    failure to find or read it is the user's to mend.
+    """
+    if (Path(config.name) / "adapter_config.json").exists():
+        # transformers would load that adapter, and the base that it names, in place of this folder.
+        raise ConfigError("model.name", f"{config.name!r} holds an adapter", "expected a model without one")
+    if kind in _WITH_WEIGHTS:
+        options["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            "model.name",
+            f"{config.name!r} cannot be loaded ({reason})",
+            "expected a hub id or a folder in Hugging Face layout",
+        ) from error

@@ -1,0 +1,71 @@
+"""What is learned: the loss of a batch, who is right in it, and in what units both are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from sparse_llm_ft.data.collate import Batch
+
+Forward = Callable[..., Any]
+"""The model, bare or under PEFT, or an engine around it; called with the tensors of a batch by name."""
+
+S = TypeVar("S", contravariant=True)
+
+
+class Objective(Protocol[S]):
+    """How samples become a loss. Everything about a batch is computed from its tensors, so that a caller may
+    repeat them along dimension 0.
+    """
+
+    def batch(self, samples: Sequence[S]) -> Batch:
+        """The samples' tensors on the CPU; each has the batch as dimension 0."""
+        ...
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Scalar float32: the loss summed over all units of the batch."""
+        ...
+
+    def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """(batch,) float32: each sample's summed loss."""
+        ...
+
+    def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """(batch,) int64: how many of each sample's scored units are right."""
+        ...
+
+    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """From one forward pass, `losses` and (batch,) int64 the labels chosen; for tasks with labels only."""
+        ...
+
+    def units(self, sample: S) -> int:
+        """Units of the loss: what a mean loss is a mean over."""
+        ...
+
+    def scored(self, sample: S) -> int:
+        """Units of `correct`."""
+        ...
+
+    def tokens(self, sample: S) -> int:
+        """All tokens that the model sees."""
+        ...
+
+    def majority(self, samples: Iterable[S]) -> float:
+        """Share of the most frequent right answer among all scored units: what always giving it would reach."""
+        ...
+
+
+def largest_share(answers: Iterable[Any]) -> float:
+    """Share of the most frequent one."""
+    counts = Counter(answers)
+    return max(counts.values()) / counts.total()
+
+
+def lengths_of(samples: Sequence[Any], objective: Objective[Any]) -> np.ndarray:
+    """(samples,) tokens of each; of stored samples known without making them."""
+    known = getattr(samples, "lengths", None)
+    return np.array([objective.tokens(sample) for sample in samples], dtype=np.int32) if known is None else known

@@ -1,0 +1,117 @@
+"""Which objective a task has on a model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, masking_utils
+
+from sparse_llm_ft.data.tasks import Task, render
+from sparse_llm_ft.data.tokenization import completion_ids, target_ids
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.architecture import base_of, mode_of
+from sparse_llm_ft.objectives.base import Objective
+from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
+from sparse_llm_ft.objectives.language_modeling import CompletionObjective, LabelWords, Seq2SeqObjective
+from sparse_llm_ft.objectives.spans import SpanObjective
+
+
+def make_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Objective[Any]:
+    """The objective of `task` on `model`, of which only class and settings are looked at: an empty one will do.
+
+    Raises:
+        ConfigError: label words that cannot be told by one token.
+    """
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer made sure"
+    pad, mode, base = tokenizer.pad_token_id, mode_of(model), base_of(model)
+    if mode == "sequence_classification":
+        return ClassificationObjective(pad) if task.labels is not None else RegressionObjective(pad)
+    if mode == "question_answering":
+        return SpanObjective(pad)
+    words = _label_words(tokenizer, task, mode == "seq2seq_lm")
+    if mode == "seq2seq_lm":
+        assert isinstance(base, PreTrainedModel)
+        start = base.config.decoder_start_token_id
+        return Seq2SeqObjective(pad, False, words, start_token_id=pad if start is None else start)
+    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    attention = str(getattr(getattr(base, "config", None), "_attn_implementation", None))
+    return CompletionObjective(pad, keeps_logits, words, "flash" in attention)
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Refuse `task.packing` where samples in one sequence would see each other.
+
+    transformers keeps them apart by their positions, where a model makes its attention's mask from them, its attention
+    uses that mask, and no layer carries a state along.
+
+    Args:
+        model: an empty one will do.
+
+    Raises:
+        ConfigError: naming the reason.
+    """
+    settings: Any = model.config.get_text_config()
+    kind, attention = settings.model_type, settings._attn_implementation
+    layers = getattr(settings, "layer_types", None) or ()
+    others = [layer for layer in layers if "attention" not in layer or layer == "linear_attention"]
+    reason = None
+    if mode_of(model) != "causal_lm":
+        reason = "the model is no decoder that writes"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = f"a {kind} model takes no positions"
+    elif others or model._is_stateful:
+        reason = f"a {kind} model has layers that carry a state along"
+    elif attention not in ("sdpa", "eager") and "flash" not in attention:  # for flash attention see `packs_in_one_row`
+        reason = f"attention in {attention!r} lets samples in one sequence see each other"
+    elif not _masks_by_positions(model):
+        reason = f"a {kind} model lets samples in one sequence see each other"
+    if reason:
+        raise ConfigError("task.packing", f"true, but {reason}", "expected false")
+
+
+class _Asked(Exception):
+    """Samples are looked for in positions."""
+
+
+def _masks_by_positions(model: PreTrainedModel) -> bool:
+    """Whether the model's forward pass, up to its first layer, asks transformers to tell samples apart by positions:
+    OPT and gpt-oss, for instance, take positions and make their masks without them.
+    """
+
+    def asked(position_ids: torch.Tensor) -> NoReturn:
+        raise _Asked
+
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    with patch.object(masking_utils, "find_packed_sequence_indices", asked), torch.no_grad():
+        try:  # not by their ids, which GPT-2 looks at the values of
+            embedded = model.get_input_embeddings()(ids)
+            model(inputs_embeds=embedded, position_ids=torch.zeros_like(ids), use_cache=False)
+        except _Asked:
+            return True
+        except Exception:  # whatever an empty model cannot do is behind the mask that it has made
+            return False
+    return False
+
+
+def _label_words(tokenizer: PreTrainedTokenizerBase, task: Task, is_target: bool) -> LabelWords | None:
+    """Each label's token where the completions of all labels differ first, as they stand in the samples."""
+    if task.labels is None:
+        return None
+    assert task.completion, "check_task made sure"
+    write = target_ids if is_target else completion_ids
+    rows = [write(render(task.completion, {task.label_column: word}), tokenizer) for word in task.labels]
+    position = next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), 0)
+    tokens: dict[int, str] = {}
+    for word, row in zip(task.labels, rows, strict=True):
+        token = row[position]
+        if token in tokens:
+            raise ConfigError(
+                "task.labels",
+                f"{tokens[token]!r} and {word!r} both go on with the token {tokenizer.decode([token])!r}",
+                "expected words, written by task.completion, that differ where the first two do",
+            )
+        tokens[token] = word
+    return LabelWords(torch.tensor(list(tokens)), position)

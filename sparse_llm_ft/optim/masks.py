@@ -1,0 +1,49 @@
+"""Masks of trained entries, as the sharded optimizer reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Mask(Protocol):
+    """Which entries of a parameter are trained."""
+
+    def indices(self, start: int, stop: int) -> torch.Tensor:
+        """The kept ones of the flattened parameter's entries `start` to `stop`, ascending, counted from `start`."""
+        ...
+
+
+@dataclass(frozen=True)
+class EntryMask:
+    """An element-wise mask: bool, of the parameter's shape."""
+
+    entries: torch.Tensor
+
+    def indices(self, start: int, stop: int) -> torch.Tensor:
+        """See `Mask`."""
+        return self.entries.reshape(-1)[start:stop].nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class LineMask:
+    """Whole rows (dimension 0) or columns (1) of a matrix with `width` columns, by their ascending indices."""
+
+    width: int
+    dimension: int
+    kept: tuple[int, ...]
+
+    def indices(self, start: int, stop: int) -> torch.Tensor:
+        """See `Mask`. Costs memory for the entries in question, not for the parameter."""
+        if start >= stop:
+            return torch.zeros(0, dtype=torch.long)
+        first, last = start // self.width, (stop - 1) // self.width
+        rows, cols, kept = torch.arange(first, last + 1), torch.arange(self.width), torch.tensor(self.kept)
+        if self.dimension == 0:
+            rows = kept[(kept >= first) & (kept <= last)]
+        else:
+            cols = kept
+        flat = (rows[:, None] * self.width + cols).flatten()
+        return flat[(flat >= start) & (flat < stop)] - start

@@ -1,0 +1,184 @@
+"""`Phase`: one stretch of training with one plan, as plain values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
+
+BatchGrowth = Literal["none", "keep_global", "grow_global"]
+LrScaling = Literal["none", "sqrt", "linear"]
+
+
+MAX_BATCH = 2**20
+"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """How omega is cut; plain values, so that a phase can be saved.
+
+    Attributes:
+        keep: K.
+        steps: T; the last cut is made after this step of the phase, whatever `every` says.
+        every, after: optimizer steps between cuts, and before the first.
+        choose: ``omega`` or, for RLoRA, ``random``.
+        seed: of the random choice.
+    """
+
+    keep: int
+    steps: int
+    every: int = 1
+    after: int = 0
+    choose: Literal["omega", "random"] = "omega"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class."""
+
+    fraction: float | None
+    shots: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured at a phase's end, on its subset.
+
+    Attributes:
+        kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
+        importance, accuracy_floor, floor_metric, flow_preservation, micro_batch_size,
+            candidates_per_forward: of a derivation.
+        compare: also measure the other importances, to see how far they agree.
+        search: whether ratios are searched for (Algorithm 1), or only importance is measured.
+        cache_dir: where derivations are kept; None: the user's cache folder.
+    """
+
+    kind: Literal["lora_output", "derivation"]
+    importance: Literal["svd", "snip", "imp"] = "svd"
+    accuracy_floor: float = 0.9
+    floor_metric: Literal["accuracy", "loss"] = "accuracy"
+    flow_preservation: bool = False
+    search: bool = True
+    compare: bool = False
+    micro_batch_size: int = 32
+    candidates_per_forward: int = 1
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase, as plain values: a checkpoint holds it, so that a resumed run need not derive it again.
+
+    Attributes:
+        name: for people, and for the method to know its own phases by.
+        plan: what is trained.
+        steps: optimizer steps of the phase; None: `epochs` decides, or it goes to the end of the run.
+        epochs: passes over `subset`.
+        then: the plan that the phase stands before, where its own lacks the adapters (a head fitted alone).
+        method: which of the run's methods the phase belongs to, from 0.
+        subset: what part of the training set is used; None: all of it.
+        prelude: whether the phase precedes the counted part of the run: it has a schedule of its own, and neither
+            its steps nor its samples count towards the run's length.
+        measure: what is measured at its end.
+        learning_rate: of a prelude; None: the run's.
+        cut: how omega is cut after each step, if it is.
+        omega_lr, omega_algorithm: step rule of trained omegas, constant over the phase.
+        lora_b_lr_factor: learning rate of B over that of A (LoRA+).
+        batch_growth: what the memory freed since the phase before is used for.
+        lr_scaling: how the learning rate follows a grown global batch.
+        micro_batch_size, global_batch_size: filled in when the phase begins.
+        lr_factor: multiplies the schedule's learning rate; filled in when the phase begins.
+    """
+
+    name: str
+    plan: AdapterPlan
+    steps: int | None = None
+    epochs: float | None = None
+    then: AdapterPlan | None = None
+    method: int = 0
+    subset: Subset | None = None
+    prelude: bool = False
+    measure: Measurement | None = None
+    learning_rate: float | None = None
+    cut: CutRule | None = None
+    omega_lr: float = 0.0
+    omega_algorithm: Literal["adamw", "sgd"] = "sgd"
+    lora_b_lr_factor: float = 1.0
+    batch_growth: BatchGrowth = "none"
+    lr_scaling: LrScaling = "none"
+    micro_batch_size: int = 0
+    global_batch_size: int = 0
+    lr_factor: float = 1.0
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether it goes to the end of the run: where the next method of a chain takes over."""
+        return self.steps is None and self.epochs is None
+
+    def with_batch(self, micro_batch_size: int, global_batch_size: int, lr_factor: float = 1.0) -> Phase:
+        """The phase with its batch sizes settled."""
+        return replace(
+            self, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, lr_factor=lr_factor
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` gives the same phase back."""
+        parts = {name: asdict(part) if (part := getattr(self, name)) else None for name in _PARTS}
+        return vars(self) | parts | {"plan": self.plan.to_dict(), "then": self.then and self.then.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Phase:
+        """Read what `to_dict` wrote.
+
+        Args:
+            shapes: as in `AdapterPlan.from_dict`.
+
+        Raises:
+            PlanError: a missing or unknown key, a wrong type, a number out of range, a name that is none.
+        """
+        _check_fields(cls, data, but=("plan", "then", *_PARTS))
+        if not _NAME.fullmatch(data["name"]):
+            raise PlanError(f"phase name {data['name']!r:.60}; expected letters, digits, _ and -")
+        if not 0 <= data["micro_batch_size"] <= data["global_batch_size"] <= MAX_BATCH:
+            raise PlanError(f"micro-batch {data['micro_batch_size']}, global batch {data['global_batch_size']}")
+        parts: dict[str, Any] = {}
+        for name, kind in _PARTS.items():
+            if data[name] is not None:
+                _check_fields(kind, data[name])
+                parts[name] = kind(**data[name])
+        plan = AdapterPlan.from_dict(data["plan"], shapes)
+        then = None if data["then"] is None else AdapterPlan.from_dict(data["then"], shapes)
+        return cls(**{**data, **parts, "plan": plan, "then": then})
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+"""A phase's file is called after it."""
+
+_PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "measure": Measurement}
+
+
+def _check_fields(kind: type[Any], data: Any, but: Collection[str] = ()) -> None:
+    """Refuse an object that has not exactly the fields of a dataclass, of their types; numbers are 0 to 2**63.
+
+    Raises:
+        PlanError: naming the field.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(data, Mapping) or set(data) != set(hints):
+        raise PlanError(f"{kind.__name__} is an object with the keys {', '.join(hints)}")
+    for name in hints.keys() - set(but):
+        value = data[name]
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            raise PlanError(f"{name} is {value!r:.60}") from None
+        if isinstance(value, int | float) and not 0 <= value < 2**63:  # which NaN is not
+            raise PlanError(f"{name} is {value!r:.60}, which is out of range")

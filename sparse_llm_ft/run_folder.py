@@ -1,0 +1,226 @@
+"""The folder of a run: whose it is, and what is logged. Imports no torch, so that a wrong folder is said at once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, read_json, read_yaml
+
+CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+LOCK = ".lock"
+
+# Settings that change how a run is carried out, not what it computes: a resumed run may differ in them.
+_FREE = {
+    "resume",
+    "report",
+    "output_dir",
+    "training.micro_batch_size",
+    "training.save_every",
+    "training.eval_every",
+    "training.log_every",
+    "training.keep_checkpoints",
+    "training.max_skipped_updates",
+    "evaluation.micro_batch_size",
+    "model.gradient_checkpointing",
+    "model.trust_remote_code",
+    "model.attn_implementation",
+    "method.cache_dir",
+    "method.micro_batch_size",
+}
+
+
+class RunFolder:
+    """Paths and files of one run. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"  # in place of an adapter, after full fine-tuning
+        self.phases = self.path / "phases"
+        self.report = self.path / "report"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that this run must not write into. Changes nothing.
+
+        Raises:
+            ConfigError: the folder holds another run, or any run under ``resume: never``, or files of no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
+        existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError("output_dir", f"{str(existing)!r} cannot be written", "choose a folder that can")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        link = next((entry for entry in self.path.iterdir() if entry.is_symlink()), None)
+        if link is not None:  # what is written there would be written elsewhere
+            raise ConfigError(
+                "output_dir", f"{str(link)!r} is a link", "expected plain files and folders (output_dir may be a link)"
+            )
+        if not (self.path / CONFIG).is_file():
+            if all(entry.name == LOCK or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+                return  # a first start that was killed before it had written its config
+            raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
+        if config.resume == "never":
+            raise ConfigError(
+                "output_dir",
+                f"{str(self.path)!r} holds a run and resume is never",
+                "choose another folder, or resume=auto",
+            )
+        try:
+            old = read_yaml(self.path / CONFIG)
+        except (OSError, DocumentError):
+            old = None
+        if not isinstance(old, Mapping):
+            raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
+        mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(old)
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                raise ConfigError(
+                    "output_dir",
+                    f"{str(self.path)!r} holds another run "
+                    f"({key:.60}: {theirs.get(key)!r:.100} there, {mine.get(key)!r:.100} here)",
+                    "choose another folder",
+                )
+
+    @staticmethod
+    def identity(config: RunConfig) -> str:
+        """The same for two configs if and only if a run with the one may go on from a checkpoint of the other."""
+        return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+
+    def lock(self) -> None:
+        """Hold the folder until this process ends, however it ends; the lock is the kernel's, on ``.lock``.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._lock = os.fdopen(descriptor, "w")
+        except OSError as error:
+            raise ConfigError(
+                "output_dir", f"{str(self.path)!r} cannot be written ({error.strerror})", "choose a folder that can"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "output_dir",
+                f"{str(self.path)!r} is in use by another process",
+                "wait for it, or choose another folder",
+            ) from None
+
+    def begin(self, config: RunConfig, step: int) -> None:
+        """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
+        write_file(self.path / CONFIG, dump_config(config))  # first: it is what makes the folder a run's
+        self.checkpoints.mkdir(exist_ok=True)
+        for left_over in (*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")):
+            shutil.rmtree(left_over)  # of a process that was killed while writing
+        kept = [line for line in self._metric_lines() if line["step"] <= step]
+        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Replace one JSON file of the run.
+
+        Raises:
+            ValueError: the name leads out of the run's folder.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} leads out of the run's folder")
+        write_file(self.path / name, json.dumps(data, indent=2) + "\n")
+
+    def is_complete(self) -> bool:
+        """Whether the run is over and its adapter, or model, is there."""
+        return (self.path / SUMMARY).is_file() and (self.adapter.is_dir() or self.model.is_dir())
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run in this folder would be resumed."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def config(self) -> RunConfig:
+        """The settings that the run began with; paths in them need not exist.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        path = self.path / CONFIG
+        try:
+            return RunConfig.model_validate(read_yaml(path))
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror})") from None
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise UserError(
+                f"{path}: not a run's settings ({'.'.join(map(str, problem['loc']))}: {problem['msg']})"
+            ) from None
+        except DocumentError as error:
+            raise UserError(f"{path}: not readable ({error})") from None
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = self.path / SUMMARY
+        if not path.is_file():
+            raise UserError(f"{self.path}: no {SUMMARY}; the run is not there or not finished")
+        try:
+            summary = read_json(path, constants=True)
+        except (OSError, DocumentError) as error:
+            raise UserError(f"{path}: not readable ({error})") from None
+        if not isinstance(summary, dict):
+            raise UserError(f"{path}: not readable (a JSON object is needed)")
+        return summary
+
+    def _metric_lines(self) -> Iterator[dict[str, Any]]:
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = parse_json(line, constants=True)
+            except DocumentError:
+                continue  # the last line of a run that was killed while writing it
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run may not differ in, by their dotted names."""
+    return {
+        key: value
+        for key, value in _leaves(config)
+        if ".".join(part for part in key.split(".") if not part.isdigit()) not in _FREE
+        and not key.startswith("deepspeed.")
+    }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for i, item in enumerate(value):  # a list of methods
+                yield from _leaves(item, f"{prefix}{key}.{i}.")
+        else:
+            yield prefix + key, value

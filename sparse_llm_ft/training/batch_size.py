@@ -1,0 +1,87 @@
+"""Batch sizes of a phase: what the config says, what freed memory allows, what the number of ranks divides."""
+
+from __future__ import annotations
+
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.engine.memory import grown_micro_batch, saved_bytes, state_bytes
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import Shape
+
+
+def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> int:
+    """The largest micro-batch of at most `limit` with which `world_size` ranks share the global batch equally.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for size in range(limit, 0, -1):
+        if global_batch_size % (size * world_size) == 0:
+            return size
+    raise ConfigError(
+        "training.global_batch_size",
+        f"{global_batch_size} is not a multiple of the {world_size} processes",
+        f"expected a multiple of {world_size}",
+    )
+
+
+def check_growth(config: RunConfig, first: Phase, use: Use) -> None:
+    """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
+
+    Raises:
+        ConfigError: naming the reason.
+    """
+    if all(getattr(method, "batch_growth", "none") == "none" for method in config.method):
+        return
+    try:
+        saved_bytes(config.model, first.plan, 8, use)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            "method.batch_growth", f"the memory of this model cannot be planned ({reason})", "expected none"
+        ) from error
+
+
+def first_batch(phase: Phase, config: RunConfig) -> Phase:
+    """The first phase runs with the configured sizes."""
+    return phase.with_batch(config.training.micro_batch_size, config.training.global_batch_size)
+
+
+def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Phase:
+    """A phase from a checkpoint, possibly on another number of ranks: the global batch stays what it was.
+
+    Args:
+        limit: a micro-batch that the user has set anew since the checkpoint; None keeps the phase's own.
+    """
+    micro = largest_micro_batch(phase.global_batch_size, world_size, limit or phase.micro_batch_size)
+    return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)
+
+
+def grown_batch(
+    phase: Phase,
+    before: Phase,
+    config: RunConfig,
+    targets: dict[str, Shape],
+    length: int,
+    world_size: int,
+    use: Use,
+) -> Phase:
+    """The phase after a change of plan, its micro-batch grown into the freed memory as `batch_growth` says.
+
+    Args:
+        before: the phase that just ended.
+        length: tokens of the longest training sample; memory is compared at that length.
+    """
+    micro, total = before.micro_batch_size, before.global_batch_size
+    if phase.batch_growth == "none":
+        return phase.with_batch(micro, total, before.lr_factor)
+    stage = config.deepspeed.zero_stage
+    freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
+    old, new = (saved_bytes(config.model, plan, length, use) for plan in (before.plan, phase.plan))
+    limit = grown_micro_batch(micro, old, new, freed)
+    if phase.batch_growth == "keep_global":
+        return phase.with_batch(largest_micro_batch(total, world_size, limit), total, before.lr_factor)
+    grown = total // micro * limit
+    exponent = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[phase.lr_scaling]
+    return phase.with_batch(limit, grown, before.lr_factor * (grown / total) ** exponent)

@@ -1,0 +1,48 @@
+"""Where numbers of a step go: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_llm_ft.run_folder import RunFolder
+
+
+class MetricsWriter:
+    """Writes on rank 0, is silent elsewhere.
+
+    Args:
+        step: the last step done; TensorBoard forgets later ones, which a resumed run does again.
+    """
+
+    def __init__(self, folder: RunFolder, rank: int, step: int) -> None:
+        self.folder = folder if rank == 0 else None
+        self.step = step
+
+    def open(self) -> None:
+        """Begin a file of events.
+
+        Raises:
+            OSError: it cannot be written. So do `write` and `close`.
+        """
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # only rank 0 needs it
+
+            self.events = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.step + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One logged step; ``step`` and ``phase`` are its place, the numbers are drawn."""
+        if self.folder is None:
+            return
+        self.folder.log(line)
+        for key, value in line.items():
+            if isinstance(value, Mapping):  # omega by module
+                for name, part in value.items():
+                    self.events.add_scalar(f"{key}/{name}", part, line["step"])
+            elif key not in ("step", "phase") and value is not None:
+                self.events.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        """Flush the events."""
+        if self.folder is not None:
+            self.events.close()

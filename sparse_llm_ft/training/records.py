@@ -1,0 +1,203 @@
+"""What a run writes about itself: phases/*.json, summary.json, and the table that a run ends with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from rich.table import Table
+
+from sparse_llm_ft.adapters import is_omega, residual_norms
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
+from sparse_llm_ft.run_folder import RunFolder
+from sparse_llm_ft.scoring import Derivation, importance_by_type
+from sparse_llm_ft.scoring.scores import Scores
+from sparse_llm_ft.training.loop import Loop, Step
+
+_PACKAGES = ("sparse-llm-ft", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+_ROWS = {
+    "steps": "optimizer steps",
+    "adapters": "adapters",
+    "trainable_parameters": "trainable parameters",
+    "optimizer_bytes_per_rank": "optimizer bytes per rank",
+    "micro_batch_size": "micro-batch",
+    "global_batch_size": "global batch",
+    "tokens_per_second": "tokens/s",
+}
+
+
+@dataclass
+class PhaseRecord:
+    """What is reported of a phase. `seconds` are those of its optimizer steps, without evaluation or saving."""
+
+    name: str
+    adapters: int
+    trainable_parameters: int
+    optimizer_bytes_per_rank: int
+    micro_batch_size: int
+    global_batch_size: int
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, phase: Phase, record: Mapping[str, Any], parameters: int, optimizer_bytes: int) -> PhaseRecord:
+        """The record of a phase that begins, or goes on from a checkpoint's `record`."""
+        new = cls(
+            phase.name,
+            len(phase.plan.active),
+            parameters,
+            optimizer_bytes,
+            phase.micro_batch_size,
+            phase.global_batch_size,
+        )
+        for key in ("steps", "samples", "tokens", "seconds"):
+            setattr(new, key, record.get("current", {}).get(key, 0))
+        return new
+
+    def add(self, step: Step, phase: Phase) -> None:
+        """Count one optimizer step."""
+        self.steps += 1
+        self.samples += phase.global_batch_size
+        self.tokens += step.tokens
+        self.seconds += step.seconds
+
+    def line(self, step: Step, loop: Loop) -> dict[str, Any]:
+        """The step as one object of metrics.jsonl; a skipped one has neither loss nor norm."""
+        return {
+            "step": loop.progress.step,
+            "phase": self.name,
+            "loss": None if step.skipped else step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": None if step.skipped else step.grad_norm,
+            "samples": loop.progress.samples,
+            "tokens_per_second": step.tokens / step.seconds,
+            "trainable_parameters": self.trainable_parameters,
+            "active_adapters": step.active_adapters,
+            **({"skipped": True} if step.skipped else {}),
+            **step.rule,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For checkpoint and summary."""
+        return asdict(self) | {"tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0}
+
+
+def summarize(
+    config: RunConfig,
+    world: World,
+    record: Mapping[str, Any],
+    after: Mapping[str, float] | None,
+    samples: Mapping[str, int],
+) -> dict[str, Any]:
+    """summary.json as plain values.
+
+    Args:
+        record: of the last state: metrics before training and all phases.
+        samples: split -> how many were used; 0 where nobody knows, of a stream.
+    """
+    return {
+        "method": config.method_name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "world_size": world.size,
+        "zero_stage": config.deepspeed.zero_stage,
+        "quantization": config.model.quantization,
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _PACKAGES},
+        "samples": dict(samples),
+        "phases": [*record["phases"], record["current"]],
+        "metrics": {"before": record["before"], "after": after},
+    }
+
+
+def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+    """The table a run ends with, on rank 0."""
+    if not display.enabled:
+        return
+    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
+    if before and after:
+        table = Table(title=f"{summary['method']} on {summary['task']}")
+        for column in ("metric", "before", "after"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for name in after:
+            table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+        display.console.print(table)
+    processes = f"{summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"
+    table = Table(title=f"phases, {processes}, ZeRO-{summary['zero_stage']}")
+    table.add_column("")
+    for phase in summary["phases"]:  # a column each, so that the table fits a narrow terminal
+        table.add_column(phase["name"], justify="right")
+    for key, label in _ROWS.items():
+        table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
+    display.console.print(table)
+    for phase in summary["phases"]:
+        if phase.get("measured"):
+            display.say(f"phase {phase['name']} measured: {phase['measured']}")
+    if folder.model.is_dir():
+        display.say(f"model: {folder.model}")
+    else:
+        display.say(f"adapter (stock PEFT): {folder.adapter}")
+    if folder.report.is_dir():
+        display.say(f"pictures: {folder.report / 'index.html'}")
+
+
+def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -> tuple[str, dict[str, Any]]:
+    """Name and content of a phase's file when it begins."""
+    content = {
+        "index": progress.phase,
+        "name": phase.name,
+        "start_step": progress.step - progress.phase_step,
+        "plan": phase.plan.to_dict(),
+        "shapes": {name: list(shape) for name, shape in targets.items()},
+        "scores": None,
+        "delta_norms": None,
+    }
+    return f"phases/{progress.phase:02d}-{phase.name}.json", content
+
+
+def finished_phase_file(
+    phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None, targets: Mapping[str, Shape]
+) -> tuple[str, dict[str, Any]]:
+    """Name and content of a phase's file when it is over.
+
+    Args:
+        following: the next phase's plan, if there is one.
+    """
+    name, content = phase_file(phase, state.progress, targets)
+    content["scores"] = describe_scores(phase, state, scores, following)
+    content["delta_norms"] = residual_norms(phase.plan, state.tensors) or None
+    return name, content
+
+
+def describe_scores(
+    phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None
+) -> dict[str, Any] | None:
+    """What was measured, as JSON values; None: nothing."""
+    if isinstance(scores, Derivation):
+        return scores.summary() | {"head_fitted": phase.name == "head"}
+    if scores is not None:
+        own = [name for name, a in following.active.items() if a.group is None] if following else []
+        return {"kind": "lora_output", "g": scores, "y": importance_by_type(scores, module_kind), "kept": own}
+    omega = {n.rpartition(".")[0]: float(t) for n, t in state.tensors.items() if is_omega(n)}
+    return {"kind": "omega", "omega": omega} if omega else None
+
+
+def in_brief(scores: Scores, phase: Phase) -> str | None:
+    """What was measured, in a line for the run's summary."""
+    if isinstance(scores, Derivation):
+        how = "the head fitted on them first" if phase.name == "head" else "no head fitted"
+        return f"{scores.describe()}, {how}"
+    return None if scores is None else f"LoRA outputs of {len(scores)} modules"

@@ -1,0 +1,250 @@
+"""What a phase measures at its end: LoRA outputs, or the importance and ratios of a Partial-LoRA derivation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+
+from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
+from sparse_llm_ft.config import ModelConfig, RunConfig
+from sparse_llm_ft.distributed.collectives import bytes_from_rank_zero, on_rank_zero
+from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.evaluation.loop import batches_on
+from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.objectives.base import Objective
+from sparse_llm_ft.phase import Measurement, Phase
+from sparse_llm_ft.scoring import (
+    Derivation,
+    DerivationSettings,
+    OutputScores,
+    Split,
+    content_key,
+    derive,
+    hash_files,
+    hash_samples,
+    load,
+    measure_only,
+    save,
+)
+from sparse_llm_ft.scoring.scores import Scores
+
+
+class Scorer:
+    """Measures on the model as an engine has it: whole, in 4 bit, or sharded over ranks. Collective.
+
+    Args:
+        config: of the run.
+        objective: how samples become a loss and right answers.
+    """
+
+    def __init__(self, config: RunConfig, world: World, objective: Objective[Any], display: Display) -> None:
+        self.config, self.world, self.objective, self.display = config, world, objective, display
+
+    def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
+        """The phase's measurement on `samples`.
+
+        Args:
+            values: the trained parameters at the phase's end.
+        """
+        if phase.measure is None:
+            return None
+        if phase.measure.kind == "lora_output":
+            return self.lora_output(engine.module, list(phase.plan.active), samples)
+        return self.derivation(engine, phase, phase.measure, samples, values)
+
+    @torch.no_grad()
+    def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
+        """g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
+        size, world = self.config.evaluation.micro_batch_size, self.world
+        scores = OutputScores(names)
+        layers = {name: _layer(model, name) for name in names}
+        for name, layer in layers.items():
+            layer.observe = scores.observer(name)
+        was_training = model.training
+        model.eval()
+        try:
+            device = next(model.parameters()).device
+            for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
+                masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+                scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
+                self.objective.loss(model, batch)
+                leave_if_asked()
+        finally:
+            for layer in layers.values():
+                layer.observe = None
+            model.train(was_training)
+        return scores.totals(self._sum)
+
+    def derivation(
+        self,
+        engine: Engine,
+        phase: Phase,
+        measure: Measurement,
+        samples: Sequence[Any],
+        values: dict[str, torch.Tensor],
+    ) -> Derivation:
+        """Importance and ratios of the base's weights, from the cache where they have been derived before.
+
+        The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
+        another method it is what that has trained, whose head would be worth nothing without its adapters.
+        """
+        names = list((phase.then or phase.plan).active)
+        folder = _cache_folder(measure)
+        key, found = self._from_cache(phase, folder, names, samples, values)
+        if found is not None:
+            self.display.say(f"ratios of {len(names)} modules are in {folder}")
+            return found
+        self.display.say(f"deriving on {len(samples)} samples: {len(names)} modules, importance {measure.importance}")
+        derivation = self._derive(engine, measure, names, samples)
+        if self.world.rank == 0:
+            self._keep(folder, key, derivation)
+        return derivation
+
+    def _keep(self, folder: Path, key: str, derivation: Derivation) -> None:
+        """Into the cache. What was derived does not depend on it, so a cache that cannot be written is only said."""
+        try:
+            save(folder, key, derivation)
+        except (OSError, SafetensorError) as error:
+            self.display.say(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
+
+    def _derive(self, engine: Engine, measure: Measurement, names: list[str], samples: Sequence[Any]) -> Derivation:
+        model: Any = engine.module
+        base = model.get_base_model()
+        samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
+        modules = {name: _base_layer(base.get_submodule(name)) for name in names}
+        size = self.world.size
+        split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
+        settings = DerivationSettings(
+            importance=measure.importance,
+            accuracy_floor=measure.accuracy_floor,
+            floor_metric=measure.floor_metric,
+            micro_batch_size=measure.micro_batch_size,
+            candidates_per_forward=measure.candidates_per_forward,
+            flow_preservation=measure.flow_preservation,
+        )
+        # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
+        for parameter in engine.parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            if measure.search:
+                return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
+            return measure_only(model, modules, samples, self.objective, settings, split)
+        finally:
+            for parameter in engine.parameters.values():
+                parameter.requires_grad_(True)
+
+    def _report(self, done: int, layers: int) -> None:
+        self.display.say(f"derived {done} of {layers} layers")
+        leave_if_asked()
+
+    def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
+        """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
+        config, measure, training = self.config, phase.measure, self.config.training
+        assert measure is not None
+        if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
+            fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
+            head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
+        else:
+            trained = values if phase.method else whole_tensors(values)
+            head = {name: _digest(tensor) for name, tensor in trained.items()}
+        return content_key(
+            model=_model_fingerprint(config.model),
+            dtype=config.model.dtype,
+            quantization=config.model.quantization,
+            samples=hash_samples(samples),
+            head=head,
+            modules=names,
+            **{key: value for key, value in asdict(measure).items() if key not in ("cache_dir", "micro_batch_size")},
+        )
+
+    def _from_cache(
+        self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
+    ) -> tuple[str, Derivation | None]:
+        """The key, on rank 0, and what is stored under it. Rank 0 looks, and sends what it finds to the others, whose
+        nodes need not share its cache.
+        """
+        key, data = "", b""
+
+        def look() -> None:
+            nonlocal key, data
+            key = self._key(phase, names, samples, values)
+            found = load(folder, key, warn=self.display.say)
+            data = _pack(found) if found else b""
+
+        on_rank_zero(self.world, look)
+        data = bytes_from_rank_zero(data)
+        return key, _unpack(data) if data else None
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over ranks; on the process group's device."""
+        if self.world.size > 1:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            moved = tensor.to(device)
+            dist.all_reduce(moved)
+            return moved.to(tensor.device)
+        return tensor
+
+
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates")
+"""Settings of training that change nothing that is computed."""
+
+
+def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
+    base: Any = model
+    layer = base.get_base_model().get_submodule(name)
+    assert isinstance(layer, SparseLoraLayer)
+    return layer
+
+
+def _base_layer(module: Any) -> nn.Module:
+    """The linear layer itself, without adapters around it."""
+    return getattr(module, "base_layer", module)
+
+
+def _cache_folder(measure: Measurement) -> Path:
+    if measure.cache_dir is not None:
+        return Path(measure.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
+
+
+def _model_fingerprint(model: ModelConfig) -> str:
+    """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        weights = folder.glob("*.safetensors")
+        return hash_files([*weights, *folder.glob("*.json")])
+    snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+    return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})
+
+
+_METADATA = "metadata"
+
+
+def _pack(derivation: Derivation) -> bytes:
+    tensors, metadata = derivation.to_tensors()
+    text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
+    return safetensors.torch.save(tensors | {_METADATA: text})
+
+
+def _unpack(data: bytes) -> Derivation:
+    tensors = safetensors.torch.load(data)
+    metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
+    return Derivation.from_tensors(tensors, metadata)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()
