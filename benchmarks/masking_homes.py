@@ -22,7 +22,7 @@ from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.distributed.world import find_world, prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
 from sparse_llm_ft.engine.handover import masks_of
-from sparse_llm_ft.plan import AdapterPlan, Kept, Shape, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, Shape, uniform_plan
 
 SETTINGS = EngineSettings(2, "bfloat16", 2, 1, 1.0, 0.01, 0.0, "sgd", {})
 LENGTH = 128
@@ -41,7 +41,7 @@ def masked(plan: AdapterPlan, shapes: dict[str, Shape], keep: float) -> AdapterP
     """Random rows and columns of every adapter."""
     rng, modules = random.Random(0), dict(plan.modules)
     for name, adapter in plan.active.items():
-        rows, cols = (Kept(n, tuple(sorted(rng.sample(range(n), max(1, round(keep * n)))))) for n in shapes[name])
+        rows, cols = (IndexMask(n, tuple(sorted(rng.sample(range(n), max(1, round(keep * n)))))) for n in shapes[name])
         modules[name] = replace(adapter, rows=rows, cols=cols)
     return replace(plan, modules=modules)
 

@@ -12,7 +12,7 @@ from sparse_llm_ft.context.preflight import prepare
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import find_world, prepare_cpu
-from sparse_llm_ft.io.console import quiet_libraries
+from sparse_llm_ft.io.console import silence_libraries
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
         catch_signals()
         files, overrides = _arguments()
         prepared = prepare(load_config(files, overrides), world)
-        quiet_libraries()
+        silence_libraries()
         prepare_cpu(world)
-        from sparse_llm_ft.distributed.heartbeat import watching
+        from sparse_llm_ft.distributed.heartbeat import monitor_ranks
         from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
 
-        with watching(world):
+        with monitor_ranks(world):
             run(prepared)
 
 

@@ -4,4 +4,4 @@ A run is a sequence of phases; each phase trains one `AdapterPlan`; a method is 
 measured into the next phase's plan. See docs/architecture.md.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

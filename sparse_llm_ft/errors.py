@@ -60,7 +60,7 @@ class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
 
 
-class LeaveRequest(Exception):
+class PreemptionRequested(Exception):
     """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""
 
 

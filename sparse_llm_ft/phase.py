@@ -49,7 +49,7 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ScoringSpec:
     """What is measured at a phase's end, on its subset.
 
     Attributes:
@@ -102,11 +102,11 @@ class Phase:
     plan: AdapterPlan
     steps: int | None = None
     epochs: float | None = None
-    then: AdapterPlan | None = None
+    target_plan: AdapterPlan | None = None
     method: int = 0
     subset: Subset | None = None
-    prelude: bool = False
-    measure: Measurement | None = None
+    is_warmup: bool = False
+    scoring: ScoringSpec | None = None
     learning_rate: float | None = None
     cut: CutRule | None = None
     omega_lr: float = 0.0
@@ -132,7 +132,11 @@ class Phase:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same phase back."""
         parts = {name: asdict(part) if (part := getattr(self, name)) else None for name in _PARTS}
-        return vars(self) | parts | {"plan": self.plan.to_dict(), "then": self.then and self.then.to_dict()}
+        return (
+            vars(self)
+            | parts
+            | {"plan": self.plan.to_dict(), "target_plan": self.target_plan and self.target_plan.to_dict()}
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Phase:
@@ -144,7 +148,7 @@ class Phase:
         Raises:
             PlanError: a missing or unknown key, a wrong type, a number out of range, a name that is none.
         """
-        _check_fields(cls, data, but=("plan", "then", *_PARTS))
+        _check_fields(cls, data, but=("plan", "target_plan", *_PARTS))
         if not _NAME.fullmatch(data["name"]):
             raise PlanError(f"phase name {data['name']!r:.60}; expected letters, digits, _ and -")
         if not 0 <= data["micro_batch_size"] <= data["global_batch_size"] <= MAX_BATCH:
@@ -155,14 +159,14 @@ class Phase:
                 _check_fields(kind, data[name])
                 parts[name] = kind(**data[name])
         plan = AdapterPlan.from_dict(data["plan"], shapes)
-        then = None if data["then"] is None else AdapterPlan.from_dict(data["then"], shapes)
-        return cls(**{**data, **parts, "plan": plan, "then": then})
+        target_plan = None if data["target_plan"] is None else AdapterPlan.from_dict(data["target_plan"], shapes)
+        return cls(**{**data, **parts, "plan": plan, "target_plan": target_plan})
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 """A phase's file is called after it."""
 
-_PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "measure": Measurement}
+_PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "scoring": ScoringSpec}
 
 
 def _check_fields(kind: type[Any], data: Any, but: Collection[str] = ()) -> None:

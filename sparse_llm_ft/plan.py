@@ -27,7 +27,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
 }
 """The numbers that a tuner takes besides rank and scaling."""
 
-EVERYTHING = ""
+FULL_MODEL = ""
 """In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
 
 
@@ -43,7 +43,7 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
-class Kept:
+class IndexMask:
     """Which rows of B, or columns of A, exist: ascending indices out of `size`.
 
     Attributes:
@@ -62,7 +62,7 @@ class Kept:
             raise PlanError("kept indices must ascend")
 
     @classmethod
-    def of(cls, size: int, indices: Sequence[int]) -> Kept | None:
+    def of(cls, size: int, indices: Sequence[int]) -> IndexMask | None:
         """None, that is no mask, where all are kept."""
         return None if len(indices) == size else cls(size, tuple(indices))
 
@@ -74,7 +74,7 @@ class Kept:
         return {"size": self.size, "bits": base64.b64encode(bits).decode()}
 
     @classmethod
-    def from_dict(cls, data: Any, side: int | None = None) -> Kept:
+    def from_dict(cls, data: Any, side: int | None = None) -> IndexMask:
         """Read what `to_dict` wrote. A size is believed only as far as there are bits for it.
 
         Args:
@@ -115,8 +115,8 @@ class ModuleAdapter:
     omega: float = 1.0
     train_omega: bool = False
     group: str | None = None
-    rows: Kept | None = None
-    cols: Kept | None = None
+    rows: IndexMask | None = None
+    cols: IndexMask | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
@@ -157,7 +157,7 @@ class AdapterPlan:
         tuner: whose layers carry the adapters. Groups, masks and omega are for ``sparse_lora`` alone.
         options: further numbers that the tuner needs (AdaLoRA's schedule).
         trained: modules of the base that are trained whole beside the adapters: a fresh classification head, or
-            `EVERYTHING`.
+            `FULL_MODEL`.
         masking: where the masks of the adapters live.
     """
 
@@ -228,7 +228,7 @@ class AdapterPlan:
 
     def describe(self) -> str:
         """For people: ``18 adapters``, ``3 own and 15 shared adapters``, ``classifier``, ``all parameters``."""
-        if EVERYTHING in self.trained:
+        if FULL_MODEL in self.trained:
             return "all parameters"
         shared = sum(a.group is not None for a in self.active.values())
         own = len(self.active) - shared
@@ -325,7 +325,7 @@ def _module_from_dict(name: str, value: Any, shapes: Mapping[str, Shape] | None)
     try:
         sides = (None, None) if shapes is None else shapes[name]
         masks = {
-            key: None if value[key] is None else Kept.from_dict(value[key], side)
+            key: None if value[key] is None else IndexMask.from_dict(value[key], side)
             for key, side in zip(("rows", "cols"), sides, strict=True)
         }
         return ModuleAdapter(**(value | masks))

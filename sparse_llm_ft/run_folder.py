@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sparse_llm_ft.config import RunConfig, dump_config
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.atomic import write_file
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, read_json, read_yaml
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
 CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
 LOCK = ".lock"
@@ -82,7 +82,7 @@ class RunFolder:
             )
         try:
             old = read_yaml(self.path / CONFIG)
-        except (OSError, DocumentError):
+        except (OSError, ParseError):
             old = None
         if not isinstance(old, Mapping):
             raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
@@ -172,7 +172,7 @@ class RunFolder:
             raise UserError(
                 f"{path}: not a run's settings ({'.'.join(map(str, problem['loc']))}: {problem['msg']})"
             ) from None
-        except DocumentError as error:
+        except ParseError as error:
             raise UserError(f"{path}: not readable ({error})") from None
 
     def summary(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class RunFolder:
             raise UserError(f"{self.path}: no {SUMMARY}; the run is not there or not finished")
         try:
             summary = read_json(path, constants=True)
-        except (OSError, DocumentError) as error:
+        except (OSError, ParseError) as error:
             raise UserError(f"{path}: not readable ({error})") from None
         if not isinstance(summary, dict):
             raise UserError(f"{path}: not readable (a JSON object is needed)")
@@ -199,7 +199,7 @@ class RunFolder:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = parse_json(line, constants=True)
-            except DocumentError:
+            except ParseError:
                 continue  # the last line of a run that was killed while writing it
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record

@@ -59,9 +59,9 @@ def import_everything() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start one on import
     from sparse_llm_ft.distributed.world import World, prepare_cpu
-    from sparse_llm_ft.io.console import quiet_libraries
+    from sparse_llm_ft.io.console import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     prepare_cpu(World(0, 1, 0, 1))
     import matplotlib.pyplot  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse_llm_ft.distributed import exit_status as exits
+from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import World, find_world
-from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
 
 def test_alone_it_is_a_world_of_one_with_an_address() -> None:
@@ -68,8 +68,8 @@ def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job
 @pytest.mark.parametrize(("error", "status"), [(UserError("broken"), 2), (TrainingError("broken"), 1)])
 def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(exits.time, "sleep", waited.append)
-    with pytest.raises(SystemExit) as stop, exits.one_line_errors(world):
+    monkeypatch.setattr(exit_status.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(world):
         raise error
     assert stop.value.code == status and capsys.readouterr().err == said
     assert bool(waited) == (world.rank != 0)
@@ -77,9 +77,9 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize(("rank", "said"), [(0, "SIGTERM: saved step 3; the same command continues\n"), (1, "")])
 def test_a_run_that_was_asked_to_leave_wants_to_be_started_again(rank, said, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(exits.time, "sleep", lambda seconds: None)
-    with pytest.raises(SystemExit) as stop, exits.one_line_errors(World(rank, 2, rank, 2)):
-        raise LeaveRequest("SIGTERM: saved step 3")
+    monkeypatch.setattr(exit_status.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(rank, 2, rank, 2)):
+        raise PreemptionRequested("SIGTERM: saved step 3")
     assert stop.value.code == 75 and capsys.readouterr().err == said
 
 
@@ -95,18 +95,18 @@ def test_a_run_that_was_asked_to_leave_wants_to_be_started_again(rank, said, mon
 )
 def test_one_survivor_of_each_node_names_the_dead(world, dead, speaks, monkeypatch, capsys) -> None:
     statuses: list[int] = []
-    monkeypatch.setattr(exits.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(exits.os, "_exit", statuses.append)
-    exits.end_at_once(world, dead, "rank x is gone")
+    monkeypatch.setattr(exit_status.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(exit_status.os, "_exit", statuses.append)
+    exit_status.end_at_once(world, dead, "rank x is gone")
     assert statuses == [1] and capsys.readouterr().err == ("error: rank x is gone\n" if speaks else "")
 
 
 def test_an_interruption_is_one_line(capsys) -> None:
-    with pytest.raises(SystemExit) as stop, exits.one_line_errors(World(0, 1, 0, 1)):
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(0, 1, 0, 1)):
         raise KeyboardInterrupt
     assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().err
 
 
 def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), exits.one_line_errors(World(0, 1, 0, 1)):
+    with pytest.raises(ZeroDivisionError), exit_status.one_line_errors(World(0, 1, 0, 1)):
         1 / 0  # noqa: B018

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Robe
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import Use, has_head
+from sparse_llm_ft.model.architecture import TaskMode, has_head
 from sparse_llm_ft.model.loading import empty_model, head_modules, load_model, load_tokenizer
 
 
@@ -31,12 +31,12 @@ def without(folder: Path, target: Path, *endings: str) -> Path:
     return target
 
 
-def head(labels: int) -> Use:
-    return Use("sequence_classification", labels)
+def head(labels: int) -> TaskMode:
+    return TaskMode("sequence_classification", labels)
 
 
 def test_an_empty_classifier_has_the_names_and_shapes_of_the_loaded_one(encoder_folder: Path) -> None:
-    empty, loaded = (build(config(encoder_folder), use=head(3)) for build in (empty_model, load_model))
+    empty, loaded = (build(config(encoder_folder), task_mode=head(3)) for build in (empty_model, load_model))
     shapes = {name: parameter.shape for name, parameter in loaded.named_parameters()}
     assert {name: parameter.shape for name, parameter in empty.named_parameters()} == shapes
     assert shapes["classifier.weight"] == (3, 16)
@@ -48,9 +48,9 @@ def test_an_empty_classifier_has_the_names_and_shapes_of_the_loaded_one(encoder_
 def test_the_head_is_what_the_checkpoint_lacks(encoder_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     pooled = without(encoder_folder, tmp_path / "no-pooler", "pooler.dense.weight", "pooler.dense.bias")
     for build in (empty_model, load_model):
-        assert head_modules(build(config(encoder_folder), use=head(2))) == ("classifier",)
-        assert head_modules(build(config(pooled), use=head(2))) == ("bert.pooler", "classifier")
-        assert head_modules(build(config(model_folder), use=head(2))) == ("score",)
+        assert head_modules(build(config(encoder_folder), task_mode=head(2))) == ("classifier",)
+        assert head_modules(build(config(pooled), task_mode=head(2))) == ("bert.pooler", "classifier")
+        assert head_modules(build(config(model_folder), task_mode=head(2))) == ("score",)
         assert head_modules(build(config(model_folder))) == ()
     wrapped = get_peft_model(load_model(config(pooled), head(2)), LoraConfig(target_modules=["query"]))
     assert head_modules(wrapped) == ("bert.pooler", "classifier")
@@ -59,7 +59,7 @@ def test_the_head_is_what_the_checkpoint_lacks(encoder_folder: Path, model_folde
 def test_a_head_of_several_layers_is_one_module(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
-    assert head_modules(empty_model(config(tmp_path), use=head(2))) == ("classifier",)
+    assert head_modules(empty_model(config(tmp_path), task_mode=head(2))) == ("classifier",)
 
 
 def test_a_head_in_the_checkpoint_is_kept_if_it_fits_and_trained_in_any_case(
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_lacks_more_than_a_head_is_refused(
     with pytest.raises(
         ConfigError, match=r"model.name: .* has no fitting weights for bert\.(encoder.layer.1|embeddings)"
     ):
-        empty_model(config(folder), use=head(2))
+        empty_model(config(folder), task_mode=head(2))
 
 
 def test_the_head_is_a_function_of_the_seed(encoder_folder: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_head_is_a_function_of_the_seed(encoder_folder: Path, tmp_path: Path
 
 
 def test_loading_a_classifier_says_nothing(encoder_folder: Path, capfd, caplog) -> None:
-    empty_model(config(encoder_folder), use=head(2))
+    empty_model(config(encoder_folder), task_mode=head(2))
     load_model(config(encoder_folder), head(2))
     assert capfd.readouterr() == ("", "") and not caplog.records
 

@@ -25,11 +25,19 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import ModelConfig, TaskConfig
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import Use, base_of, body_of, find_use, has_head, mode_of, task_type
-from sparse_llm_ft.model.loading import empty_model, find_model_use, head_modules, load_model
+from sparse_llm_ft.model.architecture import (
+    TaskMode,
+    base_of,
+    find_task_mode,
+    has_head,
+    mode_of,
+    model_family,
+    task_type,
+)
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules, load_model
 from tiny_modes import make_bart, make_t5
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -52,11 +60,11 @@ def task(kind: str) -> Task:
         "text": {"prompt": "{a}", "completion": "{b}"},
         "spans": {"name": "squad"},
     }[kind]
-    return check_task(TaskConfig(**{"name": "custom", "path": "."} | settings))
+    return resolve_task(TaskConfig(**{"name": "custom", "path": "."} | settings))
 
 
-HEAD3, HEAD1 = Use("sequence_classification", 3), Use("sequence_classification", 1)
-WRITES, BOTH, SPANS = Use("causal_lm"), Use("seq2seq_lm"), Use("question_answering")
+HEAD3, HEAD1 = TaskMode("sequence_classification", 3), TaskMode("sequence_classification", 1)
+WRITES, BOTH, SPANS = TaskMode("causal_lm"), TaskMode("seq2seq_lm"), TaskMode("question_answering")
 FOUND = {
     # (body, task): what each mode gives; a mode that is left out is refused.
     ("encoder", "labels"): {"auto": HEAD3, "sequence_classification": HEAD3},
@@ -77,7 +85,7 @@ def test_every_body_with_every_task_and_mode(body: str, kind: str) -> None:
     found = {}
     for mode in MODES:
         try:
-            found[mode] = find_use(BODIES[body], "some/model", task(kind), mode)
+            found[mode] = find_task_mode(BODIES[body], "some/model", task(kind), mode)
         except ConfigError as error:
             assert str(error).startswith("model.name" if mode == "auto" else "task.mode")
             assert "\n" not in str(error)
@@ -130,7 +138,7 @@ def test_every_body_with_every_task_and_mode(body: str, kind: str) -> None:
 )
 def test_refusals_say_what_does_not_fit(body: str, kind: str, mode: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        find_use(BODIES[body], "some/model", task(kind), mode)
+        find_task_mode(BODIES[body], "some/model", task(kind), mode)
     assert str(error.value) == message
 
 
@@ -147,7 +155,7 @@ def test_refusals_say_what_does_not_fit(body: str, kind: str, mode: str, message
     ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
 def test_a_body_is_known_by_its_settings(settings: PreTrainedConfig, body: str) -> None:
-    assert body_of(settings) == body
+    assert model_family(settings) == body
 
 
 BUILT = [
@@ -182,9 +190,9 @@ def test_an_encoder_decoder_is_loaded_whole(make, tmp_path: Path) -> None:
     """Empty and loaded have the same names, no head, and what is shared is shared once."""
     make(tmp_path)
     config = ModelConfig(name=str(tmp_path), dtype="float32")
-    use = find_model_use(config, task("text"), "auto")
-    assert use == BOTH and not use.has_head
-    empty, loaded = empty_model(config, use=use), load_model(config, use)
+    task_mode = find_model_task_mode(config, task("text"), "auto")
+    assert task_mode == BOTH and not task_mode.has_head
+    empty, loaded = empty_model(config, task_mode=task_mode), load_model(config, task_mode)
     assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
     assert head_modules(empty) == head_modules(loaded) == ()
     own = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).state_dict()

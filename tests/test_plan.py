@@ -10,7 +10,7 @@ import pytest
 
 from sparse_llm_ft.plan import (
     AdapterPlan,
-    Kept,
+    IndexMask,
     ModuleAdapter,
     PlanError,
     group_name,
@@ -166,8 +166,8 @@ def test_uniform_plan_cuts_the_rank_to_the_smaller_side_and_keeps_the_scaling():
 
 
 def test_masks_and_groups_survive_json_and_count_once():
-    kept = Kept(70, (0, 1, 8, 69))
-    masked = ModuleAdapter(r=3, lora_alpha=6.0, group="q-70x9", rows=kept, cols=Kept(9, (2,)))
+    kept = IndexMask(70, (0, 1, 8, 69))
+    masked = ModuleAdapter(r=3, lora_alpha=6.0, group="q-70x9", rows=kept, cols=IndexMask(9, (2,)))
     plan = AdapterPlan({"a.q": masked, "b.q": masked, "c.q": ModuleAdapter(2, 4.0)}, trained=("classifier",))
     assert AdapterPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.groups == {"q-70x9": ["a.q", "b.q"]}
@@ -181,11 +181,11 @@ def test_masks_and_groups_survive_json_and_count_once():
 @pytest.mark.parametrize("indices", [(), (3,), (-1,), (1, 1), (2, 1)])
 def test_kept_indices_ascend_within_their_size(indices):
     with pytest.raises(PlanError):
-        Kept(3, indices)
+        IndexMask(3, indices)
 
 
 def test_a_mask_that_keeps_all_is_none():
-    assert Kept.of(3, (0, 1, 2)) is None and Kept.of(3, (0, 2)) == Kept(3, (0, 2))
+    assert IndexMask.of(3, (0, 1, 2)) is None and IndexMask.of(3, (0, 2)) == IndexMask(3, (0, 2))
 
 
 def test_members_of_a_group_are_alike_but_for_omega():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine.memory import grown_micro_batch, saved_bytes, state_bytes
+from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
 
@@ -72,7 +72,9 @@ def test_saved_bytes_are_near_those_of_a_real_run_with_a_fused_kernel(folder, na
     """Within 3 % of torch's flash kernel, whether the maps it avoids would be small or large."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         real = really_saved(PLANS[name], length)
-    assert saved_bytes(ModelConfig(name=folder, dtype="float32"), PLANS[name], length) == pytest.approx(real, rel=0.03)
+    assert activation_bytes(ModelConfig(name=folder, dtype="float32"), PLANS[name], length) == pytest.approx(
+        real, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -80,36 +82,36 @@ def test_eager_attention_counts_with_its_maps(folder, name):
     """Within 3 % of a real run with transformers' eager attention, which is well above a fused one."""
     real = really_saved(PLANS[name], 64, attn_implementation="eager")
     config = ModelConfig(name=folder, dtype="float32", attn_implementation="eager")
-    assert saved_bytes(config, PLANS[name], 64) == pytest.approx(real, rel=0.03)
-    assert real > 1.2 * saved_bytes(ModelConfig(name=folder, dtype="float32"), PLANS[name], 64)
+    assert activation_bytes(config, PLANS[name], 64) == pytest.approx(real, rel=0.03)
+    assert real > 1.2 * activation_bytes(ModelConfig(name=folder, dtype="float32"), PLANS[name], 64)
 
 
 def test_adapters_on_the_top_layer_alone_save_a_fraction(folder):
     """Layers below the first adapter keep nothing: of 4 layers' bytes about a quarter is left, and the logits'."""
     config = ModelConfig(name=folder, dtype="float32")
-    everywhere, top = saved_bytes(config, PLANS["all"], 32), saved_bytes(config, TOP, 32)
+    everywhere, top = activation_bytes(config, PLANS["all"], 32), activation_bytes(config, TOP, 32)
     bottom = AdapterPlan({name: ModuleAdapter(4, 8.0) if ".0." in name else None for name in TARGETS})
     assert top < 0.35 * everywhere
-    assert top < saved_bytes(config, bottom, 32) < everywhere
+    assert top < activation_bytes(config, bottom, 32) < everywhere
 
 
 def test_saved_bytes_grow_with_the_length(folder):
     config = ModelConfig(name=folder, dtype="float32")
-    assert 2 * saved_bytes(config, TOP, 16) < saved_bytes(config, TOP, 32) * 1.01
+    assert 2 * activation_bytes(config, TOP, 16) < activation_bytes(config, TOP, 32) * 1.01
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers_and_what_lies_outside(folder):
     length = 24
     config = ModelConfig(name=folder, dtype="float32", gradient_checkpointing=True)
-    planned = saved_bytes(config, PLANS["all"], length)
+    planned = activation_bytes(config, PLANS["all"], length)
     outside = really_saved(PLANS["all"], length, gradient_checkpointing=True)
     assert planned == pytest.approx(outside + LAYERS * length * WIDTH * 4, rel=0.01)
-    assert planned < 0.25 * saved_bytes(ModelConfig(name=folder, dtype="float32"), PLANS["all"], length)
+    assert planned < 0.25 * activation_bytes(ModelConfig(name=folder, dtype="float32"), PLANS["all"], length)
 
 
 def test_planning_leaves_the_plan_alone_and_gives_the_same_twice(folder):
     config, before = ModelConfig(name=folder), TOP.to_dict()
-    assert saved_bytes(config, TOP, 8) == saved_bytes(config, TOP, 8)
+    assert activation_bytes(config, TOP, 8) == activation_bytes(config, TOP, 8)
     assert TOP.to_dict() == before
     assert set(find_targets(empty_model(config), "all-linear")) == set(TARGETS)
 

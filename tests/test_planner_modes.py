@@ -27,8 +27,8 @@ from transformers import (
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine.memory import saved_bytes
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.engine.memory import activation_bytes
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import head_modules
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
 
@@ -37,36 +37,36 @@ PAIR = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in ((
 HEADS = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS}
-CASES: dict[str, tuple[PreTrainedConfig, Any, Use]] = {
+CASES: dict[str, tuple[PreTrainedConfig, Any, TaskMode]] = {
     "t5": (
         T5Config(vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=4, dropout_rate=0.0),
         AutoModelForSeq2SeqLM,
-        Use("seq2seq_lm"),
+        TaskMode("seq2seq_lm"),
     ),
     "bart": (
         BartConfig(vocab_size=64, d_model=WIDTH, **PAIR, **HEADS, max_position_embeddings=64, dropout=0.0),
         AutoModelForSeq2SeqLM,
-        Use("seq2seq_lm"),
+        TaskMode("seq2seq_lm"),
     ),
     "score": (
         BertConfig(**SIZES, **STILL, num_attention_heads=4),
         AutoModelForSequenceClassification,
-        Use("sequence_classification", 1),
+        TaskMode("sequence_classification", 1),
     ),
     "spans": (
         BertConfig(**SIZES, **STILL, num_attention_heads=4),
         AutoModelForQuestionAnswering,
-        Use("question_answering"),
+        TaskMode("question_answering"),
     ),
     "decoder": (
         LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0),
         AutoModelForSequenceClassification,
-        Use("sequence_classification", 3),
+        TaskMode("sequence_classification", 3),
     ),
     "writer": (
         LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2),
         AutoModelForCausalLM,
-        Use("causal_lm"),
+        TaskMode("causal_lm"),
     ),
 }
 
@@ -75,20 +75,20 @@ CASES: dict[str, tuple[PreTrainedConfig, Any, Use]] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Configurations; and a body's weights, of whose names it is known what a checkpoint lacks."""
     folders = {}
-    for name, (settings, _, use) in CASES.items():
+    for name, (settings, _, task_mode) in CASES.items():
         folder: Path = tmp_path_factory.mktemp(name)
         settings.save_pretrained(folder)
-        if use.has_head:
+        if task_mode.has_head:
             (LlamaModel if settings.model_type == "llama" else BertModel)(settings).save_pretrained(folder)
         folders[name] = str(folder)
     return folders
 
 
 def built(name: str, attention: str = "sdpa") -> torch.nn.Module:
-    settings, auto, use = CASES[name]
+    settings, auto, task_mode = CASES[name]
     settings = copy.deepcopy(settings)
-    if use.outputs is not None:
-        settings.num_labels = use.outputs
+    if task_mode.outputs is not None:
+        settings.num_labels = task_mode.outputs
     return auto.from_config(settings, attn_implementation=attention)
 
 
@@ -104,7 +104,7 @@ def plan_of(name: str, only: str = "") -> AdapterPlan:
 
 def really_saved(name: str, plan: AdapterPlan, attention: str, checkpointing: bool = False) -> int:
     """Bytes that autograd keeps in a forward pass on the CPU: distinct storages, those of parameters left out."""
-    model, use = built(name, attention), CASES[name][2]
+    model, task_mode = built(name, attention), CASES[name][2]
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
@@ -119,7 +119,7 @@ def really_saved(name: str, plan: AdapterPlan, attention: str, checkpointing: bo
 
     tokens = torch.ones((1, LENGTH), dtype=torch.long)
     inputs = {"input_ids": tokens}
-    if use.mode == "seq2seq_lm":
+    if task_mode.mode == "seq2seq_lm":
         inputs |= {"decoder_input_ids": tokens}
     if name == "t5" and attention == "sdpa":  # as in a batch with padding: without, layers share a mask
         mask = torch.ones_like(tokens)
@@ -127,7 +127,7 @@ def really_saved(name: str, plan: AdapterPlan, attention: str, checkpointing: bo
         inputs |= {"attention_mask": mask, "decoder_attention_mask": mask}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(**inputs, **({} if "Bert" in type(model.get_base_model()).__name__ else {"use_cache": False}))
-        logits = output.start_logits if use.mode == "question_answering" else output.logits
+        logits = output.start_logits if task_mode.mode == "question_answering" else output.logits
         logits = logits.flatten(0, -2).float()
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
@@ -140,7 +140,7 @@ def test_eager_attention_counts_with_its_maps(name: str, folders: dict[str, str]
     plan = plan_of(name)
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager")
     real = really_saved(name, plan, "eager")
-    assert saved_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
+    assert activation_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,15 +149,15 @@ def test_a_fused_kernel_counts_without_maps(name: str, folders: dict[str, str]) 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         real = really_saved(name, plan, "sdpa")
     config = ModelConfig(name=folders[name], dtype="float32")
-    assert saved_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
+    assert activation_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_checkpointing_keeps_the_inputs_of_the_layers_of_both_stacks(name: str, folders: dict[str, str]) -> None:
-    plan, use = plan_of(name), CASES[name][2]
+    plan, task_mode = plan_of(name), CASES[name][2]
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager", gradient_checkpointing=True)
     outside = really_saved(name, plan, "eager", checkpointing=True)
-    planned = saved_bytes(config, plan, LENGTH, use)
+    planned = activation_bytes(config, plan, LENGTH, task_mode)
     assert planned == pytest.approx(outside + 2 * LAYERS * LENGTH * WIDTH * 4, rel=0.02)
 
 
@@ -165,7 +165,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_of_both_stacks(name: str, 
 def test_adapters_on_the_decoder_alone_save_what_the_encoder_kept(name: str, folders: dict[str, str]) -> None:
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager")
     everywhere, decoder = plan_of(name), plan_of(name, "decoder.")
-    planned = [saved_bytes(config, plan, LENGTH, CASES[name][2]) for plan in (everywhere, decoder)]
+    planned = [activation_bytes(config, plan, LENGTH, CASES[name][2]) for plan in (everywhere, decoder)]
     real = [really_saved(name, plan, "eager") for plan in (everywhere, decoder)]
     assert planned[1] / planned[0] == pytest.approx(real[1] / real[0], rel=0.05)
     assert planned[1] < 0.8 * planned[0]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from sparse_llm_ft.distributed import signals
-from sparse_llm_ft.errors import LeaveRequest
+from sparse_llm_ft.errors import PreemptionRequested
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("caught")
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_waits_until_the_run_asks_for_it(number: signal.Signals) -> None:
-    signals.leave_if_asked()
+    signals.exit_if_preempted()
     for _ in range(2):
         os.kill(os.getpid(), number)
-    assert signals.asked_by(signals.caught()) == number.name
-    with pytest.raises(LeaveRequest, match=f"{number.name}: nothing new to save"):
-        signals.leave_if_asked()
+    assert signals.preempted_by(signals.caught()) == number.name
+    with pytest.raises(PreemptionRequested, match=f"{number.name}: nothing new to save"):
+        signals.exit_if_preempted()

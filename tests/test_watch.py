@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from sparse_llm_ft.distributed import heartbeat as watch
-from sparse_llm_ft.distributed import signals
-from sparse_llm_ft.distributed.heartbeat import Patience, Watch
+from sparse_llm_ft.distributed import heartbeat, signals
+from sparse_llm_ft.distributed.heartbeat import Heartbeat, Timeouts
 from sparse_llm_ft.distributed.world import World
 
-QUICK = Patience(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
+QUICK = Timeouts(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
 
 
 class Ranks:
@@ -36,12 +35,12 @@ class Ranks:
             raise dist.DistNetworkError("refused")
         return getattr(self.store, name)
 
-    def _watch(self, rank: int, size: int) -> Watch:
+    def _watch(self, rank: int, size: int) -> Heartbeat:
         def end(dead: set[int], text: str) -> None:
             self.ends.setdefault(rank, (dead, text))
             self.watches[rank]._stopped.set()  # as the end of the process would
 
-        return Watch(World(rank, size, rank, size), lambda: self, (0, "rank 0 (first)"), end, QUICK)
+        return Heartbeat(World(rank, size, rank, size), lambda: self, (0, "rank 0 (first)"), end, QUICK)
 
     def die(self, rank: int) -> None:
         self.watches[rank].close(done=False)
@@ -72,7 +71,7 @@ def test_a_silent_rank_is_named_by_all_others(three: Ranks) -> None:
 
 def test_nobody_is_named_while_all_beat_or_have_not_begun_or_are_done(three: Ranks) -> None:
     three.watches[2].close(done=True)
-    alone = Watch(
+    alone = Heartbeat(
         World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda dead, text: three.ends.update(x=(dead, text)), QUICK
     )
     time.sleep(3 * QUICK.silent)
@@ -85,7 +84,7 @@ def test_a_store_that_is_not_there_yet_is_waited_for() -> None:
         raise dist.DistNetworkError("refused")
 
     ends: list[str] = []
-    early = Watch(World(1, 2, 1, 2), refuse, (0, ""), lambda dead, text: ends.append(text), QUICK)
+    early = Heartbeat(World(1, 2, 1, 2), refuse, (0, ""), lambda dead, text: ends.append(text), QUICK)
     time.sleep(2 * QUICK.silent)
     early.close(done=False)
     assert not ends
@@ -104,7 +103,7 @@ def test_a_failed_collective_waits_for_the_name_and_only_for_it(three: Ranks) ->
 
 def test_a_rank_that_died_before_its_first_beat_is_named_once_a_collective_has_failed() -> None:
     ends: list[tuple[set[int], str]] = []
-    first = Watch(
+    first = Heartbeat(
         World(0, 2, 0, 2), dist.HashStore, (0, ""), lambda *end: (ends.append(end), first._stopped.set()), QUICK
     )
     time.sleep(2 * QUICK.silent)
@@ -142,7 +141,7 @@ def test_processes_that_were_suspended_blame_nobody(three: Ranks, monkeypatch: p
     """They count no more than they can have been awake between two looks."""
     asleep = 0.0
     awake = time.monotonic
-    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: awake() + asleep))
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: awake() + asleep))
     time.sleep(0.2)
     asleep = 1000.0
     time.sleep(0.4)

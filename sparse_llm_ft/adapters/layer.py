@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
-from sparse_llm_ft.plan import Kept, ModuleAdapter
+from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
 
 def gate(omega: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def gate(omega: torch.Tensor) -> torch.Tensor:
     return omega + (omega.clamp(min=0) - omega).detach()
 
 
-def scatter(matrix: torch.Tensor, rows: Kept | None, cols: Kept | None) -> torch.Tensor:
+def scatter(matrix: torch.Tensor, rows: IndexMask | None, cols: IndexMask | None) -> torch.Tensor:
     """A matrix over kept rows and columns at its place in the full one, which is zero elsewhere; None: all kept."""
     for dimension, kept in enumerate((rows, cols)):
         if kept is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparse_llm_ft.adapters.convert import trained_parameters
 from sparse_llm_ft.adapters.layer import scatter
-from sparse_llm_ft.plan import AdapterPlan, Kept
+from sparse_llm_ft.plan import AdapterPlan, IndexMask
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ class Lines:
     """The kept rows (dimension 0) or columns (1) of a matrix with `width` columns; a vector is one column."""
 
     dimension: int
-    kept: Kept
+    kept: IndexMask
     width: int
 
 

@@ -11,15 +11,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_llm_ft import __version__
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.strict_json_yaml import read_json
 
 Tensors = dict[str, torch.Tensor]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 TENSORS, STATE = "tensors.safetensors", "state.json"
-_VALUE, _RULE = "value", "rule"
+_VALUE, _CALLBACK = "value", "callback"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MANY = 2**62  # more steps or samples than any run has, and little enough for a torch integer
 
@@ -35,7 +36,7 @@ class TrainState:
         moments: parameter name -> {"exp_avg": ..., "exp_avg_sq": ...} of the same shape; absent under SGD.
         optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
         phase: the current phase as plain values (`Phase.to_dict`).
-        rule, rule_tensors: state of the phase's rule (cuts of omega, AdaLoRA's ranks), if it has one.
+        callback, callback_tensors: state of the phase's callback (omega's cuts, AdaLoRA's ranks), if it has one.
         record: what the run's summary needs from the past (metrics before training, finished phases).
     """
 
@@ -44,13 +45,13 @@ class TrainState:
     optimizer_steps: dict[str, int]
     progress: Progress
     phase: dict[str, Any]
-    rule: dict[str, Any] | None = None
+    callback: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
-    rule_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    callback_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def fresh(self) -> TrainState:
         """The same place in the run with nothing trained: what it lacks starts from its initial value."""
-        return replace(self, tensors={}, moments={}, optimizer_steps={}, rule=None, rule_tensors={})
+        return replace(self, tensors={}, moments={}, optimizer_steps={}, callback=None, callback_tensors={})
 
     def save(self, folder: Path) -> None:
         """Write the state as safetensors and JSON; atomically, with checksums (`write_folder`)."""
@@ -59,14 +60,15 @@ class TrainState:
             flat = {f"{_VALUE}/{name}": tensor for name, tensor in self.tensors.items()}
             for name, moments in self.moments.items():
                 flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
-            flat |= {f"{_RULE}/{key}": tensor for key, tensor in self.rule_tensors.items()}
+            flat |= {f"{_CALLBACK}/{key}": tensor for key, tensor in self.callback_tensors.items()}
             save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
             data = {
                 "version": STATE_VERSION,
+                "written_by": __version__,
                 "optimizer_steps": self.optimizer_steps,
                 "progress": asdict(self.progress),
                 "phase": self.phase,
-                "rule": self.rule,
+                "callback": self.callback,
                 "record": self.record,
             }
             (temporary / STATE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -85,26 +87,35 @@ class TrainState:
         try:
             data = read_json(folder / STATE, constants=True)  # a metric may have been NaN
             if not isinstance(data, dict) or data.get("version") != STATE_VERSION:
-                version = data.get("version") if isinstance(data, dict) else None
-                raise CheckpointError(f"{folder}: version {version!r:.40}; this release reads {STATE_VERSION}")
+                raise CheckpointError(f"{folder}: {_other_version(data)}")
             flat = load_file(folder / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
         try:
             _check_values(data)
-            tensors, moments, rule_tensors = _split(flat)
+            tensors, moments, callback_tensors = _split(flat)
             return cls(
                 tensors,
                 moments,
                 data["optimizer_steps"],
                 Progress(**data["progress"]),
                 data["phase"],
-                data["rule"],
+                data["callback"],
                 data["record"],
-                rule_tensors,
+                callback_tensors,
             )
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+
+
+def _other_version(data: Any) -> str:
+    """Which release wrote a state that this one does not read."""
+    found = data if isinstance(data, dict) else {}
+    author = found.get("written_by", "0.1" if found.get("version") in (1, 2) else "an unknown release")
+    return (
+        f"format {found.get('version')!r:.40}, written by sparse-llm-ft {author!s:.40}; "
+        f"this release ({__version__}) reads format {STATE_VERSION}"
+    )
 
 
 def _check_values(data: dict[str, Any]) -> None:
@@ -113,15 +124,15 @@ def _check_values(data: dict[str, Any]) -> None:
         values = data[name]
         if not isinstance(values, dict) or not all(type(v) is int and 0 <= v < _MANY for v in values.values()):
             raise ValueError(f"{name} is {values!r:.60}")
-    for name, allowed in (("phase", dict), ("record", dict), ("rule", dict | None)):
+    for name, allowed in (("phase", dict), ("record", dict), ("callback", dict | None)):
         if not isinstance(data[name], allowed):
             raise ValueError(f"{name} is {data[name]!r:.60}")
 
 
 def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
-    """Values, moments and the rule's tensors. Raises ValueError for a tensor that is none of them."""
+    """Values, moments and the callback's tensors. Raises ValueError for a tensor that is none of them."""
     tensors: Tensors = {}
-    rule_tensors: Tensors = {}
+    callback_tensors: Tensors = {}
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in flat.items():
         if tensor.dtype != torch.float32:
@@ -131,8 +142,8 @@ def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
         kind, _, name = key.partition("/")
         if kind == _VALUE:
             tensors[name] = tensor
-        elif kind == _RULE:
-            rule_tensors[name] = tensor
+        elif kind == _CALLBACK:
+            callback_tensors[name] = tensor
         elif kind in _MOMENTS:
             moments.setdefault(name, {})[kind] = tensor
         else:
@@ -140,7 +151,7 @@ def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
     for name, both in moments.items():
         if any(name not in tensors or moment.shape != tensors[name].shape for moment in both.values()):
             raise ValueError(f"the moments of {name!r:.100} are not of its shape")
-    return tensors, moments, rule_tensors
+    return tensors, moments, callback_tensors
 
 
 @dataclass
@@ -167,7 +178,7 @@ class Progress:
 
     @property
     def phase_updates(self) -> int:
-        """Updates made in the current phase: what its length and its rule go by, so that a last cut is never missed."""
+        """Updates made in the current phase. Its length and its callback count these, so that no last cut is missed."""
         return self.phase_step - self.phase_skipped
 
     @property

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from sparse_llm_ft.checkpoint.state import TrainState
-from sparse_llm_ft.checkpoint.validation import Expected, check_state
-from sparse_llm_ft.distributed.collectives import from_rank_zero, on_every_rank, on_rank_zero
+from sparse_llm_ft.checkpoint.validation import Expected, validate_state
+from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import PlanError
 from sparse_llm_ft.run_folder import RunFolder
@@ -68,7 +68,7 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
     try:
         phase = Phase.from_dict(state.phase, None if real is None else real.targets)
         if real is not None:
-            check_state(state, phase, real)
+            validate_state(state, phase, real)
     except PlanError as error:
         raise CheckpointError(f"{folder}: its phase is not readable ({error})") from None
     if _NAME.fullmatch(folder.name) and folder.name != checkpoint_folder(folder.parent, state.progress.step).name:
@@ -108,7 +108,7 @@ def _check_finite(state: TrainState) -> None:
             )
 
 
-def newest_state(folder: RunFolder, run: str, world: World, display: Display, real: Expected) -> TrainState | None:
+def newest_state(folder: RunFolder, run: str, world: World, console: Console, real: Expected) -> TrainState | None:
     """The newest valid checkpoint; None where there is none. Rank 0 chooses, all ranks continue from the same one.
 
     Args:
@@ -129,16 +129,16 @@ def newest_state(folder: RunFolder, run: str, world: World, display: Display, re
                 f"to start anew, choose another output_dir than {folder.path}"
             )
         for complaint in complaints:
-            display.say(complaint)
+            console.log(complaint)
         chosen = int(newest.name.removeprefix("step-")) if newest else -1
 
-    on_rank_zero(world, choose)
-    step = from_rank_zero(chosen)
+    run_on_rank_zero(world, choose)
+    step = broadcast_int(chosen)
     if step < 0:
         return None
-    display.say(f"resuming from step {step}")
+    console.log(f"resuming from step {step}")
     states: list[TrainState] = []
     path = checkpoint_folder(folder.checkpoints, step)
     hint = "all nodes must share the file system of output_dir"
-    on_every_rank(lambda: states.append(load_checkpoint(path, real, run)[0]), hint)
+    run_on_every_rank(lambda: states.append(load_checkpoint(path, real, run)[0]), hint)
     return states[0]

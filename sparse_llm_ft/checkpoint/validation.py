@@ -9,7 +9,7 @@ from typing import Any
 from sparse_llm_ft.adapters.targets import TensorShape, adapter_shapes, check_modules
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, PlanError, Shape
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, PlanError, Shape
 
 _SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Of AdaLoRA's rank allocation: ``<kind>/<parameter>.default``."""
@@ -48,7 +48,7 @@ def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Ex
     whole = tuple(f"{name}." for name in plan.trained)
     for name, shape in shapes.items():
         right = expected.get(name)
-        if right is None and (EVERYTHING in plan.trained or name.startswith(whole)):
+        if right is None and (FULL_MODEL in plan.trained or name.startswith(whole)):
             right = real.parameters.get(name)
         if right is None:
             raise PlanError(f"tensor {name!r:.100} is of nothing that the plan trains")
@@ -56,7 +56,7 @@ def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Ex
             raise PlanError(f"tensor {name!r} has shape {shape!r:.60}; expected {right}")
 
 
-def check_state(state: TrainState, phase: Phase, real: Expected) -> None:
+def validate_state(state: TrainState, phase: Phase, real: Expected) -> None:
     """Refuse a state that this run could not have written.
 
     Raises:
@@ -66,32 +66,32 @@ def check_state(state: TrainState, phase: Phase, real: Expected) -> None:
         raise PlanError(f"method number {phase.method}; the run has {real.methods}")
     if phase.micro_batch_size < 1:
         raise PlanError("a phase without batch sizes")
-    for plan in (phase.plan, phase.then):
+    for plan in (phase.plan, phase.target_plan):
         if plan is not None:
             check_modules(plan, real.targets)
     check_tensors(phase.plan, {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}, real)
-    _check_rule(state, phase, real)
+    _check_callback(state, phase, real)
     _check_record(state.record)
 
 
-def _check_rule(state: TrainState, phase: Phase, real: Expected) -> None:
+def _check_callback(state: TrainState, phase: Phase, real: Expected) -> None:
     plan = phase.plan
-    # A rule sees parameters as the layers hold them, masked entries included.
+    # A callback sees parameters as the layers hold them, masked entries included.
     shapes = adapter_shapes(replace(plan, modules=plan.layers), real.targets) if plan.tuner == "adalora" else {}
-    for key, tensor in state.rule_tensors.items():
+    for key, tensor in state.callback_tensors.items():
         kind, _, name = key.partition("/")
         if kind not in _SENSITIVITIES or shapes.get(name.removesuffix(".default")) != tuple(tensor.shape):
-            raise PlanError(f"tensor {key!r:.100} belongs to no rule of the phase")
-    if state.rule is None:
+            raise PlanError(f"tensor {key!r:.100} belongs to no callback of the phase")
+    if state.callback is None:
         return
     if phase.cut is not None:
-        fits = set(state.rule) == {"moved", "kept"} and all(_is_names(names) for names in state.rule.values())
+        fits = set(state.callback) == {"moved", "kept"} and all(_is_names(names) for names in state.callback.values())
     elif phase.plan.tuner == "adalora":
-        fits = set(state.rule) == {"rank_pattern"} and _is_pattern(state.rule["rank_pattern"], state)
+        fits = set(state.callback) == {"rank_pattern"} and _is_pattern(state.callback["rank_pattern"], state)
     else:
         fits = False
     if not fits:
-        raise PlanError(f"the state of its rule is {state.rule!r:.60}")
+        raise PlanError(f"the state of its callback is {state.callback!r:.60}")
 
 
 def _is_names(value: Any) -> bool:

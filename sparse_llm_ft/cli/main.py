@@ -15,7 +15,7 @@ from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.console import quiet_libraries
+from sparse_llm_ft.io.console import silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = find_world() if {"derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
     with one_line_errors(world):
         options = _parse(arguments)
-        quiet_libraries()
+        silence_libraries()
         if options.command is not _tasks:  # torch takes seconds to import
             prepare_cpu(world)
         options.command(options)
@@ -100,10 +100,10 @@ def _derive(options: argparse.Namespace) -> None:
 
     catch_signals()
     prepared = prepare(load_config(*split_arguments(options.config)), find_world())
-    from sparse_llm_ft.distributed.heartbeat import watching
+    from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.run import derive
 
-    with watching(prepared.world):
+    with monitor_ranks(prepared.world):
         derive(prepared)
 
 
@@ -127,10 +127,10 @@ def _tasks(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     folder = RunFolder(options.run)
     summary = folder.summary()
-    from sparse_llm_ft.io.console import Display
+    from sparse_llm_ft.io.console import Console
     from sparse_llm_ft.training.records import show_summary
 
-    show_summary(summary, folder, Display(rank=0))
+    show_summary(summary, folder, Console(rank=0))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_llm_ft.config import EvaluationConfig, RunConfig, load_config, merge, parse_config
 from sparse_llm_ft.context.preflight import check_measured
-from sparse_llm_ft.data.task_config import check_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
@@ -100,27 +100,27 @@ def _evaluate(options: argparse.Namespace) -> None:
     world = find_world()
     folder = open_run(options.run)
     config = _measured(folder.path / CONFIG, options.settings)
-    task = check_task(config.task)
+    task = resolve_task(config.task)
     if not config.evaluation.samples:
         raise UserError("evaluation.samples: 0 measures nothing; expected 1 or more")
     check_measured(config, task)
     if options.output:
         refuse_existing(Path(options.output))
-    from sparse_llm_ft.distributed.collectives import from_rank_zero
-    from sparse_llm_ft.distributed.heartbeat import watching
+    from sparse_llm_ft.distributed.collectives import broadcast_int
+    from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.engine.engine import init_distributed
     from sparse_llm_ft.inference.evaluate import evaluate, free_folder
-    from sparse_llm_ft.io.console import Display
+    from sparse_llm_ft.io.console import Console
 
     output = Path(options.output) if options.output else free_folder(folder.path)
-    with watching(world):
+    with monitor_ranks(world):
         init_distributed()
-        run = _read(options.run, from_rank_zero, complain=world.rank == 0)
+        run = _read(options.run, broadcast_int, complain=world.rank == 0)
         result = evaluate(replace(run, task=task), config, world, output)
-    display = Display(world.rank)
+    console = Console(world.rank)
     for name, value in result["metrics"].items():
-        display.say(f"{name} {value:.4f}")
-    display.say(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")
+        console.log(f"{name} {value:.4f}")
+    console.log(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")
 
 
 def _measured(path: Path, settings: Sequence[str]) -> RunConfig:

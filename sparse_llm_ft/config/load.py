@@ -15,7 +15,7 @@ from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig
 from sparse_llm_ft.config.types import is_file
 from sparse_llm_ft.config.validation import check_chain, check_data_path, check_method
 from sparse_llm_ft.errors import ConfigError, UserError, holds_token
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_yaml, read_yaml
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml, read_yaml
 
 Tree = dict[str, Any]
 
@@ -85,7 +85,7 @@ def _read_yaml(path: str) -> Tree:
         data = read_yaml(Path(path))
     except OSError as error:
         raise UserError(f"--config {path}: not readable: {error.strerror}") from None
-    except DocumentError as error:
+    except ParseError as error:
         line = f":{error.line}" if error.line else ""
         raise UserError(f"--config {path}{line}: not readable as YAML: {error}") from None
     if data is None:
@@ -101,7 +101,7 @@ def _parse_override(text: str) -> Tree:
         raise UserError(f"argument {text!r}: not an override; write section.key=value")
     try:
         tree = parse_yaml(value)
-    except DocumentError:
+    except ParseError:
         raise UserError(f"argument {text!r}: the value is not readable as YAML; quote it") from None
     parts = key.split(".")
     if len(parts) > _DEEPEST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_llm_ft.config import RunConfig, check_steps, check_world
-from sparse_llm_ft.data.reading import check_columns, check_references, check_task, has_split
+from sparse_llm_ft.data.reading import check_columns, check_references, has_split, resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
@@ -35,7 +35,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     folder = RunFolder(config.output_dir)
     check_world(config, world.size, resumes=folder.has_checkpoints())
     folder.check(config)
-    task = check_task(config.task)
+    task = resolve_task(config.task)
     check_columns(config.task, "train")
     check_steps(config, config.training.max_steps)
     if config.training.eval_every is not None:

@@ -11,13 +11,13 @@ from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.context.preflight import Prepared
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.io.console import Display
-from sparse_llm_ft.methods import make_methods
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.model.loading import empty_model, find_model_use, head_modules
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules
 from sparse_llm_ft.objectives.base import Objective
-from sparse_llm_ft.objectives.build import check_packing, make_objective
+from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
 
 
@@ -36,7 +36,7 @@ class Setup:
 
     empty: PreTrainedModel
     task: Task
-    use: Use
+    task_mode: TaskMode
     targets: dict[str, Shape]
     plan: AdapterPlan
     methods: int
@@ -58,30 +58,30 @@ class Setup:
         """
         config, adapter = prepared.config, prepared.config.adapter
         if config.model.trust_remote_code:
-            Display(prepared.world.rank).say(
+            Console(prepared.world.rank).log(
                 f"model.trust_remote_code is set: code that {config.model.name} brings along, at revision "
                 f"{config.model.revision or 'main'}, runs in this process"
             )
-        use = find_model_use(config.model, prepared.task, config.task.mode)
-        empty = empty_model(config.model, config.model.attn_implementation, use)
+        task_mode = find_model_task_mode(config.model, prepared.task, config.task.mode)
+        empty = empty_model(config.model, config.model.attn_implementation, task_mode)
         heads = head_modules(empty)
         found = find_targets(empty, adapter.target_modules)
         # A fresh pooler is trained whole, and gets no adapter beside that.
         targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
         plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, adapter.lora_dropout, heads)
         if config.training.max_steps is not None:  # else the data say how long the run is, and `Course` checks it then
-            make_methods(config, config.training.max_steps).first(plan, targets)
-        check_lengths(config, prepared.task, use, empty)
-        tokenizer = tokenizer_for(config.model, use, empty)
+            build_methods(config, config.training.max_steps).first(plan, targets)
+        check_lengths(config, prepared.task, task_mode, empty)
+        tokenizer = tokenizer_for(config.model, task_mode, empty)
         if config.task.packing:
             check_packing(empty)
         return cls(
             empty,
             prepared.task,
-            use,
+            task_mode,
             targets,
             plan,
             len(config.method),
             tokenizer,
-            make_objective(empty, tokenizer, prepared.task),
+            build_objective(empty, tokenizer, prepared.task),
         )

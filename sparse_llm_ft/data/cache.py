@@ -51,7 +51,7 @@ _FORMAT = 2
 T = TypeVar("T")
 
 
-class StoredSamples(Sequence[Any]):
+class CachedDataset(Sequence[Any]):
     """Samples in a file that is mapped, not read: each is made when it is asked for.
 
     Attributes:
@@ -90,14 +90,14 @@ class StoredSamples(Sequence[Any]):
         return (self[i] for i in range(len(self)))
 
 
-class ChosenSamples(Sequence[Any]):
+class DatasetSubset(Sequence[Any]):
     """Some of the stored samples, each made when it is asked for.
 
     Attributes:
         lengths: (samples,) int32, their tokens.
     """
 
-    def __init__(self, stored: StoredSamples, indices: Sequence[int]) -> None:
+    def __init__(self, stored: CachedDataset, indices: Sequence[int]) -> None:
         self._stored, self._indices = stored, indices
         self.lengths = stored.lengths[list(indices)]
 
@@ -113,7 +113,7 @@ class ChosenSamples(Sequence[Any]):
         return [self._stored[i] for i in chosen] if isinstance(chosen, Sequence) else self._stored[chosen]
 
 
-def store_samples(
+def write_cached(
     key: str, kind: type[T], schema: pyarrow.Schema, make: Callable[[], Iterable[T]], counts: Callable[[], Any]
 ) -> None:
     """Write what `make` yields under `key`, unless it is there, whole.
@@ -125,7 +125,7 @@ def store_samples(
     Raises:
         UserError: the cache cannot be written.
     """
-    folder = stored_at(key)
+    folder = cache_folder(key)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{key}.lock"):  # another job may be at it
@@ -136,7 +136,7 @@ def store_samples(
         raise UserError(f"HF_DATASETS_CACHE: {folder.parent} cannot be written ({reason})") from error
 
 
-def stored_at(key: str) -> Path:
+def cache_folder(key: str) -> Path:
     """The folder of a key."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "sparse_llm_ft" / key
 

@@ -9,41 +9,41 @@ import torch
 
 from sparse_llm_ft.data.samples import Pack, Sample, TextSample
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position that has no part in the loss."""
 
 Batch = dict[str, torch.Tensor]
 
 
-def training_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
+def collate_causal_lm(samples: Sequence[Sample], pad_token_id: int) -> Batch:
     """Right-padded batch for a decoder.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
-        padding are `IGNORED`.
+        padding are `IGNORE_INDEX`.
     """
     ids, mask = padded([(*sample.prompt, *sample.completion) for sample in samples], pad_token_id)
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     for row, sample in zip(labels, samples, strict=True):
         row[len(sample.prompt) : sample.length] = torch.tensor(sample.completion)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def packed_batch(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = False) -> Batch:
+def collate_packed(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = False) -> Batch:
     """Right-padded batch of sequences that hold several samples each.
 
     Args:
         in_one_row: lay all sequences into one, one behind the other and without padding.
 
     Returns:
-        As `training_batch`, and ``position_ids``, which begin anew with every sample: by them, and without an
+        As `collate_causal_lm`, and ``position_ids``, which begin anew with every sample: by them, and without an
         attention mask, transformers' models keep samples apart. Padding is a sample of its own. The label of a
-        sample's first token is `IGNORED`: the sample before must not predict it.
+        sample's first token is `IGNORE_INDEX`: the sample before must not predict it.
     """
     if in_one_row:
         packs = [Pack(tuple(sample for pack in packs for sample in pack.samples))]
     ids, mask = padded([pack.ids for pack in packs], pad_token_id)
-    labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+    labels, positions = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
     width = ids.shape[1]
     for i, pack in enumerate(packs):
         start = 0
@@ -56,7 +56,7 @@ def packed_batch(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = Fa
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
 
 
-def seq2seq_batch(samples: Sequence[Sample], pad_token_id: int, start_token_id: int) -> Batch:
+def collate_seq2seq(samples: Sequence[Sample], pad_token_id: int, start_token_id: int) -> Batch:
     """Right-padded batch for an encoder-decoder.
 
     Returns:
@@ -68,12 +68,12 @@ def seq2seq_batch(samples: Sequence[Sample], pad_token_id: int, start_token_id: 
     width = max(len(sample.completion) for sample in samples)
     width += width == ids.shape[1]
     inputs, decoder_mask = padded([(start_token_id, *s.completion[:-1]) for s in samples], pad_token_id, width)
-    labels, _ = padded([sample.completion for sample in samples], IGNORED, width)
+    labels, _ = padded([sample.completion for sample in samples], IGNORE_INDEX, width)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return batch | {"decoder_input_ids": inputs, "decoder_attention_mask": decoder_mask}
 
 
-def text_batch(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
+def collate_classification(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
     """Right-padded batch for a classification head.
 
     Returns:
@@ -88,7 +88,7 @@ def text_batch(samples: Sequence[TextSample], pad_token_id: int) -> Batch:
     return batch
 
 
-def prompt_batch(samples: Sequence[Sample], pad_token_id: int, side: Literal["left", "right"] = "left") -> Batch:
+def collate_prompts(samples: Sequence[Sample], pad_token_id: int, side: Literal["left", "right"] = "left") -> Batch:
     """Padded prompts for generation: ``input_ids`` and ``attention_mask``, each (len(samples), longest).
 
     Args:

@@ -15,20 +15,26 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
-from sparse_llm_ft.data.cache import StoredSamples, content_key, schema_of, store_samples, stored_at, tokenizer_key
-from sparse_llm_ft.data.packing import PackedSamples
+from sparse_llm_ft.data.cache import CachedDataset, cache_folder, content_key, schema_of, tokenizer_key, write_cached
+from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
 from sparse_llm_ft.data.samples import Sample, TextSample
-from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
-from sparse_llm_ft.data.streaming import StreamedSamples
+from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
+from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.tasks import Task, render
-from sparse_llm_ft.data.tokenization import CompletionEncoder, Encoder, Seq2SeqEncoder, TextEncoder, completion_ids
+from sparse_llm_ft.data.tokenization import (
+    CausalLMPreprocessor,
+    ClassificationPreprocessor,
+    Preprocessor,
+    Seq2SeqPreprocessor,
+    completion_ids,
+)
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 
 Lead = Callable[[Callable[[], None]], None]
-"""Runs something on one process of a node while its others wait (`on_node_leaders`), or on all (`on_every_rank`); what
-fails on one stops all.
+"""Runs something on one process of a node while its others wait (`run_on_local_leaders`), or on all
+(`run_on_every_rank`); what fails on one stops all.
 """
 
 
@@ -45,7 +51,7 @@ def alone(action: Callable[[], None]) -> None:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalSplit:
     """What is measured before and after training: the samples, and the rows they are made of.
 
     Attributes:
@@ -60,16 +66,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Splits:
     """The encoded splits of a run; `validation` and `measured` may be empty.
 
     Attributes:
         key: the same for the same samples, of every split but what is between the ends of a streamed one.
     """
 
-    train: StoredSamples | StreamedSamples
+    train: CachedDataset | StreamingDataset
     validation: Sequence[Any]
-    measured: tuple[Measured, ...]
+    measured: tuple[EvalSplit, ...]
     key: str
 
     @classmethod
@@ -78,12 +84,12 @@ class Samples:
         config: RunConfig,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
-        use: Use,
-        lead: Lead = alone,
+        task_mode: TaskMode,
+        on_leaders: Lead = alone,
         each: Lead = alone,
         share: Callable[[str], str] = str,
-    ) -> Samples:
-        """Tokenise all that a run needs, or find it in the cache. Collective if `lead`, `each` and `share` are.
+    ) -> Splits:
+        """Tokenise all that a run needs, or find it in the cache. Collective if `on_leaders`, `each` and `share` are.
 
         Args:
             share: makes of a text the one that rank 0 has.
@@ -91,10 +97,10 @@ class Samples:
         Raises:
             UserError: a row or a sample that cannot be used, or a task that does not say what such a model sees.
         """
-        encoding = Encoding(config, task, tokenizer, use, lead, each, share)
+        encoding = SplitBuilder(config, task, tokenizer, task_mode, on_leaders, each, share)
         validation = encoding.stored("validation") if config.training.eval_every is not None else ()
         measured = encoding.measured()
-        train: StoredSamples | StreamedSamples
+        train: CachedDataset | StreamingDataset
         if config.task.streaming:
             train, key = encoding.streamed(), encoding.stream_key()
         else:
@@ -108,18 +114,18 @@ class Samples:
         Args:
             measured: name of the split that is measured.
         """
-        train = 0 if isinstance(self.train, StreamedSamples) else len(self.train)
+        train = 0 if isinstance(self.train, StreamingDataset) else len(self.train)
         return {"train": train} | {part.name or measured: len(part.examples) for part in self.measured}
 
     def remarks(self, task: TaskConfig) -> list[str]:
         """What a user wants to know about the samples before they are used: how many were shortened or left out."""
-        parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamedSamples) else [("training", self.train)]
-        if isinstance(self.validation, StoredSamples):
+        parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamingDataset) else [("training", self.train)]
+        if isinstance(self.validation, CachedDataset):
             parts.append(("validation", self.validation))
         return _remarks(parts, task) + remarks_of(self.measured, task)
 
 
-def remarks_of(measured: Sequence[Measured], task: TaskConfig) -> list[str]:
+def remarks_of(measured: Sequence[EvalSplit], task: TaskConfig) -> list[str]:
     """How many of the samples that are measured were shortened or left out."""
     return _remarks([(f"measured {part.name}".strip(), part.samples) for part in measured], task)
 
@@ -138,29 +144,29 @@ def _remarks(parts: Sequence[tuple[str, Any]], task: TaskConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class SplitBuilder:
     """How splits become samples."""
 
     config: RunConfig
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    use: Use
-    lead: Lead = alone
+    task_mode: TaskMode
+    on_leaders: Lead = alone
     each: Lead = alone
     share: Callable[[str], str] = str
 
     def __post_init__(self) -> None:
-        _check_inputs(self.task, self.use, self.config.model.name)
+        _check_inputs(self.task, self.task_mode, self.config.model.name)
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Preprocessor:
         """One example -> one sample."""
         length = self.config.task.max_length
-        if self.use.mode == "question_answering":
-            return SpanEncoder(self.tokenizer, length)
-        if self.use.has_head:
-            return TextEncoder(self.tokenizer, length)
-        kind = Seq2SeqEncoder if self.use.mode == "seq2seq_lm" else CompletionEncoder
+        if self.task_mode.mode == "question_answering":
+            return SpanPreprocessor(self.tokenizer, length)
+        if self.task_mode.has_head:
+            return ClassificationPreprocessor(self.tokenizer, length)
+        kind = Seq2SeqPreprocessor if self.task_mode.mode == "seq2seq_lm" else CausalLMPreprocessor
         return kind(self.tokenizer, length, self._prompt_length)
 
     @property
@@ -168,7 +174,7 @@ class Encoding:
         """What a writer's prompt may have: as set, but so that every label fits behind it."""
         settings, task = self.config.task, self.task
         answers = task.labels or [f"{score:.1f}" for score in task.score or ()]
-        if self.use.mode == "seq2seq_lm" or not answers:
+        if self.task_mode.mode == "seq2seq_lm" or not answers:
             return settings.max_prompt_length
         assert task.completion, "check_task made sure"
         completions = [render(task.completion, {task.label_column: answer}) for answer in answers]
@@ -182,11 +188,11 @@ class Encoding:
     @property
     def kind(self) -> type:
         """Of the samples."""
-        if self.use.mode == "question_answering":
+        if self.task_mode.mode == "question_answering":
             return SpanSample
-        return TextSample if self.use.has_head else Sample
+        return TextSample if self.task_mode.has_head else Sample
 
-    def stored(self, split: str, further: str | None = None, limit: int | None = None) -> StoredSamples:
+    def stored(self, split: str, further: str | None = None, limit: int | None = None) -> CachedDataset:
         """A split's samples, in the cache."""
         own = ""
         kind = self.kind
@@ -195,7 +201,7 @@ class Encoding:
             nonlocal own
             own = self._key(split, further, limit)
 
-        self.lead(find)  # reading all of a large file is for one process of a node
+        self.on_leaders(find)  # reading all of a large file is for one process of a node
         key = self.share(own)
         skipped = Skipped()
 
@@ -205,10 +211,10 @@ class Encoding:
             counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
             make = lambda: self._encode(self._rows(split, further, skipped), skipped, limit)  # noqa: E731
             schema = schema_of(kind, self.task.score is not None)
-            store_samples(key, kind, schema, make, counts)
+            write_cached(key, kind, schema, make, counts)
 
-        self.lead(write)
-        samples = self._by_each(lambda: StoredSamples(stored_at(key), kind))
+        self.on_leaders(write)
+        samples = self._by_each(lambda: CachedDataset(cache_folder(key), kind))
         if not len(samples):
             raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
         return samples
@@ -221,10 +227,10 @@ class Encoding:
         """
         return self._encode(rows, None)
 
-    def streamed(self) -> StreamedSamples:
+    def streamed(self) -> StreamingDataset:
         """The training split, row by row."""
         task = self.config.task
-        return StreamedSamples(
+        return StreamingDataset(
             lambda skipped: examples(task, "train", skipped),
             self.encoder,
             task.shuffle_buffer,
@@ -247,7 +253,7 @@ class Encoding:
         self.each(look)
         return self.share(own[0])
 
-    def measured(self) -> tuple[Measured, ...]:
+    def measured(self) -> tuple[EvalSplit, ...]:
         """The first samples of the evaluated split, and of those that are measured beside it."""
         evaluation = self.config.evaluation
         if not evaluation.samples:
@@ -256,7 +262,7 @@ class Encoding:
         for further in (None, *self.task.further_splits):
             rows = self._by_each(partial(self._measured_rows, further))
             samples = self.stored(evaluation.split, further, evaluation.samples)
-            parts.append(Measured(further or "", rows, samples, samples.key))
+            parts.append(EvalSplit(further or "", rows, samples, samples.key))
         return tuple(parts)
 
     def _measured_rows(self, further: str | None) -> list[Example]:
@@ -309,7 +315,7 @@ class Encoding:
         return content_key(
             rows=_source(settings, task, split, further),
             tokenizer=tokenizer_key(self.tokenizer),
-            mode=self.use.mode,
+            mode=self.task_mode.mode,
             max_length=[settings.max_length, settings.max_prompt_length],
             on_bad_row=settings.on_bad_row,
             split=[split, further, limit],
@@ -343,19 +349,19 @@ def _ends(path: Path) -> list[Any]:
 
 def packed(samples: Sequence[Any], lengths: Any, config: RunConfig) -> Sequence[Any]:
     """What the loop consumes of these samples: packs, where `task.packing` says so."""
-    return PackedSamples(samples, lengths, config.task.max_length) if config.task.packing else samples
+    return PackedDataset(samples, lengths, config.task.max_length) if config.task.packing else samples
 
 
-def strata(samples: StoredSamples, task: Task) -> list[int | None]:
+def strata(samples: CachedDataset, task: Task) -> list[int | None]:
     """The class of every sample, for stratified draws; scores are of one class."""
     return samples.labels if task.labels is not None else [None] * len(samples)
 
 
-def _check_inputs(task: Task, use: Use, model: str) -> None:
+def _check_inputs(task: Task, task_mode: TaskMode, model: str) -> None:
     writes = task.prompt or task.messages
-    if not use.has_head and not writes:
+    if not task_mode.has_head and not writes:
         raise ConfigError("task.prompt", f"not given, and {model!r} writes", "expected a template such as '{text}'")
-    if use.has_head and not task.texts:
+    if task_mode.has_head and not task.texts:
         raise ConfigError(
             "task.texts",
             f"not given, and {model!r} gets a head, which task.prompt shows more than two columns",

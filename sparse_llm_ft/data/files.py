@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_llm_ft.data.tasks import BadRow, Row
 from sparse_llm_ft.errors import DataError, UserError
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, parse_json_rows
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, parse_json_rows
 
 Rows = Iterator[tuple[int, Row | BadRow]]
 
@@ -69,7 +69,7 @@ def _json_line(raw: bytes, first: bool) -> Row | BadRow | None:
         return None
     try:
         return _as_row(parse_json(text, constants=True))  # a column that is not used may hold NaN, as pandas writes it
-    except DocumentError as error:
+    except ParseError as error:
         return BadRow(f"not JSON ({error})")
 
 
@@ -92,7 +92,7 @@ def _json(path: Path) -> Rows:
             line, value = next(rows)
         except StopIteration:
             return
-        except DocumentError as error:
+        except ParseError as error:
             raise DataError(path, error.line or 1, f"not JSON ({error})") from None
         yield line, _as_row(value)
 

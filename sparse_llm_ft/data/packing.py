@@ -38,7 +38,7 @@ def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[lis
     return sorted(sorted(pack) for pack in packs)
 
 
-class PackedSamples(Sequence[Pack]):
+class PackedDataset(Sequence[Pack]):
     """Samples, several to a sequence.
 
     Attributes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.task_config import check_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, require, template_columns
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
@@ -20,11 +20,11 @@ __all__ = [
     "Skipped",
     "check_columns",
     "check_references",
-    "check_task",
     "examples",
     "has_split",
     "hub_rows",
     "read_split",
+    "resolve_task",
     "split_file",
 ]
 
@@ -79,7 +79,7 @@ def read_split(
         UserError: as `examples`.
     """
     pairs = _grouped_examples(config, split, further, Skipped() if skipped is None else skipped)
-    if split == "train" or check_task(config).group_by is None:
+    if split == "train" or resolve_task(config).group_by is None:
         return [example for _, example in islice(pairs, limit)]
     samples: dict[str, Example] = {}
     for key, example in pairs:
@@ -98,7 +98,7 @@ def check_columns(config: TaskConfig, split: str, further: str | None = None) ->
         UserError: as `examples`.
     """
     next(_grouped_examples(config, split, further, Skipped()))
-    task = check_task(config)
+    task = resolve_task(config)
     source, rows = _open(task, config, split, further)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
     for template in filter(None, (task.prompt, task.completion)):
@@ -114,7 +114,7 @@ def check_references(config: TaskConfig, split: str) -> None:
     Raises:
         DataError: one is not there.
     """
-    source, rows = _open(check_task(config), config, split, None)
+    source, rows = _open(resolve_task(config), config, split, None)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
     try:
         require(row, config.references or ())
@@ -125,7 +125,7 @@ def check_references(config: TaskConfig, split: str) -> None:
 def has_split(config: TaskConfig, split: str, further: str | None = None) -> bool:
     """Whether `read_split` would find a file; of a hub data set, whether the task has such a split."""
     if config.path is None:
-        return split in _names(check_task(config), further)
+        return split in _names(resolve_task(config), further)
     return split_file(config, split, further) is not None
 
 
@@ -136,7 +136,7 @@ def split_file(config: TaskConfig, split: str, further: str | None = None) -> Pa
     Raises:
         ConfigError: there are several.
     """
-    names = _names(check_task(config), further)
+    names = _names(resolve_task(config), further)
     if config.path is None or split not in names:
         return None
     for stems in _stems(names, split, further):
@@ -171,7 +171,7 @@ def _grouped_examples(
     """Each example with the value of `Task.group_by`. A first row without a needed column ends it in any case: the
     others will not have it either.
     """
-    task = check_task(config)
+    task = resolve_task(config)
     source, rows = _open(task, config, split, further)
     first, some = True, False
     for line, row in rows:

@@ -48,7 +48,7 @@ def examples_of(task: Task, row: Row, source: str, line: int) -> Iterator[tuple[
     """The examples of one row, each with the value of `task.group_by` (empty where the task has none).
 
     Args:
-        task: as `check_task` returned it.
+        task: as `resolve_task` returned it.
 
     Raises:
         BadRow: the row cannot be used (`MissingColumn` where it lacks a column).

@@ -1,4 +1,4 @@
-"""`SampleStream`: which sample comes when, as a pure function of seed and position."""
+"""`ShuffledSampler`: which sample comes when, as a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 
-class InOrder:
+class SequentialSampler:
     """The samples as they are numbered: those that are streamed, which come in order."""
 
     def index(self, position: int) -> int:
@@ -46,7 +46,7 @@ class InOrder:
             yield samples[first : first + micro_batch_size]
 
 
-class SampleStream(InOrder):
+class ShuffledSampler(SequentialSampler):
     """An endless sequence of sample indices: epoch after epoch, each shuffled anew from (seed, epoch).
 
     The place of a run in its data is one integer, the samples consumed. The order knows nothing of world size,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sparse_llm_ft.data.collate import Batch, text_batch
+from sparse_llm_ft.data.collate import Batch, collate_classification
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import TextSample
 from sparse_llm_ft.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ class SpanSample:
 
 
 @dataclass(frozen=True)
-class SpanEncoder:
+class SpanPreprocessor:
     """All windows of a question's context. What is right is an example's first answer, as in BERT's training.
 
     Args:
@@ -135,14 +135,14 @@ def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, i
     return start, end
 
 
-def span_batch(samples: Sequence[SpanSample], pad_token_id: int) -> Batch:
+def collate_spans(samples: Sequence[SpanSample], pad_token_id: int) -> Batch:
     """Right-padded batch for an encoder.
 
     Returns:
         ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
         (len(samples), longest) int64; ``start_positions`` and ``end_positions`` (len(samples),) int64.
     """
-    batch = text_batch([TextSample(sample.ids, sample.type_ids, 0) for sample in samples], pad_token_id)
+    batch = collate_classification([TextSample(sample.ids, sample.type_ids, 0) for sample in samples], pad_token_id)
     del batch["labels"]
     batch["start_positions"] = torch.tensor([sample.start for sample in samples])
     batch["end_positions"] = torch.tensor([sample.end for sample in samples])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sparse_llm_ft.data.reading import Example, Skipped
-from sparse_llm_ft.data.tokenization import Encoder
+from sparse_llm_ft.data.tokenization import Preprocessor
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def shuffled(rows: Iterator[T], buffer_size: int, seed: int, epoch: int) -> Iter
         yield buffer[int(place)]
 
 
-class StreamedSamples:
+class StreamingDataset:
     """The sample consumed as number i of the run, under ``samples[i]``: epoch after epoch through the shuffle buffer.
 
     Every process goes through the rows; only what it is asked for it tokenises. To go on in the middle, rows are read
@@ -50,7 +50,7 @@ class StreamedSamples:
     def __init__(
         self,
         open_rows: Callable[[Skipped], Iterator[Example]],
-        encode: Encoder,
+        encode: Preprocessor,
         buffer_size: int,
         seed: int,
         length: int,

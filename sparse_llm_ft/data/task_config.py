@@ -43,7 +43,7 @@ def find_task(name: str, setting: str = "task.name") -> Task:
     return entry
 
 
-def check_task(config: TaskConfig) -> Task:
+def resolve_task(config: TaskConfig) -> Task:
     """The registry's task with the config's settings in place.
 
     Raises:

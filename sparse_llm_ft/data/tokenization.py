@@ -12,12 +12,12 @@ from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import DataError
 
-Encoder = Callable[[Example], Any]
+Preprocessor = Callable[[Example], Any]
 """One example -> one sample, or the windows of one."""
 
 
 @dataclass(frozen=True)
-class CompletionEncoder:
+class CausalLMPreprocessor:
     """For a decoder: prompt and completion in one sequence.
 
     A tokenizer with a chat template sees the prompt as the user's turn, or the turns of a chat as they are. A prompt
@@ -54,7 +54,7 @@ class CompletionEncoder:
 
 
 @dataclass(frozen=True)
-class Seq2SeqEncoder:
+class Seq2SeqPreprocessor:
     """For an encoder-decoder: the prompt with the tokenizer's special tokens goes into the encoder, the completion
     with those of a target text comes out of the decoder. Each may have `max_length` tokens, and the prompt at most
     `prompt_length`, if that is given; of a longer prompt the middle is lost.
@@ -86,7 +86,7 @@ class Seq2SeqEncoder:
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class ClassificationPreprocessor:
     """For a classification head. What is longer than `max_length`, or than the tokenizer says its model can take,
     loses tokens from its end; of a pair, the longer text first.
 

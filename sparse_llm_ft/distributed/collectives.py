@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 
 _FINE, _WORKING, _USER, _OWN = range(4)
 """What a rank says of itself; the greatest counts."""
 
 
-def on_rank_zero(world: World, action: Callable[[], None]) -> None:
+def run_on_rank_zero(world: World, action: Callable[[], None]) -> None:
     """Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
 
     Raises:
@@ -56,7 +56,7 @@ def _end(failure: Exception | None, worst: int, elsewhere: str) -> None:
         raise (UserError if worst == _USER else TrainingError)(elsewhere)
 
 
-def on_node_leaders(world: World, action: Callable[[], None], what: str = "", every: float = 30.0) -> None:
+def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "", every: float = 30.0) -> None:
     """Run `action`, which must not be collective, on the first rank of each node while the others wait; if it fails on
     one, all ranks stop.
 
@@ -83,7 +83,7 @@ def on_node_leaders(world: World, action: Callable[[], None], what: str = "", ev
     worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not keep a process that leaves
     if world.local_rank == 0:
         worker.start()
-    began, display = time.monotonic(), Display(world.rank)
+    began, console = time.monotonic(), Console(world.rank)
     while True:
         if world.local_rank == 0:
             worker.join(every)
@@ -92,14 +92,14 @@ def on_node_leaders(world: World, action: Callable[[], None], what: str = "", ev
         worst = _worst(_WORKING if working else kind)
         if worst != _WORKING:
             break
-        leave_if_asked()
+        exit_if_preempted()
         if what:
-            display.say(f"{what}: {time.monotonic() - began:.0f} s so far")
+            console.log(f"{what}: {time.monotonic() - began:.0f} s so far")
     _end(failure, worst, "the first rank of another node failed")
 
 
-def on_every_rank(action: Callable[[], None], hint: str = "") -> None:
-    """Run `action` on all ranks; if it fails on one, all stop, as by `on_node_leaders`.
+def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:
+    """Run `action` on all ranks; if it fails on one, all stop, as by `run_on_local_leaders`.
 
     Args:
         hint: follows the reason of a file that cannot be read.
@@ -115,16 +115,16 @@ def on_every_rank(action: Callable[[], None], hint: str = "") -> None:
     _on_some(True, hinted, f"another process failed{ending}")
 
 
-def from_rank_zero(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """Rank 0's value, on every rank."""
     shared = torch.tensor([value], device=_device())
     dist.broadcast(shared, 0)
     return int(shared)
 
 
-def bytes_from_rank_zero(data: bytes) -> bytes:
+def broadcast_bytes(data: bytes) -> bytes:
     """Rank 0's bytes, on every rank."""
-    size = from_rank_zero(len(data))
+    size = broadcast_int(len(data))
     shared = torch.zeros(size, dtype=torch.uint8, device=_device())
     if dist.get_rank() == 0:
         shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else shared)
@@ -132,15 +132,15 @@ def bytes_from_rank_zero(data: bytes) -> bytes:
     return bytes(shared.cpu().numpy())
 
 
-def text_from_rank_zero(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Rank 0's text, on every rank."""
-    return bytes_from_rank_zero(text.encode()).decode()
+    return broadcast_bytes(text.encode()).decode()
 
 
 def encoding_together(world: World) -> dict[str, Any]:
-    """How the ranks encode data together: the arguments of `Samples.encode` and `Encoding` that say who does what."""
-    lead = partial(on_node_leaders, world, what="reading and tokenising the data")
-    return {"lead": lead, "each": on_every_rank, "share": text_from_rank_zero}
+    """How the ranks tokenise data together: those arguments of `Splits.encode` and `SplitBuilder`."""
+    on_leaders = partial(run_on_local_leaders, world, what="reading and tokenising the data")
+    return {"on_leaders": on_leaders, "each": run_on_every_rank, "share": broadcast_text}
 
 
 def _worst(failure: int) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
 USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, and the same command shall be started again
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 @contextmanager
 def one_line_errors(world: World) -> Iterator[None]:
     """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, Ctrl-C
-    into a line and status 130, a `LeaveRequest` into its line and status 75.
+    into a line and status 130, a `PreemptionRequested` into its line and status 75.
 
     All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
     everyone when the first process fails, and that must not be before rank 0 has spoken. If then the first process of
@@ -45,7 +45,7 @@ def one_line_errors(world: World) -> Iterator[None]:
             where = f"rank {world.rank}: " if world.rank else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(status)
-    except LeaveRequest as request:
+    except PreemptionRequested as request:
         if world.rank == 0:
             print(f"{request}; the same command continues", file=sys.stderr, flush=True)
         else:

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparse_llm_ft.distributed import exit_status as exits
-from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed import exit_status, signals
 from sparse_llm_ft.distributed.world import World
 
 _DONE = "done"
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Seconds.
 
     Attributes:
@@ -45,7 +44,7 @@ class Patience:
     store: float = 5.0
 
 
-class Watch:
+class Heartbeat:
     """The threads of one rank: one talks to the store, one judges.
 
     Whoever talks may wait for ever: a host that is frozen accepts a connection and never answers.
@@ -63,51 +62,52 @@ class Watch:
         connect: Callable[[], Any],
         holder: tuple[int, str],
         end: Callable[[set[int], str], None],
-        patience: Patience = Patience(),
+        timeouts: Timeouts = Timeouts(),
     ) -> None:
-        self.world, self.patience = world, patience
+        self.world, self.timeouts = world, timeouts
         self._connect, self._holder, self._end = connect, holder, end
         self._others = [rank for rank in range(world.size) if rank != world.rank]
         self._last = dict.fromkeys(self._others, "")
         self._silent = dict.fromkeys(self._others, 0.0)
-        self._deaf, self._beats, self._met = 0.0, 0, False
+        self._store_silence, self._beats, self._met = 0.0, 0, False
         self._store: Any = None
         self._heard: list[str] | None = None
         self._stopped, self._lost = threading.Event(), threading.Event()
-        self._talker, self._judge = (
-            threading.Thread(target=target, name="watch", daemon=True) for target in (self._talk, self._look)
+        self._beater, self._monitor = (
+            threading.Thread(target=target, name="watch", daemon=True)
+            for target in (self._beat_loop, self._monitor_loop)
         )
-        self._talker.start()
-        self._judge.start()
+        self._beater.start()
+        self._monitor.start()
 
     def collective_failed(self) -> None:
         """Wait while it is found out who is gone and the process ends; returns if nobody is."""
         self._lost.set()
-        self._judge.join(2 * (self.patience.lost + self.patience.beat + self.patience.store))
+        self._monitor.join(2 * (self.timeouts.lost + self.timeouts.beat + self.timeouts.store))
 
     def close(self, done: bool) -> None:
         """Stop; if `done`, tell the others that this rank's silence is right."""
         self._stopped.set()
-        self._judge.join()
-        self._talker.join(2 * self.patience.store)
-        if done and not self._talker.is_alive():
-            self._say(_DONE)
+        self._monitor.join()
+        self._beater.join(2 * self.timeouts.store)
+        if done and not self._beater.is_alive():
+            self._exchange(_DONE)
 
-    def _talk(self) -> None:
+    def _beat_loop(self) -> None:
         while not self._stopped.is_set():
             self._beats += 1
-            self._heard = self._say(f"{self._beats} {socket.gethostname()}")
-            self._stopped.wait(self.patience.beat)
+            self._heard = self._exchange(f"{self._beats} {socket.gethostname()}")
+            self._stopped.wait(self.timeouts.beat)
 
-    def _look(self) -> None:
+    def _monitor_loop(self) -> None:
         before = time.monotonic()
-        while not self._stopped.wait(self.patience.beat):
+        while not self._stopped.wait(self.timeouts.beat):
             heard, self._heard = self._heard, None
             now = time.monotonic()
-            self._weigh(heard, min(now - before, 2 * self.patience.beat))
+            self._update_silence(heard, min(now - before, 2 * self.timeouts.beat))
             before = now
 
-    def _say(self, beat: str) -> list[str] | None:
+    def _exchange(self, beat: str) -> list[str] | None:
         """Write this rank's beat and read the others'; None if the store did not answer."""
         try:
             if self._store is None:
@@ -121,12 +121,12 @@ class Watch:
             self._store = None  # a late answer to this question would be taken for one to the next
             return None
 
-    def _weigh(self, beats: list[str] | None, seconds: float) -> None:
+    def _update_silence(self, beats: list[str] | None, seconds: float) -> None:
         """Take what was heard since the last look, `seconds` ago; None: nothing."""
         if beats is None:
-            self._deaf += seconds if self._met else 0.0  # its holder may still be loading
+            self._store_silence += seconds if self._met else 0.0  # its holder may still be loading
         else:
-            self._deaf, self._met = 0.0, True
+            self._store_silence, self._met = 0.0, True
             for rank, beat in zip(self._others, beats, strict=True):
                 starting = beat == "" and not self._lost.is_set()  # who took part in a collective had begun
                 alive = starting or beat == _DONE or beat != self._last[rank]
@@ -136,19 +136,19 @@ class Watch:
         dead = {rank for rank, silent in self._silent.items() if silent >= limit}
         hosts = {rank: self._last[rank].partition(" ")[2] or "host unknown" for rank in dead}
         names = [f"rank {rank} ({hosts[rank]})" for rank in sorted(dead)]
-        if not dead and self._deaf >= limit:
+        if not dead and self._store_silence >= limit:
             dead, names = {self._holder[0]}, [self._holder[1]]
         if dead and not self._stopped.is_set():
             self._end(dead, ", ".join(names))
 
     def _limit(self) -> float:
         if self._lost.is_set():
-            return self.patience.lost
-        return self.patience.doubted if any(signals.caught()) else self.patience.silent
+            return self.timeouts.lost
+        return self.timeouts.doubted if any(signals.caught()) else self.timeouts.silent
 
 
 @contextmanager
-def watching(world: World) -> Iterator[None]:
+def monitor_ranks(world: World) -> Iterator[None]:
     """Watch the other ranks while the body runs; the process ends as soon as one of them is found dead.
 
     A body that raises leaves the others to find this rank silent, unless they stop with the same error.
@@ -163,29 +163,29 @@ def watching(world: World) -> Iterator[None]:
     server = _store(address, port, held=True) if world.rank == 0 and not agent else None
 
     def end(dead: set[int], names: str) -> None:
-        exits.end_at_once(
+        exit_status.end_at_once(
             world,
             dead,
             f"{names} stopped answering: it died, or left with an error; the same command continues from the last "
             "checkpoint",
         )
 
-    watch = Watch(world, lambda: _store(address, port), holder, end)
+    heartbeat = Heartbeat(world, lambda: _store(address, port), holder, end)
     done = False
     try:
         yield
         done = True
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            watch.collective_failed()
+            heartbeat.collective_failed()
         raise
     finally:
-        watch.close(done)
+        heartbeat.close(done)
         del server
 
 
 def _store(address: str, port: int, held: bool = False) -> dist.Store:
-    timeout = timedelta(seconds=Patience().store)
+    timeout = timedelta(seconds=Timeouts().store)
     return dist.TCPStore(address, port, is_master=held, timeout=timeout, wait_for_workers=False, multi_tenant=held)
 
 

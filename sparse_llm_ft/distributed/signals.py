@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from types import FrameType
 
-from sparse_llm_ft.errors import LeaveRequest
+from sparse_llm_ft.errors import PreemptionRequested
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _caught: set[int] = set()
@@ -23,12 +23,12 @@ def caught() -> list[int]:
     return [int(number in _caught) for number in SIGNALS]
 
 
-def asked_by(flags: Sequence[float]) -> str | None:
+def preempted_by(flags: Sequence[float]) -> str | None:
     """The name of the signal to leave for, from the ranks' `caught` added up; None if there was none."""
     return next((number.name for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
 
 
-def leave_if_asked() -> None:
+def exit_if_preempted() -> None:
     """Leave together if any rank was asked to. Collective; for places where nothing is left to be saved.
 
     Raises:
@@ -40,8 +40,8 @@ def leave_if_asked() -> None:
     flags = torch.tensor(caught(), device="cuda" if torch.cuda.is_available() else "cpu")
     if dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    if name := asked_by(flags.tolist()):
-        raise LeaveRequest(f"{name}: nothing new to save")
+    if name := preempted_by(flags.tolist()):
+        raise PreemptionRequested(f"{name}: nothing new to save")
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -12,22 +12,24 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, traine
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import load_sharded_model, whole
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
 
-def build_model(config: RunConfig, use: Use, plan: AdapterPlan, deepspeed_settings: Mapping[str, Any]) -> PeftModel:
+def build_model(
+    config: RunConfig, task_mode: TaskMode, plan: AdapterPlan, deepspeed_settings: Mapping[str, Any]
+) -> PeftModel:
     """Load the base and put the plan's adapters on it, the same on every rank. Collective.
 
     Args:
         deepspeed_settings: of the engine that will be built around the model.
     """
     if config.deepspeed.zero_stage == 3:
-        base = load_sharded_model(config.model, deepspeed_settings, use, config.seed)
+        base = load_sharded_model(config.model, deepspeed_settings, task_mode, config.seed)
     else:
-        base = load_model(config.model, use, config.seed)
+        base = load_model(config.model, task_mode, config.seed)
     torch.manual_seed(config.seed)
     return add_adapters(base, plan)
 
@@ -40,7 +42,7 @@ def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan
 
 def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
     """What the plan trains whole beside the adapters, as it was loaded: name -> float32, on the CPU. Collective."""
-    if EVERYTHING in plan.trained:
+    if FULL_MODEL in plan.trained:
         return {}
     return {name: whole(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
 

@@ -138,7 +138,7 @@ class Engine:
             optimizer,
             masters,
             {name: zero.full_shape(parameter) for name, parameter in self.parameters.items()},
-            zero.places(self._wrapped, self.parameters, masters),
+            zero.shard_slices(self._wrapped, self.parameters, masters),
             masks or {},
             zero.is_sharded(self._wrapped),
             self._engine.device,

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.model.architecture import CAUSAL_LM, Use, body_of
+from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode, model_family
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
@@ -59,7 +59,7 @@ def _fused_attention(
 AttentionInterface.register(_FUSED, _fused_attention)
 
 
-def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, use: Use = CAUSAL_LM) -> int:
+def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_mode: TaskMode = CAUSAL_LM) -> int:
     """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
 
     Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
@@ -71,7 +71,7 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, use: Use = 
         length: tokens of the sample.
     """
     plain = config.attn_implementation == "eager"
-    model: Any = empty_model(config, "eager" if plain else _FUSED, use)
+    model: Any = empty_model(config, "eager" if plain else _FUSED, task_mode)
     model.to(DTYPES[config.dtype])
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:
@@ -93,11 +93,11 @@ def saved_bytes(config: ModelConfig, plan: AdapterPlan, length: int, use: Use = 
     mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
-        if body_of(model.config) == "encoder-decoder":
+        if model_family(model.config) == "encoder-decoder":
             inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
-        options = {} if body_of(model.config) == "encoder" else {"use_cache": False}
+        options = {} if model_family(model.config) == "encoder" else {"use_cache": False}
         output = peft_model(**inputs, **options)
-        logits = output.start_logits if use.mode == "question_answering" else output.logits
+        logits = output.start_logits if task_mode.mode == "question_answering" else output.logits
         logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
         F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
@@ -125,7 +125,7 @@ def grown_micro_batch(micro_batch_size: int, before: int, after: int, freed_stat
     """How many samples fit where `micro_batch_size` did, never fewer.
 
     Args:
-        before, after: `saved_bytes` of one sample under the old and the new plan.
+        before, after: `activation_bytes` of one sample under the old and the new plan.
         freed_state: `state_bytes` that the new plan does without.
     """
     return max(micro_batch_size, (micro_batch_size * before + freed_state) // max(after, 1))

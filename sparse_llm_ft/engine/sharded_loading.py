@@ -37,7 +37,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.loading import device, load_model
 
 SLICE_BYTES = 16 * 2**20
@@ -61,7 +61,7 @@ class Reads:
 def load_sharded_model(
     config: ModelConfig,
     deepspeed_settings: Mapping[str, Any],
-    use: Use = CAUSAL_LM,
+    task_mode: TaskMode = CAUSAL_LM,
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
@@ -91,7 +91,7 @@ def load_sharded_model(
         # One tensor after the other and in this thread: reading is a collective.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(_shard_what_is_set(deepspeed_settings))
-        return load_model(config, use, seed)
+        return load_model(config, task_mode, seed)
 
 
 def whole(parameter: nn.Parameter) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Named tensors and what an optimizer holds of them in flat partitions: masks and moments of a shard, reads and writes.
 
 A *master* is a float32 tensor that the optimizer updates: a parameter itself, or a flat partition in which ZeRO has
-laid this rank's part of many. `Place` says where one parameter's entries lie in it; zero.py finds that out.
+laid this rank's part of many. `ShardSlice` says where one parameter's entries lie in it; zero.py finds that out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Master = tuple[Group, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardSlice:
     """This rank's part of one parameter: entries `start` to `start + length` of the flattened parameter lie in master
     number `master` from `offset` on.
     """
@@ -55,21 +55,21 @@ class Shards:
         optimizer: AdapterOptimizer,
         masters: Sequence[Master],
         shapes: Mapping[str, tuple[int, ...]],
-        places: Mapping[str, Place | None],
+        shard_slices: Mapping[str, ShardSlice | None],
         masks: Mapping[str, Mask],
         sharded: bool,
         device: torch.device,
     ) -> None:
-        if unknown := masks.keys() - places.keys():
+        if unknown := masks.keys() - shard_slices.keys():
             raise ValueError(f"a mask for {min(unknown)}, which is no trained parameter")
-        self.optimizer, self.masters, self.shapes, self.places = optimizer, masters, shapes, places
+        self.optimizer, self.masters, self.shapes, self.shard_slices = optimizer, masters, shapes, shard_slices
         self.sharded, self.device = sharded, device
         for i, (group, master) in enumerate(masters):
             optimizer.allocate_for(master, group["algorithm"], self._kept(i, master, masks))
 
     def read(self, name: str, key: str | None = None) -> torch.Tensor:
         """The parameter's value (None) or moment `key`, whole, float32; a masked entry's moment is 0."""
-        place = self.places[name]
+        place = self.shard_slices[name]
         return self._whole(name, None if place is None else self._part(place, key))
 
     def write(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
@@ -81,7 +81,7 @@ class Shards:
         """
         if tuple(value.shape) != self.shapes[name]:
             raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {self.shapes[name]}")
-        place = self.places[name]
+        place = self.shard_slices[name]
         if place is None:
             return
         master = self.masters[place.master][1]
@@ -92,7 +92,7 @@ class Shards:
 
     def gradient(self, name: str, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         """Whole gradient of a parameter, float32, masked entries included; `flat` as of `norm`."""
-        place = self.places[name]
+        place = self.shard_slices[name]
         part = None if place is None else flat[place.master].reshape(-1)[place.offset : place.offset + place.length]
         return self._whole(name, part)
 
@@ -117,7 +117,9 @@ class Shards:
 
     def _kept(self, number: int, master: torch.Tensor, masks: Mapping[str, Mask]) -> torch.Tensor | None:
         """The trained entries of a master; None where none of its parameters is masked."""
-        here = [(place, masks.get(name)) for name, place in self.places.items() if place and place.master == number]
+        here = [
+            (place, masks.get(name)) for name, place in self.shard_slices.items() if place and place.master == number
+        ]
         if not any(mask for _, mask in here):
             return None
         parts = [
@@ -127,7 +129,7 @@ class Shards:
         ]
         return torch.cat(parts).to(master.device, index_dtype(master))
 
-    def _kept_part(self, place: Place, key: str | None) -> tuple[torch.Tensor | None, slice]:
+    def _kept_part(self, place: ShardSlice, key: str | None) -> tuple[torch.Tensor | None, slice]:
         """Which of the place's entries the tensor `key` holds (None: all), and where it holds them."""
         master = self.masters[place.master][1]
         kept = None if key is None else self.optimizer.kept.get(master)
@@ -137,7 +139,7 @@ class Shards:
         low, high = torch.searchsorted(kept, edges).tolist()
         return kept[low:high] - place.offset, slice(low, high)
 
-    def _part(self, place: Place, key: str | None) -> torch.Tensor:
+    def _part(self, place: ShardSlice, key: str | None) -> torch.Tensor:
         master = self.masters[place.master][1]
         kept, at = self._kept_part(place, key)
         stored = (master if key is None else self.optimizer.state[master][key]).detach().view(-1)[at]
@@ -149,7 +151,7 @@ class Shards:
 
     def _whole(self, name: str, part: torch.Tensor | None) -> torch.Tensor:
         """One parameter from the parts on all ranks."""
-        place, shape = self.places[name], self.shapes[name]
+        place, shape = self.shard_slices[name], self.shapes[name]
         whole = torch.zeros(torch.Size(shape).numel(), device=self.device)
         if part is not None and place is not None:
             whole[place.start : place.start + place.length] = part.to(self.device, torch.float32)

@@ -24,7 +24,7 @@ from deepspeed.runtime.zero import GatheredParameters, register_external_paramet
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from sparse_llm_ft.engine.shards import Master, Place
+from sparse_llm_ft.engine.shards import Master, ShardSlice
 from sparse_llm_ft.optim import AdapterOptimizer
 
 _STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
@@ -53,14 +53,16 @@ def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[Master]:
     return [(group, parameter) for group in groups for parameter in group["params"]]  # stage 0
 
 
-def places(wrapped: Any, parameters: Mapping[str, Any], masters: Sequence[Master]) -> dict[str, Place | None]:
+def shard_slices(
+    wrapped: Any, parameters: Mapping[str, Any], masters: Sequence[Master]
+) -> dict[str, ShardSlice | None]:
     """Where each parameter's part on this rank lies in the masters, by DeepSpeed's own record."""
     if hasattr(wrapped, _STAGE_3):
         return {name: _place_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
     if is_sharded(wrapped):
         return {name: _place_at_stages_1_and_2(parameter) for name, parameter in parameters.items()}
     number = {id(parameter): i for i, parameter in enumerate(_own_of_masters(wrapped, masters))}
-    return {name: Place(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
+    return {name: ShardSlice(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
 
 
 def is_sharded(wrapped: Any) -> bool:
@@ -85,19 +87,19 @@ def flat_gradients(wrapped: Any, masters: Sequence[Master]) -> list[torch.Tensor
     return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
 
 
-def _place_at_stage_3(wrapped: Any, parameter: Any) -> Place | None:
+def _place_at_stage_3(wrapped: Any, parameter: Any) -> ShardSlice | None:
     master, offset, size = wrapped.grad_position[wrapped.get_param_id(parameter)]
     start = size * dist.get_rank(parameter.ds_process_group)  # equal parts, the last one padded
     length = min(size, parameter.ds_numel - start)
-    return Place(master, offset, start, length) if length > 0 else None
+    return ShardSlice(master, offset, start, length) if length > 0 else None
 
 
-def _place_at_stages_1_and_2(parameter: Any) -> Place | None:
+def _place_at_stages_1_and_2(parameter: Any) -> ShardSlice | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     here, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Place(mapping.param_group_index, here.start, of_parameter.start, of_parameter.numel)
+    return ShardSlice(mapping.param_group_index, here.start, of_parameter.start, of_parameter.numel)
 
 
 def _own_of_masters(wrapped: Any, masters: Sequence[Master]) -> list[Any]:

@@ -13,16 +13,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.dataset import Measured
+from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.distributed.collectives import on_rank_zero
+from sparse_llm_ft.distributed.collectives import run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation.generation import generate
 from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
 from sparse_llm_ft.evaluation.metrics import score
 from sparse_llm_ft.evaluation.spans import choose_spans
 from sparse_llm_ft.io.atomic import write_file
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.spans import SpanObjective
 
@@ -31,13 +31,13 @@ _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Measure:
+class Evaluator:
     """The fixed subset that is measured before and after training, and by `sparse-llm-ft evaluate`."""
 
     settings: EvaluationConfig
     task: Task
-    use: Use
-    parts: Sequence[Measured]
+    task_mode: TaskMode
+    parts: Sequence[EvalSplit]
     tokenizer: PreTrainedTokenizerBase
     objective: Objective[Any]
     world: World
@@ -64,10 +64,10 @@ class Measure:
             metrics |= {f"{name}{ending}": value for name, value in found.items()}
             where = {"split": part.name} if part.name else {}
             lines += [json.dumps(row | where, ensure_ascii=False) + "\n" for row in rows]
-        on_rank_zero(self.world, lambda: write_file(predictions, "".join(lines)))
+        run_on_rank_zero(self.world, lambda: write_file(predictions, "".join(lines)))
         return metrics
 
-    def predict(self, model: nn.Module, part: Measured) -> tuple[list[Any], float | None]:
+    def predict(self, model: nn.Module, part: EvalSplit) -> tuple[list[Any], float | None]:
         """What the model makes of every example, in order, on every rank: a text, the number of a label, or a score;
         and the mean loss, where that falls out. Collective.
         """
@@ -88,21 +88,23 @@ class Measure:
             *ranks,
             synced=self.zero_stage == 3,
             seed=self.seed,
-            seq2seq=self.use.mode == "seq2seq_lm",
+            seq2seq=self.task_mode.mode == "seq2seq_lm",
         )
         return texts, None
 
     @property
     def _chooses(self) -> bool:
         """Labels or scores come from the objective's judgement, no text is written."""
-        return not isinstance(self.objective, SpanObjective) and (self.use.has_head or self.task.labels is not None)
+        return not isinstance(self.objective, SpanObjective) and (
+            self.task_mode.has_head or self.task.labels is not None
+        )
 
-    def _part(self, model: nn.Module, part: Measured) -> tuple[dict[str, float], Rows]:
+    def _part(self, model: nn.Module, part: EvalSplit) -> tuple[dict[str, float], Rows]:
         predictions, loss = self.predict(model, part)
         metrics, rows = (self._judge_choices if self._chooses else self._judge_texts)(part, predictions)
         return {"loss": self._loss(model, part) if loss is None else loss} | metrics, rows
 
-    def _judge_texts(self, part: Measured, texts: list[str]) -> tuple[dict[str, float], Rows]:
+    def _judge_texts(self, part: EvalSplit, texts: list[str]) -> tuple[dict[str, float], Rows]:
         spans = isinstance(self.objective, SpanObjective)
         rows: Rows = [
             ({"question": example.texts[0]} if spans else {"prompt": example.prompt})
@@ -119,7 +121,7 @@ class Measure:
         """The text; of a question that may have no answer, the words that say so are the empty one."""
         return "" if self.task.no_answer and text.strip() == self.task.no_answer else text
 
-    def _judge_choices(self, part: Measured, chosen: list[Any]) -> tuple[dict[str, float], Rows]:
+    def _judge_choices(self, part: EvalSplit, chosen: list[Any]) -> tuple[dict[str, float], Rows]:
         right, words = [sample.label for sample in part.samples], self.task.labels
         rows: Rows = [
             {"prompt": example.prompt, "prediction": self.shown(choice), "label": self.shown(label)}
@@ -131,7 +133,7 @@ class Measure:
         """What `predict` has found as people read it: labels by their words."""
         return self.task.labels[prediction] if self._chooses and self.task.labels is not None else prediction
 
-    def _loss(self, model: nn.Module, part: Measured) -> float:
+    def _loss(self, model: nn.Module, part: EvalSplit) -> float:
         world, size = self.world, self.settings.micro_batch_size
         return mean_loss(model, part.samples, self.objective, size, world.rank, world.size)
 

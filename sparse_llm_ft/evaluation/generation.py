@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.collate import prompt_batch
+from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.evaluation.loop import rank_batches
 from sparse_llm_ft.model.architecture import base_of
 
@@ -91,7 +91,7 @@ def rank_tokens(
         for places in rank_batches(len(samples), settings.micro_batch_size, rank, world_size):
             indices = [order[place] for place in places]
             shown = indices or [0]  # a rank without samples left takes part all the same
-            batch = prompt_batch([samples[i] for i in shown], tokenizer.pad_token_id, "right" if seq2seq else "left")
+            batch = collate_prompts([samples[i] for i in shown], tokenizer.pad_token_id, "right" if seq2seq else "left")
             begin = 1 if seq2seq else batch["input_ids"].shape[1]
             output = bare.generate(
                 **{name: value.to(device) for name, value in batch.items()},
@@ -102,7 +102,7 @@ def rank_tokens(
             for row, i in zip(output[:, begin:], indices, strict=False):
                 written = row[: int((~torch.isin(row, stops)).long().cumprod(0).sum())]
                 tokens[i, : len(written)] = written + 1
-            leave_if_asked()
+            exit_if_preempted()
     model.train(was_training)
     return tokens
 

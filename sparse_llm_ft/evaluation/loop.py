@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 
 S = TypeVar("S")
@@ -92,7 +92,7 @@ def choose_labels(
         losses[indices] = loss[: len(indices)].double()
         units += sum(objective.units(samples[i]) for i in indices)
         choices[indices] = choice[: len(indices)].double()
-        leave_if_asked()
+        exit_if_preempted()
     model.train(was_training)
     if world_size > 1:
         dist.all_reduce(losses)

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.spans import SpanSample
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.evaluation.loop import batches_on
 from sparse_llm_ft.objectives.spans import SpanObjective
 
@@ -81,7 +81,7 @@ def rank_spans(
             allowed = torch.tensor([offset is not None for offset in sample.offsets], device=device)
             best, spans[i] = _best_span(starts[row, : len(allowed)], ends[row, : len(allowed)], allowed)
             scores[i] = torch.stack([best, starts[row, sample.null] + ends[row, sample.null]])
-        leave_if_asked()
+        exit_if_preempted()
     model.train(was_training)
     return scores, spans
 

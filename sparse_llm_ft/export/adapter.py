@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from sparse_llm_ft.adapters import save_peft_adapter
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.io.atomic import write_folder
-from sparse_llm_ft.model.architecture import Use, mode_of, task_type
+from sparse_llm_ft.model.architecture import TaskMode, mode_of, task_type
 from sparse_llm_ft.model.loading import DTYPES, load_tokenizer
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
 
 def export(
@@ -28,7 +28,7 @@ def export(
     """
 
     def fill(path: Path) -> None:
-        if EVERYTHING not in plan.trained:
+        if FULL_MODEL not in plan.trained:
             save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(empty))
             return
         path.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def export(
         empty.config.save_pretrained(path)
         if (generation := _generation_settings(model)) is not None:
             shutil.copyfile(generation, path / generation.name)
-        load_tokenizer(model, Use(mode_of(empty))).save_pretrained(path)
+        load_tokenizer(model, TaskMode(mode_of(empty))).save_pretrained(path)
 
     write_folder(folder, fill)
 

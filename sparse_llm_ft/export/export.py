@@ -94,7 +94,7 @@ def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
         model.config.id2label = dict(enumerate(run.task.labels))
         model.config.label2id = {word: i for i, word in enumerate(run.task.labels)}
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    load_tokenizer(run.config.model, run.use).save_pretrained(folder)
+    load_tokenizer(run.config.model, run.task_mode).save_pretrained(folder)
 
 
 def _write_native(folder: Path, run: TrainedRun, base: str) -> None:

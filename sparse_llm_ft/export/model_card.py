@@ -68,9 +68,9 @@ def _opening(run: TrainedRun, options: ExportOptions) -> str:
 
 
 def _loading(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
-    auto = ARCHITECTURES[run.use.mode].auto.__name__
+    auto = ARCHITECTURES[run.task_mode.mode].auto.__name__
     base = public_name(run.config.model.name)
-    outputs = f", num_labels={run.use.outputs}" if run.use.outputs else ""
+    outputs = f", num_labels={run.task_mode.outputs}" if run.task_mode.outputs else ""
     if options.to == "merged":
         lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo_id}")']
     else:

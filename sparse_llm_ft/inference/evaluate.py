@@ -10,19 +10,19 @@ from typing import Any
 import torch.distributed as dist
 
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.data.dataset import Encoding, remarks_of
-from sparse_llm_ft.distributed.collectives import encoding_together, on_rank_zero
+from sparse_llm_ft.data.dataset import SplitBuilder, remarks_of
+from sparse_llm_ft.distributed.collectives import encoding_together, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.build import build_model, engine_settings
 from sparse_llm_ft.engine.engine import Engine, check_deepspeed
 from sparse_llm_ft.engine.handover import load_state, masks_of
-from sparse_llm_ft.evaluation.evaluator import Measure
+from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import write_file
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import check_weights
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.build import build_objective
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 
@@ -45,21 +45,23 @@ def evaluate(run: TrainedRun, config: RunConfig, world: World, output: Path) -> 
     """
     check_deepspeed(config.deepspeed.extra)
     check_weights(config.model)
-    check_lengths(config, run.task, run.use, run.empty)
-    tokenizer = tokenizer_for(config.model, run.use, run.empty)
-    parts = Encoding(config, run.task, tokenizer, run.use, **encoding_together(world)).measured()
+    check_lengths(config, run.task, run.task_mode, run.empty)
+    tokenizer = tokenizer_for(config.model, run.task_mode, run.empty)
+    parts = SplitBuilder(config, run.task, tokenizer, run.task_mode, **encoding_together(world)).measured()
     for line in remarks_of(parts, config.task):
-        Display(world.rank).say(line)
-    on_rank_zero(world, lambda: output.mkdir(parents=True))
+        Console(world.rank).log(line)
+    run_on_rank_zero(world, lambda: output.mkdir(parents=True))
     phase = run.phase.with_batch(1, world.size)
     settings = engine_settings(config, phase, world.size)
-    model = build_model(config, run.use, run.plan, settings.to_deepspeed())
+    model = build_model(config, run.task_mode, run.plan, settings.to_deepspeed())
     engine = Engine(model, settings, masks_of(run.plan))
     load_state(engine, run.plan, run.state)
-    objective = make_objective(run.empty, tokenizer, run.task)
+    objective = build_objective(run.empty, tokenizer, run.task)
     stage = config.deepspeed.zero_stage
-    measure = Measure(config.evaluation, run.task, run.use, parts, tokenizer, objective, world, stage, config.seed)
-    metrics = measure(engine.module, output / PREDICTIONS)
+    evaluator = Evaluator(
+        config.evaluation, run.task, run.task_mode, parts, tokenizer, objective, world, stage, config.seed
+    )
+    metrics = evaluator(engine.module, output / PREDICTIONS)
     engine.close()
     result = {
         "metrics": metrics,
@@ -70,7 +72,7 @@ def evaluate(run: TrainedRun, config: RunConfig, world: World, output: Path) -> 
         "zero_stage": stage,
         "world_size": world.size,
     }
-    on_rank_zero(world, lambda: write_file(output / METRICS, json.dumps(result, indent=2) + "\n"))
+    run_on_rank_zero(world, lambda: write_file(output / METRICS, json.dumps(result, indent=2) + "\n"))
     dist.destroy_process_group()
     return result
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparse_llm_ft.config import EvaluationConfig
-from sparse_llm_ft.data.dataset import Encoding, Measured
+from sparse_llm_ft.data.dataset import EvalSplit, SplitBuilder
 from sparse_llm_ft.data.rows import Example, text_of
 from sparse_llm_ft.data.tasks import BadRow, Task, render, template_columns
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.evaluation.evaluator import Measure
+from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.build import build_objective
 
 Row = Mapping[str, str]
 
@@ -29,20 +29,20 @@ def answer(run: TrainedRun, rows: Sequence[Row], settings: EvaluationConfig, see
         UserError: a prompt that is empty, or an answer that cannot be given outside of evaluation.
     """
     examples = [unanswered(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
-    check_lengths(run.config.model_copy(update={"evaluation": settings}), run.task, run.use, run.empty)
-    tokenizer = tokenizer_for(run.config.model, run.use, run.empty)
-    samples = list(Encoding(run.config, run.task, tokenizer, run.use).samples_of(examples))
+    check_lengths(run.config.model_copy(update={"evaluation": settings}), run.task, run.task_mode, run.empty)
+    tokenizer = tokenizer_for(run.config.model, run.task_mode, run.empty)
+    samples = list(SplitBuilder(run.config, run.task, tokenizer, run.task_mode).samples_of(examples))
     model = load_trained(run)
-    objective, alone = make_objective(model, tokenizer, run.task), World(0, 1, 0, 1)
-    measure = Measure(settings, run.task, run.use, (), tokenizer, objective, alone, zero_stage=0, seed=seed)
-    predictions, _ = measure.predict(model, Measured("", examples, samples))
-    shown = [measure.shown(prediction) for prediction in predictions]
+    objective, alone = build_objective(model, tokenizer, run.task), World(0, 1, 0, 1)
+    evaluator = Evaluator(settings, run.task, run.task_mode, (), tokenizer, objective, alone, zero_stage=0, seed=seed)
+    predictions, _ = evaluator.predict(model, EvalSplit("", examples, samples))
+    shown = [evaluator.shown(prediction) for prediction in predictions]
     return [value if isinstance(value, str) else f"{value:.3f}" for value in shown]
 
 
 def shown_columns(run: TrainedRun) -> list[str]:
     """The columns of a row that the model sees, in order."""
-    if run.use.has_head:
+    if run.task_mode.has_head:
         return list(run.task.texts)
     return [run.task.messages] if run.task.messages is not None else template_columns(run.task.prompt or "")
 

@@ -15,14 +15,14 @@ from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import CheckpointError, UserError
 from sparse_llm_ft.export.options import open_run
-from sparse_llm_ft.model.architecture import Use
-from sparse_llm_ft.model.loading import empty_model, find_model_use, load_model
+from sparse_llm_ft.model.architecture import TaskMode
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, load_model
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -41,7 +41,7 @@ class TrainedRun:
     folder: RunFolder
     config: RunConfig
     task: Task
-    use: Use
+    task_mode: TaskMode
     empty: PreTrainedModel
     phase: Phase
     state: TrainState
@@ -55,7 +55,7 @@ class TrainedRun:
     @property
     def full(self) -> bool:
         """Whether the base itself was trained, so that there is no adapter."""
-        return EVERYTHING in self.plan.trained
+        return FULL_MODEL in self.plan.trained
 
 
 def read_run(path: str, agree: Callable[[int], int] = int) -> TrainedRun:
@@ -69,9 +69,9 @@ def read_run(path: str, agree: Callable[[int], int] = int) -> TrainedRun:
     """
     folder = open_run(path)
     config = folder.config()
-    task = check_task(config.task)
-    use = find_model_use(config.model, task, config.task.mode)
-    empty = empty_model(config.model, use=use)
+    task = resolve_task(config.task)
+    task_mode = find_model_task_mode(config.model, task, config.task.mode)
+    empty = empty_model(config.model, task_mode=task_mode)
     shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
     real = Expected(linear_modules(empty), shapes, len(config.method))
     newest, complaints = newest_valid(folder.checkpoints, real, RunFolder.identity(config))
@@ -82,7 +82,7 @@ def read_run(path: str, agree: Callable[[int], int] = int) -> TrainedRun:
         state, phase = load_checkpoint(checkpoint_folder(folder.checkpoints, step), real)
     except CheckpointError as error:  # the run goes on, and has removed it meanwhile
         raise UserError(f"{error}; try again") from error
-    return TrainedRun(folder, config, task, use, empty, phase, state, tuple(complaints))
+    return TrainedRun(folder, config, task, task_mode, empty, phase, state, tuple(complaints))
 
 
 def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
@@ -99,7 +99,7 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
     """
     # Neither changes what is computed, and the second may ask for hardware that is not here.
     settings = run.config.model.model_copy(update={"gradient_checkpointing": False, "attn_implementation": None})
-    base = load_model(settings, run.use, run.config.seed)
+    base = load_model(settings, run.task_mode, run.config.seed)
     if dequantize and settings.quantization != "none":
         base.dequantize()
     model = add_adapters(base, run.plan)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, read_json
+from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 MANIFEST = "manifest.json"
 
@@ -111,8 +111,8 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
         manifest = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
-    except (OSError, DocumentError) as error:
-        reason = str(error) if isinstance(error, DocumentError) else type(error).__name__
+    except (OSError, ParseError) as error:
+        reason = str(error) if isinstance(error, ParseError) else type(error).__name__
         raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({reason})") from None
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{folder}: {MANIFEST} is not readable (a JSON object is needed)")

@@ -9,28 +9,28 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparse_llm_ft.errors import one_line
 
 
-class Display:
+class Console:
     """Progress of a run. On other ranks than 0 it is silent."""
 
     def __init__(self, rank: int, seconds_between_lines: float = 2.0) -> None:
         self.enabled = rank == 0
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self.rich = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
         self.live = self.enabled and sys.stdout.isatty()
         self._between = seconds_between_lines
         self._last = float("-inf")
         self._bar: Progress | None = None
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line, always shown; without access tokens."""
         if self.enabled:
-            self.console.print(one_line(text), markup=False, soft_wrap=True)
+            self.rich.print(one_line(text), markup=False, soft_wrap=True)
 
     def begin(self, phase: str, step: int, total: int) -> None:
         """A phase begins at `step` of the run's `total`."""
@@ -42,7 +42,7 @@ class Display:
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=self.console)
+            self._bar = Progress(*columns, console=self.rich)
             self._task = self._bar.add_task(phase, total=total, completed=step, status="")
             self._bar.start()
         self._started, self._first = time.monotonic(), step
@@ -64,7 +64,7 @@ class Display:
             return
         self._last = now
         left = (total - record["step"]) * (now - self._started) / max(done, 1)
-        self.say(f"{record['phase']} {record['step']}/{total}  {status}  {_clock(left)} left")
+        self.log(f"{record['phase']} {record['step']}/{total}  {status}  {_clock(left)} left")
 
     def show_ratios(self, title: str | None, ratios: Mapping[str, tuple[float, float]]) -> None:
         """Kept shares of rows and columns by module."""
@@ -75,7 +75,7 @@ class Display:
             table.add_column(column, justify="left" if column == "module" else "right")
         for name, (rows, cols) in ratios.items():
             table.add_row(name, f"{rows:.3f}", f"{cols:.3f}")
-        self.console.print(table)
+        self.rich.print(table)
 
     def end(self) -> None:
         """A phase is over."""
@@ -89,7 +89,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Call before torch is imported.
 
     Silenced are bitsandbytes' note on an optional CPU kernel, and warnings about calls that torch and transformers

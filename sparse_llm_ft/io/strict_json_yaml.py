@@ -21,7 +21,7 @@ _MAX_NODES = 100_000
 """Of a YAML document with its aliases written out."""
 
 
-class DocumentError(ValueError):
+class ParseError(ValueError):
     """A text that cannot be used, and why; `line`, from 1, where it is known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
@@ -58,11 +58,11 @@ def parse_json(text: str, constants: bool = False) -> Any:
             return json.loads(text, object_pairs_hook=_unique)
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
-        raise DocumentError("nested too deeply") from None
+        raise ParseError("nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{error.msg} at column {error.colno}", error.lineno) from None
+        raise ParseError(f"{error.msg} at column {error.colno}", error.lineno) from None
     except ValueError as error:  # Python reads no integer of more than some thousand digits
-        raise DocumentError(str(error)) from None
+        raise ParseError(str(error)) from None
 
 
 def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
@@ -149,7 +149,7 @@ class _Scan:
         except RecursionError:
             self.refuse("nested too deeply")
         except json.JSONDecodeError as error:
-            raise DocumentError(f"{error.msg} at column {error.colno}", error.lineno) from None
+            raise ParseError(f"{error.msg} at column {error.colno}", error.lineno) from None
         except ValueError as error:  # a key that stands twice; an integer of more digits than Python reads
             self.refuse(str(error))
         return value
@@ -161,8 +161,8 @@ class _Scan:
         return self._line
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise a `DocumentError` for this place."""
-        raise DocumentError(problem, self.line())
+        """Raise a `ParseError` for this place."""
+        raise ParseError(problem, self.line())
 
 
 def parse_yaml(text: str) -> Any:
@@ -177,27 +177,27 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
-        raise DocumentError("nested too deeply") from None
+        raise ParseError("nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise DocumentError(problem, mark.line + 1 if mark else None) from None
+        raise ParseError(problem, mark.line + 1 if mark else None) from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         # What PyYAML's constructors raise for a value that does not fit its tag.
-        raise DocumentError(f"a value that does not fit its type ({error})") from None
+        raise ParseError(f"a value that does not fit its type ({error})") from None
 
 
 def _read(path: Path, limit: int) -> str:
     if path.exists() and not path.is_file():
-        raise DocumentError("not a plain file")  # reading a pipe would wait for ever
+        raise ParseError("not a plain file")  # reading a pipe would wait for ever
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size > limit:
-            raise DocumentError(f"larger than {limit:,} bytes")
+            raise ParseError(f"larger than {limit:,} bytes")
         data = file.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ParseError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,18 +205,18 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DocumentError(f"the key {twice!r:.60} stands twice")
+        raise ParseError(f"the key {twice!r:.60} stands twice")
     return found
 
 
 def _no_number(text: str) -> NoReturn:
-    raise DocumentError(f"{text} is no number")
+    raise ParseError(f"{text} is no number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise DocumentError(f"{text:.40} is out of range")
+        raise ParseError(f"{text:.40} is out of range")
     return value
 
 
@@ -227,7 +227,7 @@ class _Loader(yaml.SafeLoader):
         """As in SafeLoader, after a look at what its aliases make of it."""
         node = super().get_single_node()
         if node is not None:
-            _weigh(node, {})
+            _update_silence(node, {})
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -245,7 +245,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _weigh(node: yaml.Node, known: dict[int, int | None]) -> int:
+def _update_silence(node: yaml.Node, known: dict[int, int | None]) -> int:
     """Number of nodes with all aliases written out; `known` holds None for those that are being counted."""
     if id(node) in known:
         size = known[id(node)]
@@ -260,7 +260,7 @@ def _weigh(node: yaml.Node, known: dict[int, int | None]) -> int:
         children = [part for pair in node.value for part in pair]
     size = 1
     for child in children:
-        size += _weigh(child, known)
+        size += _update_silence(child, known)
         if size > _MAX_NODES:
             _refuse(f"aliases make it larger than {_MAX_NODES:,} values", node)
     known[id(node)] = size

@@ -9,8 +9,6 @@ from sparse_llm_ft.methods.lora_drop import LoraDrop
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.methods.partial_lora import PartialLora
 from sparse_llm_ft.methods.weight_lora import WeightLora
-from sparse_llm_ft.phase import Measurement, Phase, Subset
-from sparse_llm_ft.scoring.scores import Scores
 
 METHODS: dict[str, Callable[[RunConfig, int, int], Method]] = {
     "lora": PeftBaseline,
@@ -28,7 +26,7 @@ METHODS: dict[str, Callable[[RunConfig, int, int], Method]] = {
 }
 
 
-def make_methods(config: RunConfig, total_steps: int) -> Chain:
+def build_methods(config: RunConfig, total_steps: int) -> Chain:
     """The rules that `method` names, in order.
 
     Args:
@@ -37,4 +35,4 @@ def make_methods(config: RunConfig, total_steps: int) -> Chain:
     return Chain([METHODS[method.name](config, i, total_steps) for i, method in enumerate(config.method)])
 
 
-__all__ = ["METHODS", "Chain", "Measurement", "Method", "Phase", "Scores", "Subset", "make_methods"]
+__all__ = ["METHODS", "Chain", "Method", "build_methods"]

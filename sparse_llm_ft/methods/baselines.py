@@ -9,7 +9,7 @@ from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import AdaLoraMethod, LoraPlusMethod, RunConfig, VeraMethod
 from sparse_llm_ft.config.methods import AdaLoraSettings
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, ModuleAdapter, Shape, Tuner, group_name, module_kind
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, ModuleAdapter, Shape, Tuner, group_name, module_kind
 from sparse_llm_ft.scoring.scores import Scores
 
 
@@ -85,4 +85,4 @@ class Full(_OnePhase):
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
         """Everything."""
         nothing: dict[str, ModuleAdapter | None] = dict.fromkeys(phase.plan.modules)
-        return replace(phase, plan=AdapterPlan(nothing, trained=(EVERYTHING,))), state
+        return replace(phase, plan=AdapterPlan(nothing, trained=(FULL_MODEL,))), state

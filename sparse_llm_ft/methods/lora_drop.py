@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import LoraDropMethod, RunConfig
-from sparse_llm_ft.phase import Measurement, Phase, Subset
+from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
 from sparse_llm_ft.scoring import importance_by_type, select_layers
 from sparse_llm_ft.scoring.scores import Scores
@@ -35,8 +35,8 @@ class LoraDrop:
             name="pilot",
             epochs=method.pilot_epochs,
             subset=Subset(method.sample_fraction, None, self.seed),
-            prelude=True,
-            measure=Measurement("lora_output"),
+            is_warmup=True,
+            scoring=ScoringSpec("lora_output"),
         )
         return pilot, state
 
@@ -44,13 +44,13 @@ class LoraDrop:
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
         """Own adapters for the chosen layers, shared ones or none for the others; all of them fresh."""
-        if phase.measure is None:
+        if phase.scoring is None:
             return None
         assert isinstance(scores, dict)
         kept = self.choose(importance_by_type(scores, module_kind))
         plan = self._shared(phase.plan, kept, targets)
         after = replace(
-            phase, name="train", plan=plan, steps=None, epochs=None, subset=None, prelude=False, measure=None
+            phase, name="train", plan=plan, steps=None, epochs=None, subset=None, is_warmup=False, scoring=None
         )
         return after, state.fresh()
 

@@ -15,8 +15,8 @@ import torch
 from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
 from sparse_llm_ft.methods.baselines import adalora_plan
-from sparse_llm_ft.phase import Measurement, Phase, Subset
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, Shape
+from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
 from sparse_llm_ft.scoring import (
     Derivation,
     Importance,
@@ -50,7 +50,7 @@ class PartialLora:
         measuring = replace(
             phase,
             subset=Subset(method.sample_fraction, shots, self.seed),
-            measure=Measurement(
+            scoring=ScoringSpec(
                 "derivation",
                 method.importance,
                 method.accuracy_floor,
@@ -67,23 +67,23 @@ class PartialLora:
         if needs_head:
             nothing: dict[str, ModuleAdapter | None] = dict.fromkeys(plan.modules)
             head = replace(plan, modules=nothing)
-            fit = replace(measuring, epochs=method.head_epochs, learning_rate=method.head_learning_rate, prelude=True)
-            return replace(fit, name="head", plan=head, then=plan), state
+            fit = replace(measuring, epochs=method.head_epochs, learning_rate=method.head_learning_rate, is_warmup=True)
+            return replace(fit, name="head", plan=head, target_plan=plan), state
         return replace(measuring, name="derive", steps=0), state
 
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
         """Draw the masks and cut the plan, and what was trained before, down to them."""
-        if phase.measure is None:
+        if phase.scoring is None:
             return None
         assert isinstance(scores, Derivation)
-        after = replace(phase, name="train", steps=None, epochs=None, subset=None, prelude=False, measure=None)
-        after = replace(after, learning_rate=None, then=None)
-        if phase.then is None:
+        after = replace(phase, name="train", steps=None, epochs=None, subset=None, is_warmup=False, scoring=None)
+        after = replace(after, learning_rate=None, target_plan=None)
+        if phase.target_plan is None:
             return self._masked(after, phase.plan, state, scores, targets)
         # The head was fitted to measure the base with; the run itself starts from a fresh one, as any method's does.
-        return self._masked(after, phase.then, state.fresh(), scores, targets)
+        return self._masked(after, phase.target_plan, state.fresh(), scores, targets)
 
     def _masked(
         self,
@@ -102,7 +102,7 @@ class PartialLora:
         for name, adapter in plan.active.items():
             rows, cols = drawn[plan.owners[name]]
             d_out, d_in = targets[name]
-            modules[name] = replace(adapter, rows=Kept.of(d_out, rows), cols=Kept.of(d_in, cols))
+            modules[name] = replace(adapter, rows=IndexMask.of(d_out, rows), cols=IndexMask.of(d_in, cols))
         masked = replace(plan, modules=modules, masking=method.masking)
         if method.base == "dora":
             masked = replace(masked, tuner="dora")

@@ -121,7 +121,7 @@ def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
         tensors={n: state.tensors[n] for n in names},
         moments={n: state.moments[n] for n in names},
         optimizer_steps=steps,
-        rule=None,
+        callback=None,
     )
 
 

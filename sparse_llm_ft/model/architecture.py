@@ -25,7 +25,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
 
 Mode = Literal["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"]
-Body = Literal["encoder", "decoder", "encoder-decoder"]
+ModelFamily = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 class Architecture(NamedTuple):
@@ -75,7 +75,7 @@ _WITH_HEAD: tuple[Mode, ...] = ("sequence_classification", "question_answering")
 
 
 @dataclass(frozen=True)
-class Use:
+class TaskMode:
     """How a model learns a task.
 
     Attributes:
@@ -91,10 +91,10 @@ class Use:
         return self.mode in _WITH_HEAD
 
 
-CAUSAL_LM = Use()
+CAUSAL_LM = TaskMode()
 
 
-def find_use(settings: PreTrainedConfig, model: str, task: Task, wanted: str) -> Use:
+def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: str) -> TaskMode:
     """What `task.mode` means for this model.
 
     Args:
@@ -105,7 +105,7 @@ def find_use(settings: PreTrainedConfig, model: str, task: Task, wanted: str) ->
     Raises:
         ConfigError: the model or the task does not go with that mode.
     """
-    body = body_of(settings)
+    body = model_family(settings)
     mode = _default(body, task) if wanted == "auto" else wanted
     if mode is None:
         raise ConfigError(
@@ -114,7 +114,7 @@ def find_use(settings: PreTrainedConfig, model: str, task: Task, wanted: str) ->
             "expected a causal language model, or a task with labels",
         )
     # T5's and BART's own heads for sequences are left out: which of their two stacks they read differs by model.
-    fits: dict[str, tuple[Body, ...]] = {
+    fits: dict[str, tuple[ModelFamily, ...]] = {
         "sequence_classification": ("encoder", "decoder"),
         "question_answering": ("encoder",),
         "causal_lm": ("decoder",),
@@ -134,13 +134,13 @@ def find_use(settings: PreTrainedConfig, model: str, task: Task, wanted: str) ->
                 f"{mode}, and task {task.name} has neither labels nor a score",
                 "expected task.labels or task.score beside it, or another mode",
             )
-        return Use("sequence_classification", task.outputs)
+        return TaskMode("sequence_classification", task.outputs)
     if mode == "question_answering" and not task.extractive:
         raise ConfigError("task.mode", f"{mode}, and task {task.name} has no answers in a text", "expected squad")
-    return Use(mode)  # type: ignore[arg-type]
+    return TaskMode(mode)  # type: ignore[arg-type]
 
 
-def body_of(settings: PreTrainedConfig) -> Body:
+def model_family(settings: PreTrainedConfig) -> ModelFamily:
     """What the model is, by its settings."""
     if getattr(settings, "is_encoder_decoder", False):
         return "encoder-decoder"
@@ -173,7 +173,7 @@ def base_of(model: nn.Module) -> nn.Module:
     return bare.get_base_model() if hasattr(bare, "get_base_model") else model  # type: ignore[attr-defined]
 
 
-def _default(body: Body, task: Task) -> Mode | None:
+def _default(body: ModelFamily, task: Task) -> Mode | None:
     if body == "encoder-decoder":
         return "seq2seq_lm"
     if body == "decoder":

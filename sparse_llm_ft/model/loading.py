@@ -24,7 +24,7 @@ from transformers import (
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import ARCHITECTURES, CAUSAL_LM, Use, base_of, find_use, has_head
+from sparse_llm_ft.model.architecture import ARCHITECTURES, CAUSAL_LM, TaskMode, base_of, find_task_mode, has_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,13 +40,13 @@ _HEADS = ("score", "pre_classifier", "classifier", "classification_head", "qa_ou
 """What transformers calls the heads of its models. They are trained even where a checkpoint has one."""
 
 
-def find_model_use(config: ModelConfig, task: Task, mode: str) -> Use:
-    """What `task.mode` means for the configured model (`find_use`).
+def find_model_task_mode(config: ModelConfig, task: Task, mode: str) -> TaskMode:
+    """What `task.mode` means for the configured model (`find_task_mode`).
 
     Raises:
         ConfigError: no such model, or one that cannot learn the task so.
     """
-    return find_use(_settings(config), config.name, task, mode)
+    return find_task_mode(_settings(config), config.name, task, mode)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -62,14 +62,14 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in base.named_modules() if name in wanted)
 
 
-def load_tokenizer(config: ModelConfig, use: Use = CAUSAL_LM) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
 
     Raises:
         ConfigError: it cannot be loaded, or has no end-of-sequence token for a model that writes, or none to pad with.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer.eos_token_id is None and not use.has_head:
+    if tokenizer.eos_token_id is None and not task_mode.has_head:
         raise ConfigError(
             "model.name",
             f"{config.name!r} has a tokenizer without end-of-sequence token",
@@ -85,7 +85,9 @@ def load_tokenizer(config: ModelConfig, use: Use = CAUSAL_LM) -> PreTrainedToken
     return tokenizer
 
 
-def empty_model(config: ModelConfig, attn_implementation: str | None = None, use: Use = CAUSAL_LM) -> PreTrainedModel:
+def empty_model(
+    config: ModelConfig, attn_implementation: str | None = None, task_mode: TaskMode = CAUSAL_LM
+) -> PreTrainedModel:
     """The architecture on the meta device: names and shapes, no weights, in about a second.
 
     Of a checkpoint for a head the names are read, to know what it lacks (`head_modules`).
@@ -97,7 +99,7 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None, use
         ConfigError: no such model, or one that cannot learn such a task.
     """
     settings = _settings(config)
-    architecture = ARCHITECTURES[use.mode]
+    architecture = ARCHITECTURES[task_mode.mode]
     builder: Any = architecture.auto
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -118,7 +120,7 @@ def empty_model(config: ModelConfig, attn_implementation: str | None = None, use
             f"{config.name!r} is a {settings.model_type} model",
             f"expected one that transformers can load {architecture.purpose}",
         ) from None
-    return _load_with_head(config, use, device_map={"": "meta"}, **options) if use.has_head else model
+    return _load_with_head(config, task_mode, device_map={"": "meta"}, **options) if task_mode.has_head else model
 
 
 def check_weights(config: ModelConfig) -> None:
@@ -140,7 +142,7 @@ def check_weights(config: ModelConfig) -> None:
     raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
-def load_model(config: ModelConfig, use: Use = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
+def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
     """The frozen base with its weights, on this process's device.
 
     Args:
@@ -154,7 +156,7 @@ def load_model(config: ModelConfig, use: Use = CAUSAL_LM, seed: int = 0) -> PreT
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
         # What is trained whole stays as it is; None: only the output embeddings do, which transformers knows.
-        whole = list(head_modules(empty_model(config, use=use))) if use.has_head else None
+        whole = list(head_modules(empty_model(config, task_mode=task_mode))) if task_mode.has_head else None
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quantization,
@@ -166,9 +168,13 @@ def load_model(config: ModelConfig, use: Use = CAUSAL_LM, seed: int = 0) -> PreT
     if config.quantization != "none" or torch.cuda.is_available():
         options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
     torch.manual_seed(seed)
-    model = _load_with_head(config, use, **options) if use.has_head else _load_complete(config, use, **options)
-    if use.has_head:  # by its padding a decoder's head finds the last token of each text
-        model.config.get_text_config().pad_token_id = load_tokenizer(config, use).pad_token_id
+    model = (
+        _load_with_head(config, task_mode, **options)
+        if task_mode.has_head
+        else _load_complete(config, task_mode, **options)
+    )
+    if task_mode.has_head:  # by its padding a decoder's head finds the last token of each text
+        model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
     if config.gradient_checkpointing:
@@ -198,7 +204,7 @@ _FRESH = "_sparse_llm_ft_fresh"
 """Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading shows them."""
 
 
-def _load_complete(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
+def _load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
     """A model all of whose weights are the checkpoint's; transformers would draw those that it lacks, and go on.
 
     Raises:
@@ -207,7 +213,11 @@ def _load_complete(config: ModelConfig, use: Use, **options: Any) -> PreTrainedM
     model: PreTrainedModel
     with _silence():  # what is wrong is said in one line
         model, report = _from_pretrained(
-            ARCHITECTURES[use.mode].auto, config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            ARCHITECTURES[task_mode.mode].auto,
+            config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
         )
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
@@ -220,17 +230,17 @@ def _load_complete(config: ModelConfig, use: Use, **options: Any) -> PreTrainedM
     return model
 
 
-def _load_with_head(config: ModelConfig, use: Use, **options: Any) -> PreTrainedModel:
+def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
     """A model with the task's head; what the checkpoint lacks is drawn from torch's generator.
 
     Raises:
         ConfigError: weights that cannot be loaded, or that lack more than a head.
     """
-    if use.outputs is not None:
-        options["num_labels"] = use.outputs
+    if task_mode.outputs is not None:
+        options["num_labels"] = task_mode.outputs
     with _silence():  # transformers reports at length what is missing: the head, as it must be
         model, report = _from_pretrained(
-            ARCHITECTURES[use.mode].auto,
+            ARCHITECTURES[task_mode.mode].auto,
             config,
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced as well
             output_loading_info=True,

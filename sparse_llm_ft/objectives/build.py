@@ -19,7 +19,7 @@ from sparse_llm_ft.objectives.language_modeling import CompletionObjective, Labe
 from sparse_llm_ft.objectives.spans import SpanObjective
 
 
-def make_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Objective[Any]:
+def build_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Objective[Any]:
     """The objective of `task` on `model`, of which only class and settings are looked at: an empty one will do.
 
     Raises:

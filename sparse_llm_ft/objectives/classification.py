@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sparse_llm_ft.data.collate import Batch, text_batch
+from sparse_llm_ft.data.collate import Batch, collate_classification
 from sparse_llm_ft.data.samples import TextSample
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
@@ -20,8 +20,8 @@ class ClassificationObjective:
     pad_token_id: int
 
     def batch(self, samples: Sequence[TextSample]) -> Batch:
-        """See `text_batch`."""
-        return text_batch(samples, self.pad_token_id)
+        """See `collate_classification`."""
+        return collate_classification(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Scalar float32: summed over the samples."""

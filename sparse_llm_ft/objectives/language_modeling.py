@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sparse_llm_ft.data.collate import IGNORED, Batch, packed_batch, seq2seq_batch, training_batch
+from sparse_llm_ft.data.collate import IGNORE_INDEX, Batch, collate_causal_lm, collate_packed, collate_seq2seq
 from sparse_llm_ft.data.samples import Pack, Sample
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
@@ -47,15 +47,15 @@ class CompletionObjective:
     packs_in_one_row: bool = False
 
     def batch(self, samples: Sequence[Sample] | Sequence[Pack]) -> Batch:
-        """See `training_batch` and, of packs, `packed_batch`."""
+        """See `collate_causal_lm` and, of packs, `collate_packed`."""
         if samples and isinstance(samples[0], Pack):
-            return packed_batch(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
-        return training_batch(samples, self.pad_token_id)  # type: ignore[arg-type]
+            return collate_packed(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
+        return collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Scalar float32: summed over the completion tokens."""
         logits, targets = self._predict(forward, batch)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """(batch,) float32: summed over each completion's tokens."""
@@ -97,7 +97,7 @@ class CompletionObjective:
         """Logits (B, P, V) float32 and targets (B, P) at the P positions that some sample supervises."""
         labels = batch["labels"]
         # The logits at position t predict the token at t + 1.
-        positions = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
+        positions = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
         # Of packed samples transformers sees by their positions who may attend to whom, if there is no mask.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
@@ -117,8 +117,8 @@ class Seq2SeqObjective(CompletionObjective):
     start_token_id: int = 0
 
     def batch(self, samples: Sequence[Any]) -> Batch:
-        """See `seq2seq_batch`."""
-        return seq2seq_batch(samples, self.pad_token_id, self.start_token_id)
+        """See `collate_seq2seq`."""
+        return collate_seq2seq(samples, self.pad_token_id, self.start_token_id)
 
     def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -129,7 +129,7 @@ def _choose(logits: torch.Tensor, targets: torch.Tensor, words: LabelWords) -> t
     """(B,) the label chosen and (B,) the right one, both read off where the words differ first."""
     tokens = words.tokens.to(logits.device)
     rows = torch.arange(len(targets), device=logits.device)
-    place = (targets != IGNORED).int().argmax(1) + words.position  # Shape: (B,)
+    place = (targets != IGNORE_INDEX).int().argmax(1) + words.position  # Shape: (B,)
     choices = logits[rows, place][:, tokens].argmax(-1)
     right = (targets[rows, place].unsqueeze(1) == tokens).int().argmax(1)
     return choices, right
@@ -137,5 +137,5 @@ def _choose(logits: torch.Tensor, targets: torch.Tensor, words: LabelWords) -> t
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(B,) cross-entropy of (B, P, V) logits summed over each row's targets (B, P)."""
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view_as(targets).sum(1)

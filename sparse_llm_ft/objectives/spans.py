@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import Batch
-from sparse_llm_ft.data.spans import SpanSample, span_batch
+from sparse_llm_ft.data.spans import SpanSample, collate_spans
 from sparse_llm_ft.objectives.base import Forward
 
 
@@ -27,8 +27,8 @@ class SpanObjective:
     pad_token_id: int
 
     def batch(self, samples: Sequence[SpanSample]) -> Batch:
-        """See `span_batch`."""
-        return span_batch(samples, self.pad_token_id)
+        """See `collate_spans`."""
+        return collate_spans(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Scalar float32: summed over the windows."""

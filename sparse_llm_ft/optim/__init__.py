@@ -2,15 +2,15 @@
 
 from sparse_llm_ft.optim.adapter_optimizer import MOMENTS, AdapterOptimizer
 from sparse_llm_ft.optim.iht import StoIHT, keep_largest
-from sparse_llm_ft.optim.masks import EntryMask, LineMask, Mask
+from sparse_llm_ft.optim.masks import EntryMask, Mask, RowColumnMask
 from sparse_llm_ft.optim.sparse_adamw import SparseAdamW
 
 __all__ = [
     "MOMENTS",
     "AdapterOptimizer",
     "EntryMask",
-    "LineMask",
     "Mask",
+    "RowColumnMask",
     "SparseAdamW",
     "StoIHT",
     "keep_largest",

@@ -28,7 +28,7 @@ class EntryMask:
 
 
 @dataclass(frozen=True)
-class LineMask:
+class RowColumnMask:
     """Whole rows (dimension 0) or columns (1) of a matrix with `width` columns, by their ascending indices."""
 
     width: int

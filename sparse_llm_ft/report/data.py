@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json, read_json, read_yaml
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 Pair = tuple[float, float]
@@ -240,7 +240,7 @@ def _steps(path: Path) -> Iterator[Step]:
             if not record.get("skipped"):
                 yield _step(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if number == len(lines) and isinstance(error, DocumentError):
+            if number == len(lines) and isinstance(error, ParseError):
                 return
             raise UserError(f"{path}:{number}: not a logged step ({error})") from None
 
@@ -330,7 +330,7 @@ def _method_name(method: Any) -> str:
 def _mapping(path: Path) -> dict[str, Any]:
     try:
         data = read_yaml(path) if path.suffix == ".yaml" else read_json(path, constants=True)
-    except (OSError, DocumentError) as error:
+    except (OSError, ParseError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not readable (expected a mapping)")

@@ -24,7 +24,8 @@ class ModuleGrid:
     def of_kind(self, kind: int) -> list[str]:
         """The modules of one type, by layer."""
         return sorted(
-            (name for name, place in self.places.items() if place[1] == kind), key=lambda n: self.places[n][0]
+            (name for name, place in self.places.items() if place[1] == kind),
+            key=lambda n: self.places[n][0],
         )
 
 

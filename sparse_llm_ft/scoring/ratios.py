@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, read_yaml
+from sparse_llm_ft.io.strict_json_yaml import ParseError, read_yaml
 from sparse_llm_ft.scoring.blocks import layer_of
 
 Ratio = tuple[float, float]
@@ -65,7 +65,7 @@ def _read(path: str | Path) -> Mapping[str, Any]:
         table = read_yaml(Path(path))  # JSON is YAML
     except OSError as error:
         raise ConfigError(SETTING, f"{str(path)!r} cannot be read ({error.strerror})", "name a file that can") from None
-    except DocumentError as error:
+    except ParseError as error:
         raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({error})", "correct the file") from None
     if not isinstance(table, dict) or not table:
         raise ConfigError(SETTING, f"{str(path)!r} is no table", "expected module: p or module: [p_row, p_col]")

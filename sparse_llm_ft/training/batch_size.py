@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.engine.memory import grown_micro_batch, saved_bytes, state_bytes
+from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
 
@@ -26,7 +26,7 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
-def check_growth(config: RunConfig, first: Phase, use: Use) -> None:
+def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
     """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
 
     Raises:
@@ -35,7 +35,7 @@ def check_growth(config: RunConfig, first: Phase, use: Use) -> None:
     if all(getattr(method, "batch_growth", "none") == "none" for method in config.method):
         return
     try:
-        saved_bytes(config.model, first.plan, 8, use)
+        activation_bytes(config.model, first.plan, 8, task_mode)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -65,7 +65,7 @@ def grown_batch(
     targets: dict[str, Shape],
     length: int,
     world_size: int,
-    use: Use,
+    task_mode: TaskMode,
 ) -> Phase:
     """The phase after a change of plan, its micro-batch grown into the freed memory as `batch_growth` says.
 
@@ -78,7 +78,7 @@ def grown_batch(
         return phase.with_batch(micro, total, before.lr_factor)
     stage = config.deepspeed.zero_stage
     freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
-    old, new = (saved_bytes(config.model, plan, length, use) for plan in (before.plan, phase.plan))
+    old, new = (activation_bytes(config.model, plan, length, task_mode) for plan in (before.plan, phase.plan))
     limit = grown_micro_batch(micro, old, new, freed)
     if phase.batch_growth == "keep_global":
         return phase.with_batch(largest_micro_batch(total, world_size, limit), total, before.lr_factor)

@@ -18,7 +18,7 @@ from sparse_llm_ft.phase import Phase
 Gradients = Mapping[str, torch.Tensor]
 
 
-class Rule(Protocol):
+class Callback(Protocol):
     """Reads parameters by name after each step and overwrites some of them. All ranks call it together."""
 
     needs_gradients: bool
@@ -40,7 +40,7 @@ class Rule(Protocol):
         ...
 
 
-class OmegaRule:
+class OmegaPruning:
     """StoIHT on omega (WeightLoRA, section 3.3)."""
 
     needs_gradients = False
@@ -70,7 +70,7 @@ class OmegaRule:
         return {}
 
 
-class RankRule:
+class AdaLoraRankAllocation:
     """AdaLoRA's rank allocation."""
 
     needs_gradients = True
@@ -100,14 +100,14 @@ class RankRule:
         return self.allocation.tensors()
 
 
-def make_rule(phase: Phase, state: TrainState, engine: Engine) -> Rule | None:
+def build_callback(phase: Phase, state: TrainState, engine: Engine) -> Callback | None:
     """The phase's rule, going on from `state`; None where it has none."""
     if phase.cut is not None:
-        return OmegaRule(StoIHT.from_dict(phase.cut, state.rule), [n for n in engine.parameters if is_omega(n)])
+        return OmegaPruning(StoIHT.from_dict(phase.cut, state.callback), [n for n in engine.parameters if is_omega(n)])
     if phase.plan.tuner == "adalora":
         names = [name for name in engine.parameters if is_adapter(name)]
         config: Any = peft_config(phase.plan)
         allocation = RankAllocation(config, engine.values(names))
-        allocation.restore(state.rule, state.rule_tensors)
-        return RankRule(allocation, names, len(phase.plan.active))
+        allocation.restore(state.callback, state.callback_tensors)
+        return AdaLoraRankAllocation(allocation, names, len(phase.plan.active))
     return None

@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from sparse_llm_ft.adapters import orthogonality
 from sparse_llm_ft.checkpoint.state import Progress
-from sparse_llm_ft.data.sampler import InOrder, SampleStream
-from sparse_llm_ft.data.streaming import StreamedSamples
+from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
+from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.training.callbacks import Rule
+from sparse_llm_ft.training.callbacks import Callback
 from sparse_llm_ft.training.schedule import Schedule
 
 
@@ -37,7 +37,7 @@ class Step:
     seconds: float
     active_adapters: int
     skipped: bool = False
-    rule: dict[str, Any] = field(default_factory=dict)
+    callback: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Loop:
 
     engine: Engine
     phase: Phase
-    rule: Rule | None
-    samples: Sequence[Any] | StreamedSamples
+    callback: Callback | None
+    samples: Sequence[Any] | StreamingDataset
     objective: Objective[Any]
     schedule: Schedule
     progress: Progress
@@ -66,17 +66,17 @@ class Loop:
     max_skipped_updates: int
 
     def __post_init__(self) -> None:
-        self.stream: InOrder = InOrder()
+        self.stream: SequentialSampler = SequentialSampler()
         self.lengths: np.ndarray | None = None
-        if not isinstance(self.samples, StreamedSamples):
+        if not isinstance(self.samples, StreamingDataset):
             self.stream, self.lengths = (
-                SampleStream(len(self.samples), self.seed),
+                ShuffledSampler(len(self.samples), self.seed),
                 lengths_of(self.samples, self.objective),
             )
         self.device = next(self.engine.module.parameters()).device
         self.orth_reg_weight = self.phase.plan.options.get("orth_reg_weight", 0.0)
         self.active = self._count_active()
-        self.asked: str | None = None
+        self.preempted_by: str | None = None
         self._skipped = 0  # in a row
 
     def steps(self) -> Iterator[Step]:
@@ -122,7 +122,7 @@ class Loop:
             # A loss that is not finite can have gradients that are; then nothing would tell the engine to skip.
             factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
             self.engine.backward(loss * factors + self._penalty())
-            if self.rule is not None and self.rule.needs_gradients and i == len(shares) - 1:
+            if self.callback is not None and self.callback.needs_gradients and i == len(shares) - 1:
                 gradients = self.engine.gradients()
             updated = self.engine.step(learning_rate)
         mean_loss = self._agree(total) / units
@@ -141,7 +141,7 @@ class Loop:
         shared = torch.cat([loss.reshape(1), torch.tensor(signals.caught(), dtype=loss.dtype, device=self.device)])
         dist.all_reduce(shared)
         total, *flags = shared.tolist()
-        self.asked = signals.asked_by(flags)
+        self.preempted_by = signals.preempted_by(flags)
         return total
 
     def _count_skipped(self, skipped: bool, loss: float) -> None:
@@ -154,12 +154,12 @@ class Loop:
             )
 
     def _apply_rule(self, gradients: dict[str, torch.Tensor]) -> dict[str, Any]:
-        if self.rule is None:
+        if self.callback is None:
             return {}
         if gradients:  # as they were for the update: after clipping
             clipped = self.engine.clip_factor
             gradients = {name: gradient * clipped for name, gradient in gradients.items()}
-        logged = self.rule.after_step(self.engine, self.progress.phase_updates, gradients)
+        logged = self.callback.after_step(self.engine, self.progress.phase_updates, gradients)
         self.active = self._count_active()
         return logged
 
@@ -170,7 +170,7 @@ class Loop:
         return self.orth_reg_weight * orthogonality(self.engine.parameters)
 
     def _count_active(self) -> int:
-        return len(self.phase.plan.active) if self.rule is None else self.rule.active_adapters(self.engine)
+        return len(self.phase.plan.active) if self.callback is None else self.callback.active_adapters(self.engine)
 
     def _read(self, shares: list[list[int]]) -> tuple[list[list[Any]], int, int]:
         """This rank's share of the global batch; loss units and tokens of the whole.

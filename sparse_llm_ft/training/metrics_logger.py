@@ -8,7 +8,7 @@ from typing import Any
 from sparse_llm_ft.run_folder import RunFolder
 
 
-class MetricsWriter:
+class MetricsLogger:
     """Writes on rank 0, is silent elsewhere.
 
     Args:

@@ -14,7 +14,7 @@ from sparse_llm_ft.adapters import is_omega, residual_norms
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
 from sparse_llm_ft.run_folder import RunFolder
@@ -86,7 +86,7 @@ class PhaseRecord:
             "trainable_parameters": self.trainable_parameters,
             "active_adapters": step.active_adapters,
             **({"skipped": True} if step.skipped else {}),
-            **step.rule,
+            **step.callback,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def summarize(
     }
 
 
-def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console) -> None:
     """The table a run ends with, on rank 0."""
-    if not display.enabled:
+    if not console.enabled:
         return
     before, after = summary["metrics"]["before"], summary["metrics"]["after"]
     if before and after:
@@ -134,7 +134,7 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
             table.add_column(column, justify="left" if column == "metric" else "right")
         for name in after:
             table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
-        display.console.print(table)
+        console.rich.print(table)
     processes = f"{summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"
     table = Table(title=f"phases, {processes}, ZeRO-{summary['zero_stage']}")
     table.add_column("")
@@ -142,16 +142,16 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, display: Display
         table.add_column(phase["name"], justify="right")
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
-    display.console.print(table)
+    console.rich.print(table)
     for phase in summary["phases"]:
         if phase.get("measured"):
-            display.say(f"phase {phase['name']} measured: {phase['measured']}")
+            console.log(f"phase {phase['name']} measured: {phase['measured']}")
     if folder.model.is_dir():
-        display.say(f"model: {folder.model}")
+        console.log(f"model: {folder.model}")
     else:
-        display.say(f"adapter (stock PEFT): {folder.adapter}")
+        console.log(f"adapter (stock PEFT): {folder.adapter}")
     if folder.report.is_dir():
-        display.say(f"pictures: {folder.report / 'index.html'}")
+        console.log(f"pictures: {folder.report / 'index.html'}")
 
 
 def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -> tuple[str, dict[str, Any]]:

@@ -20,26 +20,26 @@ from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMeth
 from sparse_llm_ft.context.course import Course
 from sparse_llm_ft.context.preflight import Prepared
 from sparse_llm_ft.context.setup import Setup
-from sparse_llm_ft.data.streaming import StreamedSamples
-from sparse_llm_ft.distributed.collectives import from_rank_zero, on_rank_zero
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.data.streaming import StreamingDataset
+from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_rank_zero
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
 from sparse_llm_ft.engine.engine import Engine, check_deepspeed, init_distributed
 from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
-from sparse_llm_ft.errors import ConfigError, LeaveRequest, UserError
-from sparse_llm_ft.evaluation.evaluator import Measure
+from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
+from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.report import write_report
 from sparse_llm_ft.run_folder import PLAN, SUMMARY, RunFolder
 from sparse_llm_ft.training.batch_size import check_growth, grown_batch, resumed_batch
-from sparse_llm_ft.training.callbacks import make_rule
+from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
-from sparse_llm_ft.training.metrics_logger import MetricsWriter
+from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.records import (
     PhaseRecord,
     finished_phase_file,
@@ -64,21 +64,21 @@ def run(prepared: Prepared) -> dict[str, Any]:
     """
     config, world, folder = prepared.config, prepared.world, prepared.folder
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
-    display = Display(world.rank)
+    console = Console(world.rank)
     check_deepspeed(config.deepspeed.extra)
     setup = Setup.of(prepared)
     check_weights(config.model)
     init_distributed()
     course = Course.of(prepared, setup)
-    check_growth(config, course.first, setup.use)
-    if from_rank_zero(int(folder.is_complete())):
-        display.say(f"{folder.path} is complete; nothing to do")
+    check_growth(config, course.first, setup.task_mode)
+    if broadcast_int(int(folder.is_complete())):
+        console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
         if config.report and world.rank == 0 and not folder.report.is_dir():  # killed between its end and the pictures
-            _draw_report(folder, display)
-        show_summary(summary, folder, display)
+            _draw_report(folder, console)
+        show_summary(summary, folder, console)
     else:
-        summary = Run(prepared, display, setup, course).train()
+        summary = Run(prepared, console, setup, course).train()
     dist.destroy_process_group()
     return summary
 
@@ -91,7 +91,7 @@ def derive(prepared: Prepared) -> None:
     """
     config, world = prepared.config, prepared.world
     transformers.utils.logging.disable_progress_bar()
-    display = Display(world.rank)
+    console = Console(world.rank)
     begins = config.method[0]
     if not isinstance(begins, SparseAdapterMethod) and not (isinstance(begins, PartialLoraMethod) and begins.ranks):
         raise UserError(
@@ -102,16 +102,16 @@ def derive(prepared: Prepared) -> None:
     check_weights(config.model)
     init_distributed()
     course = Course.of(prepared, setup)
-    Run(prepared, display, setup, course).derive()
+    Run(prepared, console, setup, course).derive()
     dist.destroy_process_group()
 
 
-def _draw_report(folder: RunFolder, display: Display) -> None:
+def _draw_report(folder: RunFolder, console: Console) -> None:
     """Pictures come last and are only drawn from what is written; a run without them is as complete."""
     try:
         write_report([folder.path], folder.report)
     except Exception as error:
-        display.say(
+        console.log(
             f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
             f"`sparse-llm-ft report {folder.path}` tries again"
         )
@@ -120,15 +120,15 @@ def _draw_report(folder: RunFolder, display: Display) -> None:
 class Run:
     """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
 
-    def __init__(self, prepared: Prepared, display: Display, setup: Setup, course: Course) -> None:
+    def __init__(self, prepared: Prepared, console: Console, setup: Setup, course: Course) -> None:
         self.config: RunConfig = prepared.config
         self.world, self.folder, self.course = prepared.world, prepared.folder, course
-        self.display, self.setup, self.samples, self.schedule = display, setup, course.samples, course.schedule
+        self.console, self.setup, self.samples, self.schedule = console, setup, course.samples, course.schedule
         self.targets = setup.targets
-        self.measure = Measure(
+        self.evaluator = Evaluator(
             self.config.evaluation,
             prepared.task,
-            setup.use,
+            setup.task_mode,
             course.samples.measured,
             setup.tokenizer,
             setup.objective,
@@ -136,7 +136,7 @@ class Run:
             self.config.deepspeed.zero_stage,
             self.config.seed,
         )
-        self.scorer = Scorer(self.config, self.world, setup.objective, display)
+        self.scorer = Scorer(self.config, self.world, setup.objective, console)
 
     def train(self) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
@@ -169,16 +169,16 @@ class Run:
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         for _ in loop.steps():
-            leave_if_asked()
+            exit_if_preempted()
         scores = self.scorer(engine, phase, self.course.samples_of(phase), engine.values())
         engine.close()
-        self.display.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
+        self.console.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
 
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
-        on_rank_zero(self.world, self.folder.lock)
+        run_on_rank_zero(self.world, self.folder.lock)
         run = RunFolder.identity(self.config)
-        state = newest_state(self.folder, run, self.world, self.display, self.setup.expected)
+        state = newest_state(self.folder, run, self.world, self.console, self.setup.expected)
         phase = first
         if state is not None:
             self._check_samples(state.record)
@@ -187,10 +187,10 @@ class Run:
             state.record["micro_batch_size"] = configured
             phase = self._as_set(resumed_batch(Phase.from_dict(state.phase), self.world.size, anew))
         phase = self._with_steps(phase)
-        on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
+        run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
         for line in self.samples.remarks(self.config.task):
-            self.display.say(line)
+            self.console.log(line)
         return state, phase
 
     def _check_samples(self, record: Mapping[str, Any]) -> None:
@@ -210,37 +210,37 @@ class Run:
     def _as_set(self, phase: Phase) -> Phase:
         """A phase from a checkpoint, with what may have been set anew since."""
         method = self.config.method[phase.method]
-        if phase.measure is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
+        if phase.scoring is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
             return phase
-        measure = replace(phase.measure, micro_batch_size=method.micro_batch_size, cache_dir=method.cache_dir)
-        return replace(phase, measure=measure)
+        scoring = replace(phase.scoring, micro_batch_size=method.micro_batch_size, cache_dir=method.cache_dir)
+        return replace(phase, scoring=scoring)
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, engine_settings(self.config, phase, self.world.size), masks_of(phase.plan))
         load_state(engine, phase.plan, state)
-        if self.measure.parts and state.record["before"] is None and state.progress.step == 0:
+        if self.evaluator.parts and state.record["before"] is None and state.progress.step == 0:
             # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
-            self.display.say(f"measuring {self.measure.count} {self.config.evaluation.split} samples")
-            state.record["before"] = self.measure(engine.module, self.folder.path / "predictions-before.jsonl")
+            self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
+            state.record["before"] = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
-        writer = MetricsWriter(self.folder, self.world.rank, progress.step)
-        on_rank_zero(self.world, writer.open)
-        leave_if_asked()
-        self.display.begin(phase.name, progress.step, self._last_step(loop))
+        writer = MetricsLogger(self.folder, self.world.rank, progress.step)
+        run_on_rank_zero(self.world, writer.open)
+        exit_if_preempted()
+        self.console.begin(phase.name, progress.step, self._last_step(loop))
         for step in loop.steps():
             record.add(step, phase)
-            if loop.asked:  # before a validation that may take longer than whoever asked will wait
+            if loop.preempted_by:  # before a validation that may take longer than whoever asked will wait
                 self._save(self._read_state(loop, record, state))
             self._after_step(step, loop, record, writer)
-            if loop.asked:
+            if loop.preempted_by:
                 self._leave(loop, writer)
             if self._due(self.config.training.save_every, progress.step) and not loop.over():
                 self._save(self._read_state(loop, record, state))
-        self.display.end()
-        on_rank_zero(self.world, writer.close)
+        self.console.end()
+        run_on_rank_zero(self.world, writer.close)
         state = self._read_state(loop, record, state)
         self._save(state)
         return engine, state
@@ -248,12 +248,12 @@ class Run:
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
         """The phase's loop, going on from `state`."""
         samples, schedule = self.course.units(phase), self.schedule
-        if phase.prelude:
-            schedule = schedule.prelude(phase.steps or 0, len(samples), phase.learning_rate)
+        if phase.is_warmup:
+            schedule = schedule.is_warmup(phase.steps or 0, len(samples), phase.learning_rate)
         return Loop(
             engine,
             phase,
-            make_rule(phase, state, engine),
+            build_callback(phase, state, engine),
             samples,
             self.setup.objective,
             schedule,
@@ -269,17 +269,17 @@ class Run:
         """Put the new plan on the model, around the same frozen base."""
         length = self.course.longest
         phase = self._with_steps(
-            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.use)
+            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.task_mode)
         )
         grown = phase.micro_batch_size > before.micro_batch_size
         model = rebuild_model(self.config, model, before.plan, phase.plan)
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
-        if before.prelude:
+        if before.is_warmup:
             progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
         finished = [*state.record["phases"], state.record["current"]]
         record = {key: value for key, value in state.record.items() if key != "current"} | {"phases": finished}
         self._write_phase(phase, progress)
-        self.display.say(
+        self.console.log(
             f"phase {before.name} ends at step {progress.step}: {before.plan.describe()} -> "
             f"{phase.plan.describe()}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
@@ -291,33 +291,33 @@ class Run:
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
         """Measure what was trained, export it, write the summary and the report."""
         after = None
-        if self.measure.parts:
-            after = self.measure(engine.module, self.folder.path / "predictions-after.jsonl")
-        leave_if_asked()
+        if self.evaluator.parts:
+            after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
+        exit_if_preempted()
         engine.close()
         train = self.samples.train
-        if isinstance(train, StreamedSamples) and train.skipped.count:
-            self.display.say(f"of the training rows that were read last: {train.skipped}")
+        if isinstance(train, StreamingDataset) and train.skipped.count:
+            self.console.log(f"of the training rows that were read last: {train.skipped}")
         summary = summarize(
             self.config, self.world, state.record, after, self.samples.sizes(self.config.evaluation.split)
         )
 
         def write() -> None:
-            folder = self.folder.model if EVERYTHING in phase.plan.trained else self.folder.adapter
+            folder = self.folder.model if FULL_MODEL in phase.plan.trained else self.folder.adapter
             export(folder, self.config.model, self.setup.empty, phase.plan, state.tensors)
             self.folder.write_json(SUMMARY, summary)
 
-        on_rank_zero(self.world, write)
+        run_on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
-            _draw_report(self.folder, self.display)
-        show_summary(summary, self.folder, self.display)
+            _draw_report(self.folder, self.console)
+        show_summary(summary, self.folder, self.console)
         return summary
 
-    def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsWriter) -> None:
+    def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsLogger) -> None:
         training, at = self.config.training, loop.progress.step
         line = record.line(step, loop)
         # In the run's own steps, so that a pilot does not shift them; a pilot's loss says nothing of the run.
-        if not loop.phase.prelude and self._due(training.eval_every, loop.progress.counted_steps):
+        if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
             line["validation_loss"] = mean_loss(
                 loop.engine.module,
                 self.samples.validation,
@@ -327,13 +327,13 @@ class Run:
                 self.world.size,
             )
         if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
-            on_rank_zero(self.world, lambda: writer.write(line))
-            self.display.step(line, self._last_step(loop))
+            run_on_rank_zero(self.world, lambda: writer.write(line))
+            self.console.step(line, self._last_step(loop))
 
-    def _leave(self, loop: Loop, writer: MetricsWriter) -> NoReturn:
-        self.display.end()
-        on_rank_zero(self.world, writer.close)
-        raise LeaveRequest(f"{loop.asked}: saved step {loop.progress.step}")
+    def _leave(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
+        self.console.end()
+        run_on_rank_zero(self.world, writer.close)
+        raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
 
     def _last_step(self, loop: Loop) -> int:
         """The step that the phase's part of the run ends with."""
@@ -359,28 +359,28 @@ class Run:
             loop.engine.optimizer_steps(),
             copy.copy(loop.progress),
             loop.phase.to_dict(),
-            loop.rule.to_dict() if loop.rule else None,
+            loop.callback.to_dict() if loop.callback else None,
             {**before.record, "current": record.to_dict()},
-            loop.rule.tensors() if loop.rule else {},
+            loop.callback.tensors() if loop.callback else {},
         )
 
     def _save(self, state: TrainState) -> None:
         keep = self.config.training.keep_checkpoints
-        on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
+        run_on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """What a phase is, when it begins."""
-        on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, phase.plan.to_dict()))
+        run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, phase.plan.to_dict()))
         self._write(phase_file(phase, progress, self.targets))
 
     def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:
-        on_rank_zero(self.world, lambda: self.folder.write_json(*file))
+        run_on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, phase: Phase) -> PeftModel:
-        leave_if_asked()
-        self.display.say(f"loading {self.config.model.name}")
+        exit_if_preempted()
+        self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
-        model = build_model(self.config, self.setup.use, phase.plan, settings)
+        model = build_model(self.config, self.setup.task_mode, phase.plan, settings)
         self.head = fresh_heads(model, phase.plan)
         return model
 

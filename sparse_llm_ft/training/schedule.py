@@ -15,7 +15,7 @@ class Schedule:
 
     With `max_steps` the run is measured in optimizer steps; otherwise in samples, so that a global batch that grows
     on the way shortens the rest of the run and does not bend the curve. A sample-measured position is expressed in
-    steps of the initial global batch. What precedes the counted part of a run has a schedule of its own (`prelude`).
+    steps of the initial global batch. What precedes the counted part of a run has a schedule of its own (`is_warmup`).
     """
 
     settings: TrainingConfig
@@ -57,7 +57,7 @@ class Schedule:
             factor = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return settings.learning_rate * factor
 
-    def prelude(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
+    def is_warmup(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
         """The schedule of `steps` steps on `samples` samples before the counted part: the same course, in small.
 
         Args:

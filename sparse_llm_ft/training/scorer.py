@@ -19,14 +19,14 @@ from torch import nn
 
 from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
 from sparse_llm_ft.config import ModelConfig, RunConfig
-from sparse_llm_ft.distributed.collectives import bytes_from_rank_zero, on_rank_zero
-from sparse_llm_ft.distributed.signals import leave_if_asked
+from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
+from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import batches_on
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.objectives.base import Objective
-from sparse_llm_ft.phase import Measurement, Phase
+from sparse_llm_ft.phase import Phase, ScoringSpec
 from sparse_llm_ft.scoring import (
     Derivation,
     DerivationSettings,
@@ -51,8 +51,8 @@ class Scorer:
         objective: how samples become a loss and right answers.
     """
 
-    def __init__(self, config: RunConfig, world: World, objective: Objective[Any], display: Display) -> None:
-        self.config, self.world, self.objective, self.display = config, world, objective, display
+    def __init__(self, config: RunConfig, world: World, objective: Objective[Any], console: Console) -> None:
+        self.config, self.world, self.objective, self.console = config, world, objective, console
 
     def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
         """The phase's measurement on `samples`.
@@ -60,11 +60,11 @@ class Scorer:
         Args:
             values: the trained parameters at the phase's end.
         """
-        if phase.measure is None:
+        if phase.scoring is None:
             return None
-        if phase.measure.kind == "lora_output":
+        if phase.scoring.kind == "lora_output":
             return self.lora_output(engine.module, list(phase.plan.active), samples)
-        return self.derivation(engine, phase, phase.measure, samples, values)
+        return self.derivation(engine, phase, phase.scoring, samples, values)
 
     @torch.no_grad()
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Scorer:
                 masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
                 scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
                 self.objective.loss(model, batch)
-                leave_if_asked()
+                exit_if_preempted()
         finally:
             for layer in layers.values():
                 layer.observe = None
@@ -93,7 +93,7 @@ class Scorer:
         self,
         engine: Engine,
         phase: Phase,
-        measure: Measurement,
+        spec: ScoringSpec,
         samples: Sequence[Any],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
@@ -102,14 +102,14 @@ class Scorer:
         The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
         another method it is what that has trained, whose head would be worth nothing without its adapters.
         """
-        names = list((phase.then or phase.plan).active)
-        folder = _cache_folder(measure)
+        names = list((phase.target_plan or phase.plan).active)
+        folder = _cache_folder(spec)
         key, found = self._from_cache(phase, folder, names, samples, values)
         if found is not None:
-            self.display.say(f"ratios of {len(names)} modules are in {folder}")
+            self.console.log(f"ratios of {len(names)} modules are in {folder}")
             return found
-        self.display.say(f"deriving on {len(samples)} samples: {len(names)} modules, importance {measure.importance}")
-        derivation = self._derive(engine, measure, names, samples)
+        self.console.log(f"deriving on {len(samples)} samples: {len(names)} modules, importance {spec.importance}")
+        derivation = self._derive(engine, spec, names, samples)
         if self.world.rank == 0:
             self._keep(folder, key, derivation)
         return derivation
@@ -119,9 +119,9 @@ class Scorer:
         try:
             save(folder, key, derivation)
         except (OSError, SafetensorError) as error:
-            self.display.say(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
+            self.console.log(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
 
-    def _derive(self, engine: Engine, measure: Measurement, names: list[str], samples: Sequence[Any]) -> Derivation:
+    def _derive(self, engine: Engine, spec: ScoringSpec, names: list[str], samples: Sequence[Any]) -> Derivation:
         model: Any = engine.module
         base = model.get_base_model()
         samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
@@ -129,32 +129,32 @@ class Scorer:
         size = self.world.size
         split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
         settings = DerivationSettings(
-            importance=measure.importance,
-            accuracy_floor=measure.accuracy_floor,
-            floor_metric=measure.floor_metric,
-            micro_batch_size=measure.micro_batch_size,
-            candidates_per_forward=measure.candidates_per_forward,
-            flow_preservation=measure.flow_preservation,
+            importance=spec.importance,
+            accuracy_floor=spec.accuracy_floor,
+            floor_metric=spec.floor_metric,
+            micro_batch_size=spec.micro_batch_size,
+            candidates_per_forward=spec.candidates_per_forward,
+            flow_preservation=spec.flow_preservation,
         )
         # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
         try:
-            if measure.search:
-                return derive(model, modules, samples, self.objective, settings, split, self._report, measure.compare)
+            if spec.search:
+                return derive(model, modules, samples, self.objective, settings, split, self._report, spec.compare)
             return measure_only(model, modules, samples, self.objective, settings, split)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)
 
     def _report(self, done: int, layers: int) -> None:
-        self.display.say(f"derived {done} of {layers} layers")
-        leave_if_asked()
+        self.console.log(f"derived {done} of {layers} layers")
+        exit_if_preempted()
 
     def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
         """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
-        config, measure, training = self.config, phase.measure, self.config.training
-        assert measure is not None
+        config, spec, training = self.config, phase.scoring, self.config.training
+        assert spec is not None
         if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
             fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
@@ -168,7 +168,7 @@ class Scorer:
             samples=hash_samples(samples),
             head=head,
             modules=names,
-            **{key: value for key, value in asdict(measure).items() if key not in ("cache_dir", "micro_batch_size")},
+            **{key: value for key, value in asdict(spec).items() if key not in ("cache_dir", "micro_batch_size")},
         )
 
     def _from_cache(
@@ -182,11 +182,11 @@ class Scorer:
         def look() -> None:
             nonlocal key, data
             key = self._key(phase, names, samples, values)
-            found = load(folder, key, warn=self.display.say)
+            found = load(folder, key, warn=self.console.log)
             data = _pack(found) if found else b""
 
-        on_rank_zero(self.world, look)
-        data = bytes_from_rank_zero(data)
+        run_on_rank_zero(self.world, look)
+        data = broadcast_bytes(data)
         return key, _unpack(data) if data else None
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -215,9 +215,9 @@ def _base_layer(module: Any) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def _cache_folder(measure: Measurement) -> Path:
-    if measure.cache_dir is not None:
-        return Path(measure.cache_dir).expanduser()
+def _cache_folder(spec: ScoringSpec) -> Path:
+    if spec.cache_dir is not None:
+        return Path(spec.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
 
 

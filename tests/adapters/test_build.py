@@ -19,8 +19,8 @@ from sparse_llm_ft.adapters import (
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.optim import LineMask, SparseAdamW
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, uniform_plan
+from sparse_llm_ft.optim import RowColumnMask, SparseAdamW
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, uniform_plan
 from tiny_models import IDS, MODELS
 
 SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
@@ -86,13 +86,13 @@ def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
     plan = plan_for(base, "adalora")
     name = next(iter(plan.modules))
     d_out, d_in = find_targets(base, "all-linear")[name]
-    rows, cols = Kept(d_out, (0, d_out - 1)), Kept(d_in, (1, 2, 5))
+    rows, cols = IndexMask(d_out, (0, d_out - 1)), IndexMask(d_in, (1, 2, 5))
     modules = plan.modules | {name: replace(plan.active[name], rows=rows, cols=cols)}
     plan = replace(plan, modules=modules, masking="optimizer")
     model = add_adapters(base, plan).train()
     trained = trained_parameters(model)
     masks = {
-        n: LineMask(lines.width, lines.dimension, lines.kept.indices) for n, lines in optimizer_masks(plan).items()
+        n: RowColumnMask(lines.width, lines.dimension, lines.kept.indices) for n, lines in optimizer_masks(plan).items()
     }
     kept = {trained[n]: mask.indices(0, trained[n].numel()) for n, mask in masks.items()}
     optimizer = SparseAdamW(trained.values(), lr=0.05, weight_decay=0.1, kept=kept)
@@ -135,5 +135,5 @@ def test_a_change_of_tuner_leaves_the_base_alone() -> None:
 def test_everything_trains_every_parameter() -> None:
     base = MODELS["llama"].build()
     names = {name for name, _ in base.named_parameters()}
-    model = add_adapters(base, AdapterPlan(dict.fromkeys(MODELS["llama"].targets), trained=(EVERYTHING,)))
+    model = add_adapters(base, AdapterPlan(dict.fromkeys(MODELS["llama"].targets), trained=(FULL_MODEL,)))
     assert set(trained_parameters(model)) == names

@@ -10,7 +10,7 @@ import torch
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.adapters.masking import optimizer_masks, to_kept, to_whole
-from sparse_llm_ft.plan import AdapterPlan, Kept, PlanError, group_name, module_kind, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, PlanError, group_name, module_kind, uniform_plan
 from tiny_models import IDS, MODELS
 
 LLAMA = MODELS["llama"]
@@ -23,7 +23,7 @@ def masked_plan(masking: str = "optimizer") -> AdapterPlan:
     for name, adapter in plan.active.items():
         d_out, d_in = targets[name]
         group = group_name(module_kind(name), targets[name]) if name.endswith("q_proj") else None
-        modules[name] = replace(adapter, rows=Kept(d_out, (0, 2)), cols=Kept(d_in, (1, 2, 3)), group=group)
+        modules[name] = replace(adapter, rows=IndexMask(d_out, (0, 2)), cols=IndexMask(d_in, (1, 2, 3)), group=group)
     return replace(plan, modules=modules, masking=masking)
 
 

@@ -19,21 +19,23 @@ from sparse_llm_ft.adapters import (
     save_peft_adapter,
     trained_parameters,
 )
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, PlanError, group_name, module_kind, uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, PlanError, group_name, module_kind, uniform_plan
 from tiny_models import IDS, MODELS
 
 LLAMA = MODELS["llama"]
-ROWS, COLS = Kept(10, (0, 3, 9)), Kept(6, (1, 2, 5))
+ROWS, COLS = IndexMask(10, (0, 3, 9)), IndexMask(6, (1, 2, 5))
 
 
-def masked_layer(rows: Kept | None = ROWS, cols: Kept | None = COLS) -> SparseLoraLayer:
+def masked_layer(rows: IndexMask | None = ROWS, cols: IndexMask | None = COLS) -> SparseLoraLayer:
     torch.manual_seed(0)
     layer = SparseLoraLayer(nn.Linear(6, 10), "default", ModuleAdapter(r=2, lora_alpha=5.0, rows=rows, cols=cols), 0.0)
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(ROWS, COLS), (ROWS, None), (None, COLS), (Kept(10, (4,)), Kept(6, (0,)))])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(ROWS, COLS), (ROWS, None), (None, COLS), (IndexMask(10, (4,)), IndexMask(6, (0,)))]
+)
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
 def test_the_output_is_that_of_masked_dense_matrices(rows, cols, shape) -> None:
     """W x + (alpha / r) (u_row · B)(u_col · A) x, with the gradient of every kept entry."""
@@ -146,7 +148,9 @@ def test_export_expands_groups_and_masks_to_a_stock_lora(tmp_path) -> None:
     modules = {}
     for name, adapter in plan.active.items():
         rows, cols = targets[name]
-        modules[name] = replace(adapter, rows=Kept(rows, (0, rows - 1)), cols=Kept(cols, tuple(range(0, cols, 3))))
+        modules[name] = replace(
+            adapter, rows=IndexMask(rows, (0, rows - 1)), cols=IndexMask(cols, tuple(range(0, cols, 3)))
+        )
     plan = AdapterPlan(modules)
     model = with_values(get_peft_model(base, SparseLoraConfig(plan=plan)))
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
@@ -188,7 +192,7 @@ def test_a_group_of_unlike_shapes_and_a_mask_of_another_size_are_refused() -> No
     with pytest.raises(PlanError, match="group 'g': its modules have different shapes"):
         check_plan(base, AdapterPlan({q: alike, down: alike}))
     with pytest.raises(PlanError, match="a mask of size 3 where its matrix has"):
-        check_plan(base, AdapterPlan({q: ModuleAdapter(2, 4.0, rows=Kept(3, (0,)))}))
+        check_plan(base, AdapterPlan({q: ModuleAdapter(2, 4.0, rows=IndexMask(3, (0,)))}))
     with pytest.raises(PlanError, match="trains module 'score' whole"):
         check_plan(base, AdapterPlan({}, trained=("score",)))
 

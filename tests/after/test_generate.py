@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.evaluation import evaluator as measuring
+from sparse_llm_ft.evaluation import evaluator
 from sparse_llm_ft.inference.generate import make_rows, unanswered
 from trained_runs import PLANS, make_run
 
@@ -130,7 +130,7 @@ def test_sampling_follows_its_settings(settings: dict, capsys, monkeypatch) -> N
         seen.update(options.model_dump(), **more)
         return ["" for _ in samples]
 
-    monkeypatch.setattr(measuring, "generate", fake)
+    monkeypatch.setattr(evaluator, "generate", fake)
     run(settings["output_dir"], "tom", "--temperature", "0.5", "--top-p", "0.9", "--seed", "11", capsys=capsys)
     assert (seen["temperature"], seen["top_p"], seen["seed"], seen["num_beams"]) == (0.5, 0.9, 11, 1)
     run(settings["output_dir"], "tom", "--num-beams", "3", capsys=capsys)

@@ -12,10 +12,10 @@ from sparse_llm_ft.adapters.masking import clear_masked, to_kept
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import save_checkpoint
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.data.reading import check_task
-from sparse_llm_ft.model.loading import find_model_use, head_modules, load_model
+from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.model.loading import find_model_task_mode, head_modules, load_model
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan, Kept, ModuleAdapter
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, ModuleAdapter
 from sparse_llm_ft.run_folder import RunFolder
 
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
@@ -31,7 +31,7 @@ def masked(layer: int, kind: str) -> ModuleAdapter:
     """Every other row, and all columns but the first."""
     rows, columns = SHAPES[kind]
     return ModuleAdapter(
-        3, 6.0, rows=Kept(rows, tuple(range(0, rows, 2))), cols=Kept(columns, tuple(range(1, columns)))
+        3, 6.0, rows=IndexMask(rows, tuple(range(0, rows, 2))), cols=IndexMask(columns, tuple(range(1, columns)))
     )
 
 
@@ -64,7 +64,7 @@ PLANS: dict[str, AdapterPlan] = {
     "masked_dora": AdapterPlan(modules(masked), tuner="dora", masking="optimizer"),
     "vera": AdapterPlan(modules(plain), tuner="vera"),
     "adalora": AdapterPlan(modules(plain), tuner="adalora", options=adalora()),
-    "full": AdapterPlan({}, trained=(EVERYTHING,)),
+    "full": AdapterPlan({}, trained=(FULL_MODEL,)),
 }
 
 
@@ -75,8 +75,8 @@ def make_run(settings: dict, plan: AdapterPlan | None, step: int = 8) -> torch.n
         plan: None: that of a head and adapters on the query layers of an encoder.
     """
     config = parse_config(settings)
-    task = check_task(config.task)
-    base = load_model(config.model, find_model_use(config.model, task, config.task.mode), seed=config.seed)
+    task = resolve_task(config.task)
+    base = load_model(config.model, find_model_task_mode(config.model, task, config.task.mode), seed=config.seed)
     if plan is None:
         queries = {name for name, _ in base.named_modules() if name.endswith("attention.self.query")}
         plan = AdapterPlan({name: ModuleAdapter(4, 8.0) for name in sorted(queries)}, trained=head_modules(base))

@@ -55,12 +55,12 @@ def test_every_method_model_and_stage_has_a_file() -> None:
 
 
 def test_every_task_of_the_registry_has_a_file_and_fits_it() -> None:
-    from sparse_llm_ft.data.reading import check_task
+    from sparse_llm_ft.data.reading import resolve_task
     from sparse_llm_ft.data.tasks import TASKS
 
     assert set(files("tasks")) == set(TASKS) - {"custom"}
     for name, tree in files("tasks").items():
-        task = check_task(parsed(*_others("tasks"), tree).task)
+        task = resolve_task(parsed(*_others("tasks"), tree).task)
         assert task.name == name and task.metrics
 
 

@@ -15,8 +15,8 @@ from families import FAMILIES, files, parsed, settings
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.engine import check_deepspeed
-from sparse_llm_ft.engine.memory import saved_bytes, state_bytes
-from sparse_llm_ft.methods import make_methods
+from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
+from sparse_llm_ft.methods import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
 
@@ -42,13 +42,13 @@ class Planned:
         adapter = config.adapter
         targets = find_targets(empty_model(config.model), adapter.target_modules)
         plan = uniform_plan(targets, adapter.r, adapter.lora_alpha, lora_dropout=adapter.lora_dropout)
-        return make_methods(config, STEPS).first(plan, targets).plan, targets
+        return build_methods(config, STEPS).first(plan, targets).plan, targets
 
     def kept(self, name: str, plan: AdapterPlan, gradient_checkpointing: bool = False) -> int:
-        """`saved_bytes`, each plan traced once: many methods begin with the same."""
+        """`activation_bytes`, each plan traced once: many methods begin with the same."""
         key = name, json.dumps(plan.to_dict()), gradient_checkpointing
         if key not in self.bytes_of:
-            self.bytes_of[key] = saved_bytes(self.model(name, gradient_checkpointing), plan, LENGTH)
+            self.bytes_of[key] = activation_bytes(self.model(name, gradient_checkpointing), plan, LENGTH)
         return self.bytes_of[key]
 
 

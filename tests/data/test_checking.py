@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.rows import examples_of
 from sparse_llm_ft.data.tasks import TASKS, Task
 from sparse_llm_ft.errors import UserError
@@ -58,12 +58,12 @@ CHAT = {"messages": "turns", "prompt": None, "completion": None}
 )
 def test_a_task_that_cannot_work_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_task(custom(**settings))
+        resolve_task(custom(**settings))
 
 
 def test_references_of_the_registry_can_be_switched_off() -> None:
-    assert check_task(TaskConfig(name="dialogsum")).references
-    assert check_task(TaskConfig(name="dialogsum", references=())).references == ()
+    assert resolve_task(TaskConfig(name="dialogsum")).references
+    assert resolve_task(TaskConfig(name="dialogsum", references=())).references == ()
 
 
 def test_every_task_of_the_registry_has_what_its_kind_needs() -> None:
@@ -71,7 +71,7 @@ def test_every_task_of_the_registry_has_what_its_kind_needs() -> None:
         assert entry.name == name and entry.description
         if name == "custom":
             continue
-        task = check_task(TaskConfig(name=name))
+        task = resolve_task(TaskConfig(name=name))
         assert task == entry and task.source and set(task.splits) == {"train", "validation", "test"}
         made = {column for flat in task.flatten(task.example) for column in flat} if task.flatten else task.example
         assert set(task.columns) <= set(made) and task.example.keys() >= set(task.nested)
@@ -112,11 +112,11 @@ def test_glue_is_measured_as_its_paper_does() -> None:
 
 
 def test_texts_are_the_prompts_columns_unless_given() -> None:
-    assert check_task(custom(**LABELS, prompt="{x} or {y}")).texts == ("x", "y")
-    assert check_task(custom(**LABELS, prompt="{x} {y} {z}")).texts == ()
-    assert check_task(custom(**LABELS, prompt=None, texts=("y",))).texts == ("y",)
-    assert check_task(custom(**LABELS, prompt=None, texts=("y",))).completion == " {label}"
-    assert check_task(custom(**SCORE)).texts == ("text",)
+    assert resolve_task(custom(**LABELS, prompt="{x} or {y}")).texts == ("x", "y")
+    assert resolve_task(custom(**LABELS, prompt="{x} {y} {z}")).texts == ()
+    assert resolve_task(custom(**LABELS, prompt=None, texts=("y",))).texts == ("y",)
+    assert resolve_task(custom(**LABELS, prompt=None, texts=("y",))).completion == " {label}"
+    assert resolve_task(custom(**SCORE)).texts == ("text",)
 
 
 @pytest.mark.parametrize(
@@ -132,5 +132,5 @@ def test_texts_are_the_prompts_columns_unless_given() -> None:
     ],
 )
 def test_metrics_are_those_of_the_kind_of_task(settings: dict, kind: str, metrics: tuple) -> None:
-    task = check_task(custom(**settings))
+    task = resolve_task(custom(**settings))
     assert (task.kind, task.metrics) == (kind, metrics)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sparse_llm_ft.data.collate import IGNORED, prompt_batch, text_batch, training_batch
+from sparse_llm_ft.data.collate import IGNORE_INDEX, collate_causal_lm, collate_classification, collate_prompts
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
-from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
+from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
 from sparse_llm_ft.errors import UserError
 
 
@@ -24,13 +24,13 @@ def example(prompt: str, completion: str) -> Example:
 
 
 def test_a_completion_ends_with_the_end_of_sequence_token(tokenizer) -> None:
-    sample = CompletionEncoder(tokenizer, 16)(example("anna meets tom ?", "red book"))
+    sample = CausalLMPreprocessor(tokenizer, 16)(example("anna meets tom ?", "red book"))
     assert tokenizer.decode(sample.prompt) == "anna meets tom ?"
     assert sample.completion[-1] == tokenizer.eos_token_id and sample.supervised == 3
 
 
 def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) -> None:
-    sample = CompletionEncoder(tokenizer, 8, 5)(example("anna meets tom at the park in station ?", "red book"))
+    sample = CausalLMPreprocessor(tokenizer, 8, 5)(example("anna meets tom at the park in station ?", "red book"))
     assert sample.shortened and sample.length == 8
     assert tokenizer.decode(sample.prompt) == "anna meets tom station ?"
     assert tokenizer.decode(sample.completion[:-1]) == "red book"
@@ -38,19 +38,19 @@ def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) ->
 
 def test_the_length_of_a_shortened_prompt_says_nothing_about_its_completion(tokenizer) -> None:
     long, answers = " ".join(["anna"] * 40), ("red", "red book", "red book cake tom")
-    for encode, room in ((CompletionEncoder(tokenizer, 20), 15), (CompletionEncoder(tokenizer, 20, 9), 9)):
+    for encode, room in ((CausalLMPreprocessor(tokenizer, 20), 15), (CausalLMPreprocessor(tokenizer, 20, 9), 9)):
         assert {len(encode(example(long, answer)).prompt) for answer in answers} == {room}
         completion = " ".join(["red"] * 15)  # longer than the rest: its own prompt gives way
         sample = encode(example(long, completion))
         assert (len(sample.prompt), sample.supervised) == (min(room, 4), 16)
-    assert not CompletionEncoder(tokenizer, 20)(example(" ".join(["anna"] * 15), "red")).shortened
+    assert not CausalLMPreprocessor(tokenizer, 20)(example(" ".join(["anna"] * 15), "red")).shortened
 
 
 def test_a_completion_without_room_for_a_prompt_is_refused(tokenizer) -> None:
     with pytest.raises(
         UserError, match=r"example:0: a completion of 4 tokens and a prompt of 2 do not fit into task.max_length 4"
     ):
-        CompletionEncoder(tokenizer, 4)(example("anna ?", "red book cake"))
+        CausalLMPreprocessor(tokenizer, 4)(example("anna ?", "red book cake"))
 
 
 def test_a_prompt_does_not_end_the_sequence(tokenizer) -> None:
@@ -64,8 +64,8 @@ def test_a_prompt_does_not_end_the_sequence(tokenizer) -> None:
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
     )
     assert ending("anna ?")["input_ids"][-1] == tokenizer.eos_token_id
-    sample = CompletionEncoder(ending, 16)(example("anna ?", "red"))
-    assert sample == CompletionEncoder(tokenizer, 16)(example("anna ?", "red"))
+    sample = CausalLMPreprocessor(ending, 16)(example("anna ?", "red"))
+    assert sample == CausalLMPreprocessor(tokenizer, 16)(example("anna ?", "red"))
 
 
 def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
@@ -75,20 +75,20 @@ def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
     chatty.chat_template = (
         "{% for m in messages %}the {{ m['content'] }} to {% endfor %}{% if add_generation_prompt %}a :{% endif %}"
     )
-    sample = CompletionEncoder(chatty, 16)(example("anna ?", "red"))
+    sample = CausalLMPreprocessor(chatty, 16)(example("anna ?", "red"))
     assert chatty.decode(sample.prompt) == "the anna ? to a :"
 
 
 def test_batches_are_padded_on_the_side_that_their_use_needs() -> None:
     samples = [Sample((5, 6, 7), (8, 2)), Sample((9,), (4, 2))]
-    batch = training_batch(samples, pad_token_id=0)
+    batch = collate_causal_lm(samples, pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [9, 4, 2, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 2], [IGNORED, 4, 2, IGNORED, IGNORED]]
-    prompts = prompt_batch(samples, pad_token_id=0)
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 3 + [8, 2], [IGNORE_INDEX, 4, 2, IGNORE_INDEX, IGNORE_INDEX]]
+    prompts = collate_prompts(samples, pad_token_id=0)
     assert prompts["input_ids"].tolist() == [[5, 6, 7], [0, 0, 9]]
     assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    prompts = prompt_batch(samples, 0, "right")
+    prompts = collate_prompts(samples, 0, "right")
     assert prompts["input_ids"].tolist() == [[5, 6, 7], [9, 0, 0]]
     assert prompts["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
@@ -104,11 +104,11 @@ def labelled(label: int, *texts: str) -> Example:
 
 def test_a_completion_sample_knows_its_label(tokenizer) -> None:
     example = Example("anna ?", "red", ("red",), label=1)
-    assert CompletionEncoder(tokenizer, 16)(example).label == 1
+    assert CausalLMPreprocessor(tokenizer, 16)(example).label == 1
 
 
 def test_an_encoder_sees_texts_and_pairs_with_special_tokens(encoder_tokenizer) -> None:
-    encode = TextEncoder(encoder_tokenizer, 16)
+    encode = ClassificationPreprocessor(encoder_tokenizer, 16)
     one, two = encode(labelled(0, "anna meets tom")), encode(labelled(1, "red cake", "a book"))
     assert encoder_tokenizer.convert_ids_to_tokens(one.ids) == ["[CLS]", "anna", "meets", "tom", "[SEP]"]
     assert encoder_tokenizer.convert_ids_to_tokens(two.ids) == ["[CLS]", "red", "cake", "[SEP]", "a", "book", "[SEP]"]
@@ -118,7 +118,7 @@ def test_an_encoder_sees_texts_and_pairs_with_special_tokens(encoder_tokenizer) 
 
 def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_tokenizer) -> None:
     long = "anna meets tom at the park in station"
-    encode = TextEncoder(encoder_tokenizer, 8)
+    encode = ClassificationPreprocessor(encoder_tokenizer, 8)
     samples = [encode(labelled(0, *texts)) for texts in ((long,), (long, "red cake"), ("red",))]
     assert [sample.shortened for sample in samples] == [True, True, False]
     tokens = [encoder_tokenizer.decode(sample.ids) for sample in samples]
@@ -131,14 +131,14 @@ def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_to
 
 def test_an_encoder_sees_no_more_than_it_can_take(encoder_tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(encoder_tokenizer, "model_max_length", 4)
-    sample = TextEncoder(encoder_tokenizer, 512)(labelled(0, "anna meets tom at the park"))
+    sample = ClassificationPreprocessor(encoder_tokenizer, 512)(labelled(0, "anna meets tom at the park"))
     assert sample.length == 4 and sample.shortened
 
 
 def test_text_batches_are_padded_right_with_types_where_there_are_some() -> None:
-    batch = text_batch([TextSample((2, 5, 3), (0, 0, 1), 1), TextSample((2, 3), (0, 1), 0)], pad_token_id=9)
+    batch = collate_classification([TextSample((2, 5, 3), (0, 0, 1), 1), TextSample((2, 3), (0, 1), 0)], pad_token_id=9)
     assert batch["input_ids"].tolist() == [[2, 5, 3], [2, 3, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1], [0, 1, 0]]
     assert batch["labels"].tolist() == [1, 0]
-    assert "token_type_ids" not in text_batch([TextSample((2, 5, 3), None, 1)], 9)
+    assert "token_type_ids" not in collate_classification([TextSample((2, 5, 3), None, 1)], 9)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.rows import Example, examples_of
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn
 
 
 def read(row: dict[str, Any], **settings: Any) -> list[Example]:
-    task = check_task(TaskConfig(**{"name": "custom", "path": "."} | settings))
+    task = resolve_task(TaskConfig(**{"name": "custom", "path": "."} | settings))
     return [example for _, example in examples_of(task, row, "file", 7)]
 
 
@@ -168,7 +168,7 @@ TRIPLES = [["A", "AREA", "river"], ["A", "SINCE", "1998"]]
     ],
 )
 def test_dart_has_a_row_for_each_sentence_about_its_triples(annotations: Any) -> None:
-    task = check_task(TaskConfig(name="dart"))
+    task = resolve_task(TaskConfig(name="dart"))
     pairs = list(examples_of(task, {"tripleset": TRIPLES, "annotations": annotations}, "file", 1))
     assert [example.completion for _, example in pairs] == [" One.", " Two."]
     assert {key for key, _ in pairs} == {"A | AREA | river ; A | SINCE | 1998"}

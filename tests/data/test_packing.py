@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_llm_ft.data.collate import IGNORED, packed_batch
-from sparse_llm_ft.data.packing import PackedSamples, pack_lengths
+from sparse_llm_ft.data.collate import IGNORE_INDEX, collate_packed
+from sparse_llm_ft.data.packing import PackedDataset, pack_lengths
 from sparse_llm_ft.data.samples import Pack, Sample
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=150)
@@ -79,7 +79,7 @@ def test_packs_written_out_by_hand(lengths: list[int], packs: list[list[int]]) -
 
 def test_packed_samples_are_a_sequence_of_packs() -> None:
     samples = [sample(4, 3), sample(2, 3), sample(9, 3), sample(3, 3), sample(5, 1)]
-    packed = PackedSamples(samples, [s.length for s in samples], CAPACITY)
+    packed = PackedDataset(samples, [s.length for s in samples], CAPACITY)
     expected = [Pack((samples[0], samples[1])), Pack((samples[2],)), Pack((samples[3], samples[4]))]
     assert len(packed) == 3 and list(packed) == expected == packed[:] == [packed[i] for i in range(3)]
     assert packed[1:] == expected[1:] and packed[-1] == expected[-1]
@@ -91,9 +91,9 @@ def test_packed_samples_are_a_sequence_of_packs() -> None:
 
 def test_in_a_batch_of_packs_positions_begin_anew_and_only_completions_have_labels() -> None:
     one, two, three = Sample((5, 6), (7, 2)), Sample((8,), (9, 2)), Sample((10, 11, 12), (2,))
-    batch = packed_batch([Pack((one, two)), Pack((three,))], pad_token_id=0)
+    batch = collate_packed([Pack((one, two)), Pack((three,))], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 2, 8, 9, 2], [10, 11, 12, 2, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2]]
-    no = IGNORED
+    no = IGNORE_INDEX
     assert batch["labels"].tolist() == [[no, no, 7, 2, no, 9, 2], [no, no, no, 2, no, no, no]]

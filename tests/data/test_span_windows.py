@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from sparse_llm_ft.data.reading import Example
-from sparse_llm_ft.data.spans import SpanEncoder, SpanSample, span_batch
+from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample, collate_spans
 from sparse_llm_ft.errors import ConfigError, DataError
 
 CONTEXT = "anna meets tom at the station . tom gives anna a red book ."
@@ -16,7 +16,7 @@ CONTEXT = "anna meets tom at the station . tom gives anna a red book ."
 
 
 def encode_spans(examples, tokenizer, max_length: int, stride: int = 128) -> tuple[SpanSample, ...]:
-    encode = SpanEncoder(tokenizer, max_length, stride)
+    encode = SpanPreprocessor(tokenizer, max_length, stride)
     return tuple(sample for i, example in enumerate(examples) for sample in encode(example, i))
 
 
@@ -88,7 +88,7 @@ def test_a_window_is_no_longer_than_the_tokenizers_model(tokenizer, encoder_fold
 
 def test_batches_are_padded_to_the_right(tokenizer) -> None:
     samples = encode_spans([question("red book"), question(None, context="a cake")], tokenizer, 64)
-    batch = span_batch(samples, 0)
+    batch = collate_spans(samples, 0)
     assert batch["input_ids"].tolist() == [list(samples[0].ids), [*samples[1].ids, *[0] * 12]]
     assert batch["attention_mask"].tolist() == [[1] * 20, [1] * 8 + [0] * 12]
     assert batch["token_type_ids"].tolist() == [[0] * 5 + [1] * 15, [0] * 5 + [1] * 3 + [0] * 12]
@@ -100,7 +100,7 @@ def test_a_model_that_does_not_ask_gets_no_type_ids(encoder_folder: Path) -> Non
     plain = AutoTokenizer.from_pretrained(encoder_folder, model_input_names=["input_ids", "attention_mask"])
     samples = encode_spans([question("red book")], plain, 64)
     assert samples[0].type_ids is None
-    assert "token_type_ids" not in span_batch(samples, 0)
+    assert "token_type_ids" not in collate_spans(samples, 0)
 
 
 def test_a_question_that_leaves_no_room_is_refused_with_its_line(tokenizer) -> None:

@@ -18,13 +18,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from sparse_llm_ft.data.cache import (
-    ChosenSamples,
-    StoredSamples,
+    CachedDataset,
+    DatasetSubset,
+    cache_folder,
     content_key,
     schema_of,
-    store_samples,
-    stored_at,
     tokenizer_key,
+    write_cached,
 )
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanSample
@@ -54,8 +54,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_samples_come_back_as_they_were(samples: list, is_score: bool) -> None:
     kind = type(samples[0])
-    store_samples("k", kind, schema_of(kind, is_score), lambda: samples, lambda: NOTHING_SKIPPED)
-    stored = StoredSamples(stored_at("k"), kind)
+    write_cached("k", kind, schema_of(kind, is_score), lambda: samples, lambda: NOTHING_SKIPPED)
+    stored = CachedDataset(cache_folder("k"), kind)
     assert len(stored) == len(samples)
     assert list(stored) == samples == stored[:] == [stored[i] for i in range(len(samples))]
     assert stored[-1] == samples[-1] and stored[1:] == samples[1:]
@@ -69,25 +69,25 @@ def test_samples_come_back_as_they_were(samples: list, is_score: bool) -> None:
 
 def test_more_samples_than_are_written_at_once() -> None:
     samples = [Sample((i,) * (1 + i % 7), (2,)) for i in range(2500)]
-    store_samples("k", Sample, schema_of(Sample, False), lambda: iter(samples), lambda: NOTHING_SKIPPED)
-    assert list(StoredSamples(stored_at("k"), Sample)) == samples
+    write_cached("k", Sample, schema_of(Sample, False), lambda: iter(samples), lambda: NOTHING_SKIPPED)
+    assert list(CachedDataset(cache_folder("k"), Sample)) == samples
 
 
 def test_chosen_samples_are_made_when_they_are_asked_for() -> None:
-    store_samples("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
-    stored = StoredSamples(stored_at("k"), Sample)
-    chosen = ChosenSamples(stored, [2, 0])
+    write_cached("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
+    stored = CachedDataset(cache_folder("k"), Sample)
+    chosen = DatasetSubset(stored, [2, 0])
     assert list(chosen) == [SAMPLES[2], SAMPLES[0]] == chosen[:] and chosen[-1] == SAMPLES[0] and len(chosen) == 2
     assert chosen.lengths.tolist() == [SAMPLES[2].length, SAMPLES[0].length]
-    assert ChosenSamples(stored, []).lengths.tolist() == [] == list(ChosenSamples(stored, []))
+    assert DatasetSubset(stored, []).lengths.tolist() == [] == list(DatasetSubset(stored, []))
     with pytest.raises(IndexError):
         chosen[2]
 
 
 def test_no_samples_at_all() -> None:
     counts = {"skipped": 7, "reasons": ["a", "b"]}
-    store_samples("k", Sample, schema_of(Sample, False), lambda: [], lambda: counts)
-    stored = StoredSamples(stored_at("k"), Sample)
+    write_cached("k", Sample, schema_of(Sample, False), lambda: [], lambda: counts)
+    stored = CachedDataset(cache_folder("k"), Sample)
     assert (len(stored), stored.lengths.tolist(), stored.labels, stored.shortened) == (0, [], [], 0)
     assert (stored.skipped, stored.reasons) == (7, ["a", "b"])
 
@@ -102,9 +102,9 @@ def test_what_is_there_is_not_made_again_and_counts_are_taken_at_the_end() -> No
 
     for key in ("one", "one", "two"):
         counts = lambda: {"skipped": len(made), "reasons": []}  # noqa: E731
-        store_samples(key, Sample, schema_of(Sample, False), lambda key=key: make(key), counts)
+        write_cached(key, Sample, schema_of(Sample, False), lambda key=key: make(key), counts)
     assert made == ["one", "all", "two", "all"]
-    assert [StoredSamples(stored_at(key), Sample).skipped for key in ("one", "two")] == [2, 4]
+    assert [CachedDataset(cache_folder(key), Sample).skipped for key in ("one", "two")] == [2, 4]
 
 
 def _write_slowly(folder: Path, name: str) -> None:
@@ -118,7 +118,7 @@ def _write_slowly(folder: Path, name: str) -> None:
             time.sleep(0.01)
         yield SAMPLES[0]
 
-    store_samples("k", Sample, schema_of(Sample, False), make, lambda: NOTHING_SKIPPED)
+    write_cached("k", Sample, schema_of(Sample, False), make, lambda: NOTHING_SKIPPED)
     (folder / f"{name}-done").touch()
 
 
@@ -146,20 +146,20 @@ def test_a_second_job_waits_and_finds_what_the_first_one_made(tmp_path: Path) ->
         process.join(30)
         assert process.exitcode == 0
     assert (tmp_path / "second-done").exists() and not (tmp_path / "second-makes").exists()
-    assert len(StoredSamples(stored_at("k"), Sample)) == 3001
+    assert len(CachedDataset(cache_folder("k"), Sample)) == 3001
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
     process = _start(tmp_path, "first")
     _until(tmp_path / "first-makes")
-    _until(stored_at("k").parent / ".tmp-k" / "samples.arrow")
+    _until(cache_folder("k").parent / ".tmp-k" / "samples.arrow")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
-    assert process.exitcode == -signal.SIGKILL and not stored_at("k").exists()
-    store_samples("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
-    assert list(StoredSamples(stored_at("k"), Sample)) == SAMPLES
-    assert {path.name for path in stored_at("k").parent.iterdir()} == {"k", ".k.lock"}
+    assert process.exitcode == -signal.SIGKILL and not cache_folder("k").exists()
+    write_cached("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
+    assert list(CachedDataset(cache_folder("k"), Sample)) == SAMPLES
+    assert {path.name for path in cache_folder("k").parent.iterdir()} == {"k", ".k.lock"}
 
 
 def test_a_row_that_fails_leaves_nothing_either() -> None:
@@ -168,8 +168,8 @@ def test_a_row_that_fails_leaves_nothing_either() -> None:
         raise ValueError("row 2")
 
     with pytest.raises(ValueError, match="row 2"):
-        store_samples("k", Sample, schema_of(Sample, False), fail, lambda: NOTHING_SKIPPED)
-    assert not stored_at("k").exists()
+        write_cached("k", Sample, schema_of(Sample, False), fail, lambda: NOTHING_SKIPPED)
+    assert not cache_folder("k").exists()
 
 
 def test_the_key_of_values_is_that_of_their_content() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_llm_ft.data.reading import Example, Skipped
-from sparse_llm_ft.data.streaming import StreamedSamples, shuffled
+from sparse_llm_ft.data.streaming import StreamingDataset, shuffled
 from sparse_llm_ft.errors import DataError
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -61,8 +61,8 @@ class Rows:
         self.encoded.append(example.prompt)
         return f"{example.prompt} encoded"
 
-    def samples(self, seed: int = 3) -> StreamedSamples:
-        return StreamedSamples(self.open, self.encode, 4, seed, 32)
+    def samples(self, seed: int = 3) -> StreamingDataset:
+        return StreamingDataset(self.open, self.encode, 4, seed, 32)
 
 
 def expected(seed: int = 3) -> list[str]:
@@ -125,7 +125,7 @@ def test_a_reader_that_failed_fails_again() -> None:
         yield from Rows().open(skipped)
         raise DataError("rows.jsonl", 8, "not JSON")
 
-    samples = StreamedSamples(rows, Rows().encode, 4, 3, 32)
+    samples = StreamingDataset(rows, Rows().encode, 4, 3, 32)
     for _ in range(2):
         with pytest.raises(DataError, match="not JSON"):
             samples[6]

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparse_llm_ft.config import ModelConfig, TaskConfig
 from sparse_llm_ft.data.cache import tokenizer_key
-from sparse_llm_ft.data.collate import IGNORED, packed_batch, prompt_batch, training_batch
+from sparse_llm_ft.data.collate import IGNORE_INDEX, collate_causal_lm, collate_packed, collate_prompts
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.rows import examples_of
 from sparse_llm_ft.data.samples import Pack
-from sparse_llm_ft.data.task_config import check_task
-from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
+from sparse_llm_ft.data.task_config import resolve_task
+from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
 from sparse_llm_ft.errors import DataError
-from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.loading import load_tokenizer
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 
@@ -71,7 +71,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 def test_a_sentencepiece_model_is_read_as_its_own_library_reads_it(pieces) -> None:
     folder, processor = pieces
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
-    encode = CompletionEncoder(tokenizer, 64)
+    encode = CausalLMPreprocessor(tokenizer, 64)
     for prompt, completion in PAIRS:
         completion = completion.lstrip()  # the library would put its own space before one that is there
         sample = encode(example(prompt, completion))
@@ -86,13 +86,13 @@ def test_without_a_padding_token_the_end_of_a_completion_is_learned_all_the_same
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end
-    encode = CompletionEncoder(tokenizer, 64)
+    encode = CausalLMPreprocessor(tokenizer, 64)
     samples = [encode(example(*pair)) for pair in PAIRS]
-    batch = training_batch(samples, end)
+    batch = collate_causal_lm(samples, end)
     width = max(sample.length for sample in samples)
     for row, mask, sample in zip(batch["labels"].tolist(), batch["attention_mask"].tolist(), samples, strict=True):
         padding = width - sample.length
-        assert row == [IGNORED] * len(sample.prompt) + list(sample.completion) + [IGNORED] * padding
+        assert row == [IGNORE_INDEX] * len(sample.prompt) + list(sample.completion) + [IGNORE_INDEX] * padding
         assert mask == [1] * sample.length + [0] * padding
         assert row[sample.length - 1] == end
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -103,7 +103,7 @@ def test_without_a_padding_token_the_end_of_a_completion_is_learned_all_the_same
         losses = objective.losses(model, objective.batch(samples)).tolist()
         for loss, sample in zip(losses, samples, strict=True):
             ids = torch.tensor([[*sample.prompt, *sample.completion]])
-            labels = torch.tensor([[IGNORED] * len(sample.prompt) + list(sample.completion)])
+            labels = torch.tensor([[IGNORE_INDEX] * len(sample.prompt) + list(sample.completion)])
             alone = float(model(input_ids=ids, labels=labels).loss) * len(sample.completion)
             assert loss == pytest.approx(alone, rel=1e-5)
 
@@ -129,10 +129,10 @@ def test_a_tiktoken_model_is_read_as_its_own_library_reads_it(tmp_path: Path, mo
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
     write_settings(tmp_path, names | {"added_tokens_decoder": added})
     tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path)))
-    own = tiktoken.Encoding("llama-3", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens=special)
+    own = tiktoken.SplitBuilder("llama-3", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens=special)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (special[end], special[end])
     for prompt, completion in [*PAIRS, ("you'll see 12345 books", " anna"), (f"{begin}anna", " book!")]:
-        sample = CompletionEncoder(tokenizer, 64)(example(prompt, completion))
+        sample = CausalLMPreprocessor(tokenizer, 64)(example(prompt, completion))
         assert list(sample.prompt) == own.encode(prompt, allowed_special="all")
         assert list(sample.completion) == [*own.encode(completion), special[end]]
 
@@ -149,8 +149,8 @@ def sided(encoder_folder: Path, model_folder: Path, tmp_path: Path):
             json.dumps(settings | {"padding_side": side, "truncation_side": side})
         )
         assert AutoTokenizer.from_pretrained(folder).padding_side == side
-        use = Use("sequence_classification", 2) if kind == "encoder" else CAUSAL_LM
-        return load_tokenizer(ModelConfig(name=str(folder)), use)
+        task_mode = TaskMode("sequence_classification", 2) if kind == "encoder" else CAUSAL_LM
+        return load_tokenizer(ModelConfig(name=str(folder)), task_mode)
 
     return load
 
@@ -158,10 +158,10 @@ def sided(encoder_folder: Path, model_folder: Path, tmp_path: Path):
 def test_the_side_that_a_tokenizer_pads_on_changes_no_batch(sided) -> None:
     batches = []
     for side in ("left", "right"):
-        encode = CompletionEncoder(sided("decoder", side), 16)
+        encode = CausalLMPreprocessor(sided("decoder", side), 16)
         samples = [encode(example("anna meets tom ?", "red book")), encode(example("anna ?", "tom"))]
         packs = [Pack(tuple(samples)), Pack((samples[1],))]
-        batches.append([training_batch(samples, 0), prompt_batch(samples, 0), packed_batch(packs, 0)])
+        batches.append([collate_causal_lm(samples, 0), collate_prompts(samples, 0), collate_packed(packs, 0)])
     for left, right in zip(*batches, strict=True):
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
@@ -169,7 +169,7 @@ def test_the_side_that_a_tokenizer_pads_on_changes_no_batch(sided) -> None:
 def test_a_text_loses_its_end_whatever_side_a_tokenizer_names(sided) -> None:
     long = Example("", "", (), label=0, texts=("anna meets tom at the park in station",))
     tokenizers = [sided("encoder", side) for side in ("left", "right")]
-    left, right = (TextEncoder(tokenizer, 6)(long) for tokenizer in tokenizers)
+    left, right = (ClassificationPreprocessor(tokenizer, 6)(long) for tokenizer in tokenizers)
     assert left == right and left.shortened
     assert tokenizers[0].decode(left.ids) == "[CLS] anna meets tom at [SEP]"
 
@@ -187,7 +187,7 @@ CHAT = [
 
 
 def chat(turns: list[dict]) -> Example:
-    task = check_task(TaskConfig(name="custom", path=".", messages="turns"))
+    task = resolve_task(TaskConfig(name="custom", path=".", messages="turns"))
     ((_, found),) = examples_of(task, {"turns": turns}, "chats.jsonl", 3)
     return found
 
@@ -195,11 +195,11 @@ def chat(turns: list[dict]) -> Example:
 def test_a_chat_is_written_by_its_template_with_the_system_turn(model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.chat_template = TEMPLATE
-    sample = CompletionEncoder(tokenizer, 64)(chat(CHAT))
+    sample = CausalLMPreprocessor(tokenizer, 64)(chat(CHAT))
     said = "the park : red book . tom : buys cake ? . anna : to tom . tom : gives to anna ? . anna :"
     assert tokenizer.decode(sample.prompt) == said
     assert tokenizer.decode(sample.completion) == "blue cake </s>"
-    without = CompletionEncoder(tokenizer, 64)(chat(CHAT[1:]))
+    without = CausalLMPreprocessor(tokenizer, 64)(chat(CHAT[1:]))
     assert tokenizer.decode(without.prompt) == said.removeprefix("the park : red book . ")
 
 
@@ -207,7 +207,7 @@ def test_a_template_that_begins_a_sequence_begins_it_once(pieces) -> None:
     folder, processor = pieces
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
-    sample = CompletionEncoder(tokenizer, 128)(chat(CHAT))
+    sample = CausalLMPreprocessor(tokenizer, 128)(chat(CHAT))
     assert sample.prompt[0] == processor.bos_id() and sample.prompt.count(processor.bos_id()) == 1
     assert list(sample.completion) == [*processor.encode("blue cake"), processor.eos_id()]
 
@@ -217,13 +217,13 @@ def test_a_template_without_system_turns_refuses_with_the_line(model_folder: Pat
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     tokenizer.chat_template = refuses + TEMPLATE
     with pytest.raises(DataError, match=r"chats.jsonl:3: the chat template refuses it \(no system turn\)"):
-        CompletionEncoder(tokenizer, 64)(chat(CHAT))
-    assert CompletionEncoder(tokenizer, 64)(chat(CHAT[1:])).supervised == 3
+        CausalLMPreprocessor(tokenizer, 64)(chat(CHAT))
+    assert CausalLMPreprocessor(tokenizer, 64)(chat(CHAT[1:])).supervised == 3
 
 
 def test_a_chat_without_template_is_refused(model_folder: Path) -> None:
     with pytest.raises(DataError, match=r"chats.jsonl:3: a chat, and the model's tokenizer has no chat template"):
-        CompletionEncoder(AutoTokenizer.from_pretrained(model_folder), 64)(chat(CHAT))
+        CausalLMPreprocessor(AutoTokenizer.from_pretrained(model_folder), 64)(chat(CHAT))
 
 
 def test_the_key_of_a_sentencepiece_model_is_that_of_its_content(pieces, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sparse_llm_ft.engine.engine import Engine, EngineSettings
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan, with_omega
-from sparse_llm_ft.training.callbacks import Rule
+from sparse_llm_ft.training.callbacks import Callback
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.schedule import Schedule
 
@@ -72,8 +72,8 @@ def make_loop(
     plan: AdapterPlan,
     micro: int,
     progress: Progress,
-    rule: Rule | None = None,
+    callback: Callback | None = None,
     training: TrainingConfig = TRAINING,
 ) -> Loop:
     phase = Phase("train", plan).with_batch(micro, 8)
-    return Loop(engine, phase, rule, SAMPLES, OBJECTIVE, Schedule(training, len(SAMPLES)), progress, WORLD, 3, 0)
+    return Loop(engine, phase, callback, SAMPLES, OBJECTIVE, Schedule(training, len(SAMPLES)), progress, WORLD, 3, 0)

@@ -47,17 +47,17 @@ from case_tools import (
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import EvaluationConfig, ModelConfig, parse_config
-from sparse_llm_ft.data.sampler import SampleStream
+from sparse_llm_ft.data.sampler import ShuffledSampler
 from sparse_llm_ft.data.tokenization import Sample
 from sparse_llm_ft.distributed.world import prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, init_distributed
 from sparse_llm_ft.evaluation.generation import generate
 from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
-from sparse_llm_ft.methods import make_methods
+from sparse_llm_ft.methods import build_methods
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.objectives.language_modeling import LabelWords, Seq2SeqObjective
 from sparse_llm_ft.plan import AdapterPlan
-from sparse_llm_ft.training.callbacks import make_rule
+from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.schedule import Schedule
 
@@ -87,7 +87,7 @@ def reference_losses(steps: int = 20) -> list[float]:
             parameter.data.copy_(start[short])
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.1)
-    schedule, stream, losses = Schedule(TRAINING, len(SAMPLES)), SampleStream(len(SAMPLES), 3), []
+    schedule, stream, losses = Schedule(TRAINING, len(SAMPLES)), ShuffledSampler(len(SAMPLES), 3), []
     for step in range(steps):
         chosen = [SAMPLES[stream.index(i)] for i in range(8 * step, 8 * step + 8)]
         loss = PLAIN.loss(lora, PLAIN.batch(chosen)) / sum(s.supervised for s in chosen)
@@ -224,17 +224,17 @@ def disconnecting_keeps_survivors_and_leaves_no_trace() -> None:
 def check_disconnect(config, stage: int) -> None:
     base = base_model()
     targets = find_targets(base, "all-linear")
-    method = make_methods(config, total_steps=20)
+    method = build_methods(config, total_steps=20)
     phase = method.first(plan_for(base), targets).with_batch(2, 8)
     torch.manual_seed(0)
     model = get_peft_model(base, SparseLoraConfig(plan=phase.plan))
     engine = Engine(model, replace(engine_settings(stage, 2), omega_lr=phase.omega_lr))
-    rule = make_rule(phase, TrainState({}, {}, {}, Progress(), {}), engine)
-    loop = make_loop(engine, phase.plan, 2, Progress(), rule)
+    callback = build_callback(phase, TrainState({}, {}, {}, Progress(), {}), engine)
+    loop = make_loop(engine, phase.plan, 2, Progress(), callback)
     active = [step.active_adapters for _, step in zip(range(6), loop.steps(), strict=False)]
     assert active[0] == len(targets) and active[-1] == 3, active
     state = TrainState(
-        engine.values(), engine.moments(), engine.optimizer_steps(), loop.progress, phase.to_dict(), rule.to_dict()
+        engine.values(), engine.moments(), engine.optimizer_steps(), loop.progress, phase.to_dict(), callback.to_dict()
     )
     following = method.next(phase, state, None, targets)
     assert following is not None

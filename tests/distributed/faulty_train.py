@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-import sparse_llm_ft.io.atomic as folders
-from sparse_llm_ft.evaluation import evaluator as measure
+from sparse_llm_ft.evaluation import evaluator
+from sparse_llm_ft.io import atomic
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.training.loop import Loop
@@ -96,8 +96,8 @@ def measured(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 Loop._step = in_step(Loop._step)
-folders._sync = while_writing(folders._sync)
+atomic._sync = while_writing(atomic._sync)
 RunFolder.log = logged(RunFolder.log)
-measure.mean_loss = measured(measure.mean_loss)
+evaluator.mean_loss = measured(evaluator.mean_loss)
 CompletionObjective.loss = with_loss(CompletionObjective.loss)
 runpy.run_path(os.environ["TRAIN"], run_name="__main__")

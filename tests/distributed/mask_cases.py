@@ -27,7 +27,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.methods.baselines import adalora_plan
 from sparse_llm_ft.optim import EntryMask
-from sparse_llm_ft.plan import AdapterPlan, Kept
+from sparse_llm_ft.plan import AdapterPlan, IndexMask
 
 # At case_tools' rate Adam makes of rounding, in entries whose gradient is almost 0, a difference of 3e-5 in 30 steps.
 LONG = TRAINING.model_copy(update={"learning_rate": 0.003, "max_steps": 30})
@@ -38,7 +38,9 @@ def masked(plan: AdapterPlan, shapes: dict[str, tuple[int, int]]) -> AdapterPlan
     """Every second column and two of three rows of every adapter."""
     modules = {
         name: replace(
-            a, rows=Kept(d_out, tuple(i for i in range(d_out) if i % 3)), cols=Kept(d_in, (*range(1, d_in, 2),))
+            a,
+            rows=IndexMask(d_out, tuple(i for i in range(d_out) if i % 3)),
+            cols=IndexMask(d_in, (*range(1, d_in, 2),)),
         )
         for name, a in plan.active.items()
         for d_out, d_in in [shapes[name]]

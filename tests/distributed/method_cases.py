@@ -25,10 +25,10 @@ from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.loading import load_model
-from sparse_llm_ft.phase import Measurement
-from sparse_llm_ft.plan import AdapterPlan, Kept, group_name, module_kind
+from sparse_llm_ft.phase import ScoringSpec
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, group_name, module_kind
 from sparse_llm_ft.scoring import Derivation
 from sparse_llm_ft.training.scorer import Scorer
 
@@ -41,7 +41,7 @@ def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
         if name.endswith(("q_proj", "up_proj")):
             modules[name] = replace(modules[name], group=group_name(module_kind(name), (rows, columns)))
         if name.endswith("v_proj"):
-            kept = {"rows": Kept(rows, (0, rows - 1)), "cols": Kept(columns, tuple(range(1, columns, 2)))}
+            kept = {"rows": IndexMask(rows, (0, rows - 1)), "cols": IndexMask(columns, tuple(range(1, columns, 2)))}
             modules[name] = replace(modules[name], **kept)
     return replace(plan, modules=modules)
 
@@ -77,7 +77,7 @@ def scorer(world: World, cache: str = "") -> Scorer:
             "evaluation": {"micro_batch_size": 3},
         }
     )
-    return Scorer(config, world, OBJECTIVE, Display(rank=1))
+    return Scorer(config, world, OBJECTIVE, Console(rank=1))
 
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
@@ -120,7 +120,7 @@ def lora_outputs_do_not_depend_on_the_world() -> None:
 @case
 def a_derivation_is_the_same_at_every_stage_and_for_every_world() -> None:
     """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
-    measure = Measurement("derivation", "snip", 1.0, floor_metric="loss", compare=True, micro_batch_size=4)
+    measure = ScoringSpec("derivation", "snip", 1.0, floor_metric="loss", compare=True, micro_batch_size=4)
     few = SAMPLES[:6]
     for importance, stages, four_bit in (("svd", (2, 3), False), ("snip", (3,), False), ("svd", (3,), True)):
         measure = replace(measure, importance=importance)
@@ -171,7 +171,7 @@ def gradients_before_a_step_are_the_global_ones() -> None:
             def active_adapters(self, engine: Engine) -> int:
                 return 1
 
-        loop.rule = Reader()
+        loop.callback = Reader()
         next(loop.steps())
         found[stage] = kept
         engine.close()
@@ -210,9 +210,9 @@ def lora_plus_groups_are_those_of_peft() -> None:
 @case
 def every_rank_draws_the_same_masks() -> None:
     """Also from a derivation that only rank 0 has in its cache."""
-    from sparse_llm_ft.distributed.collectives import bytes_from_rank_zero
+    from sparse_llm_ft.distributed.collectives import broadcast_bytes
 
     tokens = AutoTokenizer.from_pretrained(MODEL)("anna buys")["input_ids"]
-    sent = bytes_from_rank_zero(bytes(tokens) if WORLD.rank == 0 else b"")
+    sent = broadcast_bytes(bytes(tokens) if WORLD.rank == 0 else b"")
     assert list(sent) == tokens
-    assert bytes_from_rank_zero(b"") == b""
+    assert broadcast_bytes(b"") == b""

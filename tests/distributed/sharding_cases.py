@@ -42,7 +42,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.sharded_loading import Reads, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import mean_loss
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import DTYPES, head_modules, load_model
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
@@ -232,8 +232,11 @@ def what_an_encoders_checkpoint_lacks_is_drawn_as_without_sharding() -> None:
     dist.barrier()
     for dtype, quantization in KINDS:
         config = ModelConfig(name=str(folder), dtype=dtype, quantization=quantization)
-        use = Use("sequence_classification", 3)
-        expected, sharded = load_model(config, use, 7), load_sharded_model(config, settings_of(dtype), use, 7)
+        task_mode = TaskMode("sequence_classification", 3)
+        expected, sharded = (
+            load_model(config, task_mode, 7),
+            load_sharded_model(config, settings_of(dtype), task_mode, 7),
+        )
         for name in ("classifier.weight", "classifier.bias"):
             assert torch.equal(sharded.get_parameter(name), expected.get_parameter(name)), (name, quantization)
         assert sharded.classifier.weight.abs().max() > 0

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective, LabelWords
 
@@ -120,40 +120,40 @@ def test_a_model_under_peft_gives_the_bare_models_loss(encoder_folder: Path, tas
     model = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=3)
     model.eval().requires_grad_(False)
     tokenizer, task = AutoTokenizer.from_pretrained(encoder_folder), labelled("anna", "tom", "red")
-    objective = make_objective(model, tokenizer, task)
+    objective = build_objective(model, tokenizer, task)
     bare = float(objective.loss(model, objective.batch(TEXTS)))
     wrapped = get_peft_model(model, LoraConfig(target_modules=["query"], task_type=task_type)).eval()
-    assert type(make_objective(wrapped, tokenizer, task)) is ClassificationObjective
+    assert type(build_objective(wrapped, tokenizer, task)) is ClassificationObjective
     assert float(objective.loss(wrapped, objective.batch(TEXTS)).detach()) == pytest.approx(bare, rel=1e-6)
 
 
 def labelled(*labels: str, **settings: object):
-    return check_task(TaskConfig(name="custom", path=".", prompt="{text} ?", labels=labels, **settings))
+    return resolve_task(TaskConfig(name="custom", path=".", prompt="{text} ?", labels=labels, **settings))
 
 
 def test_the_objective_follows_from_model_and_task(causal, encoder, model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    objective = make_objective(causal, tokenizer, labelled("red", "blue cake", "book"))
+    objective = build_objective(causal, tokenizer, labelled("red", "blue cake", "book"))
     assert isinstance(objective, CompletionObjective) and objective.keeps_logits and objective.pad_token_id == 0
     assert tokenizer.convert_ids_to_tokens(objective.label_words.tokens) == ["red", "blue", "book"]
-    assert make_objective(causal, tokenizer, replace(labelled("red", "blue"), labels=None)).label_words is None
-    assert isinstance(make_objective(encoder, tokenizer, labelled("red", "red cake")), ClassificationObjective)
+    assert build_objective(causal, tokenizer, replace(labelled("red", "blue"), labels=None)).label_words is None
+    assert isinstance(build_objective(encoder, tokenizer, labelled("red", "red cake")), ClassificationObjective)
 
 
 def test_label_words_with_the_same_first_token_are_refused(causal, model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both go on with the token 'red'"):
-        make_objective(causal, tokenizer, labelled("blue", "red cake", "red book"))
+        build_objective(causal, tokenizer, labelled("blue", "red cake", "red book"))
     with pytest.raises(ConfigError, match=r"task.labels: 'dog' and 'cat' both go on with the token '<unk>'"):
-        make_objective(causal, tokenizer, labelled("dog", "cat"))
+        build_objective(causal, tokenizer, labelled("dog", "cat"))
 
 
 def test_label_words_may_have_the_same_beginning(causal, model_folder: Path) -> None:
     """Told by the second token, of a completion that begins with "a", as one told by the first without it."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    objective = make_objective(causal, tokenizer, labelled("blue", "in", completion="a {label}"))
+    objective = build_objective(causal, tokenizer, labelled("blue", "in", completion="a {label}"))
     assert objective.label_words.position == 1
-    first = make_objective(causal, tokenizer, labelled("blue", "in"))
+    first = build_objective(causal, tokenizer, labelled("blue", "in"))
     assert objective.label_words.tokens.tolist() == first.label_words.tokens.tolist()
     a, blue = tokenizer("a blue", add_special_tokens=False)["input_ids"]
     prompts = [(1, *range(3, 3 + n)) for n in range(1, 9)]

@@ -35,7 +35,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sparse_llm_ft.data.collate import IGNORED
+from sparse_llm_ft.data.collate import IGNORE_INDEX
 from sparse_llm_ft.data.samples import Pack, Sample
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.objectives.build import check_packing
@@ -98,14 +98,14 @@ def alone(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     """Transformers' own loss, summed."""
     ids = torch.tensor([[*sample.prompt, *sample.completion]])
     labels = ids.clone()
-    labels[:, : len(sample.prompt)] = IGNORED
+    labels[:, : len(sample.prompt)] = IGNORE_INDEX
     return model(input_ids=ids, labels=labels).loss * sample.supervised
 
 
 def supervise(batch: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
     """The labels of one sample alone, found by where positions begin anew."""
     starts = (batch["position_ids"] == 0).long().flatten().cumsum(0).view_as(batch["labels"])
-    return batch | {"labels": batch["labels"].masked_fill(starts != number + 1, IGNORED)}
+    return batch | {"labels": batch["labels"].masked_fill(starts != number + 1, IGNORE_INDEX)}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -18,20 +18,20 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import ModelConfig, TaskConfig
-from sparse_llm_ft.data.reading import Example, check_task
+from sparse_llm_ft.data.reading import Example, resolve_task
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.data.tokenization import Seq2SeqEncoder, TextEncoder
+from sparse_llm_ft.data.tokenization import ClassificationPreprocessor, Seq2SeqPreprocessor
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import choose_labels
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_model, load_tokenizer
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
 from sparse_llm_ft.objectives.language_modeling import Seq2SeqObjective
 from tiny_modes import make_bart, make_t5
 
-WRITTEN = check_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))
+WRITTEN = resolve_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))
 PAIRS = [
     ("anna meets tom at the station", "tom meets anna"),
     ("a red book", "blue"),
@@ -57,7 +57,7 @@ def writer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def samples_of(tokenizer) -> list[Sample]:
-    encode = Seq2SeqEncoder(tokenizer, 32)
+    encode = Seq2SeqPreprocessor(tokenizer, 32)
     return [encode(Example(prompt, completion, (completion,))) for prompt, completion in PAIRS]
 
 
@@ -70,7 +70,7 @@ def own_loss(model: nn.Module, sample: Sample) -> float:
 def test_a_completions_loss_is_the_models_own_whatever_the_batch(writer) -> None:
     model, tokenizer = writer
     samples = samples_of(tokenizer)
-    objective = make_objective(model, tokenizer, WRITTEN)
+    objective = build_objective(model, tokenizer, WRITTEN)
     assert type(objective) is Seq2SeqObjective
     expected = [own_loss(model, sample) for sample in samples]
     assert max(expected) > 2 * min(expected)
@@ -84,7 +84,7 @@ def test_a_completions_loss_is_the_models_own_whatever_the_batch(writer) -> None
 
 def test_what_the_decoder_sees_is_the_models_own_shift(writer) -> None:
     model, tokenizer = writer
-    batch = make_objective(model, tokenizer, WRITTEN).batch(samples_of(tokenizer))
+    batch = build_objective(model, tokenizer, WRITTEN).batch(samples_of(tokenizer))
     inside = batch["decoder_attention_mask"].bool()
     expected = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     assert torch.equal(batch["decoder_input_ids"][inside], expected[inside])
@@ -110,7 +110,7 @@ def next_tokens(model: nn.Module, sample: Sample) -> torch.Tensor:
 
 def test_right_tokens_are_counted_given_all_before(writer) -> None:
     model, tokenizer = writer
-    objective = make_objective(model, tokenizer, WRITTEN)
+    objective = build_objective(model, tokenizer, WRITTEN)
     samples = samples_of(tokenizer)
     for i in (0, 2):  # some are right
         first = int(next_tokens(model, samples[i])[0].argmax())
@@ -123,17 +123,17 @@ def test_right_tokens_are_counted_given_all_before(writer) -> None:
 
 
 def labelled(*words: str, **settings: object) -> Task:
-    return check_task(TaskConfig(name="custom", path=".", prompt="{text} ?", labels=words, **settings))
+    return resolve_task(TaskConfig(name="custom", path=".", prompt="{text} ?", labels=words, **settings))
 
 
 def test_a_label_is_chosen_where_the_words_differ_behind_the_token_that_texts_begin_with(writer) -> None:
     model, tokenizer = writer
     words = ("red", "blue cake", "station")
-    objective = make_objective(model, tokenizer, labelled(*words))
+    objective = build_objective(model, tokenizer, labelled(*words))
     begin = int(model.config.model_type == "bart")
     assert objective.label_words.position == begin
     assert tokenizer.convert_ids_to_tokens(objective.label_words.tokens.tolist()) == ["red", "blue", "station"]
-    encode = Seq2SeqEncoder(tokenizer, 32)
+    encode = Seq2SeqPreprocessor(tokenizer, 32)
     prompts = [" ".join([a, b, c]) for a in ("anna", "tom") for b in ("buys", "meets") for c in ("a", "the", "cake")]
     samples = [encode(Example(prompt, words[i % 3], (), label=i % 3)) for i, prompt in enumerate(prompts)]
     tokens = objective.label_words.tokens
@@ -153,7 +153,7 @@ def test_a_label_is_chosen_where_the_words_differ_behind_the_token_that_texts_be
 
 def test_label_words_with_the_same_token_are_refused(writer) -> None:
     with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both go on with the token 'red'"):
-        make_objective(*writer, labelled("blue", "red cake", "red book"))
+        build_objective(*writer, labelled("blue", "red cake", "red book"))
 
 
 SCORED = [
@@ -192,9 +192,9 @@ def test_a_score_is_right_within_a_quarter(encoder_folder: Path) -> None:
 def test_the_objective_of_a_head_follows_from_the_task(encoder_folder: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
-    scored = check_task(TaskConfig(name="custom", path=".", prompt="{text}", score=(0.0, 5.0)))
-    assert type(make_objective(model, tokenizer, scored)) is RegressionObjective
-    assert type(make_objective(model, tokenizer, labelled("no", "yes"))) is ClassificationObjective
+    scored = resolve_task(TaskConfig(name="custom", path=".", prompt="{text}", score=(0.0, 5.0)))
+    assert type(build_objective(model, tokenizer, scored)) is RegressionObjective
+    assert type(build_objective(model, tokenizer, labelled("no", "yes"))) is ClassificationObjective
 
 
 @pytest.fixture
@@ -212,21 +212,21 @@ def unpadded_folder(model_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("folder", ["model_folder", "unpadded_folder"])
 def test_a_decoders_head_reads_the_last_token_whatever_the_padding(folder: str, request, process_group) -> None:
-    config, use = (
+    config, task_mode = (
         ModelConfig(name=str(request.getfixturevalue(folder)), dtype="float32"),
-        Use("sequence_classification", 3),
+        TaskMode("sequence_classification", 3),
     )
-    tokenizer, model = load_tokenizer(config, use), loud(load_model(config, use))
+    tokenizer, model = load_tokenizer(config, task_mode), loud(load_model(config, task_mode))
     assert tokenizer.pad_token == ("</s>" if folder == "unpadded_folder" else "<pad>")
     assert model.config.pad_token_id == tokenizer.pad_token_id
-    encode = TextEncoder(tokenizer, 32)
+    encode = ClassificationPreprocessor(tokenizer, 32)
     texts = [("anna meets tom at the station",), ("a red book",), ("tom", "gives a cake"), ("in",)]
     samples = [encode(Example("", "", (), label=i % 3, texts=pair)) for i, pair in enumerate(texts)]
     expected = []
     for sample in samples:
         states = model.model(torch.tensor([sample.ids])).last_hidden_state[0]
         expected.append(float(F.cross_entropy(model.score(states[-1]), torch.tensor(sample.label))))
-    objective = make_objective(model, tokenizer, labelled("no", "yes", "perhaps"))
+    objective = build_objective(model, tokenizer, labelled("no", "yes", "perhaps"))
     assert type(objective) is ClassificationObjective
     for order in ([0, 1, 2, 3], [1, 3], [3]):
         batch = objective.batch([samples[i] for i in order])
@@ -248,5 +248,5 @@ def test_a_pair_for_a_decoder_is_joined_by_a_line_break(model_folder: Path) -> N
             return getattr(self.tokenizer, name)
 
     tokenizer = Seen(AutoTokenizer.from_pretrained(model_folder))
-    TextEncoder(tokenizer, 32)(Example("", "", (), label=0, texts=("tom meets", "a cake")))
+    ClassificationPreprocessor(tokenizer, 32)(Example("", "", (), label=0, texts=("tom meets", "a cake")))
     assert tokenizer.texts == ("tom meets\na cake",)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from sparse_llm_ft.data.reading import Example
-from sparse_llm_ft.data.spans import SpanEncoder, SpanSample
+from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.evaluation.metrics import score
 from sparse_llm_ft.evaluation.spans import choose_spans, rank_spans, spans_of
@@ -23,7 +23,7 @@ STORY = "anna meets tom at the station . tom gives anna a red book . the cake in
 
 
 def encode_spans(examples, tokenizer, max_length: int, stride: int = 128) -> tuple[SpanSample, ...]:
-    encode = SpanEncoder(tokenizer, max_length, stride)
+    encode = SpanPreprocessor(tokenizer, max_length, stride)
     return tuple(sample for i, example in enumerate(examples) for sample in encode(example, i))
 
 

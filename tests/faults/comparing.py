@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TIMES = ("tokens_per_second", "seconds")
-Samples = dict[int, list[int]]
+Splits = dict[int, list[int]]
 """Optimizer step -> the sample indices of its global batch, in the order in which they are dealt."""
 
 
@@ -27,13 +27,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [_without_times(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def consumed(traces: Path, attempts: int, world_sizes: list[int]) -> Samples:
+def consumed(traces: Path, attempts: int, world_sizes: list[int]) -> Splits:
     """What each step consumed when it was last done.
 
     Args:
         traces: folder with ``ATTEMPT-RANK.jsonl``, written by `places.record_samples`.
     """
-    samples: Samples = {}
+    samples: Splits = {}
     for attempt in range(attempts):
         ranks = [_trace(traces / f"{attempt}-{rank}.jsonl") for rank in range(world_sizes[attempt])]
         for step in set.intersection(*map(set, ranks)):

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from comparing import Samples, consumed, metrics
+from comparing import Splits, consumed, metrics
 from forked_ranks import Kill, import_everything, last_lines, run_world
 from places import die_at, record_samples
 from sabotage import SABOTAGES
@@ -60,9 +60,9 @@ class Journeys:
         self.data.mkdir(parents=True)
         make_model(self.model)
         make_data(self.data)
-        self.whole: dict[tuple[str, str], tuple[Path, Samples]] = {}
+        self.whole: dict[tuple[str, str], tuple[Path, Splits]] = {}
 
-    def travel(self, method: str, dtype: str, legs: list[Leg]) -> tuple[Path, Samples]:
+    def travel(self, method: str, dtype: str, legs: list[Leg]) -> tuple[Path, Splits]:
         """The finished run's folder, and what it consumed.
 
         Raises:
@@ -85,7 +85,7 @@ class Journeys:
             assert as_wanted, f"{statuses}\n{last_lines(folder / 'logs')}"
         return folder / "run", consumed(folder, len(legs), [ranks for ranks, _ in legs])
 
-    def uninterrupted(self, method: str, dtype: str) -> tuple[Path, Samples]:
+    def uninterrupted(self, method: str, dtype: str) -> tuple[Path, Splits]:
         """The same on 2 ranks under ZeRO-2, all the way."""
         if (method, dtype) not in self.whole:
             self.whole[method, dtype] = self.travel(method, dtype, [(2, 2)])

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from comparing import Samples, consumed, differences
+from comparing import Splits, consumed, differences
 from forked_ranks import LAUNCHER_POLLS, Kill, import_everything, last_lines, run_world
 from places import PLACES, die_at, record_samples
 from sabotage import SABOTAGES
@@ -73,7 +73,7 @@ class Whole:
     """An uninterrupted run: what the others are compared with."""
 
     run: Path
-    samples: Samples
+    samples: Splits
     seconds: float
 
 

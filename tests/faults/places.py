@@ -15,7 +15,7 @@ Die = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardSlice:
     """Where a process can be killed.
 
     Attributes:
@@ -58,10 +58,10 @@ def _accumulation(die: Die) -> None:
 
 def _save(die: Die) -> None:
     """Before one of a checkpoint's five syncs: two files, the manifest, the folder; renamed, the folder above."""
-    from sparse_llm_ft.io import atomic as folders
+    from sparse_llm_ft.io import atomic
 
     _before(
-        folders,
+        atomic,
         "_sync",
         die,
         lambda path: path.name == "checkpoints" or any(part.startswith(".tmp-step-") for part in path.parts),
@@ -172,22 +172,22 @@ def _evaluation(die: Die) -> None:
 
 
 def _generation(die: Die) -> None:
-    from sparse_llm_ft.evaluation import evaluator as measure
+    from sparse_llm_ft.evaluation import evaluator
 
-    _before(measure, "generate", die)
+    _before(evaluator, "generate", die)
 
 
 def _predictions(die: Die) -> None:
-    from sparse_llm_ft.evaluation import evaluator as measure
+    from sparse_llm_ft.evaluation import evaluator
 
-    _before(measure, "write_file", die)
+    _before(evaluator, "write_file", die)
 
 
 def _export(die: Die) -> None:
     """Before one of the adapter's syncs: two files, the manifest, the folder."""
-    from sparse_llm_ft.io import atomic as folders
+    from sparse_llm_ft.io import atomic
 
-    _before(folders, "_sync", die, lambda path: ".tmp-adapter" in path.parts)
+    _before(atomic, "_sync", die, lambda path: ".tmp-adapter" in path.parts)
 
 
 def _summary(die: Die) -> None:
@@ -204,23 +204,23 @@ def _report(die: Die) -> None:
 
 
 PLACES = {
-    "step": Place(8, _step),
-    "accumulation": Place(12, _accumulation),
-    "save": Place(15, _save, rank_zero=True),
-    "torn tensors": Place(3, _torn_tensors, rank_zero=True),
-    "drop": Place(2, _drop, rank_zero=True),
-    "metrics": Place(8, _metrics, rank_zero=True),
-    "begin": Place(4, _begin, rank_zero=True),
-    "load": Place(2, _load),
-    "change": Place(1, _change, change=True),
-    "changed": Place(1, _changed, change=True),
-    "scores": Place(2, _scores, change=True),
-    "evaluation": Place(8, _evaluation),
-    "generation": Place(2, _generation),
-    "predictions": Place(2, _predictions, rank_zero=True),
-    "export": Place(4, _export, rank_zero=True),
-    "summary": Place(1, _summary, rank_zero=True),
-    "report": Place(1, _report, rank_zero=True),
+    "step": ShardSlice(8, _step),
+    "accumulation": ShardSlice(12, _accumulation),
+    "save": ShardSlice(15, _save, rank_zero=True),
+    "torn tensors": ShardSlice(3, _torn_tensors, rank_zero=True),
+    "drop": ShardSlice(2, _drop, rank_zero=True),
+    "metrics": ShardSlice(8, _metrics, rank_zero=True),
+    "begin": ShardSlice(4, _begin, rank_zero=True),
+    "load": ShardSlice(2, _load),
+    "change": ShardSlice(1, _change, change=True),
+    "changed": ShardSlice(1, _changed, change=True),
+    "scores": ShardSlice(2, _scores, change=True),
+    "evaluation": ShardSlice(8, _evaluation),
+    "generation": ShardSlice(2, _generation),
+    "predictions": ShardSlice(2, _predictions, rank_zero=True),
+    "export": ShardSlice(4, _export, rank_zero=True),
+    "summary": ShardSlice(1, _summary, rank_zero=True),
+    "report": ShardSlice(1, _report, rank_zero=True),
 }
 
 
@@ -239,13 +239,13 @@ def die_at(place: str, arrival: int) -> None:
 
 def record_samples(file: Path) -> None:
     """Append one line per optimizer step that this process has done: the sample indices it was given."""
-    from sparse_llm_ft.data.sampler import SampleStream
+    from sparse_llm_ft.data.sampler import ShuffledSampler
     from sparse_llm_ft.training.loop import Loop
 
-    micro_batches, step = SampleStream.micro_batches, Loop._step
+    micro_batches, step = ShuffledSampler.micro_batches, Loop._step
     given: list[list[int]] = []
 
-    def recorded(self: SampleStream, *args: int) -> Iterator[list[int]]:
+    def recorded(self: ShuffledSampler, *args: int) -> Iterator[list[int]]:
         for indices in micro_batches(self, *args):
             given.append(indices)
             yield indices
@@ -258,4 +258,4 @@ def record_samples(file: Path) -> None:
             lines.write(json.dumps(line) + "\n")
         return result
 
-    SampleStream.micro_batches, Loop._step = recorded, told
+    ShuffledSampler.micro_batches, Loop._step = recorded, told

@@ -8,14 +8,14 @@ from typing import Any
 
 def _samples() -> None:
     """The stream goes on one sample too late."""
-    from sparse_llm_ft.data.sampler import SampleStream
+    from sparse_llm_ft.data.sampler import ShuffledSampler
 
-    micro_batches = SampleStream.micro_batches
+    micro_batches = ShuffledSampler.micro_batches
 
-    def shifted(self: SampleStream, consumed: int, *args: int) -> Iterator[list[int]]:
+    def shifted(self: ShuffledSampler, consumed: int, *args: int) -> Iterator[list[int]]:
         return micro_batches(self, consumed + 1, *args)
 
-    SampleStream.micro_batches = shifted
+    ShuffledSampler.micro_batches = shifted
 
 
 def _moments() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.config import dump_config, load_config, parse_config, split_arguments
 from sparse_llm_ft.errors import ConfigError, UserError
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_yaml
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml
 from sparse_llm_ft.scoring.ratios import ratios_from_file
 
 TREE = {
@@ -131,7 +131,7 @@ def test_overrides(key: str, value: str) -> None:
 def test_yaml_of_any_value_is_read_back_or_refused(value: Any) -> None:
     try:
         read = parse_yaml(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
-    except DocumentError:
+    except ParseError:
         return
     assert repr(read) == repr(value)
 

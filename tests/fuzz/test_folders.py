@@ -26,11 +26,12 @@ REAL = Expected({"h.0.q": (6, 4)}, {}, 1)
 TENSORS = {"value/h.0.q.lora_A": torch.ones(2, 4), "value/h.0.q.lora_B": torch.ones(6, 2)}
 COUNTS = {"steps": 3, "samples": 24, "tokens": 99, "seconds": 0.5}
 STATE = {
-    "version": 2,
+    "version": 3,
+    "written_by": "0.2.0",
     "optimizer_steps": {"adapter": 3},
     "progress": {"step": 3, "samples": 24, "phase": 0, "phase_step": 3, "start_step": 0, "start_samples": 0},
     "phase": Phase("train", PLAN).with_batch(2, 8).to_dict(),
-    "rule": None,
+    "callback": None,
     "record": {"before": None, "phases": [COUNTS], "current": COUNTS, "micro_batch_size": 2},
 }
 
@@ -89,7 +90,7 @@ def test_states(tmp_path: Path, state: Any) -> None:
 
 SHAPES = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 TYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool])
-NAMES = st.sampled_from([*TENSORS, "exp_avg/h.0.q.lora_A", "rule/ipt/h.0.q.lora_A.default", "../x", "", "value/"])
+NAMES = st.sampled_from([*TENSORS, "exp_avg/h.0.q.lora_A", "callback/ipt/h.0.q.lora_A.default", "../x", "", "value/"])
 
 
 @settings(max_examples=40)

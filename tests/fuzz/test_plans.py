@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.adapters.targets import adapter_shapes, check_modules
-from sparse_llm_ft.io.strict_json_yaml import DocumentError, parse_json
-from sparse_llm_ft.phase import CutRule, Measurement, Phase, Subset
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, PlanError
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json
+from sparse_llm_ft.phase import CutRule, Phase, ScoringSpec, Subset
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, PlanError
 
 TARGETS = {"h.0.q": (6, 4), "h.0.k": (6, 4), "h.0.v": (6, 4)}
 PLAN = AdapterPlan(
     {
-        "h.0.q": ModuleAdapter(2, 4.0, rows=Kept(6, (1, 3, 4)), cols=Kept(4, (0, 2))),
+        "h.0.q": ModuleAdapter(2, 4.0, rows=IndexMask(6, (1, 3, 4)), cols=IndexMask(4, (0, 2))),
         "h.0.k": ModuleAdapter(2, 4.0, group="g"),
         "h.0.v": None,
     },
@@ -28,9 +28,9 @@ PHASE = Phase(
     "train",
     PLAN,
     steps=3,
-    then=PLAN,
+    target_plan=PLAN,
     subset=Subset(0.5, None, 1),
-    measure=Measurement("derivation"),
+    scoring=ScoringSpec("derivation"),
     cut=CutRule(1, 2),
 ).with_batch(2, 8)
 
@@ -66,11 +66,11 @@ def test_a_mask_is_no_larger_than_its_bytes(size: int, bits: bytes) -> None:
     import base64
 
     try:
-        kept = Kept.from_dict({"size": size, "bits": base64.b64encode(bits).decode()})
+        kept = IndexMask.from_dict({"size": size, "bits": base64.b64encode(bits).decode()})
     except PlanError as error:
         assert is_one_line(error)
     else:
-        assert kept.size <= 8 * len(bits) and Kept.from_dict(kept.to_dict()) == kept
+        assert kept.size <= 8 * len(bits) and IndexMask.from_dict(kept.to_dict()) == kept
 
 
 @given(
@@ -102,12 +102,12 @@ def test_a_plan_that_fits_has_matrices_within_its_modules(modules: dict, tuner: 
 def test_json(text: str) -> None:
     try:
         value = parse_json(text)
-    except DocumentError:
+    except ParseError:
         return
     assert parse_json(json.dumps(value, allow_nan=False)) == value
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "1e999", '{"a": 1, "a": 1}', "9" * 5000])
 def test_what_is_no_strict_json_is_refused(text: str) -> None:
-    with pytest.raises(DocumentError):
+    with pytest.raises(ParseError):
         parse_json(text)

@@ -8,7 +8,7 @@ import torch
 
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.methods import Chain, make_methods
+from sparse_llm_ft.methods import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape, uniform_plan
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, Importance
@@ -34,7 +34,7 @@ def config(method: Any, **sections: Any) -> RunConfig:
 
 def start(method: Any, trained: tuple[str, ...] = (), **sections: Any) -> tuple[Chain, Phase]:
     """The chain and the phase it begins with."""
-    chain = make_methods(config(method, **sections), total_steps=20)
+    chain = build_methods(config(method, **sections), total_steps=20)
     return chain, chain.first(uniform_plan(TARGETS, 2, 6.0, 0.0, trained), TARGETS)
 
 

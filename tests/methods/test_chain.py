@@ -6,7 +6,7 @@ import pytest
 
 from rules import TARGETS, config, derivation, start, state
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.plan import EVERYTHING
+from sparse_llm_ft.plan import FULL_MODEL
 
 WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 5}
 PLUS = WEIGHT | {"name": "weight_lora_plus"}
@@ -35,7 +35,7 @@ def test_tied_lora_shares_per_type_and_shape_and_full_trains_everything() -> Non
         "mlp-up-12x8": 4,
     }
     _, full = start("full")
-    assert not full.plan.active and full.plan.trained == (EVERYTHING,)
+    assert not full.plan.active and full.plan.trained == (FULL_MODEL,)
 
 
 def test_masks_then_weights() -> None:

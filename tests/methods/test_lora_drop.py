@@ -23,8 +23,8 @@ def own(method: dict) -> tuple[set[str], dict[str, list[str]], object]:
 
 def test_the_pilot_trains_all_adapters_on_a_sample_and_does_not_count() -> None:
     _, pilot = start({"name": "lora_drop", "sample_fraction": 0.2, "pilot_epochs": 2})
-    assert list(pilot.plan.active) == list(TARGETS) and pilot.prelude
-    assert pilot.epochs == 2 and pilot.subset == Subset(0.2, None, 0) and pilot.measure.kind == "lora_output"
+    assert list(pilot.plan.active) == list(TARGETS) and pilot.is_warmup
+    assert pilot.epochs == 2 and pilot.subset == Subset(0.2, None, 0) and pilot.scoring.kind == "lora_output"
 
 
 def test_per_type_the_most_important_layers_keep_their_own_until_their_shares_sum_to_t() -> None:
@@ -48,7 +48,7 @@ def test_per_type_the_most_important_layers_keep_their_own_until_their_shares_su
 def test_all_begins_anew() -> None:
     _, _, (phase, after) = own({})
     assert after.tensors == {} and after.moments == {} and after.optimizer_steps == {}
-    assert phase.open_ended and phase.subset is None and not phase.prelude and phase.measure is None
+    assert phase.open_ended and phase.subset is None and not phase.is_warmup and phase.scoring is None
 
 
 def test_without_sharing_the_others_are_removed() -> None:

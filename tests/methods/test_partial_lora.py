@@ -20,10 +20,10 @@ def masked(method: dict, ratio: tuple[float, float] = (0.5, 0.25)) -> Phase:
 
 def test_a_causal_model_is_measured_before_any_step() -> None:
     _, phase = start({"name": "partial_lora", "importance": "snip", "accuracy_floor": 0.8})
-    assert phase.name == "derive" and phase.steps == 0 and not phase.prelude
+    assert phase.name == "derive" and phase.steps == 0 and not phase.is_warmup
     assert phase.subset == Subset(None, 16, 0)
-    measure = phase.measure
-    assert (measure.kind, measure.importance, measure.accuracy_floor, measure.search) == (
+    scoring = phase.scoring
+    assert (scoring.kind, scoring.importance, scoring.accuracy_floor, scoring.search) == (
         "derivation",
         "snip",
         0.8,
@@ -34,10 +34,10 @@ def test_a_causal_model_is_measured_before_any_step() -> None:
 def test_a_fresh_head_is_fitted_alone_first_and_begins_anew_after() -> None:
     chain, phase = start({"name": "partial_lora", "sample_fraction": 0.05, "head_epochs": 7}, ("classifier",))
     assert phase.name == "head" and not phase.plan.active and phase.plan.trained == ("classifier",)
-    assert phase.prelude and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0)
+    assert phase.is_warmup and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0)
     after, begins = chain.next(phase, state(phase, head=True), derivation(), TARGETS)
     assert list(after.plan.active) == list(TARGETS) and after.plan.trained == ("classifier",)
-    assert begins.tensors == {} and after.open_ended and not after.prelude
+    assert begins.tensors == {} and after.open_ended and not after.is_warmup
 
 
 @pytest.mark.parametrize("selection", ["random", "targeted", "inverted", "stochastic"])
@@ -65,7 +65,7 @@ def test_ratio_zero_keeps_one_and_ratio_one_is_plain_lora(ratio: float) -> None:
 
 def test_given_ratios_need_no_measurement(tmp_path) -> None:
     _, balanced = start({"name": "partial_lora", "ratios": "balanced", "ratio": 0.5})
-    assert balanced.measure is None and balanced.open_ended and balanced.plan.active["layers.0.attn.q"].rows
+    assert balanced.scoring is None and balanced.open_ended and balanced.plan.active["layers.0.attn.q"].rows
     table = tmp_path / "ratios.json"
     table.write_text(json.dumps({"attn.q": [0.0, 1.0], "attn.k": 1.0, "mlp.up": 0.0}))
     _, listed = start({"name": "partial_lora", "ratios": str(table)})
@@ -76,12 +76,12 @@ def test_given_ratios_need_no_measurement(tmp_path) -> None:
 
 def test_targeted_masks_of_given_ratios_measure_importance_only() -> None:
     _, phase = start({"name": "partial_lora", "ratios": "balanced", "ratio": 0.5, "selection": "targeted"})
-    assert phase.measure is not None and not phase.measure.search
+    assert phase.scoring is not None and not phase.scoring.search
 
 
 def test_sparse_adapter_is_targeted_snip_at_its_sparsity() -> None:
     chain, phase = start({"name": "sparse_adapter", "sparsity": 0.75})
-    assert (phase.measure.importance, phase.measure.search) == ("snip", False)
+    assert (phase.scoring.importance, phase.scoring.search) == ("snip", False)
     after, _ = chain.next(phase, state(phase), derivation((1.0, 1.0)), TARGETS)
     assert after.plan.active["layers.0.attn.q"].cols.indices == (6, 7)
     assert after.plan.active["layers.0.attn.k"].rows.indices == (3,)
@@ -125,7 +125,7 @@ def test_sharing_survives_the_fitting_of_a_head() -> None:
     again = Phase.from_dict(json.loads(json.dumps(head.to_dict())))
     after, _ = chain.next(again, state(again, head=True), derivation(), TARGETS)
     assert 0 < len(after.plan.active) < len(TARGETS) and after.plan.trained == ("classifier",)
-    assert after.then is None and any(a.cols for a in after.plan.active.values())
+    assert after.target_plan is None and any(a.cols for a in after.plan.active.values())
 
 
 def test_partial_adalora_masks_adalora() -> None:

@@ -8,7 +8,7 @@ import torch
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods import Chain, make_methods
+from sparse_llm_ft.methods import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import uniform_plan
 
@@ -28,7 +28,7 @@ def config(name: str = "weight_lora", **method: object):
 
 
 def rules(settings) -> Chain:
-    return make_methods(settings, total_steps=20)
+    return build_methods(settings, total_steps=20)
 
 
 def first_phase(chain: Chain, targets: dict = TARGETS) -> Phase:
@@ -75,10 +75,10 @@ def test_the_first_phase_trains_all_adapters_with_omega_one() -> None:
     ],
 )
 def test_disconnecting_leaves_the_survivors_delta_unchanged(name: str, method: dict) -> None:
-    rule = rules(config(name, **method))
-    first = first_phase(rule)
+    callback = rules(config(name, **method))
+    first = first_phase(callback)
     before = state(first, [0.9, 0.0, 1.2, -0.1])
-    result = rule.next(first, before, None, TARGETS)
+    result = callback.next(first, before, None, TARGETS)
     assert result is not None
     phase, after = result
     survivors = ["layers.0.q", "layers.1.q"]
@@ -88,27 +88,27 @@ def test_disconnecting_leaves_the_survivors_delta_unchanged(name: str, method: d
     for survivor in survivors:
         old, new = delta(first, before.tensors, survivor), delta(phase, after.tensors, survivor)
         assert (new - old).norm() / old.norm() < 1e-6
-    assert rule.next(phase, after, None, TARGETS) is None
+    assert callback.next(phase, after, None, TARGETS) is None
 
 
 def test_without_growth_parameters_moments_and_step_count_of_survivors_are_bit_equal() -> None:
-    rule = rules(config())
-    first = first_phase(rule)
+    callback = rules(config())
+    first = first_phase(callback)
     before = state(first, [0.0, 0.7, 1.2, 0.0])
-    phase, after = rule.next(first, before, None, TARGETS)
+    phase, after = callback.next(first, before, None, TARGETS)
     for name, tensor in after.tensors.items():
         assert torch.equal(tensor, before.tensors[name])
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(after.moments[name][key], before.moments[name][key])
     assert set(after.moments) == set(after.tensors)
     assert after.optimizer_steps == {"adapter": 5}
-    assert phase.plan.active["layers.1.q"].omega == pytest.approx(1.2) and after.rule is None
+    assert phase.plan.active["layers.1.q"].omega == pytest.approx(1.2) and after.callback is None
 
 
 def test_growth_uses_the_warm_up_budget_and_keeps_the_scaling() -> None:
-    rule = rules(config("weight_lora_plus"))
-    first = first_phase(rule)
-    phase, after = rule.next(first, state(first, [1.0, 0.0, 1.0, 0.0]), None, TARGETS)
+    callback = rules(config("weight_lora_plus"))
+    first = first_phase(callback)
+    phase, after = callback.next(first, state(first, [1.0, 0.0, 1.0, 0.0]), None, TARGETS)
     budget = sum(2 * sum(shape) for shape in TARGETS.values())
     used = sum(a.r * sum(TARGETS[name]) for name, a in phase.plan.active.items())
     assert budget - min(map(sum, TARGETS.values())) < used <= budget
@@ -119,10 +119,10 @@ def test_growth_uses_the_warm_up_budget_and_keeps_the_scaling() -> None:
 
 
 def test_gaussian_growth_keeps_old_moments_in_their_block() -> None:
-    rule = rules(config("weight_lora_plus", expansion="gaussian"))
-    first = first_phase(rule)
+    callback = rules(config("weight_lora_plus", expansion="gaussian"))
+    first = first_phase(callback)
     before = state(first, [1.0, 0.0, 1.0, 0.0])
-    _, after = rule.next(first, before, None, TARGETS)
+    _, after = callback.next(first, before, None, TARGETS)
     for name, moments in after.moments.items():
         old = before.moments[name]["exp_avg"]
         rows, columns = old.shape
@@ -133,9 +133,9 @@ def test_gaussian_growth_keeps_old_moments_in_their_block() -> None:
 
 
 def test_keeping_all_is_plain_lora_after_t() -> None:
-    rule = rules(config("weight_lora_plus", keep=4))
-    first = first_phase(rule)
-    phase, _ = rule.next(first, state(first, [1.0, 1.0, 1.0, 1.0]), None, TARGETS)
+    callback = rules(config("weight_lora_plus", keep=4))
+    first = first_phase(callback)
+    phase, _ = callback.next(first, state(first, [1.0, 1.0, 1.0, 1.0]), None, TARGETS)
     assert {name: a.r for name, a in phase.plan.active.items()} == dict.fromkeys(TARGETS, 2)
 
 
@@ -145,10 +145,10 @@ def test_more_to_keep_than_there_are_is_refused() -> None:
 
 
 def test_no_positive_omega_is_said_plainly() -> None:
-    rule = rules(config())
-    first = first_phase(rule)
+    callback = rules(config())
+    first = first_phase(callback)
     with pytest.raises(TrainingError, match="every omega is 0 or negative"):
-        rule.next(first, state(first, [0.0, -1.0, 0.0, -0.5]), None, TARGETS)
+        callback.next(first, state(first, [0.0, -1.0, 0.0, -0.5]), None, TARGETS)
 
 
 def test_a_phase_survives_json() -> None:

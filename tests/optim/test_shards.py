@@ -7,22 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_llm_ft.engine.shards import Place, Shards
-from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, LineMask
+from sparse_llm_ft.engine.shards import Shards, ShardSlice
+from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, RowColumnMask
 
 SHAPES = {"a": (3, 5), "b": (4, 2), "c": (6,)}
 
 
-def cut(sizes: dict[str, int], edges: list[int], rank: int) -> dict[str, Place | None]:
+def cut(sizes: dict[str, int], edges: list[int], rank: int) -> dict[str, ShardSlice | None]:
     """The places of rank `rank` where all parameters lie one after the other and are cut at `edges`."""
     low, high = edges[rank], edges[rank + 1]
-    places: dict[str, Place | None] = {}
+    shard_slices: dict[str, ShardSlice | None] = {}
     begin = 0
     for name, size in sizes.items():
         start, stop = max(begin, low), min(begin + size, high)
-        places[name] = Place(0, start - low, start - begin, stop - start) if start < stop else None
+        shard_slices[name] = ShardSlice(0, start - low, start - begin, stop - start) if start < stop else None
         begin += size
-    return places
+    return shard_slices
 
 
 def shards_of(edges: list[int], rank: int, masks: dict) -> Shards:
@@ -45,7 +45,7 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
         entries = {"a": torch.zeros(3, 5, dtype=torch.bool), "b": torch.zeros(4, 2, dtype=torch.bool)}
         entries["a"][:, [0, 3]] = True
         entries["b"][[1, 2]] = True
-        masks = {"a": LineMask(5, 1, (0, 3)), "b": LineMask(2, 0, (1, 2))}
+        masks = {"a": RowColumnMask(5, 1, (0, 3)), "b": RowColumnMask(2, 0, (1, 2))}
     ranks = [shards_of([0, edge, 29], rank, masks) for rank in (0, 1)]
     held = sum(len(s.optimizer.kept[s.masters[0][1]]) if s.optimizer.kept else s.masters[0][1].numel() for s in ranks)
     if all(s.optimizer.kept for s in ranks):
@@ -61,15 +61,15 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
         found = sum(shard.read(name, "exp_avg") for shard in ranks)
         # A partition in which nothing is masked keeps moments of all its entries.
         for shard in ranks:
-            place = shard.places[name]
+            place = shard.shard_slices[name]
             if place is not None and not shard.optimizer.kept:
                 window = slice(place.start, place.start + place.length)
                 expected.view(-1)[window] = moment.view(-1)[window]
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("mask", [LineMask(5, 1, (0, 3)), LineMask(5, 0, (1,))])
-def test_kept_lines_of_any_window_are_those_of_the_whole(mask: LineMask) -> None:
+@pytest.mark.parametrize("mask", [RowColumnMask(5, 1, (0, 3)), RowColumnMask(5, 0, (1,))])
+def test_kept_lines_of_any_window_are_those_of_the_whole(mask: RowColumnMask) -> None:
     whole = set(mask.indices(0, 15).tolist())
     assert whole == ({0, 3, 5, 8, 10, 13} if mask.dimension else {5, 6, 7, 8, 9})
     for start in range(16):
@@ -78,7 +78,7 @@ def test_kept_lines_of_any_window_are_those_of_the_whole(mask: LineMask) -> None
 
 
 def test_the_norm_leaves_masked_entries_out() -> None:
-    shards = shards_of([0, 29], 0, {"a": LineMask(5, 1, (0,)), "b": LineMask(2, 0, (3,))})
+    shards = shards_of([0, 29], 0, {"a": RowColumnMask(5, 1, (0,)), "b": RowColumnMask(2, 0, (3,))})
     gradient = torch.arange(32.0)
     kept = [0, 5, 10, 15 + 6, 15 + 7, *range(23, 29)]
     assert shards.norm([gradient]) == pytest.approx(sum(i * i for i in kept) ** 0.5)
@@ -87,6 +87,6 @@ def test_the_norm_leaves_masked_entries_out() -> None:
 
 def test_wrong_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="a mask for d, which is no trained parameter"):
-        shards_of([0, 29], 0, {"d": LineMask(2, 0, (0,))})
+        shards_of([0, 29], 0, {"d": RowColumnMask(2, 0, (0,))})
     with pytest.raises(ValueError, match=r"b: shape \(2, 4\); expected \(4, 2\)"):
         shards_of([0, 29], 0, {}).write("b", torch.zeros(2, 4))

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter, Shape
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
 
 TYPES = {
     "self_attn.q_proj": (64, 64),
@@ -194,8 +194,10 @@ def partial_run(folder: Path, layers: int = 12, **settings: Any) -> Path:
     return write_run(folder, [{"name": "partial_lora", "shots": 16}], phases, [10, 150], **settings)
 
 
-def _masks(shape: Shape, ratio: tuple[float, float]) -> dict[str, Kept | None]:
-    rows, columns = (Kept.of(size, range(max(1, round(size * part)))) for size, part in zip(shape, ratio, strict=True))
+def _masks(shape: Shape, ratio: tuple[float, float]) -> dict[str, IndexMask | None]:
+    rows, columns = (
+        IndexMask.of(size, range(max(1, round(size * part)))) for size, part in zip(shape, ratio, strict=True)
+    )
     return {"rows": rows, "cols": columns}
 
 

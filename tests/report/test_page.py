@@ -9,7 +9,7 @@ import pytest
 from page_parser import Page
 from run_folders import llama_shapes, lora_drop_run, lora_run, partial_run, weight_lora_plus_run, write_run
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.plan import EVERYTHING, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.report import write_report
 
 COMMON = ["loss", "phases", "plan", "residual-norms"]
@@ -92,7 +92,7 @@ def test_layers_without_numbers_and_one_step(tmp_path: Path) -> None:
 
 
 def test_full_fine_tuning_has_no_map(tmp_path: Path) -> None:
-    plan = AdapterPlan({"a.0.q": None}, trained=(EVERYTHING,))
+    plan = AdapterPlan({"a.0.q": None}, trained=(FULL_MODEL,))
     phase = {"name": "train", "plan": plan, "shapes": {}}
     written = write_report([write_run(tmp_path / "run", [{"name": "full"}], [phase], [5])], tmp_path / "report")
     check(written)

@@ -9,12 +9,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import TaskConfig, parse_config
-from sparse_llm_ft.data.reading import Example, check_task
+from sparse_llm_ft.data.reading import Example, resolve_task
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.data.tokenization import Seq2SeqEncoder
+from sparse_llm_ft.data.tokenization import Seq2SeqPreprocessor
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.io.console import Display
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.plan import uniform_plan
 from sparse_llm_ft.scoring import DerivationSettings, derive
 from sparse_llm_ft.scoring.layer_search import LayerSearch
@@ -22,7 +22,7 @@ from sparse_llm_ft.training.scorer import Scorer
 from tiny_modes import make_bart, make_t5
 from tiny_run import run_settings
 
-TASK = check_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))
+TASK = resolve_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))
 # The longest prompt and the longest completion have equally many words.
 PAIRS = [
     ("anna meets tom at the station : red", "tom meets anna"),
@@ -50,7 +50,7 @@ def loud(folder) -> nn.Module:
 
 
 def samples_of(tokenizer) -> list[Sample]:
-    encode = Seq2SeqEncoder(tokenizer, 32)
+    encode = Seq2SeqPreprocessor(tokenizer, 32)
     return [encode(Example(prompt, completion, (completion,))) for prompt, completion in PAIRS]
 
 
@@ -64,7 +64,7 @@ def test_outputs_count_the_tokens_of_their_own_stack(folder, data_folder, tmp_pa
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(generator=generator)
-    samples, objective = samples_of(tokenizer), make_objective(model, tokenizer, TASK)
+    samples, objective = samples_of(tokenizer), build_objective(model, tokenizer, TASK)
     expected = dict.fromkeys(targets, 0.0)
     modules = {name: model.get_base_model().get_submodule(name) for name in targets}
 
@@ -87,7 +87,7 @@ def test_outputs_count_the_tokens_of_their_own_stack(folder, data_folder, tmp_pa
     settings = run_settings(folder, data_folder, tmp_path)
     for size in (1, 2, 5):
         settings["evaluation"]["micro_batch_size"] = size
-        scorer = Scorer(parse_config(settings), World(0, 1, 0, 1), objective, Display(1))
+        scorer = Scorer(parse_config(settings), World(0, 1, 0, 1), objective, Console(1))
         assert scorer.lora_output(model, list(targets), samples) == pytest.approx(expected, rel=1e-3)
 
 
@@ -95,7 +95,7 @@ def test_outputs_count_the_tokens_of_their_own_stack(folder, data_folder, tmp_pa
 def test_what_is_passed_over_does_not_change_the_ratios(folder, width: int, monkeypatch) -> None:
     model, tokenizer = loud(folder), AutoTokenizer.from_pretrained(folder)
     modules = {name: model.get_submodule(name) for name in find_targets(model, "all-linear")}
-    samples, objective = samples_of(tokenizer), make_objective(model, tokenizer, TASK)
+    samples, objective = samples_of(tokenizer), build_objective(model, tokenizer, TASK)
     settings = DerivationSettings(
         importance="imp",
         floor_metric="loss",

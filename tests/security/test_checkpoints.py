@@ -20,13 +20,13 @@ from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import CheckpointError, ConfigError
 from sparse_llm_ft.io.atomic import verify_folder, write_file, write_folder
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import AdapterPlan, Kept, ModuleAdapter
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter
 from sparse_llm_ft.run_folder import RunFolder
 
 TARGETS = {"h.0.q": (6, 4), "h.0.k": (6, 4)}
 REAL = Expected(TARGETS, {"score.weight": (2, 6), "h.0.q.weight": (6, 4), "h.0.k.weight": (6, 4)}, 1)
 PLAN = AdapterPlan(
-    {"h.0.q": ModuleAdapter(2, 4.0, rows=Kept(6, (1, 3, 4))), "h.0.k": ModuleAdapter(2, 4.0, train_omega=True)},
+    {"h.0.q": ModuleAdapter(2, 4.0, rows=IndexMask(6, (1, 3, 4))), "h.0.k": ModuleAdapter(2, 4.0, train_omega=True)},
     trained=("score",),
 )
 COUNTS = {"steps": 3, "samples": 24, "tokens": 99, "seconds": 0.5}
@@ -96,8 +96,8 @@ CLAIMS = [
     (put("moments.h/0/q/lora_A", {"exp_avg": torch.ones(4, 2)}), "the moments of 'h.0.q.lora_A' are not of its shape"),
     (put("moments.h/0/q/lora_A", {"__dict__": torch.ones(2, 4)}), "is no tensor of a checkpoint"),
     (put("moments.nothing", {"exp_avg": torch.ones(4, 2)}), "the moments of 'nothing' are not of its shape"),
-    (put("rule_tensors", {"__dict__/h.0.q.lora_A.default": torch.ones(2, 4)}), "belongs to no rule"),
-    (put("rule", {"moved": 3}), "the state of its rule is {'moved': 3}"),
+    (put("callback_tensors", {"__dict__/h.0.q.lora_A.default": torch.ones(2, 4)}), "belongs to no callback"),
+    (put("callback", {"moved": 3}), "the state of its callback is {'moved': 3}"),
     (put("optimizer_steps", {"adapter": 10**400}), "optimizer_steps is"),
     (put("optimizer_steps", {"adapter": "3"}), "optimizer_steps is"),
     (put("progress.phase", -1), "progress is"),

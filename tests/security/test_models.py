@@ -15,7 +15,7 @@ from sparse_llm_ft.context.preflight import prepare
 from sparse_llm_ft.context.setup import Setup
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import Use
+from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import check_weights, empty_model, load_model
 
 
@@ -45,13 +45,13 @@ def pickled(source: Path, target: Path, mark: Path) -> Path:
 def test_weights_in_a_pickle_are_refused_unread(
     kind: str, model_folder: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use = Use("sequence_classification", 2) if kind == "encoder" else Use()
+    task_mode = TaskMode("sequence_classification", 2) if kind == "encoder" else TaskMode()
     folder = pickled(encoder_folder if kind == "encoder" else model_folder, tmp_path / "pickled", tmp_path / "mark")
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     with pytest.raises(ConfigError, match=r"model.name: .*weights in pytorch_model.bin, a pickle.*; expected model"):
         check_weights(config(folder))
     with pytest.raises(ConfigError, match=r"model.name: .* cannot be loaded"):
-        load_model(config(folder), use)
+        load_model(config(folder), task_mode)
     assert not (tmp_path / "mark").exists()
 
 

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 from sparse_llm_ft.config import dump_config, load_config, merge, parse_config
 from sparse_llm_ft.distributed.exit_status import one_line_errors
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, ConfigError, DataError, UserError, holds_token, redact
-from sparse_llm_ft.io.console import Display
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.plan import PlanError
 from sparse_llm_ft.run_folder import RunFolder
 
@@ -85,10 +85,10 @@ def test_an_error_of_the_hub_reaches_the_terminal_without_its_token(
 
 
 def test_the_log_is_without_tokens() -> None:
-    display = Display(rank=0)
-    display.console = Console(file=io.StringIO(), width=200)
-    display.say(f"loading https://u:{TOKEN}@host/model and {TOKEN}")
-    assert display.console.file.getvalue() == "loading https://***@host/model and ***\n"
+    console = Console(rank=0)
+    console.rich = RichConsole(file=io.StringIO(), width=200)
+    console.log(f"loading https://u:{TOKEN}@host/model and {TOKEN}")
+    assert console.console.file.getvalue() == "loading https://***@host/model and ***\n"
 
 
 def test_the_environment_does_not_get_into_the_run_folder(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ from transformers.utils import logging
 from all_methods import DROP, PARTIAL, WEIGHT
 from forked_ranks import last_lines, run_worlds
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.data.dataset import Encoding
-from sparse_llm_ft.data.reading import check_task, read_split
-from sparse_llm_ft.model.architecture import find_use
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.data.dataset import SplitBuilder
+from sparse_llm_ft.data.reading import read_split, resolve_task
+from sparse_llm_ft.model.architecture import find_task_mode
+from sparse_llm_ft.objectives.build import build_objective
 from tiny_run import run_settings
 
 # Random models hardly notice what is zeroed: with a floor below their own loss everything would be.
@@ -86,13 +86,15 @@ def exported(tree: Mapping[str, Any]) -> tuple[PeftModel, float]:
     sample after the other.
     """
     config = parse_config(tree)
-    task, name = check_task(config.task), config.model.name
-    use = find_use(AutoConfig.from_pretrained(name), name, task, config.task.mode)
+    task, name = resolve_task(config.task), config.model.name
+    task_mode = find_task_mode(AutoConfig.from_pretrained(name), name, task, config.task.mode)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = PeftModel.from_pretrained(plain(name, use.mode, use.outputs), Path(tree["output_dir"]) / "adapter").eval()
-    objective = make_objective(model, tokenizer, task)
+    model = PeftModel.from_pretrained(
+        plain(name, task_mode.mode, task_mode.outputs), Path(tree["output_dir"]) / "adapter"
+    ).eval()
+    objective = build_objective(model, tokenizer, task)
     rows = read_split(config.task, config.evaluation.split)[: config.evaluation.samples]
-    samples = list(Encoding(config, task, tokenizer, use).samples_of(rows))
+    samples = list(SplitBuilder(config, task, tokenizer, task_mode).samples_of(rows))
     with torch.no_grad():
         total = sum(float(objective.loss(model, objective.batch([sample]))) for sample in samples)
     return model, total / sum(objective.units(sample) for sample in samples)

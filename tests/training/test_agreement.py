@@ -13,11 +13,10 @@ import torch
 
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
-from sparse_llm_ft.distributed import collectives as agreement
-from sparse_llm_ft.distributed import signals
-from sparse_llm_ft.distributed.collectives import on_node_leaders, on_rank_zero
+from sparse_llm_ft.distributed import collectives, signals
+from sparse_llm_ft.distributed.collectives import run_on_local_leaders, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import LeaveRequest, TrainingError, UserError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 
@@ -39,7 +38,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def save(checkpoints: Path, step: int, values: int) -> None:
     tensors = {"a.lora_A": torch.ones(values)}
     state = TrainState(tensors, {}, {"adapter": step}, Progress(step, 8 * step, 0, step), PHASE.to_dict())
-    on_rank_zero(ALONE, lambda: save_checkpoint(checkpoints, state, keep=None))
+    run_on_rank_zero(ALONE, lambda: save_checkpoint(checkpoints, state, keep=None))
 
 
 def fill(disk: Path) -> None:
@@ -70,9 +69,9 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_last_checkpoint(
 
 @pytest.mark.parametrize(("kind", "error"), [(2, UserError), (3, TrainingError)])
 def test_the_others_stop_with_the_same_exit_status(kind: int, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "_worst", lambda own: kind)
+    monkeypatch.setattr(collectives, "_worst", lambda own: kind)
     with pytest.raises(error, match="rank 0 failed"):
-        on_rank_zero(World(1, 2, 1, 2), lambda: None)
+        run_on_rank_zero(World(1, 2, 1, 2), lambda: None)
 
 
 @pytest.mark.usefixtures("process_group")
@@ -82,7 +81,7 @@ def test_what_is_not_the_users_keeps_its_type_on_rank_0(error: Exception) -> Non
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        on_rank_zero(ALONE, fail)
+        run_on_rank_zero(ALONE, fail)
 
 
 def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -95,27 +94,27 @@ def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, c
             go.set()
         return own
 
-    monkeypatch.setattr(agreement, "_worst", meet)
-    monkeypatch.setattr(agreement, "leave_if_asked", lambda: None)
-    on_node_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
+    monkeypatch.setattr(collectives, "_worst", meet)
+    monkeypatch.setattr(collectives, "leave_if_asked", lambda: None)
+    run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
     assert capsys.readouterr().out.count("reading: 0 s so far") == len(told) - 1
 
 
 def test_a_leader_that_works_ends_when_another_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(agreement, "_worst", lambda own: 2)
+    monkeypatch.setattr(collectives, "_worst", lambda own: 2)
     with pytest.raises(UserError, match="the first rank of another node failed"):
-        on_node_leaders(World(0, 2, 0, 1), lambda: go.wait() and None, every=0.05)
+        run_on_local_leaders(World(0, 2, 0, 1), lambda: go.wait() and None, every=0.05)
     go.set()
 
 
 def test_a_rank_that_is_asked_to_leave_need_not_wait_for_a_leader(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(agreement, "_worst", lambda own: own)
+    monkeypatch.setattr(collectives, "_worst", lambda own: own)
     monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
-    with pytest.raises(LeaveRequest, match="SIGTERM"):
-        on_node_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, every=0.05)
+    with pytest.raises(PreemptionRequested, match="SIGTERM"):
+        run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, every=0.05)
     go.set()
 
 
@@ -131,22 +130,22 @@ def test_what_fails_on_a_node_leader_ends_it_as_it_is(
     raised: Exception, worst: int, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
-    monkeypatch.setattr(agreement, "_worst", lambda own: told.append(own) or own)
+    monkeypatch.setattr(collectives, "_worst", lambda own: told.append(own) or own)
 
     def fail() -> None:
         raise raised
 
     with pytest.raises(expected, match=message):
-        on_node_leaders(World(2, 4, 0, 2), fail)
+        run_on_local_leaders(World(2, 4, 0, 2), fail)
     assert told == [worst]
 
 
 @pytest.mark.parametrize(("worst", "expected"), [(2, "UserError"), (3, "TrainingError")])
 def test_what_fails_on_one_node_leader_ends_all(worst: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "_worst", lambda own: worst)
+    monkeypatch.setattr(collectives, "_worst", lambda own: worst)
     for world in (World(0, 4, 0, 2), World(1, 4, 1, 2)):
         with pytest.raises(Exception, match="the first rank of another node failed") as failure:
-            on_node_leaders(world, lambda: None)
+            run_on_local_leaders(world, lambda: None)
         assert type(failure.value).__name__ == expected
 
 
@@ -156,7 +155,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from sparse_llm_ft import signals
 from sparse_llm_ft.distributed import World
-from sparse_llm_ft.training.agreement import on_node_leaders
+from sparse_llm_ft.training.collectives import on_node_leaders
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=2), 2, rank)
 on_node_leaders(World(rank, 2, rank, 2), lambda: time.sleep(5), every=0.5)

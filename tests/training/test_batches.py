@@ -8,14 +8,14 @@ import pytest
 
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
-from sparse_llm_ft.engine.memory import saved_bytes, state_bytes
+from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import make_methods
+from sparse_llm_ft.methods import build_methods
 from sparse_llm_ft.model.architecture import CAUSAL_LM
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
-from sparse_llm_ft.training import batch_size as batches
+from sparse_llm_ft.training import batch_size
 from sparse_llm_ft.training.batch_size import check_growth, grown_batch, largest_micro_batch, resumed_batch
 
 
@@ -36,7 +36,7 @@ def change(settings: dict):
     """Config, targets, the phase before with 14 adapters and the phase after with one in the last layer."""
     config = parse_config(merge(settings, {"method": {"name": "weight_lora", "keep": 1, "steps": 2}}))
     targets = find_targets(empty_model(config.model), "all-linear")
-    before = make_methods(config, 8).first(uniform_plan(targets, 4, 8.0), targets).with_batch(2, 8, 0.5)
+    before = build_methods(config, 8).first(uniform_plan(targets, 4, 8.0), targets).with_batch(2, 8, 0.5)
     last = list(targets)[-1]
     plan = AdapterPlan({name: before.plan.modules[name] if name == last else None for name in targets})
     return config, targets, before, Phase("train", plan)
@@ -59,7 +59,7 @@ def test_grow_global_fills_the_freed_memory_and_scales_the_rate(change, scaling:
     config, targets, before, phase = change
     after = replace(phase, batch_growth="grow_global", lr_scaling=scaling)
     grown = grown_batch(after, before, config, targets, 16, 1, CAUSAL_LM)
-    old, new = (saved_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
+    old, new = (activation_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
     freed = state_bytes(before.plan, targets, 2, 1) - state_bytes(phase.plan, targets, 2, 1)
     assert grown.micro_batch_size == (2 * old + freed) // new > 2
     assert grown.global_batch_size == 4 * grown.micro_batch_size  # the accumulation steps stay
@@ -81,6 +81,6 @@ def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypat
     def fails(*args: object, **kwargs: object) -> int:
         raise RuntimeError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(batches, "saved_bytes", fails)
+    monkeypatch.setattr(batch_size, "saved_bytes", fails)
     with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
         check_growth(config, before, CAUSAL_LM)

@@ -21,7 +21,7 @@ from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.packing import pack_lengths
 from sparse_llm_ft.data.reading import Skipped, examples, read_split
 from sparse_llm_ft.data.streaming import shuffled
-from sparse_llm_ft.data.tokenization import CompletionEncoder
+from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
 from sparse_llm_ft.model.loading import load_tokenizer
 from tiny_files import make_data
 from tiny_run import run_settings
@@ -133,7 +133,7 @@ def test_one_rank_of_a_node_tokenises_and_later_runs_find_it(statuses: dict, fol
 def test_packed_runs_count_packs(statuses: dict, folder: Path, worlds: dict) -> None:
     """Two epochs of the packs, four of them a step, each pack twice; on one rank and on two."""
     config = parse_config(worlds["packed"]["trees"])
-    encoder = CompletionEncoder(load_tokenizer(config.model), config.task.max_length)
+    encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
     samples = [encoder(example) for example in read_split(config.task, "train")]
     packs = pack_lengths([sample.length for sample in samples], config.task.max_length)
     expected = sorted([[list(samples[i].prompt), list(samples[i].completion)] for i in pack] for pack in packs)
@@ -172,7 +172,7 @@ def test_streamed_samples_come_through_the_buffer_on_any_number_of_ranks(
     statuses: dict, folder: Path, worlds: dict
 ) -> None:
     config = parse_config(worlds["streamed"]["trees"])
-    encoder = CompletionEncoder(load_tokenizer(config.model), config.task.max_length)
+    encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
     rows = list(read_split(config.task, "train"))
     order = [row for epoch in (0, 1) for row in shuffled(iter(rows), 7, config.seed, epoch)]
     expected = [[[list(s.prompt), list(s.completion)]] for s in map(encoder, order[: 8 * STEPS])]

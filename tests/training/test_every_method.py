@@ -20,10 +20,10 @@ from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.context.preflight import prepare
 from sparse_llm_ft.context.setup import Setup
-from sparse_llm_ft.data.reading import check_task, read_split
+from sparse_llm_ft.data.reading import read_split, resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.plan import AdapterPlan
 from tiny_run import run_settings
 
@@ -108,7 +108,7 @@ def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], result
         model = kind.from_pretrained(run / "model")
     else:
         model = PeftModel.from_pretrained(kind.from_pretrained(tree["model"]["name"], **options), run / "adapter")
-    loss = _loss(model.eval(), tree, check_task(parse_config(tree).task))
+    loss = _loss(model.eval(), tree, resolve_task(parse_config(tree).task))
     assert loss == pytest.approx(summary["metrics"]["after"]["loss"], abs=2e-4)
     assert (run / "report" / "index.html").is_file() == (name in DRAWN)
     newest, _ = newest_valid(run / "checkpoints")
@@ -133,7 +133,7 @@ def test_a_killed_run_ends_as_the_other(name: str, steps: int, trees: dict[str, 
 def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
     """Mean loss over the measured samples, one after the other."""
     tokenizer = AutoTokenizer.from_pretrained(tree["model"]["name"])
-    objective = make_objective(model, tokenizer, task)
+    objective = build_objective(model, tokenizer, task)
     config = parse_config(tree)
     split = config.evaluation.split
     examples = read_split(config.task, split)[: config.evaluation.samples]
@@ -147,9 +147,9 @@ def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
 
 
 def _encode(example: Any, tokenizer: Any, length: int, labelled: bool) -> Any:
-    from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
+    from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
 
-    return (TextEncoder if labelled else CompletionEncoder)(tokenizer, length)(example)
+    return (ClassificationPreprocessor if labelled else CausalLMPreprocessor)(tokenizer, length)(example)
 
 
 def plans(trees: dict[str, dict], name: str) -> list[AdapterPlan]:

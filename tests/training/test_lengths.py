@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import ModelConfig, parse_config
-from sparse_llm_ft.data.reading import check_task
+from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.limits import _learned_positions, check_lengths, tokenizer_for
 
-HEAD = Use("sequence_classification", 2)
+HEAD = TaskMode("sequence_classification", 2)
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 OPT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
 BART = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
@@ -80,20 +80,20 @@ def test_a_special_token_without_embedding_is_refused(model_folder: Path, tmp_pa
         (CAUSAL_LM, {"max_length": 24, "max_prompt_length": 10}, 15, None),
         (CAUSAL_LM, {"max_length": 24, "labels": ["a", "b"], "completion": None}, 64, None),
         (CAUSAL_LM, {"max_length": 24, "max_prompt_length": 24}, 1, "max_prompt_length: 24 leaves no room for a compl"),
-        (Use("seq2seq_lm"), {"max_length": 24, "max_prompt_length": 24}, 24, None),
+        (TaskMode("seq2seq_lm"), {"max_length": 24, "max_prompt_length": 24}, 24, None),
         (HEAD, {"max_length": 99, "labels": ["a", "b"], "completion": None}, 64, None),
         (HEAD, {"max_length": 24, "max_prompt_length": 9}, 1, "task.max_prompt_length: 9, and .* gets a head"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(
-    use: Use, task: dict, new: int, message: str | None, settings: dict
+    task_mode: TaskMode, task: dict, new: int, message: str | None, settings: dict
 ) -> None:
     settings["task"] |= task
     settings["evaluation"]["max_new_tokens"] = new
     config = parse_config(settings)
     model = AutoModelForCausalLM.from_config(OPTConfig(**OPT, word_embed_proj_dim=16, max_position_embeddings=24))
     if message is None:
-        check_lengths(config, check_task(config.task), use, model)
+        check_lengths(config, resolve_task(config.task), task_mode, model)
         return
     with pytest.raises(ConfigError, match=message):
-        check_lengths(config, check_task(config.task), use, model)
+        check_lengths(config, resolve_task(config.task), task_mode, model)

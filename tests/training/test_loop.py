@@ -11,7 +11,7 @@ from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import LeaveRequest, TrainingError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.training.loop import Loop
@@ -81,10 +81,10 @@ class Recording:
 
 def make_loop(bad: set[int], most: int) -> Loop:
     engine: Any = CountingEngine()
-    rule: Any = Recording()
+    callback: Any = Recording()
     samples = [float(i) for i in range(1, 33)]
     schedule = Schedule(TRAINING, len(samples))
-    return Loop(engine, PHASE, rule, samples, Numbers(bad), schedule, Progress(), World(0, 1, 0, 1), 0, most)
+    return Loop(engine, PHASE, callback, samples, Numbers(bad), schedule, Progress(), World(0, 1, 0, 1), 0, most)
 
 
 def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
@@ -93,9 +93,9 @@ def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
     assert [step.skipped for step in steps] == [False, True, True, False, False, False]
     assert (loop.progress.step, loop.progress.phase_step, loop.progress.phase_updates) == (6, 6, 4)
     assert loop.progress.samples == 24
-    engine, rule = loop.engine, loop.rule
-    assert engine.updates == 4 and rule.steps == [1, 2, 3, 4]  # the last of the phase is not missed
-    assert "seen" not in steps[1].rule
+    engine, callback = loop.engine, loop.callback
+    assert engine.updates == 4 and callback.steps == [1, 2, 3, 4]  # the last of the phase is not missed
+    assert "seen" not in steps[1].callback
 
 
 def test_a_good_update_between_begins_the_count_anew() -> None:
@@ -116,9 +116,9 @@ def test_the_signal_of_any_rank_is_known_after_the_step(monkeypatch: pytest.Monk
     loop = make_loop(set(), most=0)
     steps = loop.steps()
     next(steps)
-    assert loop.asked is None
+    assert loop.preempted_by is None
     monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[1]})
     next(steps)
-    assert loop.asked == "SIGUSR1"
-    with pytest.raises(LeaveRequest, match="SIGUSR1: nothing new to save"):
-        signals.leave_if_asked()
+    assert loop.preempted_by == "SIGUSR1"
+    with pytest.raises(PreemptionRequested, match="SIGUSR1: nothing new to save"):
+        signals.exit_if_preempted()

@@ -10,13 +10,13 @@ import pytest
 
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.context.preflight import Prepared, prepare
-from sparse_llm_ft.data.dataset import Samples
+from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation.evaluator import Measure
-from sparse_llm_ft.model.loading import find_model_use, load_model, load_tokenizer
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.evaluation.evaluator import Evaluator
+from sparse_llm_ft.model.loading import find_model_task_mode, load_model, load_tokenizer
+from sparse_llm_ft.objectives.build import build_objective
 
 WORLD = World(0, 1, 0, 1)
 Make = Callable[..., Prepared]
@@ -38,18 +38,18 @@ def prepared(labelled_folder: Path, settings: dict) -> Make:
 
 def measured(run: Prepared, predictions: Path) -> tuple[dict[str, float], list[dict]]:
     config, task = run.config, run.task
-    use = find_model_use(config.model, task, config.task.mode)
-    tokenizer, model = load_tokenizer(config.model, use), load_model(config.model, use)
-    samples = Samples.encode(config, task, tokenizer, use)
-    objective = make_objective(model, tokenizer, task)
-    measure = Measure(config.evaluation, task, use, samples.measured, tokenizer, objective, WORLD, 0, 0)
-    metrics = measure(model, predictions)
+    task_mode = find_model_task_mode(config.model, task, config.task.mode)
+    tokenizer, model = load_tokenizer(config.model, task_mode), load_model(config.model, task_mode)
+    samples = Splits.encode(config, task, tokenizer, task_mode)
+    objective = build_objective(model, tokenizer, task)
+    evaluator = Evaluator(config.evaluation, task, task_mode, samples.measured, tokenizer, objective, WORLD, 0, 0)
+    metrics = evaluator(model, predictions)
     return metrics, [json.loads(line) for line in predictions.read_text().splitlines()]
 
 
-def encoded(run: Prepared) -> Samples:
-    use = find_model_use(run.config.model, run.task, run.config.task.mode)
-    return Samples.encode(run.config, run.task, load_tokenizer(run.config.model, use), use)
+def encoded(run: Prepared) -> Splits:
+    task_mode = find_model_task_mode(run.config.model, run.task, run.config.task.mode)
+    return Splits.encode(run.config, run.task, load_tokenizer(run.config.model, task_mode), task_mode)
 
 
 @pytest.mark.parametrize("folder", ["encoder_folder", "model_folder"])

@@ -15,12 +15,12 @@ from sklearn.metrics import accuracy_score
 from mode_runs import mode_settings, predictions_of, run_all, summary_of
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.context.preflight import prepare
-from sparse_llm_ft.data.dataset import Samples
+from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.evaluation import evaluator as measuring
-from sparse_llm_ft.evaluation.evaluator import Measure, as_score
-from sparse_llm_ft.model.loading import find_model_use, load_model, load_tokenizer
-from sparse_llm_ft.objectives.build import make_objective
+from sparse_llm_ft.evaluation import evaluator
+from sparse_llm_ft.evaluation.evaluator import Evaluator, as_score
+from sparse_llm_ft.model.loading import find_model_task_mode, load_model, load_tokenizer
+from sparse_llm_ft.objectives.build import build_objective
 from tiny_modes import (
     ANSWERS,
     INFERENCES,
@@ -104,13 +104,13 @@ def measured(process_group: None, tmp_path: Path, monkeypatch) -> Callable[..., 
     def measure(model: Path, data: Path, task: dict, texts: list[str]) -> tuple[dict[str, float], list[dict]]:
         run = prepare(parse_config(mode_settings(model, data, task, "lora", tmp_path / "run")), WORLD)
         config, predictions = run.config, tmp_path / "predictions.jsonl"
-        use = find_model_use(config.model, run.task, config.task.mode)
-        tokenizer, base = load_tokenizer(config.model, use), load_model(config.model, use)
-        parts = Samples.encode(config, run.task, tokenizer, use).measured
-        objective = make_objective(base, tokenizer, run.task)
-        monkeypatch.setattr(measuring, "generate", lambda *arguments, **options: texts)
+        task_mode = find_model_task_mode(config.model, run.task, config.task.mode)
+        tokenizer, base = load_tokenizer(config.model, task_mode), load_model(config.model, task_mode)
+        parts = Splits.encode(config, run.task, tokenizer, task_mode).measured
+        objective = build_objective(base, tokenizer, run.task)
+        monkeypatch.setattr(evaluator, "generate", lambda *arguments, **options: texts)
         with torch.no_grad():
-            found = Measure(config.evaluation, run.task, use, parts, tokenizer, objective, WORLD, 0, 0)(
+            found = Evaluator(config.evaluation, run.task, task_mode, parts, tokenizer, objective, WORLD, 0, 0)(
                 base, predictions
             )
         return found, [json.loads(line) for line in predictions.read_text().splitlines()]

@@ -14,17 +14,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.data.dataset import Encoding, Samples, packed, strata
-from sparse_llm_ft.data.packing import PackedSamples
-from sparse_llm_ft.data.reading import check_task, read_split
+from sparse_llm_ft.data.dataset import SplitBuilder, Splits, packed, strata
+from sparse_llm_ft.data.packing import PackedDataset
+from sparse_llm_ft.data.reading import read_split, resolve_task
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.data.spans import SpanEncoder
-from sparse_llm_ft.data.tokenization import CompletionEncoder, TextEncoder
-from sparse_llm_ft.distributed import collectives as agreement
-from sparse_llm_ft.distributed.collectives import on_node_leaders
+from sparse_llm_ft.data.spans import SpanPreprocessor
+from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
+from sparse_llm_ft.distributed import collectives
+from sparse_llm_ft.distributed.collectives import run_on_local_leaders
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-from sparse_llm_ft.model.architecture import CAUSAL_LM, Use
+from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from tiny_files import write_rows
 
 CHAT = "{% for m in messages %}the {{ m['content'] }} to {% endfor %}"
@@ -40,13 +40,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Prompts in the order they are tokenised."""
     seen: list[str] = []
-    encode = CompletionEncoder.__call__
+    encode = CausalLMPreprocessor.__call__
 
-    def counted(self: CompletionEncoder, example: Any) -> Sample:
+    def counted(self: CausalLMPreprocessor, example: Any) -> Sample:
         seen.append(example.prompt)
         return encode(self, example)
 
-    monkeypatch.setattr(CompletionEncoder, "__call__", counted)
+    monkeypatch.setattr(CausalLMPreprocessor, "__call__", counted)
     return seen
 
 
@@ -59,17 +59,17 @@ def own_data(data_folder: Path, tmp_path: Path, settings: dict) -> Path:
     return folder
 
 
-def encoding(tree: dict, change: Callable[[Any], None] | None = None, **options: Any) -> Encoding:
+def encoding(tree: dict, change: Callable[[Any], None] | None = None, **options: Any) -> SplitBuilder:
     config = parse_config(tree)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     if change:
         change(tokenizer)
-    return Encoding(config, check_task(config.task), tokenizer, CAUSAL_LM, **options)
+    return SplitBuilder(config, resolve_task(config.task), tokenizer, CAUSAL_LM, **options)
 
 
-def encode(tree: dict, **options: Any) -> Samples:
+def encode(tree: dict, **options: Any) -> Splits:
     made = encoding(tree, **options)
-    return Samples.encode(made.config, made.task, made.tokenizer, made.use, made.lead, made.each, made.share)
+    return Splits.encode(made.config, made.task, made.tokenizer, made.use, made.on_leaders, made.each, made.share)
 
 
 def test_stored_samples_are_the_encoders(settings: dict) -> None:
@@ -77,7 +77,7 @@ def test_stored_samples_are_the_encoders(settings: dict) -> None:
     settings["training"]["eval_every"] = 4
     made = encode(settings)
     config = parse_config(settings)
-    encoder = CompletionEncoder(AutoTokenizer.from_pretrained(config.model.name), 32)
+    encoder = CausalLMPreprocessor(AutoTokenizer.from_pretrained(config.model.name), 32)
     for split, samples in (("train", made.train), ("validation", made.validation)):
         assert list(samples) == [encoder(example) for example in read_split(config.task, split)]
     (part,) = made.measured
@@ -132,7 +132,7 @@ def test_another_mode_has_another_key(labelled_folder: Path, encoder_folder: Pat
         "labels": ["no", "yes"],
     }
     made = encoding(settings)
-    head = Encoding(made.config, made.task, made.tokenizer, Use("sequence_classification", 2))
+    head = SplitBuilder(made.config, made.task, made.tokenizer, TaskMode("sequence_classification", 2))
     assert head._key("train", None, None) != made._key("train", None, None)
 
 
@@ -167,20 +167,20 @@ def test_only_the_first_rank_of_a_node_tokenises(
     settings: dict, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 3 of 4 on two nodes finds what rank 2, the first of its node, has written."""
-    monkeypatch.setattr(agreement, "_worst", lambda own: own)  # there is no other process here
-    waits = lambda action: on_node_leaders(World(3, 4, 1, 2), action)  # noqa: E731
+    monkeypatch.setattr(collectives, "_worst", lambda own: own)  # there is no other process here
+    waits = lambda action: run_on_local_leaders(World(3, 4, 1, 2), action)  # noqa: E731
     with pytest.raises(UserError, match="No such file"):
-        encode(settings, lead=waits, share=lambda text: "of rank 0")
+        encode(settings, on_leaders=waits, share=lambda text: "of rank 0")
     assert not calls
     said: list[str] = []
-    leads = lambda action: on_node_leaders(World(2, 4, 0, 2), action)  # noqa: E731
-    first = encode(settings, lead=leads, share=lambda text: said.append(text) or text)
+    leads = lambda action: run_on_local_leaders(World(2, 4, 0, 2), action)  # noqa: E731
+    first = encode(settings, on_leaders=leads, share=lambda text: said.append(text) or text)
     assert len(calls) == 45 and all(said)
     heard = iter(said)
-    second = encode(settings, lead=waits, share=lambda text: next(heard))
+    second = encode(settings, on_leaders=waits, share=lambda text: next(heard))
     assert list(second.train) == list(first.train) and len(calls) == 45
     with pytest.raises(UserError, match=r"task: this node's .* rows, or its tokenizer, are not those of rank 0's node"):
-        encode(settings, lead=leads, share=lambda text: "of rank 0")
+        encode(settings, on_leaders=leads, share=lambda text: "of rank 0")
 
 
 LONG = " ".join(["anna"] * 40)
@@ -212,7 +212,7 @@ def test_texts_that_are_shortened_are_said(settings: dict) -> None:
     samples = encode(settings)
     config = parse_config(settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
-    whole = CompletionEncoder(tokenizer, 512)
+    whole = CausalLMPreprocessor(tokenizer, 512)
     count = sum(whole(example).length > 9 for example in read_split(config.task, "train"))
     assert 0 < count < 40
     measured = sum(whole(example).length > 9 for example in read_split(config.task, "test", limit=5))
@@ -266,10 +266,10 @@ def test_windows_are_numbered_by_the_examples_that_are_left(
     settings["task"] = {"name": "squad", "path": str(folder), "max_length": 16, "on_bad_row": "skip"}
     config = parse_config(settings)
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
-    made = Encoding(config, check_task(config.task), tokenizer, Use("question_answering"))
+    made = SplitBuilder(config, resolve_task(config.task), tokenizer, TaskMode("question_answering"))
     (part,) = made.measured()
     assert [example.texts[0] for example in part.examples] == [questions[0], questions[2]]
-    encoder = SpanEncoder(tokenizer, 16)
+    encoder = SpanPreprocessor(tokenizer, 16)
     expected = [window for i, example in enumerate(part.examples) for window in encoder(example, i)]
     assert list(part.samples) == expected and {window.example for window in expected} == {0, 1}
 
@@ -279,7 +279,7 @@ def test_packs_hold_all_samples_and_no_more_than_fits(settings: dict) -> None:
     train = encode(settings).train
     config = parse_config(settings)
     packs = packed(train, train.lengths, config)
-    assert isinstance(packs, PackedSamples) and len(packs) < len(train)
+    assert isinstance(packs, PackedDataset) and len(packs) < len(train)
     together = [sample for pack in packs for sample in pack.samples]
     assert sorted(map(hash, together)) == sorted(map(hash, train)) and max(packs.lengths) <= 32
     settings["task"]["packing"] = False
@@ -297,15 +297,17 @@ def test_strata_are_labels_and_scores_have_none(settings: dict, labelled_folder:
     for what, expected in (({"labels": ["no", "yes"]}, [0, 1, 0, 1, 0]), ({"score": [0, 5]}, [None] * 5)):
         settings["task"] = task | what
         made = encoding(settings)
-        head = Encoding(made.config, made.task, made.tokenizer, Use("sequence_classification", made.task.outputs))
-        assert isinstance(head.encoder, TextEncoder)
+        head = SplitBuilder(
+            made.config, made.task, made.tokenizer, TaskMode("sequence_classification", made.task.outputs)
+        )
+        assert isinstance(head.encoder, ClassificationPreprocessor)
         assert strata(head.stored("train"), made.task)[:5] == expected
 
 
 def test_a_task_without_what_such_a_model_sees_is_refused(settings: dict) -> None:
     made = encoding(settings)
     with pytest.raises(ConfigError, match=r"task.texts: not given"):
-        Encoding(made.config, made.task, made.tokenizer, Use("sequence_classification", 2))
+        SplitBuilder(made.config, made.task, made.tokenizer, TaskMode("sequence_classification", 2))
 
 
 REFUSED: dict[str, tuple[dict, str]] = {

@@ -26,12 +26,12 @@ def watch(logs: Path, die_before_step: int | None) -> Callable[[int], None]:
     """What patches a rank."""
 
     def before(rank: int) -> None:
-        from sparse_llm_ft.data.tokenization import CompletionEncoder
+        from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
         from sparse_llm_ft.training.loop import Loop
 
-        encode, read = CompletionEncoder.__call__, Loop._read
+        encode, read = CausalLMPreprocessor.__call__, Loop._read
 
-        def counted(self: CompletionEncoder, example: Any) -> Any:
+        def counted(self: CausalLMPreprocessor, example: Any) -> Any:
             with (logs / f"encoded-{rank}.txt").open("a") as file:
                 file.write(example.prompt + "\n")
             return encode(self, example)
@@ -44,7 +44,7 @@ def watch(logs: Path, die_before_step: int | None) -> Callable[[int], None]:
                 file.write(json.dumps([[shown(unit) for unit in micro] for micro in result[0]]) + "\n")
             return result
 
-        CompletionEncoder.__call__, Loop._read = counted, told
+        CausalLMPreprocessor.__call__, Loop._read = counted, told
 
     return before
 
