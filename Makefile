@@ -29,7 +29,7 @@ test-long: $(READY)
 
 # Every stage, dtype, world and offload; fifty kill trials; every fault. Hours on two cores.
 test-distributed: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/distributed tests/faults
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/launches tests/faults
 
 test-all: test test-long
 

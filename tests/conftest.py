@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_files import make_data, make_encoder, make_labelled, make_model
-from tiny_run import run_settings
+from helpers.tiny_files import make_data, make_encoder, make_labelled, make_model
+from helpers.tiny_run import run_settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="datasets-")  # gone with the process

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launching import TRAIN, launch
+from helpers.launching import TRAIN, launch
 
 
 def edited(settings: dict, changes: dict) -> dict:

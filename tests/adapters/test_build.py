@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from helpers.tiny_models import IDS, MODELS
 from sparse_llm_ft.adapters import (
     add_adapters,
     change_plan,
@@ -21,7 +22,6 @@ from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.optim import RowColumnMask, SparseAdamW
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, uniform_plan
-from tiny_models import IDS, MODELS
 
 SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
 

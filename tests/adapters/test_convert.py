@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from helpers.tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 from sparse_llm_ft.adapters import is_omega, save_peft_adapter, to_stock_lora
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
-from tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 
 LAYERS, WIDTH = 12, 16
 MODULES = [f"model.layers.{i}.{module}" for i in range(LAYERS) for module in LLAMA_MODULES]

@@ -10,10 +10,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn import modules as bitsandbytes_modules
 
+from helpers.tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 from sparse_llm_ft.adapters import SparseLoraLayer
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.model.loading import DTYPES, load_model
-from tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
 

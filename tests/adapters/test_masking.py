@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.tiny_models import IDS, MODELS
 from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.adapters.masking import optimizer_masks, to_kept, to_whole
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, PlanError, group_name, module_kind, uniform_plan
-from tiny_models import IDS, MODELS
 
 LLAMA = MODELS["llama"]
 

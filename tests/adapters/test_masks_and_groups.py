@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.tiny_models import IDS, MODELS
 from sparse_llm_ft.adapters import (
     SparseLoraConfig,
     SparseLoraLayer,
@@ -20,7 +21,6 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, PlanError, group_name, module_kind, uniform_plan
-from tiny_models import IDS, MODELS
 
 LLAMA = MODELS["llama"]
 ROWS, COLS = IndexMask(10, (0, 3, 9)), IndexMask(6, (1, 2, 5))

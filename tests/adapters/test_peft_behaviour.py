@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from helpers.tiny_models import IDS, MODELS, adapters_of, llama, logits, randomize, with_adapters
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
-from tiny_models import IDS, MODELS, adapters_of, llama, logits, randomize, with_adapters
 
 
 @pytest.fixture(params=list(MODELS))

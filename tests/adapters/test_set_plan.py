@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from helpers.tiny_models import IDS, adapters_of, llama, logits, randomize, with_adapters
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
-from tiny_models import IDS, adapters_of, llama, logits, randomize, with_adapters
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 UP0, UP1 = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"

@@ -8,10 +8,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from helpers.tiny_models import LLAMA_MODULES, llama
 from sparse_llm_ft.adapters import SparseLoraConfig, check_plan, find_targets
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
-from tiny_models import LLAMA_MODULES, llama
 
 ENDINGS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from families import CONFIGS, FAMILIES, KINDS, family, files, layered, parsed
+from helpers.families import CONFIGS, FAMILIES, KINDS, family, files, layered, parsed
 from sparse_llm_ft.config import check_world, dump_config, load_config, parse_config
 from sparse_llm_ft.config.methods import method_names
 from sparse_llm_ft.errors import ConfigError

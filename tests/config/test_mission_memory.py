@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from families import FAMILIES, files, parsed, settings
+from helpers.families import FAMILIES, files, parsed, settings
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.engine import check_deepspeed

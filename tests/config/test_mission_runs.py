@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from families import Tree, files, layered, make_tiny
-from forked_ranks import last_lines, run_worlds
+from helpers.families import Tree, files, layered, make_tiny
+from helpers.forked_ranks import last_lines, run_worlds
 from sparse_llm_ft.config import merge, parse_config
 
 STEPS = 4

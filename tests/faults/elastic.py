@@ -22,12 +22,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from comparing import Splits, consumed, metrics
-from forked_ranks import Kill, import_everything, last_lines, run_world
-from places import die_at, record_samples
-from sabotage import SABOTAGES
-from tiny_files import make_data, make_model
-from tiny_run import run_settings
+from helpers.comparing import Splits, consumed, metrics
+from helpers.forked_ranks import Kill, import_everything, last_lines, run_world
+from helpers.places import die_at, record_samples
+from helpers.sabotage import SABOTAGES
+from helpers.tiny_files import make_data, make_model
+from helpers.tiny_run import run_settings
 
 STEPS = 10
 _WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}

@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from comparing import Splits, consumed, differences
-from forked_ranks import LAUNCHER_POLLS, Kill, import_everything, last_lines, run_world
-from places import PLACES, die_at, record_samples
-from sabotage import SABOTAGES
-from tiny_files import make_data, make_model
-from trial_settings import CONFIGURATIONS, Configuration, settings
+from helpers.comparing import Splits, consumed, differences
+from helpers.forked_ranks import LAUNCHER_POLLS, Kill, import_everything, last_lines, run_world
+from helpers.places import PLACES, die_at, record_samples
+from helpers.sabotage import SABOTAGES
+from helpers.tiny_files import make_data, make_model
+from helpers.trial_settings import CONFIGURATIONS, Configuration, settings
 
 ANY_TIME = "any time"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sabotage import SABOTAGES
+from helpers.sabotage import SABOTAGES
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("kill_trials.py")

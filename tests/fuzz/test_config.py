@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from inputs import VALUES, is_one_line, wounded
+from helpers.inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.config import dump_config, load_config, parse_config, split_arguments
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml

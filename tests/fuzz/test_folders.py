@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from inputs import NASTY, VALUES, is_one_line, wounded
+from helpers.inputs import NASTY, VALUES, is_one_line, wounded
 from sparse_llm_ft.checkpoint.store import load_checkpoint
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.errors import CheckpointError

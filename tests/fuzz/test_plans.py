@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inputs import VALUES, is_one_line, wounded
+from helpers.inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.adapters.targets import adapter_shapes, check_modules
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json
 from sparse_llm_ft.phase import CutRule, Phase, ScoringSpec, Subset

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inputs import TEXTS, VALUES, is_one_line, wounded
+from helpers.inputs import TEXTS, VALUES, is_one_line, wounded
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import ENDINGS
 from sparse_llm_ft.data.reading import Skipped, read_split

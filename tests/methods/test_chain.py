@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rules import TARGETS, config, derivation, start, state
+from helpers.method_settings import TARGETS, config, derivation, start, state
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import FULL_MODEL
 

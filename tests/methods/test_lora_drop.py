@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rules import TARGETS, start, state
+from helpers.method_settings import TARGETS, start, state
 from sparse_llm_ft.phase import Subset
 
 # Shares of q: .1 .2 .3 .4; of k: all equal; of up: all in layer 2.

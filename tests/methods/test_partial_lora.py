@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rules import TARGETS, derivation, start, state
+from helpers.method_settings import TARGETS, derivation, start, state
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.phase import Phase, Subset
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from run_folders import lora_drop_run, weight_lora_plus_run
+from helpers.run_folders import lora_drop_run, weight_lora_plus_run
 from sparse_llm_ft.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from run_folders import lora_drop_run, lora_run, partial_run, weight_lora_plus_run
+from helpers.run_folders import lora_drop_run, lora_run, partial_run, weight_lora_plus_run
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.report import RunReport
 from sparse_llm_ft.report.grid import module_grid

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from page_parser import Page
-from run_folders import llama_shapes, lora_drop_run, lora_run, partial_run, weight_lora_plus_run, write_run
+from helpers.page_parser import Page
+from helpers.run_folders import llama_shapes, lora_drop_run, lora_run, partial_run, weight_lora_plus_run, write_run
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.report import write_report

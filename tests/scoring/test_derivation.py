@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from scored_models import CLASSES, Row, RowObjective, bert, deberta, linears, llama, rows_for, spread
+from helpers.scored_models import CLASSES, Row, RowObjective, bert, deberta, linears, llama, rows_for, spread
 from sparse_llm_ft.errors import ConfigError, TrainingError, UserError
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, Split, derive, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scored_models import RowObjective, linears, llama, rows_for
+from helpers.scored_models import RowObjective, linears, llama, rows_for
 from sparse_llm_ft.scoring.contracts import Split
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import Importance, dense_weight

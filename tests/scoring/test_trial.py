@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scored_models import RowObjective, bart, bert, deberta, linears, llama, rows_for
+from helpers.scored_models import RowObjective, bart, bert, deberta, linears, llama, rows_for
 from sparse_llm_ft.scoring.blocks import PrefixCache, evaluating, find_blocks, group_by_block, layer_of
 from sparse_llm_ft.scoring.trial import Trial, zeroed
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from helpers.tiny_modes import make_bart, make_t5
+from helpers.tiny_run import run_settings
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import TaskConfig, parse_config
 from sparse_llm_ft.data.reading import Example, resolve_task
@@ -19,8 +21,6 @@ from sparse_llm_ft.plan import uniform_plan
 from sparse_llm_ft.scoring import DerivationSettings, derive
 from sparse_llm_ft.scoring.layer_search import LayerSearch
 from sparse_llm_ft.training.scorer import Scorer
-from tiny_modes import make_bart, make_t5
-from tiny_run import run_settings
 
 TASK = resolve_task(TaskConfig(name="custom", path=".", prompt="{text}", completion="{answer}"))
 # The longest prompt and the longest completion have equally many words.

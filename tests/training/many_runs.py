@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from forked_ranks import import_everything
+from helpers.forked_ranks import import_everything
 
 KILLED = 42
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from launching import TRAIN, last_lines, launch
+from helpers.launching import TRAIN, last_lines, launch
 
 pytestmark = pytest.mark.distributed
 

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from forked_ranks import last_lines
+from helpers.forked_ranks import last_lines
+from helpers.tiny_files import make_data
+from helpers.tiny_run import run_settings
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.packing import pack_lengths
 from sparse_llm_ft.data.reading import Skipped, examples, read_split
 from sparse_llm_ft.data.streaming import shuffled
 from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
 from sparse_llm_ft.model.loading import load_tokenizer
-from tiny_files import make_data
-from tiny_run import run_settings
 
 LONG = " ".join(["anna"] * 40)
 STEPS = 6

@@ -13,9 +13,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mode_runs import adapter_settings, exported, mode_settings, plain, predictions_of, run_all, summary_of
+from helpers.mode_runs import adapter_settings, exported, mode_settings, plain, predictions_of, run_all, summary_of
+from helpers.tiny_modes import LABELLED, SUMMARIES, UNANSWERABLE, make_answers, make_bart, make_summaries, make_t5
 from sparse_llm_ft.plan import AdapterPlan
-from tiny_modes import LABELLED, SUMMARIES, UNANSWERABLE, make_answers, make_bart, make_summaries, make_t5
 
 METHODS = ("lora", "weight", "drop", "partial", "compact")
 MODELS = ("t5", "bart")

@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from all_methods import METHODS, with_cache
+from helpers.all_methods import METHODS, with_cache
+from helpers.tiny_run import run_settings
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
@@ -25,7 +26,6 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.plan import AdapterPlan
-from tiny_run import run_settings
 
 ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score
 
-from mode_runs import METHODS, adapter_settings, exported, mode_settings, predictions_of, run_all, summary_of
-from tiny_modes import ANSWERS, LABELLED, SCORE, SCORED, UNANSWERABLE, make_answers, make_scored
+from helpers.mode_runs import METHODS, adapter_settings, exported, mode_settings, predictions_of, run_all, summary_of
+from helpers.tiny_modes import ANSWERS, LABELLED, SCORE, SCORED, UNANSWERABLE, make_answers, make_scored
 
 SCORES = [f"score-{method}" for method in METHODS if method != "full"]
 SPANS = [f"spans-{method}" for method in METHODS if method not in ("adalora", "full")]

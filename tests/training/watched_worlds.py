@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from forked_ranks import import_everything, run_world
+from helpers.forked_ranks import import_everything, run_world
 
 
 def watch(logs: Path, die_before_step: int | None) -> Callable[[int], None]:

@@ -1,0 +1,267 @@
+"""`push`: the real client against a hub on this machine; what is uploaded, and what never is."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from helpers.hub_server import Hub, serving
+from helpers.trained_runs import PLANS, make_run
+from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.config import RunConfig, parse_config
+from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.hub import check_name, check_repository, upload
+from sparse_llm_ft.export.model_card import metadata_of, model_card
+from sparse_llm_ft.export.options import ExportOptions
+from sparse_llm_ft.export.sanitize import public_settings
+from sparse_llm_ft.inference.trained_run import read_run
+
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
+IDS = torch.tensor([[1, 5, 9, 12, 7, 3]])
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(Hub()) as running:
+        yield running
+
+
+@pytest.fixture
+def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The hub, as this process's client sees it, which is logged in by the environment."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`sparse-llm-ft push` in a process of its own."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-m", "sparse_llm_ft.cli.main", "push", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | settings | environment,
+    )
+
+
+@pytest.mark.parametrize("lfs", [True, False])
+def test_an_upload_is_the_export_with_card_and_settings(
+    lfs: bool, hub: Hub, settings: dict, loud_folder: Path, tmp_path: Path
+) -> None:
+    """By way of LFS, and by way of the commit; what was uploaded loads in PEFT and computes the same."""
+    hub.lfs = lfs
+    model = make_run(settings, PLANS["ranked"])
+    before = set(Path(settings["output_dir"]).iterdir())
+    environment = {"HF_HUB_DISABLE_XET": "1"} if lfs else {}
+    result = command(hub, tmp_path / "home", settings["output_dir"], "me/tiny", "--private", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{hub.url}/me/tiny\n"
+    assert hub.created[0]["name"] == "tiny" and hub.created[0]["organization"] == "me"
+    assert "private" in (hub.created[0].get("visibility"), "private" * bool(hub.created[0].get("private")))
+    assert set(hub.files) == {"README.md", "config.yaml", "adapter_config.json", "adapter_model.safetensors"}
+    assert bool(hub.objects) == lfs and hub.tokens <= {f"Bearer {TOKEN}", None}
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name, content in hub.files.items():
+        (folder / name).write_bytes(content)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(loud_folder), folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-4)
+    assert set(Path(settings["output_dir"]).iterdir()) == before, "nothing stays behind"
+    assert TOKEN not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("to", ["peft", "merged", "native"])
+def test_a_dry_run_says_what_would_be_uploaded_and_gives_nothing_of_this_machine_away(
+    to: str, settings: dict, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    settings["deepspeed"] = {"wandb": {"enabled": False, "team": "somebody"}, "zero_stage": 1}
+    make_run(settings, PLANS["grouped" if to != "merged" else "masked"])
+    main(["push", settings["output_dir"], "me/tiny", "--to", to, "--dry-run"])
+    printed = capsys.readouterr().out
+    folder = Path(settings["output_dir"]) / f"push-{to}"
+    listed = set(re.findall(r"^  (\S+) \([\d,]+ bytes\)$", printed, re.MULTILINE))
+    assert listed == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert {"README.md", "config.yaml"} < listed
+    forbidden = [str(tmp_path), str(tmp_path.parent.parent), TOKEN, "somebody"]
+    if len(user := getpass.getuser()) > 4:  # a shorter one may be a part of any word
+        forbidden.append(user)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for text in forbidden:
+            assert text.encode() not in content, f"{path.name} holds {text}"
+
+
+def test_the_card_says_what_was_done(settings: dict, capsys, data_folder: Path) -> None:
+    make_run(settings, PLANS["masked"])
+    run = Path(settings["output_dir"])
+    metrics = {"before": {"loss": 3.0, "rouge1": 10.0}, "after": {"loss": 1.5, "rouge1": 40.25}}
+    versions = {"python": "3.11.0", "torch": "2.13.0", "peft": "0.21.2"}
+    summary = {"metrics": metrics, "versions": versions, "world_size": 4, "samples": {"train": 40, "test": 6}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    main(["push", str(run), "me/tiny", "--dry-run"])
+    capsys.readouterr()
+    card = (run / "push-peft" / "README.md").read_text()
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "peft", "tags": ["sparse-llm-ft", "lora"]}
+    assert text.startswith("\n# tiny\n")
+    for line in (
+        "| loss | 3.000 | 1.500 |",
+        "| rouge1 | 10.000 | 40.250 |",
+        "| layer | q_proj | k_proj | down_proj |",
+        "| 0 | 3: 50% × 94% | 3: 50% × 94% | 3: 50% × 96% |",
+        "| train | 40 |",
+        "| test | 6 |",
+        "| torch | 2.13.0 |",
+        "deepspeed --num_gpus 4 launch/train.py --config config.yaml",
+        'model = PeftModel.from_pretrained(base, "me/tiny")',
+        "Task custom, from a local folder.",
+    ):
+        assert line in text.splitlines(), line
+    again = yaml.safe_load((run / "push-peft" / "config.yaml").read_text())
+    assert again["model"]["name"] == "tiny-llama" and again["task"]["path"] == data_folder.name
+    assert again["method"] == parse_config(settings).model_dump(mode="json")["method"]
+
+
+def test_the_card_marks_shared_adapters_and_modules_without(settings: dict) -> None:
+    for name, lines in (
+        ("grouped", ["| 0 | 4 shared | 4 shared | 4 shared |", "| 1 | 4 | 4 | 4 |"]),
+        ("ranked", ["| 0 | 2 | 2 | 2 |", "| 1 | 4 | 4 | – |"]),
+    ):
+        settings["output_dir"] += name
+        make_run(settings, PLANS[name])
+        card = model_card(read_run(settings["output_dir"]), "me/tiny", ExportOptions())
+        assert set(lines) <= set(card.splitlines())
+        assert "Training had not ended when this was uploaded." in card
+
+
+def test_hub_names_are_themetadata_of(settings: dict) -> None:
+    """A base and a task of the hub are linked; a folder is not, since another's repository may be called so."""
+    make_run(settings, PLANS["lora"])
+    run = read_run(settings["output_dir"])
+    assert metadata_of(run, ExportOptions()).to_dict().keys() == {"library_name", "tags"}
+    hub_settings = settings | {
+        "model": {"name": "meta-llama/Llama-3.1-8B"},
+        "task": {"name": "dialogsum"},
+    }
+    config = parse_config(hub_settings)
+    run = replace(run, config=config, task=resolve_task(config.task))
+    metadata = metadata_of(run, ExportOptions("merged")).to_dict()
+    assert metadata["base_model"] == "meta-llama/Llama-3.1-8B"
+    assert metadata["datasets"] == ["knkarthick/dialogsum"] and metadata["library_name"] == "transformers"
+
+
+def test_local_folders_become_their_last_names(settings: dict) -> None:
+    settings["model"]["name"] = "/home/somebody/models/llama"
+    settings["method"] = {"name": "partial_lora", "cache_dir": "/home/somebody/cache"}
+    settings["task"]["prompt"] = "/no_think {text}"
+    tree = public_settings(RunConfig.model_validate(settings))
+    assert tree["model"]["name"] == "llama" and tree["method"]["cache_dir"] == "cache"
+    assert tree["task"]["prompt"] == "/no_think {text}", "a text, not a path"
+    assert "somebody" not in json.dumps(tree)
+
+
+def test_a_path_in_a_prompt_is_not_uploaded(settings: dict, capsys) -> None:
+    """What nobody would look for there is refused, not shortened."""
+    settings["task"]["prompt"] = f"{settings['task']['path']} {{text}}"
+    make_run(settings, PLANS["lora"])
+    with pytest.raises(SystemExit) as stop:
+        main(["push", settings["output_dir"], "me/tiny", "--dry-run"])
+    assert stop.value.code == 2
+    assert "config.yaml would hold the local path" in capsys.readouterr().err
+    assert not (Path(settings["output_dir"]) / "push-peft").exists()
+
+
+def test_an_existing_repository_needs_update(here: Hub, settings: dict, capsys) -> None:
+    make_run(settings, PLANS["lora"])
+    here.exists = True
+    with pytest.raises(SystemExit) as stop:
+        main(["push", settings["output_dir"], "me/tiny"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: me/tiny: exists; choose another name, or give --update")
+    assert not any(request.startswith("POST") for request in here.requests), "nothing was sent"
+    main(["push", settings["output_dir"], "me/tiny", "--update"])
+    assert capsys.readouterr().out.strip().endswith("/me/tiny")
+    assert "README.md" in here.files
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said", "message"),
+    [
+        ("/api/repos/create", 401, "Invalid credentials", "the hub does not accept the access token; log in"),
+        ("/api/repos/create", 403, "no rights", r"the access token may not write there \(.*no rights.*\)"),
+        ("/api/repos/create", 409, "You already created it", "exists; choose another name"),
+        ("/api/repos/create", 500, "broken", r"the hub answered 500 \(.*broken.*\)"),
+        (
+            "/api/models/me/tiny/preupload",
+            403,
+            "read only",
+            r"the access token may not write .*created; --update tries",
+        ),
+        ("/api/models/me/tiny/commit", 400, "bad file", r"the hub answered 400 .*bad file"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    path: str, status: int, said: str, message: str, here: Hub, tmp_path: Path
+) -> None:
+    here.refusals[path] = (status, said)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match=f"^me/tiny: {message}") as caught:
+        upload(folder, "me/tiny", private=False, update=False)
+    assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
+    assert not here.files
+
+
+def test_no_token_is_said_before_anything_is_asked(here: Hub, monkeypatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="me/tiny: no access token for the hub; log in with `hf auth login`"):
+        check_repository("me/tiny", update=False)
+    assert not here.requests
+
+
+def test_no_network_is_one_line(here: Hub, monkeypatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(UserError, match=r"^me/tiny: the hub cannot be used .*Connect"):
+            check_repository("me/tiny", update=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^me/tiny: the hub cannot be used .*offline mode"):
+        check_repository("me/tiny", update=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "me/", "/tiny", "me/ti ny", "me/tiny/more", "../tiny", "me/--", "me/" + "x" * 99]
+)
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="no name of a repository; expected NAMESPACE/NAME"):
+        check_name(name)
+
+
+def test_output_is_for_dry_runs(settings: dict, capsys) -> None:
+    make_run(settings, PLANS["lora"])
+    with pytest.raises(SystemExit) as stop:
+        main(["push", settings["output_dir"], "me/tiny", "--output", "somewhere"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --output somewhere: expected --dry-run beside it")

@@ -1,0 +1,218 @@
+"""Two-rank cases of the methods: shared and masked adapters, scores, derivations, AdaLoRA. See cases.py."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from transformers import AutoTokenizer
+
+from helpers.case_tools import (
+    MODEL,
+    OBJECTIVE,
+    SAMPLES,
+    WORLD,
+    base_model,
+    case,
+    engine_settings,
+    make_loop,
+    plan_for,
+    start_values,
+)
+from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
+from sparse_llm_ft.checkpoint.state import Progress
+from sparse_llm_ft.config import ModelConfig, parse_config
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.model.loading import load_model
+from sparse_llm_ft.phase import ScoringSpec
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, group_name, module_kind
+from sparse_llm_ft.scoring import Derivation
+from sparse_llm_ft.training.scorer import Scorer
+
+
+def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
+    """q_proj and up_proj of both layers share; v_proj has masks; the rest is plain."""
+    targets, plan = find_targets(model, "all-linear"), plan_for(model)
+    modules = dict(plan.modules)
+    for name, (rows, columns) in targets.items():
+        if name.endswith(("q_proj", "up_proj")):
+            modules[name] = replace(modules[name], group=group_name(module_kind(name), (rows, columns)))
+        if name.endswith("v_proj"):
+            kept = {"rows": IndexMask(rows, (0, rows - 1)), "cols": IndexMask(columns, tuple(range(1, columns, 2)))}
+            modules[name] = replace(modules[name], **kept)
+    return replace(plan, modules=modules)
+
+
+@case
+def shared_and_masked_adapters_train_alike_at_every_stage() -> None:
+    """The losses of 8 steps at stages 0 to 3; a shared pair is one parameter of the optimizer."""
+    losses = {}
+    for stage in (0, 1, 2, 3):
+        base = base_model()
+        plan = sparse_plan(base)
+        model = add_adapters(base, plan)
+        start = start_values(model)
+        engine = Engine(model, engine_settings(stage, 2))
+        assert sum(v.numel() for v in engine.values().values()) == plan.parameters(find_targets(base, "all-linear"))
+        engine.load(start)
+        loop = make_loop(engine, plan, 2, Progress())
+        losses[stage] = [step.loss for _, step in zip(range(8), loop.steps(), strict=False)]
+        engine.close()
+    for stage, values in losses.items():
+        difference = max(abs(a - b) for a, b in zip(values, losses[0], strict=True))
+        assert difference < (1e-4 if stage == 3 else 1e-5), (stage, difference)
+    assert losses[0][-1] < losses[0][0]
+
+
+def scorer(world: World, cache: str = "") -> Scorer:
+    config = parse_config(
+        {
+            "model": {"name": MODEL, "dtype": "float32"},
+            "task": {"name": "custom"},
+            "output_dir": "x",
+            "method": "lora_drop",
+            "evaluation": {"micro_batch_size": 3},
+        }
+    )
+    return Scorer(config, world, OBJECTIVE, Console(rank=1))
+
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+
+
+@case
+def lora_outputs_do_not_depend_on_the_world() -> None:
+    """At stages 2 and 3, against all samples on each rank, and against ||delta W x||² by hand."""
+    base = base_model()
+    plan = plan_for(base)
+    model = add_adapters(base, plan)
+    start = start_values(model)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(start[name])
+    alone = scorer(ALONE)
+    alone._sum = lambda tensor: tensor
+    expected = alone.lora_output(model, list(plan.active), SAMPLES)
+    name = next(iter(plan.active))
+    seen = []
+    layer = model.get_base_model().get_submodule(name)
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    delta, by_hand = layer.get_delta_weight("default").detach(), 0.0
+    with torch.no_grad():
+        for sample in SAMPLES:
+            OBJECTIVE.loss(model.eval(), OBJECTIVE.batch([sample]))
+            by_hand += float((seen.pop() @ delta.T).double().square().sum())
+    hook.remove()
+    assert abs(expected[name] - by_hand / len(SAMPLES)) < 1e-5 * expected[name], (expected[name], by_hand)
+    for stage in (2, 3):
+        again = add_adapters(base_model(), plan)
+        engine = Engine(again, engine_settings(stage, 2))
+        engine.load(start)
+        found = scorer(WORLD).lora_output(engine.module, list(plan.active), SAMPLES)
+        for module, value in expected.items():
+            assert abs(found[module] - value) <= 1e-5 * value, (stage, module, found[module], value)
+        engine.close()
+
+
+@case
+def a_derivation_is_the_same_at_every_stage_and_for_every_world() -> None:
+    """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
+    measure = ScoringSpec("derivation", "snip", 1.0, floor_metric="loss", compare=True, micro_batch_size=4)
+    few = SAMPLES[:6]
+    for importance, stages, four_bit in (("svd", (2, 3), False), ("snip", (3,), False), ("svd", (3,), True)):
+        measure = replace(measure, importance=importance)
+        plan = plan_for(base_model())
+        modules = list(plan.active)[::2]  # of both layers, each kind once
+        expected: Derivation | None = None
+        for stage in stages:
+            dtype = "bfloat16" if four_bit else "float32"
+            settings = ModelConfig(name=MODEL, dtype=dtype, quantization="nf4" if four_bit else "none")
+            engine = Engine(add_adapters(load_model(settings), plan), engine_settings(stage, 2, dtype))
+            if expected is None:
+                alone = scorer(ALONE)
+                alone._sum = lambda tensor: tensor
+                expected = alone._derive(engine, measure, modules, few)
+            found = scorer(WORLD)._derive(engine, measure, modules, few)
+            assert found.ratios == expected.ratios, (stage, importance)
+            assert 0 < sum(map(sum, found.ratios.values())) < 2 * len(modules)
+            for name, scores in expected.importance.items():
+                torch.testing.assert_close(found.importance[name].rows, scores.rows, rtol=1e-4, atol=1e-6)
+            assert found.overlaps.keys() == expected.overlaps.keys() == {"svd-snip", "svd-imp", "snip-imp"}
+            # Nothing is left behind: the engine trains on.
+            loop = make_loop(engine, plan, 2, Progress())
+            next(loop.steps())
+            engine.close()
+
+
+@case
+def gradients_before_a_step_are_the_global_ones() -> None:
+    """What AdaLoRA's allocation reads: the same at every stage, and the gradient of the global batch's mean loss."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        base = base_model()
+        plan = plan_for(base)
+        model = add_adapters(base, plan)
+        start = start_values(model)
+        engine = Engine(model, engine_settings(stage, 2))
+        engine.load(start)
+        loop = make_loop(engine, plan, 2, Progress())
+        kept: dict[str, torch.Tensor] = {}
+
+        class Reader:
+            needs_gradients = True
+
+            def after_step(self, engine: Engine, step: int, gradients: dict) -> dict:
+                kept.update(copy.deepcopy(gradients))  # noqa: B023
+                return {}
+
+            def active_adapters(self, engine: Engine) -> int:
+                return 1
+
+        loop.callback = Reader()
+        next(loop.steps())
+        found[stage] = kept
+        engine.close()
+    base = base_model()
+    model = add_adapters(base, plan_for(base))
+    parameters = trained_parameters(model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(start[name])
+    chosen = [SAMPLES[loop.stream.index(i)] for i in range(8)]
+    (OBJECTIVE.loss(model, OBJECTIVE.batch(chosen)) / sum(s.supervised for s in chosen)).backward()
+    for stage, gradients in found.items():
+        for name, parameter in parameters.items():
+            message = f"stage {stage}, {name}"
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=message)
+
+
+@case
+def lora_plus_groups_are_those_of_peft() -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = base_model()
+    model = add_adapters(base, replace(plan_for(base), tuner="lora"))
+    reference = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0)
+    expected = {id(p): group["lr"] for group in reference.param_groups for p in group["params"]}
+    settings = replace(engine_settings(0, 2), lora_b_lr_factor=16.0)
+    engine = Engine(model, settings)
+    loop = make_loop(engine, plan_for(base_model()), 2, Progress())
+    loop.schedule = replace(loop.schedule, settings=loop.schedule.settings.model_copy(update={"warmup_steps": 0}))
+    next(loop.steps())
+    found = {id(p): group["lr"] for group in engine._optimizer.param_groups for p in group["params"]}
+    assert found == expected
+    engine.close()
+
+
+@case
+def every_rank_draws_the_same_masks() -> None:
+    """Also from a derivation that only rank 0 has in its cache."""
+    from sparse_llm_ft.distributed.collectives import broadcast_bytes
+
+    tokens = AutoTokenizer.from_pretrained(MODEL)("anna buys")["input_ids"]
+    sent = broadcast_bytes(bytes(tokens) if WORLD.rank == 0 else b"")
+    assert list(sent) == tokens
+    assert broadcast_bytes(b"") == b""

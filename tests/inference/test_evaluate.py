@@ -1,0 +1,112 @@
+"""`evaluate`: the numbers of training again, on one process or two, at another stage; and the run stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.forked_ranks import last_lines, run_worlds
+from helpers.tiny_run import run_settings
+from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.errors import UserError
+
+METHODS: dict[str, Any] = {
+    "weight_lora_plus": {"name": "weight_lora_plus", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5},
+    "partial_lora": {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5},
+    "full": "full",
+    "head": "lora",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    model_folder: Path,
+    data_folder: Path,
+    encoder_folder: Path,
+    labelled_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """For each method a run; and what it is measured as by one process, by two, and by two at stage 3."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    worlds: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        tree = run_settings(model_folder, data_folder, folder / name) | {"method": method, "report": False}
+        if name == "head":
+            tree["model"]["name"] = str(encoder_folder)
+            tree["task"] = {"name": "custom", "path": str(labelled_folder), "max_length": 32}
+            tree["task"] |= {"labels": ["no", "yes"], "texts": ["sentence"], "metrics": ["f1", "matthews"]}
+            tree["evaluation"] |= {"split": "validation", "samples": 11}
+        worlds[f"{name}-train"] = {"trees": tree, "world_size": 1}
+        again = ["evaluate", str(folder / name)]
+        for other, ranks, settings in (
+            ("same", 1, []),
+            ("two", 2, ["evaluation.micro_batch_size=3"]),
+            ("stage-3", 2, ["deepspeed.zero_stage=3", "evaluation.micro_batch_size=1"]),
+        ):
+            output = ["--output", str(folder / f"{name}-{other}")]
+            worlds[f"{name}-{other}"] = {"trees": {"command": [*again, *output, *settings]}, "world_size": ranks}
+    statuses = run_worlds(worlds, folder / "logs")
+    for name, ranks in statuses.items():
+        assert ranks and not any(ranks), last_lines(folder / "logs" / name)
+    return folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_settings_give_the_numbers_of_training(runs: Path, name: str) -> None:
+    result = read(runs / f"{name}-same" / "metrics.json")
+    assert result["metrics"] == read(runs / name / "summary.json")["metrics"]["after"]
+    assert result["metrics"] != read(runs / name / "summary.json")["metrics"]["before"]
+    assert result["step"] == 8
+    predictions = (runs / name / "predictions-after.jsonl").read_text()
+    assert (runs / f"{name}-same" / "predictions.jsonl").read_text() == predictions
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("other", ["two", "stage-3"])
+def test_ranks_batches_and_stages_change_nothing(runs: Path, name: str, other: str) -> None:
+    one, two = (read(runs / f"{name}-{which}" / "metrics.json") for which in ("same", other))
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for key, value in one["metrics"].items():
+        assert two["metrics"][key] == pytest.approx(value, rel=1e-5), key
+    assert (two["world_size"], two["zero_stage"]) == (2, 3 if other == "stage-3" else 2)
+    rows = [(runs / f"{name}-{which}" / "predictions.jsonl").read_text() for which in ("same", other)]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_is_only_read(runs: Path) -> None:
+    assert {path.name for path in (runs / "partial_lora").iterdir()} == {
+        *("config.yaml", "plan.json", "phases", "checkpoints", "metrics.jsonl", "tensorboard", "summary.json"),
+        *("adapter", "predictions-before.jsonl", "predictions-after.jsonl", ".lock"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.max_steps=9"], "training.max_steps=9: expected a setting of evaluation., deepspeed., task.path="),
+        (["evaluation.split=validaton"], "evaluation.split: 'validaton' is not allowed"),
+        (["evaluation.samples=0"], "evaluation.samples: 0 measures nothing; expected 1 or more"),
+        (["--output", "."], "exists"),
+        (["task.path=/nowhere"], "task.path: '/nowhere' is not a folder"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    runs: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(runs / "head"), *arguments])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(said) == 1 and message in said[0]
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, UserError)):
+        main(["evaluate", str(tmp_path)])
+    assert "no config.yaml; expected a run's output_dir" in capsys.readouterr().err
