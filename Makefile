@@ -2,41 +2,54 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= 2
+# A pip constraints file, for the exact versions that were tested: CONSTRAINTS=constraints.txt
+CONSTRAINTS ?=
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+READY := $(VENV)/ready$(if $(CONSTRAINTS),-constrained)
+INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: setup quickstart test test-long test-distributed test-all lint clean
+.PHONY: setup quickstart test test-long test-distributed test-all lint constraints clean help
 
-setup: $(READY)
+setup: $(READY)  ## install into .venv; CONSTRAINTS=constraints.txt takes the exact tested versions
 
 # torch first and by itself: the range picks a build that is at hand, before anything else can ask for another one.
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.8,<2.14"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) "torch>=2.8,<2.14"
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
-quickstart: $(READY)
+quickstart: $(READY)  ## train a tiny Llama on PROCESSES=2 processes, in about a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
 
-test: $(READY)
+test: $(READY)  ## run the tests, in about 8 minutes on two cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
-test-long: $(READY)
+test-long: $(READY)  ## run the long tests alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
 
 # Every stage, dtype, world and offload; fifty kill trials; every fault. Hours on two cores.
-test-distributed: $(READY)
+test-distributed: $(READY)  ## run all distributed and fault tests, long or not
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/launches tests/faults
 
-test-all: test test-long
+test-all: test test-long  ## run every test
 
-lint: $(READY)
+lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
+# Two steps, so that a failing pip leaves the old file. `--all` adds setuptools, which torch needs at run time and which
+# pip leaves out of a list on Python 3.11.
+constraints: $(READY)  ## write constraints.txt from .venv; run lint and test first
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip > $(VENV)/frozen.txt
+	{ grep '^#' constraints.txt; sed 's/^\(torch==[^+]*\)+.*/\1/' $(VENV)/frozen.txt; } > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+clean:  ## remove .venv, build outputs and the tools' caches
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
