@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported, here or in a process that a test starts. Tests run in as many processes as there are cores:
+# with a thread per core each, they would wait for each other far longer than tiny models take to compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 import tempfile
 from collections.abc import Iterator
