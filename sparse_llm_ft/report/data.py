@@ -1,7 +1,7 @@
 """What a run's folder says about the run: settings, logged steps, phases and summary, checked while they are read.
 
-Objects of the run's files stay mappings under the files' own keys. The tables below name the values that the report
-needs, and convert them.
+The objects of the run's files stay mappings with the files' own keys. Tables name the values that the report needs,
+each with a function that converts the value or refuses it.
 """
 
 from __future__ import annotations
@@ -218,8 +218,9 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
 def _phase(path: Path) -> dict[str, Any]:
     with _reading(path) as data:
         phase = _converted(data, _PHASE, _PHASE_END)
-        for name in phase["plan"].active:
-            phase["shapes"][name]  # every adapter has a module of known shape
+        unknown = phase["plan"].active.keys() - phase["shapes"]
+        if unknown:
+            raise ValueError(f"no shape of {min(unknown)}")
     return phase
 
 

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from sparse_llm_ft.report.theme import SERIES
+
 WIDTH = 9.6
 MARKERS = "osD^vPX"
 
@@ -35,9 +37,8 @@ def new_figure(height: float) -> Figure:
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour, marker and dash of the line number `index`: no two of the first 21 are alike."""
-    series = len(MARKERS)  # as many as colours
-    dash = ("-", "--", ":")[index // series % 3]
-    return {"color": f"C{index}", "marker": MARKERS[index % series], "linestyle": dash}
+    dash = ("-", "--", ":")[index // len(SERIES) % 3]
+    return {"color": f"C{index}", "marker": MARKERS[index % len(MARKERS)], "linestyle": dash}
 
 
 def legend_above(figure: Figure, axes: Axes, handles: Sequence[Artist] | None = None) -> None:

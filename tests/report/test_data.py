@@ -92,6 +92,8 @@ def test_no_run_is_named(tmp_path: Path) -> None:
         ("config.yaml", "model: ["),
         ("config.yaml", "seed: 1\n"),
         ("summary.json", "{"),
+        ("summary.json", '{"phases": [], "metrics": {"after": {"loss": "low"}}, "world_size": 1}'),
+        ("summary.json", '{"phases": [], "metrics": {}, "world_size": Infinity}'),
         ("phases/01-train.json", '{"index": 1}'),
         ("phases/01-train.json", "[]"),
     ],
@@ -100,6 +102,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: st
     folder = weight_lora_plus_run(tmp_path / "run", layers=1, finished=name == "summary.json")
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=f"{name}: not readable"):
+        RunReport.read(folder)
+
+
+def test_an_adapter_without_a_shape_is_named(tmp_path: Path) -> None:
+    folder = lora_run(tmp_path / "run", {"a.0.q": (4, 4)})
+    path = folder / "phases" / "00-train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": {}}))
+    with pytest.raises(UserError, match=r"00-train\.json: not readable .*no shape of a\.0\.q"):
         RunReport.read(folder)
 
 
