@@ -54,16 +54,22 @@ def _introduction() -> str:
 python benchmarks/reproduce.py --models MODELS --data DATA
 ```
 
-MODELS holds all-MiniLM-L6-v2 and SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF file), DATA GLUE's SST-2, CoLA
-and RTE as JSON lines. Reported is the beginning of GLUE's validation set, in percent: mean ± standard deviation over
-seeds; a value without ± is one seed. Learning rates are found by one rule for every system, on the first task and the
-first seed: from two rates on, by their factor in the direction of the better one until the loss on {HELD_OUT} samples
-held out of the training set rises, up to a number of rates; the best is used for all of the system's runs. Parameters
-are those of the last phase, by task where they differ, heads included. Seconds are the median over runs of the CPU time
-of the whole run on one thread: loading, derivation or pilot, training, evaluation; they do not depend on what else the
-machine does, and a derivation that was in the cache is not in them (–: not measured). Both are small models, trained
-for few steps on a part of the data: the tables compare systems with each other, not with the papers' figures. Ablations
-run on SST-2; CoLA and RTE, which nothing learns in so few steps, have one seed.
+MODELS holds all-MiniLM-L6-v2 and SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF file). DATA holds GLUE's SST-2,
+CoLA and RTE as JSON lines.
+
+- **Scores** are in percent, on the beginning of GLUE's validation set: mean ± standard deviation over seeds. A value
+  without ± is one seed.
+- **Learning rates** come from one search for every system, on the first task and the first seed. The search starts with
+  two rates and continues by their factor in the direction of the better one. It stops when the loss on {HELD_OUT}
+  samples held out of the training set rises, or at a maximum number of rates. All of the system's runs use the best rate.
+- **Parameters** are those of the last phase, by task where they differ, including heads.
+- **Seconds** are CPU time of the whole run on one thread, as the median over runs: loading, derivation or pilot,
+  training, evaluation. They do not depend on the machine's other load and do not include a derivation from the cache
+  (–: not measured).
+
+Both models are small and train for few steps on a part of the data. The tables compare systems with each other, not
+with the papers' figures. Ablations run on SST-2. CoLA and RTE have one seed, because nothing learns them in so few
+steps.
 """
 
 
@@ -179,14 +185,14 @@ def _claims(setting: Setting, table: Table, tasks: Sequence[str]) -> list[str]:
     if names:
         lines += [
             "",
-            f"On {' and '.join(names)} LoRA is not {CLEARLY:g} points above the majority class after so few steps: "
-            "no claim rests on them.",
+            f"After so few steps LoRA is not {CLEARLY:g} points above the majority class on {' and '.join(names)}, so "
+            "no claim uses them.",
         ]
     note = (
-        "Pairs are runs of the same task and seed, taken as independent. A claim of *more* holds where the difference "
-        "is more than two standard errors above zero and fails where it is more than two below; one of *as good* holds "
-        f"where it is two standard errors above -{MARGIN:g} and fails where it is more than two below zero. Everything "
-        "between is undecided."
+        "Pairs are runs of the same task and seed, taken as independent. A claim of *more* holds if the difference is "
+        "more than two standard errors above zero, and fails if it is more than two below. A claim of *as good* holds "
+        f"if the difference is two standard errors above -{MARGIN:g}, and fails if it is more than two below zero. "
+        "Everything between is undecided."
     )
     return [*lines, "", note, ""]
 

@@ -63,8 +63,8 @@ SMOLLM = Model(
     },
     (
         "SmolLM2-135M-Instruct in bfloat16, adapters of rank 8 on the query and value projections, learning rate",
-        "0.001, one seed. With so few samples measured, differences of a few points between methods say nothing; what",
-        "they show is that each task is learned, and how it is measured.",
+        "0.001, one seed. The tables show that the model learns each task, and how each is measured. With so few",
+        "samples, differences of a few points between methods say nothing.",
     ),
 )
 MINILM = Model(
@@ -86,7 +86,7 @@ MINILM = Model(
     },
     (
         "all-MiniLM-L6-v2 with a fresh head in float32, adapters of rank 16 on all linear layers, one seed. The",
-        "learning rate is 0.001, and 0.004 for Partial-LoRA: the search above finds four times that of LoRA for it.",
+        "learning rate is 0.001, and 0.004 for Partial-LoRA, for which the search above finds four times LoRA's rate.",
     ),
     rates={"Partial-LoRA": 4e-3},
 )
@@ -165,7 +165,7 @@ def train(setting: Setting, method: str, models: Path, data: Path, runs: Path) -
 def page(runs: Path) -> Iterator[str]:
     """Lines of the part, from the runs that are complete."""
     yield from ("## Tasks with their own metrics", "")
-    yield "Written by `python benchmarks/tasks.py --models MODELS --data DATA --runs RUNS`, on two processor cores."
+    yield "`python benchmarks/tasks.py --models MODELS --data DATA --runs RUNS` wrote this section, on two CPU cores."
     missing = [(s, m) for s in SETTINGS for m in s.model.methods if _summary(folder_of(s, m, runs)) is None]
     if missing:
         yield from ("", f"Not run yet: {', '.join(f'{method} on {setting.key}' for setting, method in missing)}.")
