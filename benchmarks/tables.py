@@ -61,7 +61,8 @@ CoLA and RTE as JSON lines.
   without ± is one seed.
 - **Learning rates** come from one search for every system, on the first task and the first seed. The search starts with
   two rates and continues by their factor in the direction of the better one. It stops when the loss on {HELD_OUT}
-  samples held out of the training set rises, or at a maximum number of rates. All of the system's runs use the best rate.
+  samples held out of the training set rises, or at a maximum number of rates. All of the system's runs use the best
+  rate.
 - **Parameters** are those of the last phase, by task where they differ, including heads.
 - **Seconds** are CPU time of the whole run on one thread, as the median over runs: loading, derivation or pilot,
   training, evaluation. They do not depend on the machine's other load and do not include a derivation from the cache

@@ -205,6 +205,20 @@ class RunFolder:
                 yield record
 
 
+def open_run(path: str) -> RunFolder:
+    """The folder of a run.
+
+    Raises:
+        UserError: it is none, or nothing has been saved in it.
+    """
+    folder = RunFolder(path)
+    if not (folder.path / CONFIG).is_file():
+        raise UserError(f"{path}: no {CONFIG}; expected a run's output_dir")
+    if not folder.has_checkpoints():
+        raise UserError(f"{path}: no checkpoint yet")
+    return folder
+
+
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run may not differ in, by their dotted names."""
     return {

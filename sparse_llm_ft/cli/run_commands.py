@@ -15,8 +15,8 @@ from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
-from sparse_llm_ft.export.options import ExportOptions, open_run, refuse_existing
-from sparse_llm_ft.run_folder import CONFIG
+from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.run_folder import CONFIG, open_run
 
 if TYPE_CHECKING:
     from sparse_llm_ft.inference.trained_run import TrainedRun

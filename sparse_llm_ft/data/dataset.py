@@ -21,6 +21,7 @@ from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.tasks import Task, render
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.data.tokenization import (
     CausalLMPreprocessor,
     ClassificationPreprocessor,
@@ -30,7 +31,6 @@ from sparse_llm_ft.data.tokenization import (
 )
 from sparse_llm_ft.distributed.collectives import ALONE, Coordination
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-from sparse_llm_ft.model.architecture import TaskMode
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class SplitBuilder:
         answers = task.labels or [f"{score:.1f}" for score in task.score or ()]
         if self.task_mode.mode == "seq2seq_lm" or not answers:
             return settings.max_prompt_length
-        assert task.completion, "check_task made sure"
+        assert task.completion, "resolve_task made sure"
         completions = [render(task.completion, {task.label_column: answer}) for answer in answers]
         room = settings.max_length - max(len(completion_ids(text, self.tokenizer)) for text in completions)
         if room < 1:

@@ -61,7 +61,7 @@ def examples_of(task: Task, row: Row, source: str, line: int) -> Iterator[tuple[
 
 
 def _templates(task: Task, row: Row, source: str, line: int) -> Example:
-    assert task.completion, "check_task made sure"
+    assert task.completion, "resolve_task made sure"
     label: int | float | None = None
     if task.labels is not None:
         label = _label(task.labels, row[task.label_column])

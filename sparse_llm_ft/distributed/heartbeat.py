@@ -74,7 +74,7 @@ class Heartbeat:
         self._heard: list[str] | None = None
         self._stopped, self._lost = threading.Event(), threading.Event()
         self._beater, self._monitor = (
-            threading.Thread(target=target, name="watch", daemon=True)
+            threading.Thread(target=target, name="heartbeat", daemon=True)
             for target in (self._beat_loop, self._monitor_loop)
         )
         self._beater.start()
@@ -190,4 +190,4 @@ def _store(address: str, port: int, held: bool = False) -> dist.Store:
 
 
 def _key(rank: int) -> str:
-    return f"watch/{rank}"
+    return f"heartbeat/{rank}"

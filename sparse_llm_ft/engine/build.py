@@ -10,9 +10,9 @@ from peft import PeftModel
 
 from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import load_sharded_model, whole
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan

@@ -12,7 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode, model_family
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
+from sparse_llm_ft.model.architecture import model_family
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 

@@ -37,7 +37,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.loading import device, load_model
 
 SLICE_BYTES = 16 * 2**20

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.collectives import run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation.generation import generate
@@ -22,7 +23,6 @@ from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
 from sparse_llm_ft.evaluation.metrics import score
 from sparse_llm_ft.evaluation.spans import choose_spans
 from sparse_llm_ft.io.atomic import write_file
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.spans import SpanObjective
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from sparse_llm_ft.adapters import save_peft_adapter
 from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.io.atomic import write_folder
-from sparse_llm_ft.model.architecture import TaskMode, mode_of, task_type
+from sparse_llm_ft.model.architecture import mode_of, task_type
 from sparse_llm_ft.model.loading import DTYPES, load_tokenizer
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.run_folder import CONFIG, RunFolder
 
 Form = Literal["peft", "merged", "native"]
 
@@ -44,20 +43,6 @@ class ExportOptions:
         if not _SHARD_SIZE.fullmatch(max_shard_size):
             raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB")
         return cls(_FORMS[to], uniform_rank, max_shard_size)
-
-
-def open_run(path: str) -> RunFolder:
-    """The folder of a run.
-
-    Raises:
-        UserError: it is none, or nothing has been saved in it.
-    """
-    folder = RunFolder(path)
-    if not (folder.path / CONFIG).is_file():
-        raise UserError(f"{path}: no {CONFIG}; expected a run's output_dir")
-    if not folder.has_checkpoints():
-        raise UserError(f"{path}: no checkpoint yet")
-    return folder
 
 
 def refuse_existing(output: Path) -> None:

@@ -17,14 +17,13 @@ from sparse_llm_ft.config import DeepSpeedConfig, RunConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World
 from sparse_llm_ft.errors import CheckpointError, UserError
-from sparse_llm_ft.export.options import open_run
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
-from sparse_llm_ft.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder, open_run
 
 
 @dataclass(frozen=True)

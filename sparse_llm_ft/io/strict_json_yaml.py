@@ -34,7 +34,7 @@ def read_json(path: Path, constants: bool = False) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        DocumentError: it is too large, not UTF-8, or not such JSON.
+        ParseError: it is too large, not UTF-8, or not such JSON.
     """
     return parse_json(_read(path, MAX_JSON_BYTES), constants)
 
@@ -51,7 +51,7 @@ def parse_json(text: str, constants: bool = False) -> Any:
         constants: whether NaN and infinities are let through, which are no JSON but what Python writes for them.
 
     Raises:
-        DocumentError: no JSON, a key that stands twice, nesting without end, a number out of range.
+        ParseError: no JSON, a key that stands twice, nesting without end, a number out of range.
     """
     try:
         if constants:
@@ -72,7 +72,7 @@ def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
         text: the whole document; items are parsed as they are asked for.
 
     Raises:
-        DocumentError: as `parse_json`, with the line; there is no such list, or something behind the document.
+        ParseError: as `parse_json`, with the line; there is no such list, or something behind the document.
     """
     scan = _Scan(text)
     if scan.peek() == "{":
@@ -171,7 +171,7 @@ def parse_yaml(text: str) -> Any:
     Dates stay texts. Other types need tags, and tags are refused.
 
     Raises:
-        DocumentError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
+        ParseError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
             write out to a very large document, nesting without end, a number out of range.
     """
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -22,9 +21,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import WITH_HEAD, Mode, TaskMode
 from sparse_llm_ft.errors import ConfigError
 
-Mode = Literal["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"]
 ModelFamily = Literal["encoder", "decoder", "encoder-decoder"]
 
 
@@ -70,28 +69,6 @@ ARCHITECTURES: dict[Mode, Architecture] = {
         "as a causal language model",
     ),
 }
-
-_WITH_HEAD: tuple[Mode, ...] = ("sequence_classification", "question_answering")
-
-
-@dataclass(frozen=True)
-class TaskMode:
-    """How a model learns a task.
-
-    Attributes:
-        outputs: of a classification head: one for each label, or 1 in a regression; None in other modes.
-    """
-
-    mode: Mode = "causal_lm"
-    outputs: int | None = None
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the model's head belongs to the task, and is trained whole."""
-        return self.mode in _WITH_HEAD
-
-
-CAUSAL_LM = TaskMode()
 
 
 def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: str) -> TaskMode:
@@ -159,7 +136,7 @@ def mode_of(model: nn.Module) -> Mode:
 
 def has_head(model: nn.Module) -> bool:
     """Whether the model, bare or under PEFT, has a head that belongs to the task."""
-    return mode_of(model) in _WITH_HEAD
+    return mode_of(model) in WITH_HEAD
 
 
 def task_type(model: nn.Module) -> str | None:

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import ModelConfig, RunConfig
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.data.tokenization import usual_prompt_length
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_tokenizer
 
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")

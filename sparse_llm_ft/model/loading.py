@@ -23,8 +23,9 @@ from transformers import (
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import ARCHITECTURES, CAUSAL_LM, TaskMode, base_of, find_task_mode, has_head
+from sparse_llm_ft.model.architecture import ARCHITECTURES, base_of, find_task_mode, has_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

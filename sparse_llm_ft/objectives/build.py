@@ -100,7 +100,7 @@ def _label_words(tokenizer: PreTrainedTokenizerBase, task: Task, is_target: bool
     """Each label's token where the completions of all labels differ first, as they stand in the samples."""
     if task.labels is None:
         return None
-    assert task.completion, "check_task made sure"
+    assert task.completion, "resolve_task made sure"
     write = target_ids if is_target else completion_ids
     rows = [write(render(task.completion, {task.label_column: word}), tokenizer) for word in task.labels]
     position = next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), 0)

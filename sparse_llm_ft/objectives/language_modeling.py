@@ -65,7 +65,7 @@ class CompletionObjective:
         """(batch,) int64: 0 or 1 with label words, else the number of right tokens."""
         logits, targets = self._predict(forward, batch)
         if self.label_words is None:
-            return (logits.argmax(-1) == targets).sum(1)  # a target that is IGNORED equals no token
+            return (logits.argmax(-1) == targets).sum(1)  # IGNORE_INDEX equals no token
         choices, right = _choose(logits, targets, self.label_words)
         return (choices == right).long()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
 

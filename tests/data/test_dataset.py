@@ -21,13 +21,13 @@ from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.data.spans import SpanPreprocessor
 from sparse_llm_ft.data.task_config import resolve_task
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
 from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed import collectives
 from sparse_llm_ft.distributed.collectives import ALONE, Coordination, run_on_local_leaders
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 
 CHAT = "{% for m in messages %}the {{ m['content'] }} to {% endfor %}"
 

@@ -22,9 +22,9 @@ from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.rows import examples_of
 from sparse_llm_ft.data.samples import Pack
 from sparse_llm_ft.data.task_config import resolve_task
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
 from sparse_llm_ft.errors import DataError
-from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.loading import load_tokenizer
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 

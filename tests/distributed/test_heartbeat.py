@@ -59,7 +59,7 @@ def three() -> Iterator[Ranks]:
     yield ranks
     for one in ranks.watches:
         one.close(done=False)
-    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_a_silent_rank_is_named_by_all_others(three: Ranks) -> None:

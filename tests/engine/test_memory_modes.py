@@ -27,8 +27,8 @@ from transformers import (
 
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import head_modules
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
 

@@ -15,7 +15,7 @@ Die = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class ShardSlice:
+class Place:
     """Where a process can be killed.
 
     Attributes:
@@ -204,23 +204,23 @@ def _report(die: Die) -> None:
 
 
 PLACES = {
-    "step": ShardSlice(8, _step),
-    "accumulation": ShardSlice(12, _accumulation),
-    "save": ShardSlice(15, _save, rank_zero=True),
-    "torn tensors": ShardSlice(3, _torn_tensors, rank_zero=True),
-    "drop": ShardSlice(2, _drop, rank_zero=True),
-    "metrics": ShardSlice(8, _metrics, rank_zero=True),
-    "begin": ShardSlice(4, _begin, rank_zero=True),
-    "load": ShardSlice(2, _load),
-    "change": ShardSlice(1, _change, change=True),
-    "changed": ShardSlice(1, _changed, change=True),
-    "scores": ShardSlice(2, _scores, change=True),
-    "evaluation": ShardSlice(8, _evaluation),
-    "generation": ShardSlice(2, _generation),
-    "predictions": ShardSlice(2, _predictions, rank_zero=True),
-    "export": ShardSlice(4, _export, rank_zero=True),
-    "summary": ShardSlice(1, _summary, rank_zero=True),
-    "report": ShardSlice(1, _report, rank_zero=True),
+    "step": Place(8, _step),
+    "accumulation": Place(12, _accumulation),
+    "save": Place(15, _save, rank_zero=True),
+    "torn tensors": Place(3, _torn_tensors, rank_zero=True),
+    "drop": Place(2, _drop, rank_zero=True),
+    "metrics": Place(8, _metrics, rank_zero=True),
+    "begin": Place(4, _begin, rank_zero=True),
+    "load": Place(2, _load),
+    "change": Place(1, _change, change=True),
+    "changed": Place(1, _changed, change=True),
+    "scores": Place(2, _scores, change=True),
+    "evaluation": Place(8, _evaluation),
+    "generation": Place(2, _generation),
+    "predictions": Place(2, _predictions, rank_zero=True),
+    "export": Place(4, _export, rank_zero=True),
+    "summary": Place(1, _summary, rank_zero=True),
+    "report": Place(1, _report, rank_zero=True),
 }
 
 

@@ -37,12 +37,12 @@ from helpers.case_tools import (
 from sparse_llm_ft.adapters import add_adapters, change_plan, find_targets
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine import sharded_loading
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.sharded_loading import Reads, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import mean_loss
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import DTYPES, head_modules, load_model
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 

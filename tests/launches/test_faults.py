@@ -211,7 +211,7 @@ def test_a_log_that_cannot_be_written_stops_all_ranks_with_one_line(plus_setting
 
 HOLD = """
 import sys, time
-from sparse_llm_ft.training.run_folder import RunFolder
+from sparse_llm_ft.run_folder import RunFolder
 folder = RunFolder(sys.argv[1])
 folder.lock()
 print("held", flush=True)

@@ -28,16 +28,9 @@ from helpers.tiny_modes import make_bart, make_t5
 from sparse_llm_ft.config import ModelConfig, TaskConfig
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import (
-    TaskMode,
-    base_of,
-    find_task_mode,
-    has_head,
-    mode_of,
-    model_family,
-    task_type,
-)
+from sparse_llm_ft.model.architecture import base_of, find_task_mode, has_head, mode_of, model_family, task_type
 from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules, load_model
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaModel
 
 from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import TaskMode, has_head
+from sparse_llm_ft.model.architecture import has_head
 from sparse_llm_ft.model.loading import empty_model, head_modules, load_model, load_tokenizer
 
 

@@ -23,10 +23,10 @@ from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.data.tokenization import ClassificationPreprocessor, Seq2SeqPreprocessor
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import choose_labels
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import load_model, load_tokenizer
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective

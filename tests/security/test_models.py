@@ -12,8 +12,8 @@ import torch
 
 from helpers.contexts import open_context
 from sparse_llm_ft.config import ModelConfig, merge, parse_config
+from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import check_weights, empty_model, load_model
 
 
