@@ -1,6 +1,8 @@
-"""The task registry: a new task is one file here and one line below."""
+"""The task registry: a new task is one file here and its name in `_FILES`."""
 
-from sparse_llm_ft.data.tasks import cnn_dailymail, custom, dart, dialogsum, e2e_nlg, glue, samsum, squad, xsum
+from collections.abc import Iterator
+from importlib import import_module
+
 from sparse_llm_ft.data.tasks.task import (
     BadRow,
     Kind,
@@ -13,20 +15,27 @@ from sparse_llm_ft.data.tasks.task import (
     template_columns,
 )
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        cnn_dailymail.TASK,
-        custom.TASK,
-        dart.TASK,
-        dialogsum.TASK,
-        e2e_nlg.TASK,
-        *glue.TASKS,
-        samsum.TASK,
-        *squad.TASKS,
-        xsum.TASK,
-    )
-}
+_FILES = (
+    "cnn_dailymail",
+    "custom",
+    "dart",
+    "dialogsum",
+    "e2e_nlg",
+    "glue",
+    "samsum",
+    "squad",
+    "xsum",
+)
+
+
+def _tasks() -> Iterator[Task]:
+    """Each file's ``TASK``, or all of its ``TASKS``."""
+    for name in _FILES:
+        module = import_module(f"{__name__}.{name}")
+        yield from getattr(module, "TASKS", None) or (module.TASK,)
+
+
+TASKS: dict[str, Task] = {task.name: task for task in _tasks()}
 
 __all__ = [
     "TASKS",
