@@ -20,7 +20,7 @@ from sparse_llm_ft.adapters import (
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.optim import RowColumnMask, SparseAdamW
+from sparse_llm_ft.optim import SparseAdamW
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, uniform_plan
 
 SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
@@ -91,10 +91,7 @@ def test_masked_rows_and_columns_of_adalora_stay_zero_under_training() -> None:
     plan = replace(plan, modules=modules, masking="optimizer")
     model = add_adapters(base, plan).train()
     trained = trained_parameters(model)
-    masks = {
-        n: RowColumnMask(lines.width, lines.dimension, lines.kept.indices) for n, lines in optimizer_masks(plan).items()
-    }
-    kept = {trained[n]: mask.indices(0, trained[n].numel()) for n, mask in masks.items()}
+    kept = {trained[n]: mask.indices(0, trained[n].numel()) for n, mask in optimizer_masks(plan).items()}
     optimizer = SparseAdamW(trained.values(), lr=0.05, weight_decay=0.1, kept=kept)
     for _ in range(4):
         loss = model(input_ids=IDS).logits.square().mean() + orthogonality(trained)
