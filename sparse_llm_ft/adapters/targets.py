@@ -10,10 +10,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.architecture import HEAD_NAMES
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
-_HEADS = frozenset({"score", "classifier", "pre_classifier", "qa_outputs", "classification_head"})
 
 
 def linear_modules(model: nn.Module) -> dict[str, Shape]:
@@ -28,7 +28,7 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
     saved = tuple(name + "." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {}
     for name, module in modules.items():
-        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in _HEADS:
+        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in HEAD_NAMES:
             continue
         if name.startswith(wrappers) and not name.endswith(".base_layer"):
             continue  # an adapter's own matrices
