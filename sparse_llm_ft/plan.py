@@ -7,7 +7,7 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sparse_llm_ft.errors import one_line
 
@@ -357,13 +357,35 @@ def with_omega(plan: AdapterPlan) -> AdapterPlan:
     return replace(plan, modules=modules)
 
 
-def module_kind(name: str) -> str:
-    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``; the last part of a
-    name without number.
+class ModuleName(NamedTuple):
+    """The parts of a module's name: ``model.layers.3.self_attn.q_proj`` is stack ``model.layers``, number 3, rest
+    ``self_attn.q_proj``. The outermost number counts. A name without number is its parent, None and its last part.
     """
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(part for part in parts[number + 1 :] if not part.isdigit()) or name
+
+    stack: str
+    number: int | None
+    rest: str
+
+    @classmethod
+    def parse(cls, name: str) -> ModuleName:
+        """Split the full name of a module."""
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part.isdecimal():
+                return cls(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
+        return cls(".".join(parts[:-1]), None, parts[-1])
+
+    @property
+    def block(self) -> str:
+        """Name of the numbered layer that holds the module."""
+        return f"{self.stack}.{self.number}".removeprefix(".")
+
+
+def module_kind(name: str) -> str:
+    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``. Further numbers, an
+    expert's for instance, are left out.
+    """
+    return ".".join(part for part in ModuleName.parse(name).rest.split(".") if not part.isdecimal()) or name
 
 
 def group_name(kind: str, shape: Shape) -> str:
