@@ -14,6 +14,7 @@ from torch import nn
 
 from sparse_llm_ft.adapters.convert import trained_parameters
 from sparse_llm_ft.adapters.layer import scatter
+from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.optim.masks import RowColumnMask
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -23,13 +24,12 @@ Tensors = dict[str, torch.Tensor]
 def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
     """What the optimizer has to mask: short parameter name -> its mask; nothing where layers are compact.
 
-    Beside A and B it is DoRA's magnitude: an output that no adapter writes keeps the norm of its pretrained weights.
+    Beside A and B it is what the tuner trains for each row (`Tuner.masked_vectors`).
     """
     masks = _matrices(plan)
-    if plan.tuner == "dora" and plan.masking == "optimizer":
-        for name, adapter in plan.active.items():
-            if adapter.rows is not None:
-                masks[f"{name}.lora_magnitude_vector"] = RowColumnMask(0, adapter.rows, 1)
+    if plan.masking == "optimizer":
+        for part in tuner_of(plan).masked_vectors:
+            masks |= {f"{n}.{part}": RowColumnMask(0, a.rows, 1) for n, a in plan.active.items() if a.rows is not None}
     return masks
 
 

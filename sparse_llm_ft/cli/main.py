@@ -74,6 +74,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
     config = load_config(*split_arguments(options.config))
     prepared = prepare(config, World(0, options.processes, 0, options.processes))
+    from sparse_llm_ft.adapters import count_parameters
     from sparse_llm_ft.context.course import Course
     from sparse_llm_ft.context.setup import Setup
     from sparse_llm_ft.model.loading import check_weights
@@ -92,7 +93,7 @@ def _check(options: argparse.Namespace) -> None:
     whole = sum(
         parameter.numel() for name in phase.plan.trained for parameter in setup.empty.get_submodule(name).parameters()
     )
-    print(f"{phase.plan.parameters(setup.targets) + whole:,} trainable parameters")
+    print(f"{count_parameters(phase.plan, setup.targets) + whole:,} trainable parameters")
 
 
 def _derive(options: argparse.Namespace) -> None:

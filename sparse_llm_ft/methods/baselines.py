@@ -9,7 +9,7 @@ from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import AdaLoraMethod, LoraPlusMethod, RunConfig, VeraMethod
 from sparse_llm_ft.config.methods import AdaLoraSettings
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, ModuleAdapter, Shape, Tuner, group_name, module_kind
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
 from sparse_llm_ft.scoring.scores import Scores
 
 
@@ -38,8 +38,7 @@ class PeftBaseline(_OnePhase):
             modules = {name: a and replace(a, r=method.r) for name, a in plan.modules.items()}
             plan = replace(plan, modules=modules, tuner="vera")
         else:
-            tuner: Tuner = "dora" if method.name == "dora" else "lora"
-            plan = replace(plan, tuner=tuner)
+            plan = replace(plan, tuner="dora" if method.name == "dora" else "lora")
         factor = method.lr_ratio if isinstance(method, LoraPlusMethod) else 1.0
         return replace(phase, plan=plan, lora_b_lr_factor=factor), state
 

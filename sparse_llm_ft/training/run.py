@@ -13,7 +13,7 @@ import torch.distributed as dist
 import transformers
 from peft import PeftModel
 
-from sparse_llm_ft.adapters import is_adapter
+from sparse_llm_ft.adapters import count_parameters, is_adapter
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
 from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
@@ -349,7 +349,7 @@ class Run:
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
         """Number of trained values: the adapters', without what a mask holds at zero, and modules trained whole."""
         whole = [name for name in engine.parameters if not is_adapter(name)]
-        return plan.parameters(self.targets) + sum(map(torch.numel, engine.values(whole).values()))
+        return count_parameters(plan, self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
         tensors, moments = read_state(loop.engine, loop.phase.plan)

@@ -13,14 +13,15 @@ from helpers.tiny_models import IDS, MODELS
 from sparse_llm_ft.adapters import (
     add_adapters,
     change_plan,
+    count_parameters,
     find_targets,
-    orthogonality,
     save_peft_adapter,
     trained_parameters,
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.optim import SparseAdamW
+from sparse_llm_ft.optim.rank_allocation import orthogonality
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, uniform_plan
 
 SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, "orth_reg_weight": 0.5}
@@ -47,7 +48,7 @@ def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: 
     torch.testing.assert_close(logits(model), logits(tiny.build()), rtol=1e-4, atol=1e-5)  # fresh: nothing changes
     trained = trained_parameters(model)
     whole = sum(p.numel() for name, p in trained.items() if name.startswith("classifier."))
-    assert sum(p.numel() for p in trained.values()) == plan.parameters(find_targets(base, "all-linear")) + whole
+    assert sum(p.numel() for p in trained.values()) == count_parameters(plan, find_targets(base, "all-linear")) + whole
     assert bool(whole) == bool(heads)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
