@@ -81,6 +81,6 @@ def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypat
     def fails(*args: object, **kwargs: object) -> int:
         raise RuntimeError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(batch_size, "saved_bytes", fails)
+    monkeypatch.setattr(batch_size, "activation_bytes", fails)
     with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
         check_growth(config, before, CAUSAL_LM)
