@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.adapters.layer import scatter
-from sparse_llm_ft.adapters.tuners import rank_settings, tuner_of
+from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,7 +29,7 @@ def short_name(name: str, adapter_name: str = "default") -> str:
     name = name.removeprefix("base_model.model.")
     name = name.replace(f"base_model.lora_shared.{adapter_name}.", f"{SHARED}.")
     for marker in (f".{adapter_name}.", f".{adapter_name}"):
-        if marker.endswith(".") and ".lora_" in name and marker in name:
+        if marker.endswith(".") and marker in name and any(f".{prefix}" in name for prefix in _prefixes()):
             return name.partition(marker)[0]
         if name.endswith(marker):
             return name.removesuffix(marker)
@@ -43,7 +43,11 @@ def is_omega(name: str) -> bool:
 
 def is_adapter(name: str) -> bool:
     """Whether a short parameter name is that of an adapter, and not of a module of the base that is trained whole."""
-    return name.rpartition(".")[2].startswith(("lora_", "vera_"))
+    return name.rpartition(".")[2].startswith(_prefixes())
+
+
+def _prefixes() -> tuple[str, ...]:
+    return tuple({tuner.prefix for tuner in TUNERS.values()})
 
 
 def to_stock_lora(

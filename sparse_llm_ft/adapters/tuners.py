@@ -31,6 +31,7 @@ class Tuner:
 
     Attributes:
         name: what plans call the tuner.
+        prefix: what the last part of its trained tensors' names begins with, as in PEFT.
         lora_options: arguments of PEFT's `LoraConfig`, beside ranks and scalings, that make the tuner what it is.
         options: names of the further numbers that a plan gives it (`AdapterPlan.options`).
         own_layers: whether its layers are this package's. Groups, omega and compact masks need those.
@@ -43,6 +44,7 @@ class Tuner:
     """
 
     name: ClassVar[str] = "lora"
+    prefix: ClassVar[str] = "lora_"
     lora_options: ClassVar[Mapping[str, Any]] = {}
     options: ClassVar[frozenset[str]] = frozenset()
     own_layers: ClassVar[bool] = False
@@ -177,6 +179,7 @@ class Vera(Tuner):
     """VeRA (Kopiczko et al., 2024): frozen random projections of one rank for all modules, trained scaling vectors."""
 
     name = "vera"
+    prefix = "vera_"
     is_product = False
     bounded_rank = False
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers.tiny_models import IDS, MODELS
 from sparse_llm_ft.adapters import (
+    TUNERS,
     add_adapters,
     change_plan,
     count_parameters,
@@ -38,7 +39,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: str, tuner: str, tmp_path) -> None:
     tiny = MODELS[kind]
     base = tiny.build()
@@ -62,7 +63,7 @@ def test_a_plan_counts_what_its_tuner_trains_and_the_export_loads_in_peft(kind: 
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_trained_parameters_may_be_cast_to_the_bases_precision(tuner: str) -> None:
     """As DeepSpeed casts them: parameters, and no buffers."""
     base = MODELS["llama"].build().to(torch.bfloat16)
@@ -73,7 +74,7 @@ def test_trained_parameters_may_be_cast_to_the_bases_precision(tuner: str) -> No
     torch.testing.assert_close(logits(model), before, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "vera", "adalora"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_a_half_precision_base_trains_what_a_float32_one_does(tuner: str) -> None:
     """On such a base PEFT lets gradients flow to AdaLoRA's constant divisor."""
     bases = (MODELS["llama"].build(), MODELS["llama"].build().to(torch.bfloat16))

@@ -61,7 +61,7 @@ def test_one_state_gives_the_same_model_in_both_homes() -> None:
     assert to_whole(compact, state) == state  # nothing to do
 
 
-@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "dora", "adalora"])
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "rslora", "dora", "adalora"])
 def test_fresh_adapters_are_zero_at_masked_lines_and_kept_entries_as_without_masks(tuner: str) -> None:
     """Also after a change of plan, and for every tuner whose A and B they are."""
     options = {"target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 9} if tuner == "adalora" else {}

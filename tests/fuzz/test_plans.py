@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.inputs import VALUES, is_one_line, wounded
-from sparse_llm_ft.adapters import tuner_of
+from sparse_llm_ft.adapters import TUNERS, tuner_of
 from sparse_llm_ft.adapters.targets import check_modules
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json
 from sparse_llm_ft.phase import CutRule, Phase, ScoringSpec, Subset
@@ -80,7 +80,7 @@ def test_a_mask_is_no_larger_than_its_bytes(size: int, bits: bytes) -> None:
         st.none() | st.builds(ModuleAdapter, st.integers(1, 70_000).filter(lambda r: r <= 2**16), st.just(1.0)),
         min_size=1,
     ),
-    st.sampled_from(["sparse_lora", "lora", "dora"]),
+    st.sampled_from([name for name, tuner in TUNERS.items() if tuner.bounded_rank] + ["unknown"]),
 )
 def test_a_plan_that_fits_has_matrices_within_its_modules(modules: dict, tuner: Any) -> None:
     try:
