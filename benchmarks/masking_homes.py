@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_llm_ft.adapters import add_adapters, find_targets
+from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters, find_targets
 from sparse_llm_ft.distributed.world import find_world, prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
 from sparse_llm_ft.engine.handover import masks_of
@@ -98,8 +98,9 @@ def main() -> None:
     first = median(timed["LoRA"].seconds[3:])
     for name, home in timed.items():
         plan, seconds = plans[name], median(home.seconds[3:])
+        stored, trained = count_stored_parameters(plan, shapes), count_parameters(plan, shapes)
         print(
-            f"| {name} | {plan.stored(shapes):,} | {plan.parameters(shapes):,} | {home.engine.optimizer_bytes():,} | "
+            f"| {name} | {stored:,} | {trained:,} | {home.engine.optimizer_bytes():,} | "
             f"{home.saved / 2**20:.1f} MiB | {seconds:.3f} s | {seconds / first:.2f} |"
         )
 

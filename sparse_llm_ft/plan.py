@@ -7,7 +7,7 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sparse_llm_ft.errors import one_line
 
@@ -16,16 +16,8 @@ Shape = tuple[int, int]
 
 PLAN_VERSION = 3
 
-Tuner = Literal["sparse_lora", "lora", "dora", "vera", "adalora"]
-"""Whose layers the adapters are: this package's, or one of PEFT's own (the baselines)."""
-
 Masking = Literal["compact", "optimizer"]
 """Where masks live: in the layers, whose A and B have only the kept rows and columns, or in the sharded optimizer."""
-
-OPTIONS: Mapping[str, frozenset[str]] = {
-    "adalora": frozenset(["target_r", "tinit", "tfinal", "deltaT", "total_step", "orth_reg_weight"])
-}
-"""The numbers that a tuner takes besides rank and scaling."""
 
 FULL_MODEL = ""
 """In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
@@ -154,7 +146,7 @@ class AdapterPlan:
     Attributes:
         modules: full module name in the base model -> its adapter. The order is the model's.
         lora_dropout: dropout probability on the adapters' input.
-        tuner: whose layers carry the adapters. Groups, masks and omega are for ``sparse_lora`` alone.
+        tuner: name of the layers that carry the adapters: this package's own, or PEFT's (adapters/tuners.py).
         options: further numbers that the tuner needs (AdaLoRA's schedule).
         trained: modules of the base that are trained whole beside the adapters: a fresh classification head, or
             `FULL_MODEL`.
@@ -163,7 +155,7 @@ class AdapterPlan:
 
     modules: Mapping[str, ModuleAdapter | None]
     lora_dropout: float = 0.0
-    tuner: Tuner = "sparse_lora"
+    tuner: str = "sparse_lora"
     options: Mapping[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     masking: Masking = "compact"
@@ -173,11 +165,11 @@ class AdapterPlan:
             raise PlanError("a plan needs at least one module with an adapter, or one trained whole")
         if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise PlanError(f"lora_dropout is {self.lora_dropout!r:.40}; it must lie in [0, 1)")
-        if self.tuner not in get_args(Tuner):
-            raise PlanError(f"tuner is {self.tuner!r:.40}; known: {', '.join(get_args(Tuner))}")
+        if not isinstance(self.tuner, str):
+            raise PlanError(f"tuner is {self.tuner!r:.40}; it must be a name")
         for key, value in self.options.items():
-            if key not in OPTIONS.get(self.tuner, ()) or not _is_finite(value):
-                raise PlanError(f"option {key!r:.40} is {value!r:.40}, which tuner {self.tuner} does not take")
+            if not _is_finite(value):
+                raise PlanError(f"option {key!r:.40} is {value!r:.40}; it must be a finite number")
         if self.masking not in get_args(Masking):
             raise PlanError(f"masking is {self.masking!r:.40}; known: {', '.join(get_args(Masking))}")
         self._check_groups()
@@ -200,10 +192,6 @@ class AdapterPlan:
         if self.masking == "compact":
             return self.active
         return {name: replace(adapter, rows=None, cols=None) for name, adapter in self.active.items()}
-
-    def stored(self, shapes: Mapping[str, Shape]) -> int:
-        """As `parameters`, but what the layers hold: masked entries count where masks live in the optimizer."""
-        return replace(self, modules={**self.modules, **self.layers}).parameters(shapes)
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -235,20 +223,6 @@ class AdapterPlan:
         if not self.active:
             return ", ".join(self.trained)
         return f"{own} own and {shared} shared adapters" if shared else f"{own} adapters"
-
-    def parameters(self, shapes: Mapping[str, Shape]) -> int:
-        """Number of trained adapter values, given every active module's shape; `trained` modules and masked entries
-        are not counted.
-        """
-        if self.tuner == "vera":
-            return sum(a.r + shapes[name][0] for name, a in self.active.items())
-        active = self.active
-        count = sum(active[name].matrices(shapes[name]) for name in self.matrix_owners().values())
-        if self.tuner == "dora":  # the magnitude of every row
-            count += sum(a.shape(shapes[name])[0] for name, a in active.items())
-        if self.tuner == "adalora":  # the singular values
-            count += sum(a.r for a in active.values())
-        return count + sum(a.train_omega for a in active.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same plan back."""
@@ -357,13 +331,35 @@ def with_omega(plan: AdapterPlan) -> AdapterPlan:
     return replace(plan, modules=modules)
 
 
-def module_kind(name: str) -> str:
-    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``; the last part of a
-    name without number.
+class ModuleName(NamedTuple):
+    """The parts of a module's name: ``model.layers.3.self_attn.q_proj`` is stack ``model.layers``, number 3, rest
+    ``self_attn.q_proj``. The outermost number counts. A name without number is its parent, None and its last part.
     """
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(part for part in parts[number + 1 :] if not part.isdigit()) or name
+
+    stack: str
+    number: int | None
+    rest: str
+
+    @classmethod
+    def parse(cls, name: str) -> ModuleName:
+        """Split the full name of a module."""
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part.isdecimal():
+                return cls(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
+        return cls(".".join(parts[:-1]), None, parts[-1])
+
+    @property
+    def block(self) -> str:
+        """Name of the numbered layer that holds the module."""
+        return f"{self.stack}.{self.number}".removeprefix(".")
+
+
+def module_kind(name: str) -> str:
+    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``. Further numbers, an
+    expert's for instance, are left out.
+    """
+    return ".".join(part for part in ModuleName.parse(name).rest.split(".") if not part.isdecimal()) or name
 
 
 def group_name(kind: str, shape: Shape) -> str:

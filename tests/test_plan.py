@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from sparse_llm_ft.adapters import count_parameters
 from sparse_llm_ft.plan import (
     AdapterPlan,
     IndexMask,
@@ -75,7 +76,7 @@ def test_another_version_is_refused(version):
         plan_dict(modules=[]),
         plan_dict(lora_dropout="0.1"),
         plan_dict(lora_dropout=None),
-        plan_dict(tuner="ia3"),
+        plan_dict(tuner=["lora"]),
         plan_dict(options=[]),
         plan_dict(trained="classifier"),
         plan_dict(trained=[1]),
@@ -151,7 +152,7 @@ def test_parameters_are_the_values_of_a_b_and_a_trained_omega():
     # a.q: A is 4 × 6, B is 10 × 4, omega is 1 value: 24 + 40 + 1. b.q: A is 1 × 3, B is 7 × 1: 10.
     shapes = {"a.q": (10, 6), "a.k": (100, 100), "b.q": (7, 3)}
     assert ADAPTER.matrices((10, 6)) == 64
-    assert PLAN.parameters(shapes) == 75
+    assert count_parameters(PLAN, shapes) == 75
 
 
 def test_uniform_plan_cuts_the_rank_to_the_smaller_side_and_keeps_the_scaling():
@@ -174,7 +175,7 @@ def test_masks_and_groups_survive_json_and_count_once():
     assert plan.matrix_owners() == {"shared.q-70x9": "a.q", "c.q": "c.q"}
     shapes = dict.fromkeys(plan.modules, (70, 9))
     assert masked.shape((70, 9)) == (4, 1)
-    assert plan.parameters(shapes) == 3 * (4 + 1) + 2 * (70 + 9)
+    assert count_parameters(plan, shapes) == 3 * (4 + 1) + 2 * (70 + 9)
     assert plan.describe() == "1 own and 2 shared adapters"
 
 

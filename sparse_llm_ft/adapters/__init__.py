@@ -11,7 +11,6 @@ from sparse_llm_ft.adapters.config import SparseLoraConfig, SparsePeftType
 from sparse_llm_ft.adapters.convert import (
     is_adapter,
     is_omega,
-    orthogonality,
     residual_norms,
     to_stock_lora,
     trained_parameters,
@@ -20,27 +19,32 @@ from sparse_llm_ft.adapters.convert import (
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.model import SparseLoraModel
 from sparse_llm_ft.adapters.targets import check_plan, find_targets, linear_modules
+from sparse_llm_ft.adapters.tuners import TUNERS, Tuner, count_parameters, count_stored_parameters, tuner_of
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel.prefix  # type: ignore[index]
 
 __all__ = [
+    "TUNERS",
     "SparseLoraConfig",
     "SparseLoraLayer",
     "SparseLoraModel",
     "SparsePeftType",
+    "Tuner",
     "add_adapters",
     "change_plan",
     "check_plan",
+    "count_parameters",
+    "count_stored_parameters",
     "find_targets",
     "is_adapter",
     "is_omega",
     "linear_modules",
-    "orthogonality",
     "residual_norms",
     "save_peft_adapter",
     "to_stock_lora",
     "trained_parameters",
+    "tuner_of",
     "whole_tensors",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from sparse_llm_ft.adapters.layer import scatter
+from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,7 +29,7 @@ def short_name(name: str, adapter_name: str = "default") -> str:
     name = name.removeprefix("base_model.model.")
     name = name.replace(f"base_model.lora_shared.{adapter_name}.", f"{SHARED}.")
     for marker in (f".{adapter_name}.", f".{adapter_name}"):
-        if marker.endswith(".") and ".lora_" in name and marker in name:
+        if marker.endswith(".") and marker in name and any(f".{prefix}" in name for prefix in _prefixes()):
             return name.partition(marker)[0]
         if name.endswith(marker):
             return name.removesuffix(marker)
@@ -43,7 +43,11 @@ def is_omega(name: str) -> bool:
 
 def is_adapter(name: str) -> bool:
     """Whether a short parameter name is that of an adapter, and not of a module of the base that is trained whole."""
-    return name.rpartition(".")[2].startswith(("lora_", "vera_"))
+    return name.rpartition(".")[2].startswith(_prefixes())
+
+
+def _prefixes() -> tuple[str, ...]:
+    return tuple({tuner.prefix for tuner in TUNERS.values()})
 
 
 def to_stock_lora(
@@ -64,18 +68,15 @@ def to_stock_lora(
     kept = {name: a for name, a in plan.active.items() if _omega(name, plan, tensors) > 0}
     if not kept:
         raise ValueError("no adapter is on: every omega is 0 or negative")
-    (r, alpha), _ = Counter((a.r, a.lora_alpha) for a in kept.values()).most_common(1)[0]
     config = {
         "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
         "lora_dropout": plan.lora_dropout,
         "bias": "none",
         "target_modules": sorted(kept),
         "inference_mode": True,
         "task_type": task,
-        "rank_pattern": {name: a.r for name, a in kept.items() if a.r != r},
-        "alpha_pattern": {name: a.lora_alpha for name, a in kept.items() if a.lora_alpha != alpha},
+        **rank_settings(kept),
+        **tuner_of(plan).lora_options,
     }
     weights = {}
     for name in kept:
@@ -103,31 +104,20 @@ def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def residual_norms(plan: AdapterPlan, tensors: Tensors) -> dict[str, float]:
-    """Frobenius norm of every module's residual omega * (lora_alpha / r) * B A, without forming it:
-    ||B A||² = sum((BᵀB) * (A Aᵀ)). Only for tuners whose residual is that product.
+    """Frobenius norm of every module's residual omega * scaling * B A, without forming it:
+    ||B A||² = sum((BᵀB) * (A Aᵀ)). Empty for tuners whose residual is not that product.
     """
-    if plan.tuner not in ("sparse_lora", "lora"):
+    tuner = tuner_of(plan)
+    if not tuner.is_product:
         return {}
     norms = {}
     for name, owner in plan.owners.items():
         a, b = tensors[f"{owner}.lora_A"].double(), tensors[f"{owner}.lora_B"].double()
         product = float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
-        norms[name] = max(_omega(name, plan, tensors), 0.0) * plan.active[name].scaling * product
+        norms[name] = max(_omega(name, plan, tensors), 0.0) * tuner.scaling(plan.active[name]) * product
     return norms
 
 
 def _omega(name: str, plan: AdapterPlan, tensors: Tensors) -> float:
     trained = tensors.get(f"{name}.lora_omega")
     return float(trained) if trained is not None else plan.active[name].omega
-
-
-def orthogonality(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """AdaLoRA's penalty (Zhang et al., 2023, eq. 4) as PEFT takes it: the mean over all P (``lora_B``, d_out × r) and
-    Q (``lora_A``, r × d_in) of ||PᵀP - I||_F and ||Q Qᵀ - I||_F.
-    """
-    norms = []
-    for name, matrix in parameters.items():
-        if name.endswith((".lora_A", ".lora_B")):
-            gram = matrix @ matrix.T if name.endswith(".lora_A") else matrix.T @ matrix
-            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
-    return torch.stack(norms).mean()

@@ -13,6 +13,7 @@ from torch import nn
 from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
+from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
 
@@ -45,8 +46,8 @@ class SparseLoraModel(BaseTuner):
                 peft_config.plan = with_omega(peft_config.plan)
         else:
             plan = _plan(peft_config)
-            if plan.tuner != "sparse_lora":  # another tuner's ranks are bounded by no matrix
-                raise PlanError(f"the plan is for tuner {plan.tuner}; expected sparse_lora")
+            if plan.tuner != SPARSE_LORA:  # another tuner's ranks are bounded by no matrix
+                raise PlanError(f"the plan is for tuner {plan.tuner}; expected {SPARSE_LORA}")
             check_plan(model, plan)
         # PEFT wants target modules to be there; the plan decides (see _check_target_module_exists).
         peft_config.target_modules = sorted(_plan(peft_config).active) or DUMMY_TARGET_MODULES

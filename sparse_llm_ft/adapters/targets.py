@@ -9,11 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.architecture import HEAD_NAMES
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
-_HEADS = frozenset({"score", "classifier", "pre_classifier", "qa_outputs", "classification_head"})
 
 
 def linear_modules(model: nn.Module) -> dict[str, Shape]:
@@ -28,7 +29,7 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
     saved = tuple(name + "." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {}
     for name, module in modules.items():
-        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in _HEADS:
+        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in HEAD_NAMES:
             continue
         if name.startswith(wrappers) and not name.endswith(".base_layer"):
             continue  # an adapter's own matrices
@@ -97,15 +98,13 @@ def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
     )
 
 
-TensorShape = tuple[int, ...]
-
-
 def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:
-    """Refuse a plan that names modules the model lacks, or ranks and masks that do not fit their matrices.
+    """Refuse a plan with an unknown tuner, modules that are no targets, or ranks and masks that do not fit.
 
     Raises:
-        PlanError: naming the first such module.
+        PlanError: naming the tuner or the first such module.
     """
+    tuner = tuner_of(plan)
     for group, names in plan.groups.items():
         if len(shapes := {targets[name] for name in names if name in targets}) > 1:
             raise PlanError(f"group {group!r}: its modules have different shapes ({sorted(shapes)})")
@@ -121,30 +120,10 @@ def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:
         for kept, size in ((adapter.rows, out_features), (adapter.cols, in_features)):
             if kept is not None and kept.size != size:
                 raise PlanError(f"module {name!r}: a mask of size {kept.size} where its matrix has {size}")
-        # AdaLoRA starts with more than it ends with, VeRA's rank is that of fixed projections.
-        if plan.tuner not in ("adalora", "vera") and adapter.r > min(targets[name]):
+        if tuner.bounded_rank and adapter.r > min(targets[name]):
             raise PlanError(
                 f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"
             )
-
-
-def adapter_shapes(plan: AdapterPlan, targets: Mapping[str, Shape]) -> dict[str, TensorShape]:
-    """Short name -> shape of every trained tensor of the plan's adapters, whosever tuner carries them."""
-    found: dict[str, TensorShape] = {}
-    active = plan.active
-    if plan.tuner == "vera":
-        for name, adapter in active.items():
-            found |= {f"{name}.vera_lambda_d": (adapter.r,), f"{name}.vera_lambda_b": (targets[name][0],)}
-        return found
-    for owner, name in plan.matrix_owners().items():
-        adapter = active[name]
-        rows, columns = adapter.shape(targets[name])  # a state holds the kept ones alone, wherever masks live
-        found |= {f"{owner}.lora_A": (adapter.r, columns), f"{owner}.lora_B": (rows, adapter.r)}
-        if plan.tuner == "adalora":
-            found[f"{owner}.lora_E"] = (adapter.r, 1)
-        if plan.tuner == "dora":
-            found[f"{owner}.lora_magnitude_vector"] = (targets[name][0],)
-    return found | {f"{name}.lora_omega": (1,) for name, adapter in active.items() if adapter.train_omega}
 
 
 def name_endings(names: Mapping[str, object]) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_llm_ft.adapters.targets import TensorShape, adapter_shapes, check_modules
+from sparse_llm_ft.adapters.targets import check_modules
+from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
 from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.optim.rank_allocation import is_allocation_state, is_sensitivity
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, PlanError, Shape
-
-_SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""Of AdaLoRA's rank allocation: ``<kind>/<parameter>.default``."""
 
 _COUNTERS = ("steps", "samples", "tokens", "seconds")
 
@@ -41,7 +40,7 @@ def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Ex
     Raises:
         PlanError: naming the first tensor that is missing, of another shape, or of nothing that the plan trains.
     """
-    expected = adapter_shapes(plan, real.targets)
+    expected = tuner_of(plan).shapes(plan, real.targets)
     for name in expected:
         if name not in shapes:
             raise PlanError(f"tensor {name!r} is missing")
@@ -75,42 +74,24 @@ def validate_state(state: TrainState, phase: Phase, real: Expected) -> None:
 
 
 def _check_callback(state: TrainState, phase: Phase, real: Expected) -> None:
-    plan = phase.plan
+    plan, tuner = phase.plan, tuner_of(phase.plan)
     # A callback sees parameters as the layers hold them, masked entries included.
-    shapes = adapter_shapes(replace(plan, modules=plan.layers), real.targets) if plan.tuner == "adalora" else {}
+    shapes = tuner.shapes(replace(plan, modules=plan.layers), real.targets) if tuner.allocates_ranks else {}
     for key, tensor in state.callback_tensors.items():
-        kind, _, name = key.partition("/")
-        if kind not in _SENSITIVITIES or shapes.get(name.removesuffix(".default")) != tuple(tensor.shape):
+        if not is_sensitivity(key, tuple(tensor.shape), shapes):
             raise PlanError(f"tensor {key!r:.100} belongs to no callback of the phase")
     if state.callback is None:
         return
     if phase.cut is not None:
         fits = set(state.callback) == {"moved", "kept"} and all(_is_names(names) for names in state.callback.values())
-    elif phase.plan.tuner == "adalora":
-        fits = set(state.callback) == {"rank_pattern"} and _is_pattern(state.callback["rank_pattern"], state)
     else:
-        fits = False
+        fits = tuner.allocates_ranks and is_allocation_state(state.callback, state.tensors)
     if not fits:
         raise PlanError(f"the state of its callback is {state.callback!r:.60}")
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(value: Any, state: TrainState) -> bool:
-    """Which singular values are left: one true or false for each, by the parameter's name."""
-    if value is None:
-        return True
-    lengths = {f"{name}.default": len(t) for name, t in state.tensors.items() if name.endswith(".lora_E")}
-    return (
-        isinstance(value, dict)
-        and value.keys() == lengths.keys()
-        and all(
-            isinstance(row, list) and len(row) == lengths[name] and all(isinstance(left, bool) for left in row)
-            for name, row in value.items()
-        )
-    )
 
 
 def _check_record(record: Mapping[str, Any]) -> None:

@@ -40,6 +40,15 @@ class LoraPlusMethod(_Method):
     lr_ratio: Float = Field(16.0, gt=0)
 
 
+class RsLoraMethod(_Method):
+    """Rank-stabilised LoRA (Kalajdzievski, 2023; arXiv 2312.03732), by PEFT.
+
+    B A is scaled by ``lora_alpha / sqrt(r)``.
+    """
+
+    name: Literal["rslora"]
+
+
 class DoraMethod(_Method):
     """DoRA (Liu et al., 2024), by PEFT."""
 
@@ -318,6 +327,7 @@ class WeightLoraPlusMethod(WeightLoraMethod):
 MethodConfig = (
     LoraMethod
     | LoraPlusMethod
+    | RsLoraMethod
     | DoraMethod
     | VeraMethod
     | AdaLoraMethod

@@ -9,6 +9,7 @@ from sparse_llm_ft.errors import ConfigError
 _ALONE = {
     "lora": "trains PEFT's LoRA as it is",
     "lora_plus": "trains PEFT's LoRA as it is",
+    "rslora": "trains PEFT's LoRA with a scaling of its own",
     "dora": "trains PEFT's own layers, which have no masks, groups or omega",
     "vera": "trains PEFT's own layers, which have no masks, groups or omega",
     "adalora": "trains PEFT's own layers, which have no masks, groups or omega; use partial_lora with base: adalora",

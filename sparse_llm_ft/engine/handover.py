@@ -9,7 +9,7 @@ import torch
 from sparse_llm_ft.adapters.masking import optimizer_masks, to_kept, to_whole
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.optim import Mask, RowColumnMask
+from sparse_llm_ft.optim import Mask
 from sparse_llm_ft.plan import AdapterPlan
 
 Tensors = dict[str, torch.Tensor]
@@ -18,10 +18,7 @@ Moments = dict[str, Tensors]
 
 def masks_of(plan: AdapterPlan) -> dict[str, Mask]:
     """The masks that an engine for this plan needs, by short parameter name."""
-    return {
-        name: RowColumnMask(lines.width, lines.dimension, lines.kept.indices)
-        for name, lines in optimizer_masks(plan).items()
-    }
+    return dict(optimizer_masks(plan))
 
 
 def load_state(engine: Engine, plan: AdapterPlan, state: TrainState) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparse_llm_ft.adapters import add_adapters
+from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.architecture import model_family
@@ -116,7 +116,7 @@ def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int
 
 def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, world_size: int) -> int:
     """Bytes per rank of trained values, gradients and optimizer state under bfloat16 (see the constants above)."""
-    trained, stored = plan.parameters(shapes), plan.stored(shapes)
+    trained, stored = count_parameters(plan, shapes), count_stored_parameters(plan, shapes)
     per_trained = MOMENT_BYTES + (INDEX_BYTES if stored > trained else 0)
     sharded = stored * MASTER_BYTES + trained * per_trained
     return sharded // (world_size if zero_stage else 1) + stored * REPLICATED_BYTES

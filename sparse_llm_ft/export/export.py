@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparse_llm_ft.adapters import SparseLoraConfig, save_peft_adapter
+from sparse_llm_ft.adapters import SparseLoraConfig, save_peft_adapter, tuner_of
 from sparse_llm_ft.adapters.convert import is_adapter, is_omega
+from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
@@ -20,12 +20,9 @@ from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.model.loading import load_tokenizer
-from sparse_llm_ft.plan import SHARED
+from sparse_llm_ft.plan import SHARED, AdapterPlan
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-_LORA = ("sparse_lora", "lora")
-"""Tuners whose ΔW is a product of A and B with a factor."""
 
 
 def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
@@ -54,13 +51,13 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
     Raises:
         UserError: saying why.
     """
-    tuner, where = run.plan.tuner, run.folder.path
+    tuner, where = tuner_of(run.plan), run.folder.path
     if run.full and options.to != "merged":
         raise UserError(f"--to {options.to}: {where} trained the whole model, so there is no adapter; use --to merged")
-    if options.to == "native" and tuner not in _LORA:
-        raise UserError(f"--to native: {where} was trained with PEFT's own tuner {tuner}; use --to peft")
-    if options.uniform_rank and tuner not in _LORA:
-        raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner}; expected a LoRA")
+    if options.to == "native" and not tuner.is_product:
+        raise UserError(f"--to native: {where} was trained with PEFT's own tuner {tuner.name}; use --to peft")
+    if options.uniform_rank and not tuner.is_product:
+        raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner.name}; expected a LoRA")
     if options.to != "merged" and not run.plan.active:
         raise UserError(
             f"--to {options.to}: phase {run.phase.name} of {where}, in which its newest checkpoint was written, has "
@@ -84,7 +81,7 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
     else:
         save_peft_adapter(folder, run.plan, run.state.tensors, base, run.config.model.revision, task_type(run.empty))
         if options.uniform_rank:
-            _rewrite_uniform(folder)
+            _rewrite_uniform(folder, run.plan)
 
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
@@ -99,7 +96,7 @@ def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
 
 def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
     """Kept rows and columns alone, groups once, omega where it is trained."""
-    plan = replace(run.plan, tuner="sparse_lora", masking="compact")
+    plan = native_plan(run.plan)
     config = SparseLoraConfig(
         plan=plan,
         target_modules=sorted(plan.active),
@@ -121,8 +118,8 @@ def _native_name(name: str) -> str:
     return prefix + name.removeprefix(f"{SHARED}.") + ("" if is_omega(name) else ".weight")
 
 
-def _rewrite_uniform(folder: Path) -> None:
+def _rewrite_uniform(folder: Path, plan: AdapterPlan) -> None:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config, weights = to_uniform_rank(config, load_file(folder / ADAPTER_WEIGHTS))
+    config, weights = to_uniform_rank(config, load_file(folder / ADAPTER_WEIGHTS), plan)
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,23 +8,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparse_llm_ft.adapters import tuner_of
+from sparse_llm_ft.plan import AdapterPlan
+
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def to_uniform_rank(
-    config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], plan: AdapterPlan
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The same ΔW of every module with the largest rank R and scaling 1 everywhere.
 
-    Rows of zeros are added to A (r, d_in) and columns of zeros to B (d_out, r); lora_alpha / r goes into B.
+    Rows of zeros are added to A (r, d_in) and columns of zeros to B (d_out, r); the scaling goes into B.
 
     Args:
-        config: ``adapter_config.json`` of a stock LoRA whose patterns name modules in full.
+        config: ``adapter_config.json`` of the plan's stock LoRA.
         weights: its tensors.
 
     Returns:
         Config with ``r == lora_alpha == R`` and empty patterns, and tensors of that rank.
     """
+    tuner, active = tuner_of(plan), plan.active
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(A))
     padded = {}
     for name, tensor in weights.items():
@@ -32,8 +36,7 @@ def to_uniform_rank(
         if name.endswith(A):
             tensor = F.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
         elif name.endswith(B):
-            r = config["rank_pattern"].get(module, config["r"])
-            scaling = config["alpha_pattern"].get(module, config["lora_alpha"]) / r
-            tensor = F.pad(tensor * scaling, (0, rank - tensor.shape[1]))
+            tensor = F.pad(tensor * tuner.scaling(active[module]), (0, rank - tensor.shape[1]))
         padded[name] = tensor.contiguous()
-    return {**config, "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}, padded
+    plain = {key: value for key, value in config.items() if key not in tuner.lora_options}
+    return {**plain, "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}, padded

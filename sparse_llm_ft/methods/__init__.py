@@ -13,6 +13,7 @@ from sparse_llm_ft.methods.weight_lora import WeightLora
 METHODS: dict[str, Callable[[RunConfig, int, int], Method]] = {
     "lora": PeftBaseline,
     "lora_plus": PeftBaseline,
+    "rslora": PeftBaseline,
     "dora": PeftBaseline,
     "vera": PeftBaseline,
     "adalora": PeftBaseline,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.config import AdaLoraMethod, LoraPlusMethod, RunConfig, VeraMethod
-from sparse_llm_ft.config.methods import AdaLoraSettings
+from sparse_llm_ft.config.methods import AdaLoraSettings, RsLoraMethod
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, ModuleAdapter, Shape, Tuner, group_name, module_kind
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
 from sparse_llm_ft.scoring.scores import Scores
 
 
@@ -24,7 +24,7 @@ class _OnePhase:
 
 
 class PeftBaseline(_OnePhase):
-    """LoRA (Hu et al., 2021), LoRA+, DoRA, VeRA and AdaLoRA by PEFT itself."""
+    """LoRA (Hu et al., 2021), LoRA+, rsLoRA, DoRA, VeRA and AdaLoRA by PEFT itself."""
 
     def __init__(self, config: RunConfig, index: int, total_steps: int) -> None:
         self.method, self.adapter, self.total_steps = config.method[index], config.adapter, total_steps
@@ -37,9 +37,11 @@ class PeftBaseline(_OnePhase):
         elif isinstance(method, VeraMethod):
             modules = {name: a and replace(a, r=method.r) for name, a in plan.modules.items()}
             plan = replace(plan, modules=modules, tuner="vera")
+        elif isinstance(method, RsLoraMethod):  # a rank that a small matrix cut keeps lora_alpha: its factor follows
+            modules = {name: a and replace(a, lora_alpha=self.adapter.lora_alpha) for name, a in plan.modules.items()}
+            plan = replace(plan, modules=modules, tuner="rslora")
         else:
-            tuner: Tuner = "dora" if method.name == "dora" else "lora"
-            plan = replace(plan, tuner=tuner)
+            plan = replace(plan, tuner="dora" if method.name == "dora" else "lora")
         factor = method.lr_ratio if isinstance(method, LoraPlusMethod) else 1.0
         return replace(phase, plan=plan, lora_b_lr_factor=factor), state
 

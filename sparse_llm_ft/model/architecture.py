@@ -26,6 +26,9 @@ from sparse_llm_ft.errors import ConfigError
 
 ModelFamily = Literal["encoder", "decoder", "encoder-decoder"]
 
+HEAD_NAMES = frozenset({"score", "pre_classifier", "classifier", "classification_head", "qa_outputs"})
+"""What transformers calls the heads of its models. They are trained whole, even where a checkpoint has one."""
+
 
 class Architecture(NamedTuple):
     """What transformers and PEFT have for a mode."""

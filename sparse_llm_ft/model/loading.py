@@ -25,7 +25,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import ARCHITECTURES, base_of, find_task_mode, has_head
+from sparse_llm_ft.model.architecture import ARCHITECTURES, HEAD_NAMES, base_of, find_task_mode, has_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,9 +36,6 @@ _UNREADABLE = (
     *(SafetensorError, StrictDataclassError),
 )
 """What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
-
-_HEADS = ("score", "pre_classifier", "classifier", "classification_head", "qa_outputs")
-"""What transformers calls the heads of its models. They are trained even where a checkpoint has one."""
 
 
 def find_model_task_mode(config: ModelConfig, task: Task, mode: str) -> TaskMode:
@@ -59,7 +56,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     base = base_of(model)
     if not has_head(base):
         return ()
-    wanted = {*_HEADS, *getattr(base, _FRESH, ())}
+    wanted = {*HEAD_NAMES, *getattr(base, _FRESH, ())}
     return tuple(name for name, _ in base.named_modules() if name in wanted)
 
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from sparse_llm_ft.plan import IndexMask
+
 
 class Mask(Protocol):
     """Which entries of a parameter are trained."""
@@ -29,21 +31,25 @@ class EntryMask:
 
 @dataclass(frozen=True)
 class RowColumnMask:
-    """Whole rows (dimension 0) or columns (1) of a matrix with `width` columns, by their ascending indices."""
+    """The kept rows (dimension 0) or columns (1) of a matrix with `width` columns; a vector is one column."""
 
-    width: int
     dimension: int
-    kept: tuple[int, ...]
+    kept: IndexMask
+    width: int
 
     def indices(self, start: int, stop: int) -> torch.Tensor:
         """See `Mask`. Costs memory for the entries in question, not for the parameter."""
         if start >= stop:
             return torch.zeros(0, dtype=torch.long)
         first, last = start // self.width, (stop - 1) // self.width
-        rows, cols, kept = torch.arange(first, last + 1), torch.arange(self.width), torch.tensor(self.kept)
+        rows, cols, kept = torch.arange(first, last + 1), torch.arange(self.width), torch.tensor(self.kept.indices)
         if self.dimension == 0:
             rows = kept[(kept >= first) & (kept <= last)]
         else:
             cols = kept
         flat = (rows[:, None] * self.width + cols).flatten()
         return flat[(flat >= start) & (flat < stop)] - start
+
+    def select(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The kept rows or columns of a whole matrix."""
+        return matrix.index_select(self.dimension, torch.tensor(self.kept.indices, device=matrix.device))

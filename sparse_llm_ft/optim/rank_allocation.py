@@ -98,3 +98,41 @@ class RankAllocation:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             getattr(self.allocator, kind)[name] = tensor
+
+
+def orthogonality(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """AdaLoRA's penalty (Zhang et al., 2023, eq. 4) as PEFT takes it: the mean over all P (``lora_B``, d_out × r) and
+    Q (``lora_A``, r × d_in) of ||PᵀP - I||_F and ||Q Qᵀ - I||_F.
+    """
+    norms = []
+    for name, matrix in parameters.items():
+        if name.endswith((".lora_A", ".lora_B")):
+            gram = matrix @ matrix.T if name.endswith(".lora_A") else matrix.T @ matrix
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
+    return torch.stack(norms).mean()
+
+
+def is_sensitivity(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor of `shape` under `key` can be one of `RankAllocation.tensors`.
+
+    Args:
+        shapes: of the parameters as their layers hold them, by short name.
+    """
+    kind, _, name = key.partition("/")
+    return kind in _SENSITIVITY and shapes.get(name.removesuffix(f".{_ADAPTER}")) == shape
+
+
+def is_allocation_state(data: Any, values: Tensors) -> bool:
+    """Whether `data` can be a `RankAllocation.to_dict`: for each singular value in `values`, whether it is left."""
+    if not isinstance(data, dict) or set(data) != {"rank_pattern"}:
+        return False
+    pattern = data["rank_pattern"]
+    lengths = {f"{name}.{_ADAPTER}": len(value) for name, value in values.items() if is_singular_value(name)}
+    return pattern is None or (
+        isinstance(pattern, dict)
+        and pattern.keys() == lengths.keys()
+        and all(
+            isinstance(row, list) and len(row) == lengths[name] and all(isinstance(left, bool) for left in row)
+            for name, row in pattern.items()
+        )
+    )

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from sparse_llm_ft.plan import ModuleName
+
 
 @dataclass(frozen=True)
 class ModuleGrid:
@@ -52,12 +54,9 @@ def module_grid(names: Iterable[str]) -> ModuleGrid:
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """(what is before the first number, the number, what is after it); without number (parent, None, last part)."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdecimal():
-            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
-    return ".".join(parts[:-1]), None, parts[-1]
+    """The name's `ModuleName`. A number that ends the name is its type and no layer's."""
+    stack, number, rest = ModuleName.parse(name)
+    return (stack, number, rest) if rest else (stack, None, str(number))
 
 
 def _short_kinds(tails: Iterable[str]) -> dict[str, str]:

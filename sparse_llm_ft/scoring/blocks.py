@@ -4,35 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
+
+from sparse_llm_ft.plan import ModuleName
 
 Output = Any
 """What a block returns: a tensor, None, or a tuple or list of such."""
 
 
-class Layer(NamedTuple):
-    """``model.layers.3.self_attn.q_proj`` is stack ``model.layers``, number 3, rest ``self_attn.q_proj``."""
-
-    stack: str
-    number: int
-    rest: str
-
-    @property
-    def block(self) -> str:
-        """Name of the numbered layer itself."""
-        return f"{self.stack}.{self.number}".removeprefix(".")
-
-
-def layer_of(name: str) -> Layer | None:
-    """Where a module stands; the outermost number counts. None for a name without number."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            return Layer(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
-    return None
+def layer_of(name: str) -> ModuleName | None:
+    """Where a module stands; None for a name without number."""
+    parsed = ModuleName.parse(name)
+    return None if parsed.number is None else parsed
 
 
 def group_by_block(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -64,7 +50,7 @@ def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         container = _submodule(model, stack)
         numbered = {int(key): child for key, child in container.named_children() if key.isdecimal()}
         for number in sorted(numbered):
-            blocks[Layer(stack, number, "").block] = numbered[number]
+            blocks[ModuleName(stack, number, "").block] = numbered[number]
     return blocks
 
 

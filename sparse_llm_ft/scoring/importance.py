@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.errors import TrainingError
-from sparse_llm_ft.scoring.blocks import layer_of
+from sparse_llm_ft.plan import ModuleName
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +140,9 @@ def _following(names: Mapping[str, object]) -> dict[str, str]:
     """Module -> the module of the same name in the next numbered layer, where there is one."""
     series: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
-        layer = layer_of(name)
-        if layer is not None:
-            series.setdefault((layer.stack, layer.rest), {})[layer.number] = name
+        stack, number, rest = ModuleName.parse(name)
+        if number is not None:
+            series.setdefault((stack, rest), {})[number] = name
     following: dict[str, str] = {}
     for numbered in series.values():
         ordered = [numbered[number] for number in sorted(numbered)]

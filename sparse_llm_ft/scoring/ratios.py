@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_yaml
-from sparse_llm_ft.scoring.blocks import layer_of
+from sparse_llm_ft.plan import ModuleName
 
 Ratio = tuple[float, float]
 """(p_row, p_col)"""
@@ -29,8 +29,8 @@ def pyramidal(names: Iterable[str], p: float) -> dict[str, Ratio]:
     """
     ratios = {}
     for name in names:
-        layer = layer_of(name)
-        value = p ** (1 if layer is None else layer.number + 1)
+        number = ModuleName.parse(name).number
+        value = p ** (1 if number is None else number + 1)
         ratios[name] = (value, value)
     return ratios
 

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sparse_llm_ft.adapters import is_adapter, is_omega
-from sparse_llm_ft.adapters.build import peft_config
+from sparse_llm_ft.adapters import is_adapter, is_omega, tuner_of
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.optim import StoIHT
@@ -104,9 +103,10 @@ def build_callback(phase: Phase, state: TrainState, engine: Engine) -> Callback 
     """The phase's rule, going on from `state`; None where it has none."""
     if phase.cut is not None:
         return OmegaPruning(StoIHT.from_dict(phase.cut, state.callback), [n for n in engine.parameters if is_omega(n)])
-    if phase.plan.tuner == "adalora":
+    tuner = tuner_of(phase.plan)
+    if tuner.allocates_ranks:
         names = [name for name in engine.parameters if is_adapter(name)]
-        config: Any = peft_config(phase.plan)
+        config: Any = tuner.peft_config(phase.plan)
         allocation = RankAllocation(config, engine.values(names))
         allocation.restore(state.callback, state.callback_tensors)
         return AdaLoraRankAllocation(allocation, names, len(phase.plan.active))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sparse_llm_ft.adapters import orthogonality
+from sparse_llm_ft.adapters import tuner_of
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
 from sparse_llm_ft.data.streaming import StreamingDataset
@@ -74,7 +74,7 @@ class Loop:
                 lengths_of(self.samples, self.objective),
             )
         self.device = next(self.engine.module.parameters()).device
-        self.orth_reg_weight = self.phase.plan.options.get("orth_reg_weight", 0.0)
+        self.tuner = tuner_of(self.phase.plan)
         self.active = self._count_active()
         self.preempted_by: str | None = None
         self._skipped = 0  # in a row
@@ -121,7 +121,7 @@ class Loop:
             total += loss.detach()
             # A loss that is not finite can have gradients that are; then nothing would tell the engine to skip.
             factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
-            self.engine.backward(loss * factors + self._penalty())
+            self.engine.backward(loss * factors + self.tuner.penalty(phase.plan, self.engine.parameters))
             if self.callback is not None and self.callback.needs_gradients and i == len(shares) - 1:
                 gradients = self.engine.gradients()
             updated = self.engine.step(learning_rate)
@@ -162,12 +162,6 @@ class Loop:
         logged = self.callback.after_step(self.engine, self.progress.phase_updates, gradients)
         self.active = self._count_active()
         return logged
-
-    def _penalty(self) -> torch.Tensor | float:
-        """AdaLoRA's, on every micro-batch: the average over them is the penalty once."""
-        if not self.orth_reg_weight:
-            return 0.0
-        return self.orth_reg_weight * orthogonality(self.engine.parameters)
 
     def _count_active(self) -> int:
         return len(self.phase.plan.active) if self.callback is None else self.callback.active_adapters(self.engine)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from peft import PeftModel
 
-from sparse_llm_ft.adapters import is_adapter
+from sparse_llm_ft.adapters import count_parameters, is_adapter
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
 from sparse_llm_ft.config import PartialLoraMethod, SparseAdapterMethod, check_steps
@@ -157,7 +157,7 @@ class Run:
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
             *self.splits.remarks(self.config.task),
             f"phase {self.first.name}: {plan.describe()}{adapters}",
-            f"{plan.parameters(self.targets) + whole:,} trainable parameters",
+            f"{count_parameters(plan, self.targets) + whole:,} trainable parameters",
         ]
 
     def train(self) -> dict[str, Any]:
@@ -371,7 +371,7 @@ class Run:
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
         """Number of trained values: the adapters', without what a mask holds at zero, and modules trained whole."""
         whole = [name for name in engine.parameters if not is_adapter(name)]
-        return plan.parameters(self.targets) + sum(map(torch.numel, engine.values(whole).values()))
+        return count_parameters(plan, self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
         tensors, moments = read_state(loop.engine, loop.phase.plan)

@@ -15,6 +15,7 @@ from sparse_llm_ft.adapters import (
     SparseLoraConfig,
     SparseLoraLayer,
     check_plan,
+    count_parameters,
     find_targets,
     residual_norms,
     save_peft_adapter,
@@ -108,13 +109,13 @@ def test_a_shared_adapter_is_one_parameter_everywhere(tmp_path) -> None:
     trained = trained_parameters(model)
     shared = [name for name in trained if name.startswith("shared.")]
     assert len(plan.groups) == 2 and len(shared) == 4
-    assert sum(p.numel() for p in trained.values()) == plan.parameters(targets)
+    assert sum(p.numel() for p in trained.values()) == count_parameters(plan, targets)
     assert {id(p) for p in trained.values()} == {id(p) for p in model.parameters() if p.requires_grad}
     saved = get_peft_model_state_dict(model)
-    assert sum(tensor.numel() for tensor in saved.values()) == plan.parameters(targets)
+    assert sum(tensor.numel() for tensor in saved.values()) == count_parameters(plan, targets)
     model.save_pretrained(tmp_path)
     on_disk = load_file(tmp_path / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in on_disk.values()) == plan.parameters(targets)
+    assert sum(tensor.numel() for tensor in on_disk.values()) == count_parameters(plan, targets)
 
 
 def test_a_shared_adapter_learns_from_all_its_modules_and_is_loaded_shared(tmp_path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.families import FAMILIES, files, parsed, settings
-from sparse_llm_ft.adapters import find_targets
+from sparse_llm_ft.adapters import count_parameters, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.engine import check_deepspeed
 from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
@@ -90,7 +90,7 @@ def test_llama_2_has_as_many_values_in_lora_as_the_papers(
 ) -> None:
     """Before anything is masked or shared: which modules, and what rank."""
     plan, targets = planned.first("llama-2-7b", method, task)
-    assert plan.parameters(targets) == pytest.approx(published, rel=0.01)
+    assert count_parameters(plan, targets) == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from sparse_llm_ft.engine.shards import Shards, ShardSlice
 from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, RowColumnMask
+from sparse_llm_ft.plan import IndexMask
 
 SHAPES = {"a": (3, 5), "b": (4, 2), "c": (6,)}
+
+
+def rows(*kept: int) -> RowColumnMask:
+    """Of b."""
+    return RowColumnMask(0, IndexMask(4, kept), 2)
+
+
+def columns(*kept: int) -> RowColumnMask:
+    """Of a."""
+    return RowColumnMask(1, IndexMask(5, kept), 5)
 
 
 def cut(sizes: dict[str, int], edges: list[int], rank: int) -> dict[str, ShardSlice | None]:
@@ -45,7 +56,7 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
         entries = {"a": torch.zeros(3, 5, dtype=torch.bool), "b": torch.zeros(4, 2, dtype=torch.bool)}
         entries["a"][:, [0, 3]] = True
         entries["b"][[1, 2]] = True
-        masks = {"a": RowColumnMask(5, 1, (0, 3)), "b": RowColumnMask(2, 0, (1, 2))}
+        masks = {"a": columns(0, 3), "b": rows(1, 2)}
     ranks = [shards_of([0, edge, 29], rank, masks) for rank in (0, 1)]
     held = sum(len(s.optimizer.kept[s.masters[0][1]]) if s.optimizer.kept else s.masters[0][1].numel() for s in ranks)
     if all(s.optimizer.kept for s in ranks):
@@ -68,7 +79,7 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("mask", [RowColumnMask(5, 1, (0, 3)), RowColumnMask(5, 0, (1,))])
+@pytest.mark.parametrize("mask", [columns(0, 3), RowColumnMask(0, IndexMask(3, (1,)), 5)])
 def test_kept_lines_of_any_window_are_those_of_the_whole(mask: RowColumnMask) -> None:
     whole = set(mask.indices(0, 15).tolist())
     assert whole == ({0, 3, 5, 8, 10, 13} if mask.dimension else {5, 6, 7, 8, 9})
@@ -78,7 +89,7 @@ def test_kept_lines_of_any_window_are_those_of_the_whole(mask: RowColumnMask) ->
 
 
 def test_the_norm_leaves_masked_entries_out() -> None:
-    shards = shards_of([0, 29], 0, {"a": RowColumnMask(5, 1, (0,)), "b": RowColumnMask(2, 0, (3,))})
+    shards = shards_of([0, 29], 0, {"a": columns(0), "b": rows(3)})
     gradient = torch.arange(32.0)
     kept = [0, 5, 10, 15 + 6, 15 + 7, *range(23, 29)]
     assert shards.norm([gradient]) == pytest.approx(sum(i * i for i in kept) ** 0.5)
@@ -87,6 +98,6 @@ def test_the_norm_leaves_masked_entries_out() -> None:
 
 def test_wrong_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="a mask for d, which is no trained parameter"):
-        shards_of([0, 29], 0, {"d": RowColumnMask(2, 0, (0,))})
+        shards_of([0, 29], 0, {"d": rows(0)})
     with pytest.raises(ValueError, match=r"b: shape \(2, 4\); expected \(4, 2\)"):
         shards_of([0, 29], 0, {}).write("b", torch.zeros(2, 4))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import sparse_llm_ft.adapters  # noqa: F401  (registers the tuner of native exports)
 from helpers.trained_runs import PLANS, make_run
+from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.export import export_run
 from sparse_llm_ft.export.merge import merge_adapters
@@ -23,7 +24,7 @@ from sparse_llm_ft.inference.trained_run import load_trained, read_run
 
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3], [1, 4, 4, 20, 11, 8]])
 ADAPTERS = [name for name in PLANS if name != "full"]
-LORAS = ["lora", "masked", "masked_in_optimizer", "ranked", "grouped"]
+LORAS = ["lora", "rslora", "masked", "masked_in_optimizer", "ranked", "grouped"]
 
 
 @torch.no_grad()
@@ -50,6 +51,8 @@ def test_peft_loads_the_adapter(name: str, settings: dict, loud_folder: Path, tm
     before = logits(base)
     close(logits(PeftModel.from_pretrained(base, folder)), expected)
     assert (before - expected).abs().max() > 1e-2, "the adapters change something"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config.get("use_rslora", False) == (name == "rslora")
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -76,7 +79,7 @@ def test_this_package_loads_its_native_form_which_is_as_small_as_the_checkpoint(
     stored = load_file(folder / "adapter_model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in state.tensors.values())
     plan = model.peft_config["default"].plan
-    assert plan.groups == PLANS[name].groups and plan.active == PLANS[name].active and plan.masking == "compact"
+    assert plan == native_plan(PLANS[name]) and plan.groups == PLANS[name].groups and plan.masking == "compact"
 
 
 @pytest.mark.parametrize("name", LORAS)
@@ -85,7 +88,7 @@ def test_a_uniform_rank_changes_no_logit(name: str, settings: dict, loud_folder:
     config = json.loads((folder / "adapter_config.json").read_text())
     largest = max(adapter.r for adapter in PLANS[name].active.values())
     assert (config["r"], config["lora_alpha"]) == (largest, largest)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and "use_rslora" not in config
     shapes = {t.shape[0] for key, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key}
     assert shapes == {largest}
     base = AutoModelForCausalLM.from_pretrained(loud_folder, dtype=torch.float32)

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.inputs import VALUES, is_one_line, wounded
-from sparse_llm_ft.adapters.targets import adapter_shapes, check_modules
+from sparse_llm_ft.adapters import TUNERS, tuner_of
+from sparse_llm_ft.adapters.targets import check_modules
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json
 from sparse_llm_ft.phase import CutRule, Phase, ScoringSpec, Subset
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, PlanError
@@ -79,7 +80,7 @@ def test_a_mask_is_no_larger_than_its_bytes(size: int, bits: bytes) -> None:
         st.none() | st.builds(ModuleAdapter, st.integers(1, 70_000).filter(lambda r: r <= 2**16), st.just(1.0)),
         min_size=1,
     ),
-    st.sampled_from(["sparse_lora", "lora", "dora"]),
+    st.sampled_from([name for name, tuner in TUNERS.items() if tuner.bounded_rank] + ["unknown"]),
 )
 def test_a_plan_that_fits_has_matrices_within_its_modules(modules: dict, tuner: Any) -> None:
     try:
@@ -88,7 +89,7 @@ def test_a_plan_that_fits_has_matrices_within_its_modules(modules: dict, tuner: 
     except PlanError as error:
         assert is_one_line(error)
     else:
-        assert all(max(shape) <= 6 for shape in adapter_shapes(plan, TARGETS).values())
+        assert all(max(shape) <= 6 for shape in tuner_of(plan).shapes(plan, TARGETS).values())
 
 
 @given(st.text(max_size=40) | VALUES.map(lambda value: json.dumps(value)))

@@ -11,6 +11,7 @@ DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "thresho
 METHODS: dict[str, Any] = {
     "lora": "lora",
     "lora_plus": "lora_plus",
+    "rslora": "rslora",
     "dora": "dora",
     "vera": {"name": "vera", "r": 16},
     "adalora": {"name": "adalora", "target_r": 2},

@@ -18,7 +18,13 @@ from helpers.case_tools import (
     start_values,
 )
 from helpers.method_cases import sparse_plan
-from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
+from sparse_llm_ft.adapters import (
+    add_adapters,
+    count_parameters,
+    count_stored_parameters,
+    find_targets,
+    trained_parameters,
+)
 from sparse_llm_ft.adapters.convert import full_pair
 from sparse_llm_ft.adapters.masking import to_kept
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
@@ -104,7 +110,7 @@ def masked_entries_never_change_and_have_no_moments() -> None:
     base = base_model()
     targets = find_targets(base, "all-linear")
     plan = masked(plan_for(base), targets)
-    trained, stored = plan.parameters(targets), plan.stored(targets)
+    trained, stored = count_parameters(plan, targets), count_stored_parameters(plan, targets)
     assert trained < 0.6 * stored
     for stage, ranks in ((0, 1), (1, 2), (2, 2), (3, 2)):
         for dtype in ("float32", "bfloat16"):
@@ -202,7 +208,7 @@ def a_masked_state_is_the_kept_rows_and_columns_alone() -> None:
     for _ in zip(range(4), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
         pass
     tensors, moments = read_state(engine, plan)
-    assert sum(t.numel() for t in tensors.values()) == plan.parameters(find_targets(base, "all-linear"))
+    assert sum(t.numel() for t in tensors.values()) == count_parameters(plan, find_targets(base, "all-linear"))
     assert all(t.shape == tensors[n].shape for n, entry in moments.items() for t in entry.values())
     assert to_kept(plan, engine.values()).keys() == tensors.keys()
     state = TrainState(tensors, moments, engine.optimizer_steps(), Progress(4, 32), {})

@@ -20,7 +20,7 @@ from helpers.case_tools import (
     plan_for,
     start_values,
 )
-from sparse_llm_ft.adapters import add_adapters, find_targets, trained_parameters
+from sparse_llm_ft.adapters import add_adapters, count_parameters, find_targets, trained_parameters
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.distributed.world import World
@@ -56,7 +56,9 @@ def shared_and_masked_adapters_train_alike_at_every_stage() -> None:
         model = add_adapters(base, plan)
         start = start_values(model)
         engine = Engine(model, engine_settings(stage, 2))
-        assert sum(v.numel() for v in engine.values().values()) == plan.parameters(find_targets(base, "all-linear"))
+        assert sum(v.numel() for v in engine.values().values()) == count_parameters(
+            plan, find_targets(base, "all-linear")
+        )
         engine.load(start)
         loop = make_loop(engine, plan, 2, Progress())
         losses[stage] = [step.loss for _, step in zip(range(8), loop.steps(), strict=False)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from helpers.case_tools import MODEL, WORLD, base_model, engine_settings, long_case, make_loop, plan_for
-from sparse_llm_ft.adapters import add_adapters
+from sparse_llm_ft.adapters import add_adapters, count_parameters
 from sparse_llm_ft.adapters.build import change_plan
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig
@@ -116,6 +116,6 @@ def optimizer_bytes_follow_the_plan_after_a_change() -> None:
         for before, current in ((smaller, plan), (plan, smaller)):
             model = change_plan(model, before, current)
             engine = Engine(model, engine_settings(stage, 4, "bfloat16"))
-            excess = engine.optimizer_bytes() - 12 * current.parameters(shapes) / WORLD.size
+            excess = engine.optimizer_bytes() - 12 * count_parameters(current, shapes) / WORLD.size
             assert 0 <= excess < 12 * 64, (stage, excess)
             engine.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from sparse_llm_ft.adapters import count_parameters
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
 
 TYPES = {
@@ -66,7 +67,7 @@ def write_run(
         record |= {"index": index, "start_step": step, "plan": plan.to_dict()}
         name = f"{index:02d}-{phase['name']}.json"
         (folder / "phases" / name).write_text(json.dumps(record), encoding="utf-8")
-        parameters, speed = plan.parameters(shapes), 4000.0 + 900 * index
+        parameters, speed = count_parameters(plan, shapes), 4000.0 + 900 * index
         for i in range(count):
             step += 1
             line = {

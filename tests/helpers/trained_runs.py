@@ -46,6 +46,11 @@ def ranked(layer: int, kind: str) -> ModuleAdapter | None:
     return ModuleAdapter(2 + 2 * layer, 5.0 + layer, omega=0.5 + layer, train_omega=layer == 0)
 
 
+def ranked_alike(layer: int, kind: str) -> ModuleAdapter:
+    """Ranks and lora_alpha that differ from layer to layer."""
+    return ModuleAdapter(2 + 2 * layer, 5.0 + layer)
+
+
 def grouped(layer: int, kind: str) -> ModuleAdapter:
     return ModuleAdapter(4, 8.0, group=None if layer else kind.replace(".", "-"))
 
@@ -60,6 +65,7 @@ PLANS: dict[str, AdapterPlan] = {
     "masked_in_optimizer": AdapterPlan(modules(masked), tuner="lora", masking="optimizer"),
     "ranked": AdapterPlan(modules(ranked)),
     "grouped": AdapterPlan(modules(grouped)),
+    "rslora": AdapterPlan(modules(ranked_alike), tuner="rslora"),
     "dora": AdapterPlan(modules(plain), tuner="dora"),
     "masked_dora": AdapterPlan(modules(masked), tuner="dora", masking="optimizer"),
     "vera": AdapterPlan(modules(plain), tuner="vera"),

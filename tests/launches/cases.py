@@ -43,7 +43,7 @@ from helpers.case_tools import (
     plan_for,
     start_values,
 )
-from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
+from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, count_parameters, find_targets, is_omega
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import EvaluationConfig, ModelConfig, parse_config
 from sparse_llm_ft.data.sampler import ShuffledSampler
@@ -195,7 +195,7 @@ def optimizer_bytes_are_those_of_the_shard() -> None:
     """Twelve bytes for each trained value (master and two moments), divided among two ranks from stage 1 on."""
     model = base_model(torch.bfloat16)
     plan = plan_for(model)
-    count = plan.parameters(find_targets(model, "all-linear"))
+    count = count_parameters(plan, find_targets(model, "all-linear"))
     for stage, ranks in ((0, 1), (1, 2), (2, 2), (3, 2)):
         peft_model = get_peft_model(base_model(torch.bfloat16), SparseLoraConfig(plan=plan))
         engine = Engine(peft_model, engine_settings(stage, 2, "bfloat16"))
@@ -258,7 +258,7 @@ def check_disconnect(config, stage: int) -> None:
     assert all(torch.equal(moments[n][k], state.moments[n][k]) for n in moments for k in ("exp_avg", "exp_avg_sq"))
     assert engine.optimizer_steps() == {"adapter": 6}
     held = sum(p.numel() for group in engine._optimizer.param_groups for p in group["params"])
-    expected = after.plan.parameters(targets)
+    expected = count_parameters(after.plan, targets)
     assert stage == 3 or expected / WORLD.size <= held < expected / WORLD.size + 64, (held, expected)
     after_loss = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
     assert abs(after_loss - before_loss) < 1e-5, (before_loss, after_loss)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from helpers.method_settings import TARGETS, config, derivation, start, state
+from sparse_llm_ft.adapters import count_parameters, tuner_of
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.plan import FULL_MODEL
+from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.plan import FULL_MODEL, uniform_plan
 
 WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 5}
 PLUS = WEIGHT | {"name": "weight_lora_plus"}
@@ -15,7 +17,14 @@ BALANCED = {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5}
 
 @pytest.mark.parametrize(
     ("name", "tuner"),
-    [("lora", "lora"), ("lora_plus", "lora"), ("dora", "dora"), ("vera", "vera"), ("adalora", "adalora")],
+    [
+        ("lora", "lora"),
+        ("lora_plus", "lora"),
+        ("rslora", "rslora"),
+        ("dora", "dora"),
+        ("vera", "vera"),
+        ("adalora", "adalora"),
+    ],
 )
 def test_peft_baselines_are_one_phase_of_pefts_tuner(name: str, tuner: str) -> None:
     method = {"name": name, "target_r": 1} if name == "adalora" else {"name": name}
@@ -25,6 +34,16 @@ def test_peft_baselines_are_one_phase_of_pefts_tuner(name: str, tuner: str) -> N
     assert chain.next(phase, state(phase), None, TARGETS) is None
     if name == "adalora":
         assert phase.plan.options["total_step"] == 20 and phase.plan.options["tinit"] == 2
+
+
+def test_rslora_keeps_lora_alpha_where_a_small_matrix_cuts_the_rank() -> None:
+    """The factor lora_alpha / sqrt(r) follows from the module's own rank; LoRA keeps lora_alpha / r instead."""
+    factors = {}
+    for name in ("lora", "rslora"):
+        chain = build_methods(config(name, adapter={"r": 8, "lora_alpha": 6}), total_steps=20)
+        plan = chain.first(uniform_plan(TARGETS, 8, 6.0), TARGETS).plan
+        factors[name] = {a.r: tuner_of(plan).scaling(a) for a in plan.active.values()}
+    assert factors == {"lora": {8: 6 / 8, 4: 6 / 8}, "rslora": {8: 6 / 8**0.5, 4: 6 / 2}}
 
 
 def test_tied_lora_shares_per_type_and_shape_and_full_trains_everything() -> None:
@@ -66,7 +85,7 @@ def test_sharing_then_masks() -> None:
     assert derive.name == "derive" and derive.method == 1 and derive.plan.groups and fresh.tensors == {}
     train, _ = chain.next(derive, state(derive), derivation(), TARGETS)
     assert train.plan.groups == derive.plan.groups
-    assert train.plan.parameters(TARGETS) < derive.plan.parameters(TARGETS)
+    assert count_parameters(train.plan, TARGETS) < count_parameters(derive.plan, TARGETS)
 
 
 @pytest.mark.parametrize(

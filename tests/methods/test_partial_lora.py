@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.method_settings import TARGETS, derivation, start, state
+from sparse_llm_ft.adapters import count_parameters
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.phase import Phase, Subset
 
@@ -114,7 +115,7 @@ def test_a_shared_pair_has_one_mask() -> None:
     after, _ = chain.next(phase, state(phase), derivation(), TARGETS)
     for members in after.plan.groups.values():
         assert len({(after.plan.active[n].rows, after.plan.active[n].cols) for n in members}) == 1
-    assert after.plan.parameters(TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2)
+    assert count_parameters(after.plan, TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2)
 
 
 def test_sharing_survives_the_fitting_of_a_head() -> None:

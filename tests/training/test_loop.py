@@ -27,6 +27,7 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.module = torch.nn.Linear(1, 1)
+        self.parameters = dict(self.module.named_parameters())
         self.updates, self.grad_norm, self._micro = 0, 1.0, 0
 
     def forward(self, **batch: Any) -> torch.Tensor:
