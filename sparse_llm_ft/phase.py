@@ -54,8 +54,7 @@ class ScoringSpec:
 
     Attributes:
         kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
-        importance, accuracy_floor, floor_metric, flow_preservation, micro_batch_size,
-            candidates_per_forward: of a derivation.
+        importance, accuracy_floor, floor_metric, flow_preservation, micro_batch_size: of a derivation.
         compare: also measure the other importances, to see how far they agree.
         search: whether ratios are searched for (Algorithm 1), or only importance is measured.
         cache_dir: where derivations are kept; None: the user's cache folder.
@@ -69,7 +68,6 @@ class ScoringSpec:
     search: bool = True
     compare: bool = False
     micro_batch_size: int = 32
-    candidates_per_forward: int = 1
     cache_dir: str | None = None
 
 

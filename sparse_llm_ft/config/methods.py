@@ -156,8 +156,7 @@ class PartialLoraMethod(_Method):
         base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` DoRA.
         masking: where masks live: in the sharded ``optimizer``, around whole layers of any tuner; or ``compact``, in
             layers of this package whose A and B are physically smaller, which is faster.
-        micro_batch_size, candidates_per_forward: of the derivation; samples in a forward pass, and cuts of one search
-            that are tried in it side by side, where memory allows: more saves passes, 1 computes least.
+        micro_batch_size: samples in a forward pass of the derivation.
         cache_dir: where derivations are kept, by content; null: the user's cache folder.
     """
 
@@ -179,7 +178,6 @@ class PartialLoraMethod(_Method):
     adalora: AdaLoraSettings = AdaLoraSettings()
     masking: Literal["optimizer", "compact"] = "optimizer"
     micro_batch_size: StrictInt = Field(32, ge=1)
-    candidates_per_forward: StrictInt = Field(1, ge=1)
     cache_dir: FilePath | None = None
 
     DEFAULT_SHOTS: ClassVar[int] = 16

@@ -59,7 +59,6 @@ class PartialLora:
                 method.derives,
                 method.compare_importance,
                 method.micro_batch_size,
-                method.candidates_per_forward,
                 method.cache_dir,
             ),
         )

@@ -60,8 +60,6 @@ class DerivationSettings:
         floor_metric: ``accuracy``: zero while accuracy >= accuracy_floor * μ. ``loss``: zero while the mean loss is at
             most that of the whole model / accuracy_floor.
         micro_batch_size: samples in one forward pass.
-        candidates_per_forward: cuts of one search that are tried in one forward pass, by repeating the batch; a pass
-            then has as many times more samples. 1 is bisection, which computes least; more saves passes.
         flow_preservation: cut in the order that `preserve_flow` gives.
     """
 
@@ -69,14 +67,13 @@ class DerivationSettings:
     accuracy_floor: float = 0.9
     floor_metric: Metric = "accuracy"
     micro_batch_size: int = 8
-    candidates_per_forward: int = 1
     flow_preservation: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.accuracy_floor <= 1.0:
             raise ConfigError("method.accuracy_floor", f"{self.accuracy_floor!r}", "expected more than 0, at most 1")
-        if self.micro_batch_size < 1 or self.candidates_per_forward < 1:
-            raise ValueError("micro_batch_size and candidates_per_forward are at least 1")
+        if self.micro_batch_size < 1:
+            raise ValueError("micro_batch_size is at least 1")
 
 
 def whole(module: nn.Module) -> AbstractContextManager[Any]:

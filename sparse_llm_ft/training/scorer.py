@@ -133,7 +133,6 @@ class Scorer:
             accuracy_floor=spec.accuracy_floor,
             floor_metric=spec.floor_metric,
             micro_batch_size=spec.micro_batch_size,
-            candidates_per_forward=spec.candidates_per_forward,
             flow_preservation=spec.flow_preservation,
         )
         # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.

@@ -18,7 +18,6 @@ from sparse_llm_ft.errors import ConfigError, TrainingError, UserError
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, Split, derive, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking
 from sparse_llm_ft.scoring.layer_search import Job, deal
-from sparse_llm_ft.scoring.search import most_rounds
 
 OBJECTIVE = RowObjective()
 SETTINGS = DerivationSettings(micro_batch_size=10)
@@ -69,7 +68,7 @@ def assert_follows_the_loop(model: nn.Module, modules: dict, rows: list, setting
     "changes",
     [
         {},
-        {"importance": "snip", "candidates_per_forward": 3},
+        {"importance": "snip"},
         {"importance": "imp", "flow_preservation": True, "accuracy_floor": 0.7},
         {"floor_metric": "loss", "accuracy_floor": 0.5},
     ],
@@ -89,17 +88,14 @@ def test_ratios_are_those_of_the_literal_loop(changes: dict) -> None:
     assert_follows_the_loop(model, modules, rows, settings, found)
 
 
-@pytest.mark.parametrize(
-    ("build", "width"), [(bert, 1), (deberta, 2), pytest.param(deberta, 1, marks=pytest.mark.long)]
-)
-def test_encoders_with_biases_and_a_pooler_outside_the_layers(build, width: int) -> None:
+@pytest.mark.parametrize("build", [bert, deberta])
+def test_encoders_with_biases_and_a_pooler_outside_the_layers(build) -> None:
     model = build()
     modules = linears(model, "query", "query_proj", "pos_key_proj", "1.output.dense", "pooler.dense")
     rows = rows_for(model)
-    settings = replace(SETTINGS, candidates_per_forward=width)
-    found = derive(model, modules, rows, OBJECTIVE, settings)
+    found = derive(model, modules, rows, OBJECTIVE, SETTINGS)
     assert any(name.endswith("pooler.dense") for name in found.ratios) and not found.notes
-    assert_follows_the_loop(model, modules, rows, settings, found)
+    assert_follows_the_loop(model, modules, rows, SETTINGS, found)
 
 
 def test_what_the_result_says() -> None:
@@ -231,15 +227,11 @@ def test_ratios_do_not_depend_on_the_number_of_ranks(measure: str, lockstep: boo
 
 
 def test_jobs_go_to_the_rank_with_least_to_do_the_longest_first() -> None:
-    jobs = [Job(str(i), "rows", size, 1) for i, size in enumerate((2, 256, 4, 256, 16, 16))]
+    jobs = [Job(str(i), "rows", size) for i, size in enumerate((2, 256, 4, 256, 16, 16))]
     loads = [0, 0]
     shares = deal(jobs, loads)
-    assert loads == [sum(job.rounds for job in share) for share in shares] == [14, 13]
+    assert loads == [sum(job.tests for job in share) for share in shares] == [14, 13]
     assert sorted(job for share in shares for job in share) == sorted(jobs)
-
-
-def test_more_candidates_take_fewer_passes() -> None:
-    assert [most_rounds(4096, width) for width in (1, 3, 7)] == [12, 6, 4]
 
 
 def test_layers_that_are_not_numbered() -> None:
