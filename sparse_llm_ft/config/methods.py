@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt
 
-from sparse_llm_ft.config.types import FilePath, Float
+from sparse_llm_ft.config.derivation import DerivationSettings, ForwardPasses
+from sparse_llm_ft.config.types import FilePath, Float, Section, Share
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import MAX_RANK
 
 
-class _Method(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
+class _Method(Section):
     def check(self, total_steps: int | None) -> None:
         """Refuse what contradicts itself or, once it is known, the run's length (in optimizer steps).
 
@@ -110,7 +109,6 @@ class TiedLoraMethod(_Method):
     name: Literal["tied_lora"]
 
 
-Share = Annotated[Float, Field(gt=0, le=1)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 
 
@@ -134,16 +132,12 @@ class LoraDropMethod(_Method):
     choose: Literal["importance", "inverted", "random", "top"] = "importance"
 
 
-class PartialLoraMethod(_Method):
+class PartialLoraMethod(_Method, DerivationSettings):
     """Partial-LoRA (Damirchi et al., 2024): random row and column masks, with ratios derived from the base.
 
     Attributes:
         shots: samples per class in D_t, the few-shot set that ratios are derived from.
         sample_fraction: a share of the training set instead, stratified.
-        importance: what ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
-        accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
-        floor_metric: ``loss`` stops where the mean loss exceeds the base's / accuracy_floor instead; for bases that
-            cannot do the task yet.
         head_epochs, head_learning_rate: passes over D_t that a fresh classification head is fitted for, alone, before
             the derivation, and their learning rate.
         selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
@@ -151,36 +145,34 @@ class PartialLoraMethod(_Method):
         ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, ratio to the power of the
             layer's depth; or a JSON or YAML file with a ratio per module.
         ratio: kept share of rows and of columns under ``balanced`` and ``pyramidal``.
-        flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
         compare_importance: also measure the two other importances, for the report's picture of their overlap.
         base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` DoRA.
         masking: where masks live: in the sharded ``optimizer``, around whole layers of any tuner; or ``compact``, in
             layers of this package whose A and B are physically smaller, which is faster.
-        micro_batch_size: samples in a forward pass of the derivation.
         cache_dir: where derivations are kept, by content; null: the user's cache folder.
     """
 
     name: Literal["partial_lora"]
     shots: StrictInt | None = Field(None, ge=1)
     sample_fraction: Share | None = None
-    importance: Literal["svd", "snip", "imp"] = "svd"
-    accuracy_floor: Share = 0.9
-    floor_metric: Literal["accuracy", "loss"] = "accuracy"
     head_epochs: Float = Field(20.0, gt=0)
     head_learning_rate: Float = Field(0.01, gt=0)
     selection: Literal["random", "targeted", "inverted", "stochastic"] = "random"
     temperature: Float = Field(1.0, gt=0)
     ratios: FilePath = "derived"
     ratio: Unit | None = None
-    flow_preservation: StrictBool = False
     compare_importance: StrictBool = False
     base: Literal["lora", "adalora", "dora"] = "lora"
     adalora: AdaLoraSettings = AdaLoraSettings()
     masking: Literal["optimizer", "compact"] = "optimizer"
-    micro_batch_size: StrictInt = Field(32, ge=1)
     cache_dir: FilePath | None = None
 
     DEFAULT_SHOTS: ClassVar[int] = 16
+
+    @property
+    def derivation(self) -> DerivationSettings:
+        """The settings that only the derivation reads."""
+        return DerivationSettings.model_validate({key: getattr(self, key) for key in DerivationSettings.model_fields})
 
     @property
     def derives(self) -> bool:
@@ -219,7 +211,7 @@ class PartialLoraMethod(_Method):
             )
 
 
-class SparseAdapterMethod(_Method):
+class SparseAdapterMethod(_Method, ForwardPasses):
     """Sparse Adapter as LoRA-drop's paper compares it: a targeted SNIP mask on LoRA at a fixed sparsity.
 
     Attributes:
@@ -233,7 +225,6 @@ class SparseAdapterMethod(_Method):
     shots: StrictInt = Field(16, ge=1)
     head_epochs: Float = Field(20.0, gt=0)
     head_learning_rate: Float = Field(0.01, gt=0)
-    micro_batch_size: StrictInt = Field(32, ge=1)
     cache_dir: FilePath | None = None
 
     def as_partial(self) -> PartialLoraMethod:

@@ -52,14 +52,10 @@ class PartialLora:
             subset=Subset(method.sample_fraction, shots, self.seed),
             scoring=ScoringSpec(
                 "derivation",
-                method.importance,
-                method.accuracy_floor,
-                method.floor_metric,
-                method.flow_preservation,
-                method.derives,
-                method.compare_importance,
-                method.micro_batch_size,
-                method.cache_dir,
+                method.derivation,
+                search=method.derives,
+                compare=method.compare_importance,
+                cache_dir=method.cache_dir,
             ),
         )
         needs_head = bool(plan.trained) and not state.tensors and (method.derives or method.importance != "svd")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from sparse_llm_ft.config.derivation import DerivationSettings, MeasureName
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.scoring.blocks import evaluating
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, DerivationSettings, MeasureName, Objective, Split
+from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
     Importance,
@@ -65,7 +66,7 @@ class Derivation:
         }
         keys = ("mu", "standard_error", "majority", "loss", "samples", "units")
         return tensors, {
-            "settings": asdict(self.settings),
+            "settings": self.settings.model_dump(),
             **{key: getattr(self, key) for key in keys},
             "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
             "notes": list(self.notes),

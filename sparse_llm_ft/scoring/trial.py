@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sparse_llm_ft.config.derivation import FloorMetric
 from sparse_llm_ft.scoring.blocks import PrefixCache, recorded_calls
-from sparse_llm_ft.scoring.contracts import Batch, Metric, Objective
+from sparse_llm_ft.scoring.contracts import Batch, Objective
 
 Side = Literal["rows", "cols"]
 
@@ -54,7 +55,7 @@ class Trial:
         forwards: forward passes made so far.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, batches: Sequence[Batch], metric: Metric) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, batches: Sequence[Batch], metric: FloorMetric) -> None:
         self.batches = batches
         self.cache = PrefixCache({}, len(batches))
         self.forwards = 0
@@ -62,14 +63,14 @@ class Trial:
         self._objective = objective
         self.metric = metric
 
-    def score(self, i: int, metric: Metric) -> torch.Tensor:
+    def score(self, i: int, metric: FloorMetric) -> torch.Tensor:
         """(batch,) float64 on the CPU: `correct` (accuracy) or `losses` (loss) of micro-batch i."""
         measure = self._objective.correct if metric == "accuracy" else self._objective.losses
         self.forwards += 1
         with self.cache.replaced(i):
             return measure(self._model, self.batches[i]).detach().double().cpu()
 
-    def total(self, metric: Metric) -> float:
+    def total(self, metric: FloorMetric) -> float:
         """Sum over D_t with the model as it is."""
         return float(sum(self.score(i, metric).sum() for i in range(len(self.batches))))
 

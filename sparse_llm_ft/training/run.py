@@ -212,7 +212,8 @@ class Run:
         method = self.config.method[phase.method]
         if phase.scoring is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
             return phase
-        scoring = replace(phase.scoring, micro_batch_size=method.micro_batch_size, cache_dir=method.cache_dir)
+        derivation = phase.scoring.derivation.model_copy(update={"micro_batch_size": method.micro_batch_size})
+        scoring = replace(phase.scoring, derivation=derivation, cache_dir=method.cache_dir)
         return replace(phase, scoring=scoring)
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
