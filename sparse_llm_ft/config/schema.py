@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 
-from sparse_llm_ft.config.methods import Methods
+from sparse_llm_ft.config.registry import Methods
 from sparse_llm_ft.config.types import MAX_BATCH, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 

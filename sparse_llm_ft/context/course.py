@@ -16,7 +16,7 @@ from sparse_llm_ft.data.dataset import Splits, packed, strata
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.subset import stratified
 from sparse_llm_ft.distributed.collectives import encoding_together
-from sparse_llm_ft.methods import Chain, build_methods
+from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.objectives.base import lengths_of
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.batch_size import first_batch

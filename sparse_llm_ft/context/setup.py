@@ -12,7 +12,7 @@ from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.context.preflight import Prepared
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules

@@ -16,7 +16,7 @@ from peft import PeftModel
 from sparse_llm_ft.adapters import is_adapter
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
-from sparse_llm_ft.config import PartialLoraMethod, RunConfig, SparseAdapterMethod
+from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.context.course import Course
 from sparse_llm_ft.context.preflight import Prepared
 from sparse_llm_ft.context.setup import Setup
@@ -92,16 +92,15 @@ def derive(prepared: Prepared) -> None:
     config, world = prepared.config, prepared.world
     transformers.utils.logging.disable_progress_bar()
     console = Console(world.rank)
-    begins = config.method[0]
-    if not isinstance(begins, SparseAdapterMethod) and not (isinstance(begins, PartialLoraMethod) and begins.ranks):
-        raise UserError(
-            f"method.name: {config.method_name} derives nothing before it trains; expected partial_lora, with "
-            "ratios: derived or another selection than random"
-        )
     setup = Setup.of(prepared)
     check_weights(config.model)
     init_distributed()
     course = Course.of(prepared, setup)
+    if course.first.scoring is None or course.first.scoring.kind != "derivation":
+        raise UserError(
+            f"method.name: {config.method_name} derives nothing before it trains; expected partial_lora, with "
+            "ratios: derived or another selection than random"
+        )
     Run(prepared, console, setup, course).derive()
     dist.destroy_process_group()
 
@@ -185,7 +184,8 @@ class Run:
             configured = self.config.training.micro_batch_size
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
-            phase = self._as_set(resumed_batch(Phase.from_dict(state.phase), self.world.size, anew))
+            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+            phase = self.course.methods.resumed(phase)
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
@@ -206,15 +206,6 @@ class Run:
                 "the samples are not those that the run began with: rows or tokenizer have changed",
                 "expected the same ones, or another output_dir",
             )
-
-    def _as_set(self, phase: Phase) -> Phase:
-        """A phase from a checkpoint, with what may have been set anew since."""
-        method = self.config.method[phase.method]
-        if phase.scoring is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
-            return phase
-        derivation = phase.scoring.derivation.model_copy(update={"micro_batch_size": method.micro_batch_size})
-        scoring = replace(phase.scoring, derivation=derivation, cache_dir=method.cache_dir)
-        return replace(phase, scoring=scoring)
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""

@@ -10,7 +10,7 @@ from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.architecture import CAUSAL_LM
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
@@ -81,6 +81,6 @@ def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypat
     def fails(*args: object, **kwargs: object) -> int:
         raise RuntimeError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(batch_size, "saved_bytes", fails)
+    monkeypatch.setattr(batch_size, "activation_bytes", fails)
     with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
         check_growth(config, before, CAUSAL_LM)
