@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from sparse_llm_ft.config.derivation import DerivationSettings
+from sparse_llm_ft.config.types import MAX_BATCH
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 BatchGrowth = Literal["none", "keep_global", "grow_global"]
 LrScaling = Literal["none", "sqrt", "linear"]
-
-
-MAX_BATCH = 2**20
-"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,16 @@ class ScoringSpec:
 
     Attributes:
         kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
-        importance, accuracy_floor, floor_metric, flow_preservation, micro_batch_size,
-            candidates_per_forward: of a derivation.
-        compare: also measure the other importances, to see how far they agree.
+        derivation: how a derivation is made.
         search: whether ratios are searched for (Algorithm 1), or only importance is measured.
+        compare: also measure the other importances, to see how far they agree.
         cache_dir: where derivations are kept; None: the user's cache folder.
     """
 
     kind: Literal["lora_output", "derivation"]
-    importance: Literal["svd", "snip", "imp"] = "svd"
-    accuracy_floor: float = 0.9
-    floor_metric: Literal["accuracy", "loss"] = "accuracy"
-    flow_preservation: bool = False
+    derivation: DerivationSettings = field(default_factory=DerivationSettings)
     search: bool = True
     compare: bool = False
-    micro_batch_size: int = 32
-    candidates_per_forward: int = 1
     cache_dir: str | None = None
 
 
@@ -131,7 +123,7 @@ class Phase:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same phase back."""
-        parts = {name: asdict(part) if (part := getattr(self, name)) else None for name in _PARTS}
+        parts = {name: (part := getattr(self, name)) and TypeAdapter(type(part)).dump_python(part) for name in _PARTS}
         return (
             vars(self)
             | parts
@@ -156,8 +148,7 @@ class Phase:
         parts: dict[str, Any] = {}
         for name, kind in _PARTS.items():
             if data[name] is not None:
-                _check_fields(kind, data[name])
-                parts[name] = kind(**data[name])
+                parts[name] = _read_part(kind, data[name])
         plan = AdapterPlan.from_dict(data["plan"], shapes)
         target_plan = None if data["target_plan"] is None else AdapterPlan.from_dict(data["target_plan"], shapes)
         return cls(**{**data, **parts, "plan": plan, "target_plan": target_plan})
@@ -167,6 +158,22 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 """A phase's file is called after it."""
 
 _PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "scoring": ScoringSpec}
+
+
+def _read_part(kind: type[Any], data: Any) -> Any:
+    _check_fields(kind, data, but=("derivation",))
+    return kind(**data | {"derivation": _read_settings(data["derivation"])}) if "derivation" in data else kind(**data)
+
+
+def _read_settings(data: Any) -> DerivationSettings:
+    keys = DerivationSettings.model_fields.keys()
+    if not isinstance(data, Mapping) or data.keys() != keys:
+        raise PlanError(f"derivation is an object with the keys {', '.join(keys)}")
+    try:
+        return DerivationSettings.model_validate(data, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise PlanError(f"{problem['loc'][0]} is {problem['input']!r:.60}") from None
 
 
 def _check_fields(kind: type[Any], data: Any, but: Collection[str] = ()) -> None:

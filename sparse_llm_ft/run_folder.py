@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.config.registry import find_settings, method_names
+from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
@@ -21,7 +23,8 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json,
 CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
 LOCK = ".lock"
 
-# Settings that change how a run is carried out, not what it computes: a resumed run may differ in them.
+# Settings that change how a run is carried out, not what it computes: a resumed run may differ in them. Those of a
+# method are `MethodSettings.free`.
 _FREE = {
     "resume",
     "report",
@@ -36,8 +39,6 @@ _FREE = {
     "model.gradient_checkpointing",
     "model.trust_remote_code",
     "model.attn_implementation",
-    "method.cache_dir",
-    "method.micro_batch_size",
 }
 
 
@@ -86,7 +87,7 @@ class RunFolder:
             old = None
         if not isinstance(old, Mapping):
             raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
-        mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(old)
+        mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(replace_old_keys(old, strict=False))
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 raise ConfigError(
@@ -164,7 +165,8 @@ class RunFolder:
         """
         path = self.path / CONFIG
         try:
-            return RunConfig.model_validate(read_yaml(path))
+            tree = read_yaml(path)
+            return RunConfig.model_validate(replace_old_keys(tree, strict=False) if isinstance(tree, Mapping) else tree)
         except OSError as error:
             raise UserError(f"{path}: not readable ({error.strerror})") from None
         except ValidationError as error:
@@ -221,12 +223,21 @@ def open_run(path: str) -> RunFolder:
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run may not differ in, by their dotted names."""
-    return {
-        key: value
-        for key, value in _leaves(config)
-        if ".".join(part for part in key.split(".") if not part.isdigit()) not in _FREE
-        and not key.startswith("deepspeed.")
+    free = _FREE | _free_of_methods(config.get("method"))
+    return {key: value for key, value in _leaves(config) if key not in free and not key.startswith("deepspeed.")}
+
+
+def _free_of_methods(methods: Any) -> set[str]:
+    """Dotted names of the settings that the config's methods declare as free."""
+    sections = {f"method.{i}.": section for i, section in enumerate(methods)} if isinstance(methods, list) else {}
+    if isinstance(methods, Mapping):
+        sections = {"method.": methods}
+    known = {
+        prefix: section["name"]
+        for prefix, section in sections.items()
+        if isinstance(section, Mapping) and section.get("name") in method_names()
     }
+    return {prefix + key for prefix, name in known.items() for key in find_settings(name).free}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

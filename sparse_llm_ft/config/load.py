@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparse_llm_ft.config.methods import method_class, method_names
+from sparse_llm_ft.config.registry import find_settings
+from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
 from sparse_llm_ft.config.types import is_file
-from sparse_llm_ft.config.validation import check_chain, check_data_path, check_method
+from sparse_llm_ft.config.validation import check_chain, check_data_path
 from sparse_llm_ft.errors import ConfigError, UserError, holds_token
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml, read_yaml
 
@@ -51,7 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate one merged tree of settings. Raises as `load_config`."""
     _check_tree(tree)
-    tree = {key: value for key, value in tree.items() if value is not None}  # an empty section is its defaults
+    tree = {key: value for key, value in replace_old_keys(tree).items() if value is not None}  # empty: the defaults
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -144,11 +145,8 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
     # A misspelt key also leaves a required one missing: the misspelling is what the user can see.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     where, item = [str(part) for part in problem["loc"]], 0
-    if where[:1] == ["method"]:
-        if len(where) > 1 and where[1].isdigit():
-            item = int(where.pop(1))
-        if len(where) > 1 and where[1] in method_names():
-            del where[1]  # pydantic inserts the tag of the union
+    if where[:1] == ["method"] and len(where) > 1 and where[1].isdigit():
+        item = int(where.pop(1))
     method = _method_item(tree, item)
     setting = ".".join(where[:2])  # deeper parts tell which kind of a union or which item of a list
     if problem["type"] == "extra_forbidden":
@@ -162,11 +160,8 @@ def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigErr
         return ConfigError(setting, "has too few values", "expected two")
     if problem["type"] == "too_long":
         return ConfigError(setting, "has too many values", f"expected at most {problem['ctx']['max_length']}")
-    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = method.get("name")
-        near = difflib.get_close_matches(str(given), method_names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return ConfigError("method.name", f"{given!r} is unknown", f"{hint}known: {', '.join(method_names())}")
+    if problem["type"] == "unknown_method":
+        return ConfigError("method.name", f"{method.get('name')!r} is unknown", problem["msg"])
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if "dictionary" in message:
         message = "a mapping of settings"
@@ -191,7 +186,7 @@ def _method_item(tree: Mapping[str, Any], item: int) -> Mapping[str, Any]:
 def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
     kind: Any = RunConfig
     for part in section:
-        kind = method_class(method.get("name")) if part == "method" else kind.model_fields[part].annotation
+        kind = find_settings(method["name"]) if part == "method" else kind.model_fields[part].annotation
     return list(kind.model_fields)
 
 
@@ -206,7 +201,8 @@ def _check_together(config: RunConfig) -> None:
         )
     check_chain(config.method)
     check_steps(config, training.max_steps)
-    check_method(config)
+    for method in config.method:
+        method.check_run(config)
     check_data_path(config)
     _check_evaluation(config.evaluation)
     _check_deepspeed(config.deepspeed)

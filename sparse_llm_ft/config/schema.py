@@ -9,19 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 
-from sparse_llm_ft.config.methods import Methods
-from sparse_llm_ft.config.types import FilePath, Float, Int
-from sparse_llm_ft.phase import MAX_BATCH
+from sparse_llm_ft.config.registry import Methods
+from sparse_llm_ft.config.types import MAX_BATCH, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
 """``rouge`` is ROUGE-1, 2, L and Lsum; ``squad`` exact match and F1 of answers."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(Section):

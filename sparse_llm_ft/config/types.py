@@ -1,4 +1,4 @@
-"""Types of single settings: numbers that are not booleans, and paths that the system can take."""
+"""What all settings share: their base class, numbers that are not booleans, and paths that the system can take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_BATCH = 2**20
+"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
+
+
+class Section(BaseModel):
+    """Base of every section: it is immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 def _no_bool(value: Any) -> Any:
@@ -18,6 +27,7 @@ def _no_bool(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Share = Annotated[Float, Field(gt=0, le=1)]
 
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX

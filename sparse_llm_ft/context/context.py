@@ -18,7 +18,7 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import check_deepspeed
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import check_weights, empty_model, find_model_task_mode, head_modules
 from sparse_llm_ft.objectives.base import Objective

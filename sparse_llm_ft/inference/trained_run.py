@@ -13,7 +13,8 @@ from sparse_llm_ft.adapters import add_adapters, trained_parameters
 from sparse_llm_ft.adapters.masking import to_whole
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid
-from sparse_llm_ft.config import DeepSpeedConfig, RunConfig
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.config.schema import DeepSpeedConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task

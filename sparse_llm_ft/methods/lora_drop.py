@@ -10,31 +10,60 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
-from sparse_llm_ft.checkpoint.state import TrainState
-from sparse_llm_ft.config import LoraDropMethod, RunConfig
+from pydantic import Field, StrictBool
+
+from sparse_llm_ft.config.method_settings import MethodSettings
+from sparse_llm_ft.config.types import Float, Share
+from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
-from sparse_llm_ft.scoring import importance_by_type, select_layers
-from sparse_llm_ft.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.checkpoint.state import TrainState
+    from sparse_llm_ft.scoring.scores import Scores
 
 
-class LoraDrop:
+class LoraDropSettings(MethodSettings):
+    """A pilot scores every layer's LoRA output; unimportant layers share one LoRA.
+
+    Attributes:
+        sample_fraction: alpha, stratified share of the training set that the pilot trains and is scored on.
+        pilot_epochs: n, passes of the pilot over the sample.
+        threshold: T; of each module type the most important layers are kept until their shares sum to T.
+        share: whether the others share one LoRA per type and shape; false removes them.
+        choose: which layers keep their own: by ``importance``; ``inverted`` the least important, as many;
+            ``random`` as many; ``top`` as many of the highest layers.
+    """
+
+    composes = "shares"
+
+    sample_fraction: Share = 0.1
+    pilot_epochs: Float = Field(3.0, gt=0)
+    threshold: Share = 0.9
+    share: StrictBool = True
+    choose: Literal["importance", "inverted", "random", "top"] = "importance"
+
+    @property
+    def draws_samples(self) -> bool:
+        """True: the pilot's sample is stratified."""
+        return True
+
+
+class LoraDrop(Method[LoraDropSettings]):
     """The paper's method and its ablations."""
 
-    def __init__(self, config: RunConfig, index: int, total_steps: int) -> None:
-        method = config.method[index]
-        assert isinstance(method, LoraDropMethod)
-        self.method, self.seed = method, config.seed
+    settings_class = LoraDropSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
         """The pilot: the incoming plan on the sample."""
-        method = self.method
+        settings = self.settings
         pilot = replace(
             phase,
             name="pilot",
-            epochs=method.pilot_epochs,
-            subset=Subset(method.sample_fraction, None, self.seed),
+            epochs=settings.pilot_epochs,
+            subset=Subset(settings.sample_fraction, None, self.inputs.seed),
             is_warmup=True,
             scoring=ScoringSpec("lora_output"),
         )
@@ -44,6 +73,8 @@ class LoraDrop:
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
         """Own adapters for the chosen layers, shared ones or none for the others; all of them fresh."""
+        from sparse_llm_ft.scoring import importance_by_type
+
         if phase.scoring is None:
             return None
         assert isinstance(scores, dict)
@@ -56,22 +87,24 @@ class LoraDrop:
 
     def choose(self, y: Mapping[str, float]) -> set[str]:
         """The modules that keep an adapter of their own: per type as many as importance says, chosen by `choose`."""
+        from sparse_llm_ft.scoring import select_layers
+
         types: dict[str, list[str]] = {}
         for name in y:
             types.setdefault(module_kind(name), []).append(name)
         kept: set[str] = set()
         for kind, names in types.items():
-            important = select_layers({name: y[name] for name in names}, self.method.threshold)
+            important = select_layers({name: y[name] for name in names}, self.settings.threshold)
             kept |= set(self._instead(kind, names, important, y))
         return kept
 
     def _instead(self, kind: str, names: Sequence[str], important: Sequence[str], y: Mapping[str, float]) -> list[str]:
         k = len(important)
-        if self.method.choose == "inverted":
+        if self.settings.choose == "inverted":
             return sorted(names, key=lambda name: y[name])[:k]
-        if self.method.choose == "random":
-            return random.Random(f"{self.seed} {kind}").sample(list(names), k)
-        if self.method.choose == "top":
+        if self.settings.choose == "random":
+            return random.Random(f"{self.inputs.seed} {kind}").sample(list(names), k)
+        if self.settings.choose == "top":
             return list(names[len(names) - k :])
         return list(important)
 
@@ -80,5 +113,5 @@ class LoraDrop:
         for name, adapter in plan.active.items():
             if name not in kept:
                 group = group_name(module_kind(name), targets[name])
-                modules[name] = replace(adapter, group=group) if self.method.share else None
+                modules[name] = replace(adapter, group=group) if self.settings.share else None
         return replace(plan, modules=modules)

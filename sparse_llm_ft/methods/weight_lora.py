@@ -1,64 +1,126 @@
-"""WeightLoRA and WeightLoRA+ (Veprikov et al.): train omega and cut it, disconnect, optionally grow ranks, train on.
+"""WeightLoRA (Veprikov et al.): train omega and cut it, disconnect the adapters without weight, train the others on.
 
 phase "select":  h_i x = W_i x + omega_i (alpha / r) B_i A_i x, omega trained and cut to the K largest (eq. 3-4)
-phase "train":   the survivors with their omega fixed, the others gone; for WeightLoRA+ with grown ranks (eq. 5)
+phase "train":   the survivors with their omega fixed, the others gone (WeightLoRA+ grows their ranks, eq. 5)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from sparse_llm_ft.adapters import is_omega
-from sparse_llm_ft.checkpoint.state import TrainState
-from sparse_llm_ft.config import RunConfig, WeightLoraMethod, WeightLoraPlusMethod
+from pydantic import Field, StrictInt
+
+from sparse_llm_ft.config.method_settings import MethodSettings
+from sparse_llm_ft.config.types import Float
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods.rank_growth import expand_gaussian, expand_qr, grow_ranks, module_generator, pad_moments
+from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, with_omega
-from sparse_llm_ft.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.checkpoint.state import TrainState
+    from sparse_llm_ft.scoring.scores import Scores
 
 
-class WeightLora:
-    """Both variants: what the method's settings class has decides."""
+class WeightLoraSettings(MethodSettings):
+    """WeightLoRA (section 3.3).
 
-    def __init__(self, config: RunConfig, index: int, total_steps: int) -> None:
-        method = config.method[index]
-        assert isinstance(method, WeightLoraMethod)
-        self.method, self.seed = method, config.seed
+    Attributes:
+        keep: K, how many adapters stay.
+        steps: T, optimizer steps with trained omega, after which the others are disconnected.
+        cut_every: optimizer steps between two cuts (the paper cuts after each).
+        cut_after: optimizer steps before the first cut. Once cut, an adapter hardly ever comes back, so this
+            warm-up decides what the choice is made from.
+        omega_lr, omega_optimizer: step rule of omega; its learning rate does not follow `training.schedule`.
+        choose: ``omega`` keeps the largest; ``random`` is the paper's ablation RLoRA.
+        batch_growth: what the freed memory is used for. ``keep_global``: larger micro-batch, fewer accumulation
+            steps, the same updates. ``grow_global``: larger micro-batch and global batch.
+        lr_scaling: how the learning rate follows a grown global batch.
+    """
+
+    composes = "weighs"
+
+    keep: StrictInt = Field(ge=1)
+    steps: StrictInt = Field(ge=1)
+    cut_every: StrictInt = Field(1, ge=1)
+    cut_after: StrictInt = Field(0, ge=0)
+    omega_lr: Float = Field(0.1, gt=0)
+    omega_optimizer: Literal["sgd", "adamw"] = "sgd"
+    choose: Literal["omega", "random"] = "omega"
+    batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+
+    @property
+    def grows_batch(self) -> bool:
+        """Whether the survivors' phase may get a larger micro-batch."""
+        return self.batch_growth != "none"
+
+    def check(self, total_steps: int | None) -> None:
+        """A cut must come before T, and T before the run's end."""
+        if self.cut_after >= self.steps:
+            raise ConfigError(
+                "method.cut_after",
+                f"{self.cut_after} leaves no cut before step {self.steps}",
+                "expected less than method.steps",
+            )
+        if self.lr_scaling != "none" and self.batch_growth != "grow_global":
+            raise ConfigError(
+                "method.lr_scaling",
+                f"{self.lr_scaling!r} has no effect under batch_growth {self.batch_growth}",
+                "expected none, or batch_growth: grow_global",
+            )
+        if total_steps is not None and self.steps >= total_steps:
+            raise ConfigError(
+                "method.steps",
+                f"{self.steps} is not before the run's end at step {total_steps}",
+                f"expected 1 to {total_steps - 1}, or more training.max_steps or epochs",
+            )
+
+
+class WeightLora(Method[WeightLoraSettings]):
+    """Select adapters by omega, then train the survivors."""
+
+    settings_class: ClassVar[type[MethodSettings]] = WeightLoraSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
         """All n adapters, each with a trained omega that starts at 1."""
-        method, n = self.method, len(phase.plan.active)
-        if method.keep > n:
+        settings, n = self.settings, len(phase.plan.active)
+        if settings.keep > n:
             raise ConfigError(
                 "method.keep",
-                f"{method.keep} is more than the {n} adapters that adapter.target_modules gives",
+                f"{settings.keep} is more than the {n} adapters that adapter.target_modules gives",
                 f"expected 1 to {n}",
             )
-        cut = CutRule(method.keep, method.steps, method.cut_every, method.cut_after, method.choose, self.seed)
+        cut = CutRule(
+            settings.keep,
+            settings.steps,
+            settings.cut_every,
+            settings.cut_after,
+            settings.choose,
+            self.inputs.seed,
+        )
         select = replace(
             phase,
             name="select",
             plan=with_omega(phase.plan),
-            steps=method.steps,
+            steps=settings.steps,
             cut=cut,
-            omega_lr=method.omega_lr,
-            omega_algorithm=method.omega_optimizer,
+            omega_lr=settings.omega_lr,
+            omega_algorithm=settings.omega_optimizer,
         )
         return select, state
 
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """Fix omega, disconnect what has omega <= 0, and for WeightLoRA+ grow the survivors' ranks."""
+        """Fix omega, and disconnect the adapters whose omega is 0 or negative."""
         if phase.cut is None:
             return None
+        budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
         plan = _disconnect(phase.plan, state)
-        state = _only(plan, state)
-        if isinstance(self.method, WeightLoraPlusMethod):
-            budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
-            plan, state = self._grow(plan, state, targets, budget, self.method.expansion)
+        plan, state = self.grown(plan, _only(plan, state), targets, budget)
         after = replace(
             phase,
             name="train",
@@ -66,36 +128,20 @@ class WeightLora:
             steps=None,
             cut=None,
             omega_lr=0.0,
-            batch_growth=self.method.batch_growth,
-            lr_scaling=self.method.lr_scaling,
+            batch_growth=self.settings.batch_growth,
+            lr_scaling=self.settings.lr_scaling,
         )
         return after, state
 
-    def _grow(
-        self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int, expansion: str
+    def grown(
+        self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int
     ) -> tuple[AdapterPlan, TrainState]:
-        shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
-        ranks = grow_ranks({name: a.r for name, a in plan.active.items()}, shapes, budget)
-        expand = expand_qr if expansion == "qr" else expand_gaussian
-        modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
-        tensors = dict(state.tensors)
-        moments = {name: entry for name, entry in state.moments.items() if not _is_matrix(name)}
-        for name, adapter in plan.active.items():
-            rank, keys = ranks[name], (f"{name}.lora_A", f"{name}.lora_B")
-            pair = (tensors[keys[0]], tensors[keys[1]])
-            if adapter.r <= min(shapes[name]):  # else a mask left fewer rows or columns than the rank: it stays
-                pair = expand(*pair, rank, module_generator(self.seed, name))
-            # The scaling lora_alpha / r stays: growing r alone would shrink what the adapter computes.
-            modules[name] = replace(adapter, r=rank, lora_alpha=adapter.scaling * rank)
-            for key, tensor in zip(keys, pair, strict=True):
-                tensors[key] = tensor
-                if expansion == "gaussian":  # qr turns the coordinates: old moments would belong to other entries
-                    moments[key] = pad_moments(state.moments[key], tensor.shape)
-        steps = {g: n for g, n in state.optimizer_steps.items() if expansion == "gaussian" or g != "adapter"}
-        return (
-            replace(plan, modules=modules),
-            replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
-        )
+        """The survivors' plan and state as they are; WeightLoRA+ grows ranks here.
+
+        Args:
+            budget: parameters that A and B of all adapters had together.
+        """
+        return plan, state
 
 
 def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
@@ -114,7 +160,9 @@ def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
 
 def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
     """The part of the state that lives on: the survivors' A and B, and modules trained whole; no omega."""
-    names = [n for n in state.tensors if (not _is_matrix(n) or n.rpartition(".")[0] in plan.active) and not is_omega(n)]
+    from sparse_llm_ft.adapters import is_omega
+
+    names = [n for n in state.tensors if (not is_matrix(n) or n.rpartition(".")[0] in plan.active) and not is_omega(n)]
     steps = {group: count for group, count in state.optimizer_steps.items() if group != "omega"}
     return replace(
         state,
@@ -125,5 +173,6 @@ def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
     )
 
 
-def _is_matrix(name: str) -> bool:
+def is_matrix(name: str) -> bool:
+    """Whether a trained tensor is the A or B of an adapter."""
     return name.endswith((".lora_A", ".lora_B"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sparse_llm_ft.config.methods import method_class
+from sparse_llm_ft.config.registry import find_settings, method_names
 from sparse_llm_ft.report.data import PHASE_NUMBERS, RunReport
 
 NONE = "–"
@@ -114,7 +114,7 @@ def _method_default(setting: str) -> Any:
     """The default of ``method.<method>.<setting>``; None for every other setting."""
     section, _, rest = setting.partition(".")
     method, _, name = rest.partition(".")
-    known = method_class(method) if section == "method" else None
+    known = find_settings(method) if section == "method" and method in method_names() else None
     return known.model_fields[name].get_default() if known and name in known.model_fields else None
 
 

@@ -137,9 +137,9 @@ class PrefixCache:
         return True
 
     @contextmanager
-    def replaced(self, batch: int, repeats: int = 1) -> Iterator[None]:
-        """Blocks that were passed return what they returned for micro-batch `batch`, repeated along dimension 0."""
-        constants = {stack: _repeated(outputs[batch], repeats) for stack, outputs in self._outputs.items()}
+    def replaced(self, batch: int) -> Iterator[None]:
+        """Blocks that were passed return what they returned for micro-batch `batch`."""
+        constants = {stack: _copied(outputs[batch]) for stack, outputs in self._outputs.items()}
         with ExitStack() as stack:
             for name in self._passed:
                 stack.enter_context(_forward_replaced(self._blocks[name], constants[_stack_of(name)]))
@@ -163,7 +163,7 @@ def _captured(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Output]]:
 
     def keep(key: str, output: Output) -> None:
         # A copy: the next block may change its input in place.
-        outputs[key] = _repeated(output, 1) if _is_plain(output) else output
+        outputs[key] = _copied(output) if _is_plain(output) else output
 
     with ExitStack() as stack:
         for key, block in blocks.items():
@@ -194,19 +194,9 @@ def _is_plain(output: Output) -> bool:
     return output is None or isinstance(output, torch.Tensor)
 
 
-def _repeated(output: Output, repeats: int, size: int | None = None) -> Output:
-    """A copy in any case, also of what is repeated once.
-
-    Args:
-        size: of the batch; None: dimension 0 of the first tensor, which is the hidden states. A tensor of another size,
-            as T5's position biases, which are one for all samples, is not repeated.
-    """
+def _copied(output: Output) -> Output:
     if isinstance(output, torch.Tensor):
-        whole = output.dim() and output.shape[0] == (size or output.shape[0])
-        return torch.cat([output] * repeats) if repeats > 1 and whole else output.clone()
+        return output.clone()
     if isinstance(output, Sequence):
-        first = next((item for item in output if isinstance(item, torch.Tensor) and item.dim()), None)
-        if size is None and first is not None:
-            size = first.shape[0]
-        return type(output)(_repeated(item, repeats, size) for item in output)  # type: ignore[call-arg]
+        return type(output)(map(_copied, output))  # type: ignore[call-arg]
     return output

@@ -1,19 +1,15 @@
-"""What the caller hands in: how a batch is scored, how ratios are derived, how the work is split over ranks."""
+"""What the caller hands in: how a batch is scored, and how the work is split over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from sparse_llm_ft.errors import ConfigError
-
-MeasureName = Literal["svd", "snip", "imp"]
-Metric = Literal["accuracy", "loss"]
 Forward = Callable[..., Any]
 Batch = dict[str, torch.Tensor]
 
@@ -48,35 +44,6 @@ class Objective(Protocol):
     def majority(self, samples: Sequence[Any]) -> float:
         """Share of the most frequent right answer among all scored units."""
         ...
-
-
-@dataclass(frozen=True)
-class DerivationSettings:
-    """How ratios are derived.
-
-    Attributes:
-        importance: which indices go first.
-        accuracy_floor: share of the metric that must be left, 0 to 1; 0.9 in the paper.
-        floor_metric: ``accuracy``: zero while accuracy >= accuracy_floor * μ. ``loss``: zero while the mean loss is at
-            most that of the whole model / accuracy_floor.
-        micro_batch_size: samples in one forward pass.
-        candidates_per_forward: cuts of one search that are tried in one forward pass, by repeating the batch; a pass
-            then has as many times more samples. 1 is bisection, which computes least; more saves passes.
-        flow_preservation: cut in the order that `preserve_flow` gives.
-    """
-
-    importance: MeasureName = "svd"
-    accuracy_floor: float = 0.9
-    floor_metric: Metric = "accuracy"
-    micro_batch_size: int = 8
-    candidates_per_forward: int = 1
-    flow_preservation: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.accuracy_floor <= 1.0:
-            raise ConfigError("method.accuracy_floor", f"{self.accuracy_floor!r}", "expected more than 0, at most 1")
-        if self.micro_batch_size < 1 or self.candidates_per_forward < 1:
-            raise ValueError("micro_batch_size and candidates_per_forward are at least 1")
 
 
 def whole(module: nn.Module) -> AbstractContextManager[Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from sparse_llm_ft.config.derivation import DerivationSettings, MeasureName
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.scoring.blocks import evaluating
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, DerivationSettings, MeasureName, Objective, Split
+from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
     Importance,
@@ -65,7 +66,7 @@ class Derivation:
         }
         keys = ("mu", "standard_error", "majority", "loss", "samples", "units")
         return tensors, {
-            "settings": asdict(self.settings),
+            "settings": self.settings.model_dump(),
             **{key: getattr(self, key) for key in keys},
             "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
             "notes": list(self.notes),
@@ -126,12 +127,12 @@ def derive(
     """Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
 
     The least important indices are zeroed one after the other until the metric on D_t falls below its floor; what is
-    left at that point is kept. The point is found by `section_crossing`, which says what that means where the metric
+    left at that point is kept. The point is found by `find_crossing`, which says what that means where the metric
     is not monotone. A module in a numbered layer costs only the layers from its own upward (`PrefixCache`); before
     each layer the outcome is compared with that of the whole model, and where the two differ all passes are whole
     from there on, with a note. Forward passes over the whole of D_t: two at the start (accuracy and loss), one for
     each test, one for each layer but the first. Forward passes over one micro-batch: two at the start of the search,
-    one for each layer but the first, and one where `candidates_per_forward` is more than 1.
+    and one for each layer but the first.
 
     Collective: with several ranks the searches of a layer are dealt out, and every rank returns the same.
 
@@ -164,9 +165,7 @@ def derive(
             _check_signal(mu, error, majority, units)
         importance = _measure(model, modules, batches, objective, settings.importance, split)
         scores = preserve_flow(importance) if settings.flow_preservation else importance
-        search = LayerSearch(
-            model, modules, scores, trial, _floor(settings, correct, loss), settings.candidates_per_forward, split
-        )
+        search = LayerSearch(model, modules, scores, trial, _floor(settings, correct, loss), split)
         ratios = search.run(report)
         overlaps: dict[str, dict[str, tuple[float, float]]] = {}
         if compare:

@@ -12,24 +12,23 @@ from torch import nn
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
 from sparse_llm_ft.scoring.contracts import Split
 from sparse_llm_ft.scoring.importance import Importance, ranking
-from sparse_llm_ft.scoring.search import most_rounds, section_crossing
+from sparse_llm_ft.scoring.search import find_crossing, most_tests
 from sparse_llm_ft.scoring.trial import Side, Trial, zeroed
 
 SIDES: tuple[Side, Side] = ("rows", "cols")
 
 
 class Job(NamedTuple):
-    """One search: the rows or the columns of one module, `width` cuts in one forward pass."""
+    """One search: the rows or the columns of one module."""
 
     name: str
     side: Side
     size: int
-    width: int
 
     @property
-    def rounds(self) -> int:
-        """The most tests it takes."""
-        return most_rounds(self.size, self.width)
+    def tests(self) -> int:
+        """The most tests that the search takes."""
+        return most_tests(self.size)
 
 
 class Stage(NamedTuple):
@@ -50,10 +49,10 @@ def deal(jobs: Sequence[Job], loads: list[int]) -> list[list[Job]]:
         loads: tests given to each rank so far; brought up to date.
     """
     shares: list[list[Job]] = [[] for _ in loads]
-    for job in sorted(jobs, key=lambda job: -job.rounds):
+    for job in sorted(jobs, key=lambda job: -job.tests):
         rank = loads.index(min(loads))
         shares[rank].append(job)
-        loads[rank] += job.rounds
+        loads[rank] += job.tests
     return shares
 
 
@@ -64,7 +63,6 @@ class LayerSearch:
         modules: target name -> linear layer.
         scores: module -> the order in which its indices are zeroed, least important first.
         good_enough: whether a sum of the trial's metric over D_t is above the floor.
-        width: `candidates_per_forward`.
 
     Attributes:
         notes: what was done differently than asked, one sentence each.
@@ -77,12 +75,10 @@ class LayerSearch:
         scores: Mapping[str, Importance],
         trial: Trial,
         good_enough: Callable[[float], bool],
-        width: int,
         split: Split,
     ) -> None:
         self._model, self._modules, self._scores = model, modules, scores
         self._trial, self._good_enough, self._split = trial, good_enough, split
-        self._width = width
         self._loads = [0] * split.size
         self.notes: tuple[str, ...] = ()
 
@@ -93,16 +89,11 @@ class LayerSearch:
             report: called with the number of stages (numbered layers) done and of all.
         """
         reference = self._trial.score(0, "loss")
-        batched = self._trial.batched(self._modules) if self._width > 1 else set()
         stages = self._stages()
         kept = {name: [0, 0] for name in self._modules}
         for done, stage in enumerate(stages, start=1):
             self._pass(stage.below, reference)
-            jobs = [
-                Job(name, side, len(getattr(self._scores[name], side)), self._width if name in batched else 1)
-                for name in stage.names
-                for side in SIDES
-            ]
+            jobs = [Job(name, side, len(getattr(self._scores[name], side))) for name in stage.names for side in SIDES]
             for job, count in self._searched(jobs):
                 kept[job.name][SIDES.index(job.side)] = count
             if report is not None:
@@ -156,11 +147,11 @@ class LayerSearch:
         before = self._trial.forwards
         for job in shares[split.rank]:
             passes = partial(self._test, job, biases.get(job.name))
-            yield job, job.size - section_crossing(passes, job.size, job.width)
+            yield job, job.size - find_crossing(passes, job.size)
         if split.lockstep:
-            rounds = (self._trial.forwards - before) // len(self._trial.batches)
-            for _ in range(max(loads) - rounds):
-                self._trial.totals(1)
+            made = (self._trial.forwards - before) // len(self._trial.batches)
+            for _ in range(max(loads) - made):
+                self._trial.total(self._trial.metric)
 
     def _biases(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
         """Copies of the modules' biases, whole."""
@@ -172,11 +163,10 @@ class LayerSearch:
                     biases[name] = linear.bias.detach().clone()
         return biases
 
-    def _test(self, job: Job, bias: torch.Tensor | None, cuts: Sequence[int]) -> list[bool]:
-        """For each k of `cuts`, whether the model is good enough with the k least important indices zeroed."""
+    def _test(self, job: Job, bias: torch.Tensor | None, k: int) -> bool:
+        """Whether the model is good enough with the k least important indices zeroed."""
         order = ranking(getattr(self._scores[job.name], job.side)).flip(0)
-        keep = torch.ones(len(cuts), job.size, dtype=torch.bool)
-        for row, k in zip(keep, cuts, strict=True):
-            row[order[:k]] = False
+        keep = torch.ones(job.size, dtype=torch.bool)
+        keep[order[:k]] = False
         with zeroed(self._modules[job.name], job.side, keep, bias):
-            return [self._good_enough(total) for total in self._trial.totals(len(cuts)).tolist()]
+            return self._good_enough(self._trial.total(self._trial.metric))

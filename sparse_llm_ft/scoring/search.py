@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 
-def section_crossing(passes: Callable[[Sequence[int]], Sequence[bool]], size: int, width: int = 1) -> int:
+def find_crossing(passes: Callable[[int], bool], size: int) -> int:
     """How many of `size` indices Algorithm 1 has zeroed when it stops, by bisection: at most ceil(log2(size)) tests.
 
     Algorithm 1 zeroes one index after the other and returns those that are left at the first failure. Zeroing none
@@ -16,31 +16,22 @@ def section_crossing(passes: Callable[[Sequence[int]], Sequence[bool]], size: in
     the first one.
 
     Args:
-        passes: several k in ascending order, 0 < k < size -> whether the model is still good enough with the k least
-            important indices zeroed.
+        passes: k, 0 < k < size -> whether the model is still good enough with the k least important indices zeroed.
         size: number of indices, at least 1.
-        width: tests at a time, which cut what is left into ``width + 1`` parts; 1 is bisection.
 
     Returns:
         k in 1 to `size`; ``size - k`` indices are kept.
     """
     low, high = 0, size  # low passes, high fails (or is all there is)
     while high - low > 1:
-        gap = high - low
-        cuts = sorted({low + gap * i // (width + 1) for i in range(1, width + 1)} - {low})
-        # Everything below the first failure passes, so the last of those and the failure are a crossing.
-        for k, passed in zip(cuts, passes(cuts), strict=True):
-            if not passed:
-                high = k
-                break
-            low = k
+        middle = (low + high) // 2
+        if passes(middle):
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def most_rounds(size: int, width: int) -> int:
-    """The most rounds that `section_crossing` takes, whatever the tests say."""
-    rounds = 0
-    while size > 1:
-        size = -(-size // (width + 1))
-        rounds += 1
-    return rounds
+def most_tests(size: int) -> int:
+    """The most tests that `find_crossing` makes, whatever they say: ceil(log2(size))."""
+    return (size - 1).bit_length()

@@ -32,7 +32,7 @@ def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
     Raises:
         ConfigError: naming the reason.
     """
-    if all(getattr(method, "batch_growth", "none") == "none" for method in config.method):
+    if not any(method.grows_batch for method in config.method):
         return
     try:
         activation_bytes(config.model, first.plan, 8, task_mode)

@@ -187,7 +187,7 @@ def describe_scores(
 ) -> dict[str, Any] | None:
     """What was measured, as JSON values; None: nothing."""
     if isinstance(scores, Derivation):
-        return scores.summary() | {"head_fitted": phase.name == "head"}
+        return scores.summary() | {"head_fitted": phase.target_plan is not None}
     if scores is not None:
         own = [name for name, a in following.active.items() if a.group is None] if following else []
         return {"kind": "lora_output", "g": scores, "y": importance_by_type(scores, module_kind), "kept": own}
@@ -198,6 +198,6 @@ def describe_scores(
 def in_brief(scores: Scores, phase: Phase) -> str | None:
     """What was measured, in a line for the run's summary."""
     if isinstance(scores, Derivation):
-        how = "the head fitted on them first" if phase.name == "head" else "no head fitted"
+        how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"

@@ -17,7 +17,7 @@ from peft import PeftModel
 from sparse_llm_ft.adapters import count_parameters, is_adapter
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
-from sparse_llm_ft.config import PartialLoraMethod, SparseAdapterMethod, check_steps
+from sparse_llm_ft.config import check_steps
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.streaming import StreamingDataset
@@ -31,7 +31,7 @@ from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.methods import Chain, build_methods
+from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.report import write_report
@@ -207,7 +207,8 @@ class Run:
             configured = self.config.training.micro_batch_size
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
-            phase = self._as_set(resumed_batch(Phase.from_dict(state.phase), self.world.size, anew))
+            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+            phase = self.methods.resumed(phase)
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
@@ -228,14 +229,6 @@ class Run:
                 "the samples are not those that the run began with: rows or tokenizer have changed",
                 "expected the same ones, or another output_dir",
             )
-
-    def _as_set(self, phase: Phase) -> Phase:
-        """A phase from a checkpoint, with what may have been set anew since."""
-        method = self.config.method[phase.method]
-        if phase.scoring is None or not isinstance(method, PartialLoraMethod | SparseAdapterMethod):
-            return phase
-        scoring = replace(phase.scoring, micro_batch_size=method.micro_batch_size, cache_dir=method.cache_dir)
-        return replace(phase, scoring=scoring)
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.phase import Phase, ScoringSpec
 from sparse_llm_ft.scoring import (
     Derivation,
-    DerivationSettings,
     OutputScores,
     Split,
     content_key,
@@ -108,7 +106,8 @@ class Scorer:
         if found is not None:
             self.console.log(f"ratios of {len(names)} modules are in {folder}")
             return found
-        self.console.log(f"deriving on {len(samples)} samples: {len(names)} modules, importance {spec.importance}")
+        importance = spec.derivation.importance
+        self.console.log(f"deriving on {len(samples)} samples: {len(names)} modules, importance {importance}")
         derivation = self._derive(engine, spec, names, samples)
         if self.world.rank == 0:
             self._keep(folder, key, derivation)
@@ -128,14 +127,7 @@ class Scorer:
         modules = {name: _base_layer(base.get_submodule(name)) for name in names}
         size = self.world.size
         split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
-        settings = DerivationSettings(
-            importance=spec.importance,
-            accuracy_floor=spec.accuracy_floor,
-            floor_metric=spec.floor_metric,
-            micro_batch_size=spec.micro_batch_size,
-            candidates_per_forward=spec.candidates_per_forward,
-            flow_preservation=spec.flow_preservation,
-        )
+        settings = spec.derivation
         # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
@@ -155,7 +147,7 @@ class Scorer:
         """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
         config, spec, training = self.config, phase.scoring, self.config.training
         assert spec is not None
-        if phase.name == "head":  # what fits it, and not its values, which differ in the last bits from run to run
+        if phase.target_plan is not None:  # what fits the head: its values differ in the last bits from run to run
             fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
@@ -168,7 +160,9 @@ class Scorer:
             samples=hash_samples(samples),
             head=head,
             modules=names,
-            **{key: value for key, value in asdict(spec).items() if key not in ("cache_dir", "micro_batch_size")},
+            search=spec.search,
+            compare=spec.compare,
+            **spec.derivation.model_dump(exclude={"micro_batch_size"}),
         )
 
     def _from_cache(

@@ -11,7 +11,7 @@ import yaml
 
 from helpers.families import CONFIGS, FAMILIES, KINDS, family, files, layered, parsed
 from sparse_llm_ft.config import check_world, dump_config, load_config, parse_config
-from sparse_llm_ft.config.methods import method_names
+from sparse_llm_ft.config.registry import method_names
 from sparse_llm_ft.errors import ConfigError
 
 EVERY = [(kind, name) for kind in KINDS for name in files(kind)]

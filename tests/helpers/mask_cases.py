@@ -28,10 +28,10 @@ from sparse_llm_ft.adapters import (
 from sparse_llm_ft.adapters.convert import full_pair
 from sparse_llm_ft.adapters.masking import to_kept
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
-from sparse_llm_ft.config.methods import AdaLoraSettings
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
-from sparse_llm_ft.methods.baselines import adalora_plan
+from sparse_llm_ft.methods.adalora import AdaLoraSchedule, adalora_plan
+from sparse_llm_ft.methods.method import MethodInputs
 from sparse_llm_ft.optim import EntryMask
 from sparse_llm_ft.plan import AdapterPlan, IndexMask
 
@@ -153,7 +153,7 @@ def element_wise_masks_work_on_every_tuner_of_peft() -> None:
     """LoRA, DoRA and AdaLoRA under entry masks: as torch's AdamW on everything, with masked entries put back."""
     base = base_model()
     plain = plan_for(base)
-    ada = adalora_plan(plain, AdaLoraSettings(target_r=2), 4, 8, 20)
+    ada = adalora_plan(plain, AdaLoraSchedule(target_r=2), MethodInputs(4, 8.0, 0, 20))
     for plan in (replace(plain, tuner="lora"), replace(plain, tuner="dora"), ada):
         generator = torch.Generator().manual_seed(1)
         torch.manual_seed(1)

@@ -23,6 +23,7 @@ from helpers.case_tools import (
 from sparse_llm_ft.adapters import add_adapters, count_parameters, find_targets, trained_parameters
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig, parse_config
+from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.io.console import Console
@@ -122,10 +123,11 @@ def lora_outputs_do_not_depend_on_the_world() -> None:
 @case
 def a_derivation_is_the_same_at_every_stage_and_for_every_world() -> None:
     """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
-    measure = ScoringSpec("derivation", "snip", 1.0, floor_metric="loss", compare=True, micro_batch_size=4)
+    measure = ScoringSpec("derivation", compare=True)
     few = SAMPLES[:6]
     for importance, stages, four_bit in (("svd", (2, 3), False), ("snip", (3,), False), ("svd", (3,), True)):
-        measure = replace(measure, importance=importance)
+        settings = {"importance": importance, "accuracy_floor": 1.0, "floor_metric": "loss", "micro_batch_size": 4}
+        measure = replace(measure, derivation=DerivationSettings.model_validate(settings))
         plan = plan_for(base_model())
         modules = list(plan.active)[::2]  # of both layers, each kind once
         expected: Derivation | None = None

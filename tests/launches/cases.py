@@ -52,7 +52,7 @@ from sparse_llm_ft.distributed.world import prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, init_distributed
 from sparse_llm_ft.evaluation.generation import generate
 from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.objectives.language_modeling import LabelWords, Seq2SeqObjective
 from sparse_llm_ft.plan import AdapterPlan

@@ -10,8 +10,9 @@ import torch
 
 from helpers.method_settings import TARGETS, derivation, start, state
 from sparse_llm_ft.adapters import count_parameters
+from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.phase import Phase, Subset
+from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
 
 
 def masked(method: dict, ratio: tuple[float, float] = (0.5, 0.25)) -> Phase:
@@ -23,13 +24,7 @@ def test_a_causal_model_is_measured_before_any_step() -> None:
     _, phase = start({"name": "partial_lora", "importance": "snip", "accuracy_floor": 0.8})
     assert phase.name == "derive" and phase.steps == 0 and not phase.is_warmup
     assert phase.subset == Subset(None, 16, 0)
-    scoring = phase.scoring
-    assert (scoring.kind, scoring.importance, scoring.accuracy_floor, scoring.search) == (
-        "derivation",
-        "snip",
-        0.8,
-        True,
-    )
+    assert phase.scoring == ScoringSpec("derivation", DerivationSettings(importance="snip", accuracy_floor=0.8))
 
 
 def test_a_fresh_head_is_fitted_alone_first_and_begins_anew_after() -> None:
@@ -82,7 +77,7 @@ def test_targeted_masks_of_given_ratios_measure_importance_only() -> None:
 
 def test_sparse_adapter_is_targeted_snip_at_its_sparsity() -> None:
     chain, phase = start({"name": "sparse_adapter", "sparsity": 0.75})
-    assert (phase.scoring.importance, phase.scoring.search) == ("snip", False)
+    assert (phase.scoring.derivation.importance, phase.scoring.search) == ("snip", False)
     after, _ = chain.next(phase, state(phase), derivation((1.0, 1.0)), TARGETS)
     assert after.plan.active["layers.0.attn.q"].cols.indices == (6, 7)
     assert after.plan.active["layers.0.attn.k"].rows.indices == (3,)

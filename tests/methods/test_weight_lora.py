@@ -8,7 +8,7 @@ import torch
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods import Chain, build_methods
+from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import uniform_plan
 

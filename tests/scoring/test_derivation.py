@@ -7,18 +7,17 @@ import math
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from helpers.scored_models import CLASSES, Row, RowObjective, bert, deberta, linears, llama, rows_for, spread
-from sparse_llm_ft.errors import ConfigError, TrainingError, UserError
+from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, Split, derive, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking
 from sparse_llm_ft.scoring.layer_search import Job, deal
-from sparse_llm_ft.scoring.search import most_rounds
 
 OBJECTIVE = RowObjective()
 SETTINGS = DerivationSettings(micro_batch_size=10)
@@ -69,7 +68,7 @@ def assert_follows_the_loop(model: nn.Module, modules: dict, rows: list, setting
     "changes",
     [
         {},
-        {"importance": "snip", "candidates_per_forward": 3},
+        {"importance": "snip"},
         {"importance": "imp", "flow_preservation": True, "accuracy_floor": 0.7},
         {"floor_metric": "loss", "accuracy_floor": 0.5},
     ],
@@ -79,7 +78,7 @@ def test_ratios_are_those_of_the_literal_loop(changes: dict) -> None:
     model = llama(2)
     modules = linears(model, "q_proj", "k_proj", "o_proj", "down_proj")
     rows = rows_for(model)
-    settings = replace(SETTINGS, **changes)
+    settings = SETTINGS.model_copy(update=changes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = derive(model, modules, rows, OBJECTIVE, settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -89,17 +88,14 @@ def test_ratios_are_those_of_the_literal_loop(changes: dict) -> None:
     assert_follows_the_loop(model, modules, rows, settings, found)
 
 
-@pytest.mark.parametrize(
-    ("build", "width"), [(bert, 1), (deberta, 2), pytest.param(deberta, 1, marks=pytest.mark.long)]
-)
-def test_encoders_with_biases_and_a_pooler_outside_the_layers(build, width: int) -> None:
+@pytest.mark.parametrize("build", [bert, deberta])
+def test_encoders_with_biases_and_a_pooler_outside_the_layers(build) -> None:
     model = build()
     modules = linears(model, "query", "query_proj", "pos_key_proj", "1.output.dense", "pooler.dense")
     rows = rows_for(model)
-    settings = replace(SETTINGS, candidates_per_forward=width)
-    found = derive(model, modules, rows, OBJECTIVE, settings)
+    found = derive(model, modules, rows, OBJECTIVE, SETTINGS)
     assert any(name.endswith("pooler.dense") for name in found.ratios) and not found.notes
-    assert_follows_the_loop(model, modules, rows, settings, found)
+    assert_follows_the_loop(model, modules, rows, SETTINGS, found)
 
 
 def test_what_the_result_says() -> None:
@@ -134,7 +130,8 @@ def test_every_layer_is_computed_exactly_as_often_as_said() -> None:
     modules = linears(model, "q_proj", "k_proj")
     rows = rows_for(model, count=20)  # two micro-batches
     runs = count_layer_runs(model)
-    found = derive(model, modules, rows, OBJECTIVE, replace(SETTINGS, floor_metric="loss", accuracy_floor=1e-9))
+    settings = SETTINGS.model_copy(update={"floor_metric": "loss", "accuracy_floor": 1e-9})
+    found = derive(model, modules, rows, OBJECTIVE, settings)
     assert set(found.ratios.values()) == {(0.0, 0.0)}
     start = 2 * 2 + 2  # μ and loss of two micro-batches; reference and order of one
     tests = 2 * (4 + 4 + 3 + 4)  # log2 of 16 and 16 (q), 8 and 16 (k), each for two micro-batches
@@ -212,7 +209,7 @@ def derive_on(size: int, lockstep: bool, model: nn.Module, endings: tuple[str, .
 def test_ratios_do_not_depend_on_the_number_of_ranks(measure: str, lockstep: bool) -> None:
     model = llama(2)
     rows = rows_for(model, count=20)
-    settings = replace(SETTINGS, importance=measure)
+    settings = SETTINGS.model_copy(update={"importance": measure})
     endings = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     alone, whole = derive_on(1, lockstep, model, endings, rows, settings)
     passes = whole[0].count("forward")
@@ -231,15 +228,11 @@ def test_ratios_do_not_depend_on_the_number_of_ranks(measure: str, lockstep: boo
 
 
 def test_jobs_go_to_the_rank_with_least_to_do_the_longest_first() -> None:
-    jobs = [Job(str(i), "rows", size, 1) for i, size in enumerate((2, 256, 4, 256, 16, 16))]
+    jobs = [Job(str(i), "rows", size) for i, size in enumerate((2, 256, 4, 256, 16, 16))]
     loads = [0, 0]
     shares = deal(jobs, loads)
-    assert loads == [sum(job.rounds for job in share) for share in shares] == [14, 13]
+    assert loads == [sum(job.tests for job in share) for share in shares] == [14, 13]
     assert sorted(job for share in shares for job in share) == sorted(jobs)
-
-
-def test_more_candidates_take_fewer_passes() -> None:
-    assert [most_rounds(4096, width) for width in (1, 3, 7)] == [12, 6, 4]
 
 
 def test_layers_that_are_not_numbered() -> None:
@@ -294,7 +287,7 @@ def test_one_row_and_one_column() -> None:
     model = spread(Stack(False, False), std=1.0)
     model.layers[1] = nn.Sequential(nn.Linear(8, 1), nn.Tanh(), nn.Linear(1, 8)).requires_grad_(False)
     modules = linears(model, "layers.1.0", "layers.1.2")
-    found = derive(model, modules, rows_for(model), OBJECTIVE, replace(SETTINGS, floor_metric="loss"))
+    found = derive(model, modules, rows_for(model), OBJECTIVE, SETTINGS.model_copy(update={"floor_metric": "loss"}))
     # Algorithm 1 removes an index and then looks: of one index none is left.
     assert found.ratios["layers.1.0"][0] == 0.0 and found.ratios["layers.1.2"][1] == 0.0
 
@@ -308,7 +301,7 @@ def test_accuracy_that_says_nothing_is_refused() -> None:
     wrong = [Row(row.ids, (row.label + 1 + i % 3) % CLASSES) for i, row in enumerate(rows_for(model, wrong=0))]
     with pytest.raises(UserError, match="noise"):
         derive(model, modules, wrong, OBJECTIVE, SETTINGS)
-    found = derive(model, modules, wrong, OBJECTIVE, replace(SETTINGS, floor_metric="loss"))
+    found = derive(model, modules, wrong, OBJECTIVE, SETTINGS.model_copy(update={"floor_metric": "loss"}))
     assert found.mu == 0.0 and len(found.ratios) == 1
     with pytest.raises(UserError, match="0 samples and nothing to score"):
         derive(model, modules, [], OBJECTIVE, SETTINGS)
@@ -324,5 +317,5 @@ def test_numbers_that_are_not_finite_stop_with_the_modules_name() -> None:
     model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="loss of the pretrained model"):
         derive(model, linears(model, "q_proj"), rows, OBJECTIVE, SETTINGS)
-    with pytest.raises(ConfigError, match=r"method\.accuracy_floor"):
+    with pytest.raises(ValidationError, match="accuracy_floor"):
         DerivationSettings(accuracy_floor=0.0)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.io.atomic import verify_folder
 from sparse_llm_ft.scoring.cache import METADATA, TENSORS, content_key, hash_files, hash_samples, load, save
-from sparse_llm_ft.scoring.contracts import DerivationSettings
 from sparse_llm_ft.scoring.derivation import Derivation
 from sparse_llm_ft.scoring.importance import Importance
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sparse_llm_ft.scoring.search import most_rounds, section_crossing
+from sparse_llm_ft.scoring.search import find_crossing, most_tests
 
 
 def one_at_a_time(passes: Callable[[int], bool], size: int) -> int:
@@ -19,39 +19,36 @@ def one_at_a_time(passes: Callable[[int], bool], size: int) -> int:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 13, 64])
-@pytest.mark.parametrize("width", [1, 2, 3, 7])
-def test_a_monotone_metric_gives_the_result_of_the_loop(size: int, width: int) -> None:
+def test_a_monotone_metric_gives_the_result_of_the_loop(size: int) -> None:
     for last in range(size + 1):  # passes up to `last` zeroed; `size` never fails
-        asked: list[list[int]] = []
-
-        def passes(cuts: list[int], last: int = last, asked: list = asked) -> list[bool]:
-            asked.append(list(cuts))
-            assert all(0 < k < size for k in cuts) and cuts == sorted(set(cuts)) and len(cuts) <= width
-            return [k <= last for k in cuts]
-
-        found = section_crossing(passes, size, width)
-        assert found == one_at_a_time(lambda k, last=last: k <= last, size)
-        assert len(asked) <= most_rounds(size, width)
-
-
-def test_bisection_takes_at_most_log2_of_the_size() -> None:
-    for size in (1, 2, 5, 100, 4096):
         asked: list[int] = []
 
-        def passes(cuts: list[int], asked: list = asked) -> list[bool]:
-            asked.extend(cuts)
-            return [True] * len(cuts)
+        def passes(k: int, last: int = last, asked: list = asked) -> bool:
+            asked.append(k)
+            assert 0 < k < size
+            return k <= last
 
-        assert section_crossing(passes, size) == size
-        assert len(asked) <= math.ceil(math.log2(size)) == most_rounds(size, 1)
+        assert find_crossing(passes, size) == one_at_a_time(lambda k, last=last: k <= last, size)
+        assert len(asked) <= most_tests(size)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 5, 100, 4096])
+def test_bisection_takes_at_most_log2_of_the_size(size: int) -> None:
+    asked: list[int] = []
+
+    def passes(k: int) -> bool:
+        asked.append(k)
+        return True
+
+    assert find_crossing(passes, size) == size
+    assert len(asked) <= math.ceil(math.log2(size)) == most_tests(size)
+
+
 @pytest.mark.parametrize("script", ["PPFPPFPPPFFF", "PFPFPFPFPFPF", "PFFFFPPPPPPP", "PPPPPPPPPPPF", "PFPPPPPPPPPP"])
-def test_a_metric_that_rises_again_gives_some_crossing(script: str, width: int) -> None:
+def test_a_metric_that_rises_again_gives_some_crossing(script: str) -> None:
     """`script[k]`: whether the model passes with k indices zeroed."""
     size = len(script)
-    found = section_crossing(lambda cuts: [script[k] == "P" for k in cuts], size, width)
+    found = find_crossing(lambda k: script[k] == "P", size)
     assert 1 <= found <= size
     assert script[found - 1] == "P"
     assert found == size or script[found] == "F"
@@ -60,4 +57,4 @@ def test_a_metric_that_rises_again_gives_some_crossing(script: str, width: int) 
 def test_not_the_first_crossing() -> None:
     script = "PFPPPPPPPFFF"
     assert one_at_a_time(lambda k: script[k] == "P", len(script)) == 1
-    assert section_crossing(lambda cuts: [script[k] == "P" for k in cuts], len(script)) == 9
+    assert find_crossing(lambda k: script[k] == "P", len(script)) == 9

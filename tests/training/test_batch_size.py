@@ -11,7 +11,7 @@ from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
 from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan

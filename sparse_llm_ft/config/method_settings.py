@@ -1,0 +1,63 @@
+"""What every method's settings have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from sparse_llm_ft.config.types import Section
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.config.schema import RunConfig
+
+
+class MethodSettings(Section):
+    """The keys of a ``method`` section, and what the method asks of the rest of the config.
+
+    Each method's settings are a subclass, in the file of its rule. Nothing here or in a subclass needs torch, so that a
+    wrong setting is reported within a second.
+
+    Attributes:
+        name: which method it is.
+        composes: ``shares`` adapters between modules, ``masks`` rows and columns, ``weighs`` adapters with omega:
+            methods of different kinds can follow each other, see `check_chain`. ``alone`` can follow none.
+        why_alone: completes "<name> ..." where `composes` is ``alone``.
+        free: keys that change how a run is carried out and not what it computes: a resumed run may differ in them.
+    """
+
+    composes: ClassVar[Literal["alone", "shares", "masks", "weighs"]] = "alone"
+    why_alone: ClassVar[str] = "does not say how it composes"
+    free: ClassVar[frozenset[str]] = frozenset()
+
+    name: str
+
+    @property
+    def alone(self) -> str | None:
+        """Why these settings compose with no other method, to follow the name; None where they do."""
+        return self.why_alone if self.composes == "alone" else None
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the method needs a part of all training samples, which a stream cannot give."""
+        return False
+
+    @property
+    def grows_batch(self) -> bool:
+        """Whether a later phase may get a larger micro-batch."""
+        return False
+
+    def check(self, total_steps: int | None) -> None:
+        """Refuse settings that contradict each other or the run's length.
+
+        Args:
+            total_steps: optimizer steps of the run; None while they are unknown.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse what the method excludes in other sections.
+
+        Raises:
+            ConfigError: naming the setting.
+        """

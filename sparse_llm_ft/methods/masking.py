@@ -1,0 +1,86 @@
+"""Masks of rows and columns: what is drawn for modules that share a pair, and trained values cut down to the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from sparse_llm_ft.checkpoint.state import Tensors, TrainState
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
+from sparse_llm_ft.scoring import Importance, draw_masks
+from sparse_llm_ft.scoring.masks import Selection
+
+Ratios = Mapping[str, tuple[float, float]]
+
+
+def masked_plan(
+    plan: AdapterPlan,
+    targets: Mapping[str, Shape],
+    ratios: Ratios,
+    importance: Mapping[str, Importance] | None,
+    selection: Selection,
+    temperature: float,
+    seed: int,
+) -> AdapterPlan:
+    """The plan with masks drawn by `draw_masks`; modules that share a pair have one mask of rows and one of columns.
+
+    Args:
+        ratios, importance: of modules.
+    """
+    owned = None if importance is None else _importance_of_owners(importance, plan)
+    shapes = {owner: targets[name] for owner, name in plan.matrix_owners().items()}
+    drawn = draw_masks(shapes, _ratios_of_owners(ratios, plan), selection, owned, temperature, seed)
+    modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
+    for name, adapter in plan.active.items():
+        rows, cols = drawn[plan.owners[name]]
+        d_out, d_in = targets[name]
+        modules[name] = replace(adapter, rows=IndexMask.of(d_out, rows), cols=IndexMask.of(d_in, cols))
+    return replace(plan, modules=modules)
+
+
+def _ratios_of_owners(ratios: Ratios, plan: AdapterPlan) -> dict[str, tuple[float, float]]:
+    """One ratio per pair: a module's own, or the mean over those that share."""
+    members = _members(plan)
+    return {
+        owner: (sum(ratios[n][0] for n in names) / len(names), sum(ratios[n][1] for n in names) / len(names))
+        for owner, names in members.items()
+    }
+
+
+def _importance_of_owners(importance: Mapping[str, Importance], plan: AdapterPlan) -> dict[str, Importance]:
+    """Scores per pair: the sum over those that share, each scaled to sum to one."""
+
+    def total(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([part / part.sum().clamp(min=1e-30) for part in parts]).sum(0)
+
+    return {
+        owner: importance[names[0]]
+        if len(names) == 1
+        else Importance(total([importance[n].rows for n in names]), total([importance[n].cols for n in names]))
+        for owner, names in _members(plan).items()
+    }
+
+
+def _members(plan: AdapterPlan) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for name, owner in plan.owners.items():
+        members.setdefault(owner, []).append(name)
+    return members
+
+
+def cut_state(state: TrainState, plan: AdapterPlan) -> TrainState:
+    """The kept rows of every trained B and columns of every trained A, with their moments."""
+    first = {owner: plan.active[name] for owner, name in plan.matrix_owners().items()}
+
+    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        owner, _, part = name.rpartition(".")
+        if owner not in first or part not in ("lora_A", "lora_B"):
+            return tensor
+        kept, dimension = (first[owner].cols, 1) if part == "lora_A" else (first[owner].rows, 0)
+        return tensor if kept is None else tensor.index_select(dimension, torch.tensor(kept.indices))
+
+    tensors: Tensors = {name: cut(name, tensor) for name, tensor in state.tensors.items()}
+    moments = {n: {key: cut(n, moment) for key, moment in entry.items()} for n, entry in state.moments.items()}
+    return replace(state, tensors=tensors, moments=moments)

@@ -1,0 +1,134 @@
+"""PEFT's own tuners on every target module for the whole run: LoRA, LoRA+, rsLoRA, DoRA and VeRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Generic
+
+from pydantic import Field, StrictInt
+
+from sparse_llm_ft.config.method_settings import MethodSettings
+from sparse_llm_ft.config.types import Float
+from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.methods.method import Method, S
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import MAX_RANK, AdapterPlan, Shape
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.checkpoint.state import TrainState
+    from sparse_llm_ft.config import RunConfig
+
+
+class LoraSettings(MethodSettings):
+    """LoRA (Hu et al., 2021)."""
+
+    why_alone = "trains PEFT's LoRA as it is"
+
+
+class LoraPlusSettings(LoraSettings):
+    """LoRA+ (Hayou et al., 2024): LoRA with a larger learning rate for B.
+
+    Attributes:
+        lr_ratio: learning rate of B over that of A.
+    """
+
+    lr_ratio: Float = Field(16.0, gt=0)
+
+
+class RsLoraSettings(MethodSettings):
+    """Rank-stabilised LoRA (Kalajdzievski, 2023; arXiv 2312.03732): B A is scaled by ``lora_alpha / sqrt(r)``."""
+
+    why_alone = "trains PEFT's LoRA with a scaling of its own"
+
+
+class DoraSettings(MethodSettings):
+    """DoRA (Liu et al., 2024)."""
+
+    why_alone = "trains PEFT's own layers, which have no masks, groups or omega"
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse ZeRO-3."""
+        check_dora(config)
+
+
+class VeraSettings(MethodSettings):
+    """VeRA (Kopiczko et al., 2024): frozen random projections, trained scaling vectors.
+
+    Attributes:
+        r: rank of the projections; far larger than LoRA's, since only r + d_out values a module are trained.
+    """
+
+    why_alone = "trains PEFT's own layers, which have no masks, groups or omega"
+
+    r: StrictInt = Field(256, ge=1, le=MAX_RANK)
+
+
+def check_dora(config: RunConfig) -> None:
+    """Refuse ZeRO-3, under which no rank has the base's weights whole."""
+    if config.deepspeed.zero_stage == 3:
+        raise ConfigError(
+            "deepspeed.zero_stage",
+            "3, but PEFT's DoRA reads whole weights of the base in every forward pass",
+            "expected 0 to 2",
+        )
+
+
+class _PeftBaseline(Method[S], Generic[S]):
+    tuner: ClassVar[str]
+
+    def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
+        """The incoming plan's modules, with PEFT's tuner."""
+        return replace(phase, plan=replace(self.resized(phase.plan), tuner=self.tuner)), state
+
+    def resized(self, plan: AdapterPlan) -> AdapterPlan:
+        """The plan with the tuner's own rank."""
+        return plan
+
+
+class Lora(_PeftBaseline[LoraSettings]):
+    """LoRA by PEFT itself."""
+
+    settings_class = LoraSettings
+    tuner = "lora"
+
+
+class LoraPlus(_PeftBaseline[LoraPlusSettings]):
+    """LoRA by PEFT, stepped with two learning rates."""
+
+    settings_class = LoraPlusSettings
+    tuner = "lora"
+
+    def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
+        """The incoming plan's modules, with PEFT's LoRA and a larger learning rate for B."""
+        return super().begin(replace(phase, lora_b_lr_factor=self.settings.lr_ratio), state, targets)
+
+
+class RsLora(_PeftBaseline[RsLoraSettings]):
+    """Rank-stabilised LoRA by PEFT itself."""
+
+    settings_class = RsLoraSettings
+    tuner = "rslora"
+
+    def resized(self, plan: AdapterPlan) -> AdapterPlan:
+        """Every adapter with the run's lora_alpha, also where a small matrix cut the rank: the factor follows it."""
+        alpha = self.inputs.lora_alpha
+        return replace(plan, modules={n: a and replace(a, lora_alpha=alpha) for n, a in plan.modules.items()})
+
+
+class Dora(_PeftBaseline[DoraSettings]):
+    """DoRA by PEFT itself."""
+
+    settings_class = DoraSettings
+    tuner = "dora"
+
+
+class Vera(_PeftBaseline[VeraSettings]):
+    """VeRA by PEFT itself."""
+
+    settings_class = VeraSettings
+    tuner = "vera"
+
+    def resized(self, plan: AdapterPlan) -> AdapterPlan:
+        """Every adapter with VeRA's rank."""
+        return replace(plan, modules={name: a and replace(a, r=self.settings.r) for name, a in plan.modules.items()})
