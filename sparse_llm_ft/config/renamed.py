@@ -55,7 +55,7 @@ def _replaced(section: Any, old: str, key: str, new: str | Removed, strict: bool
         return section
     rest = {name: value for name, value in section.items() if name != key}
     if isinstance(new, str):
-        _warn(f"{old} is now called {new}", strict)
+        _warn(f"{old} is now called {old.partition('.')[0]}.{new}", strict)
         return {new: section[key]} | rest
     value = section[key]
     if strict and (value != new.harmless or isinstance(value, bool)):
@@ -66,4 +66,5 @@ def _replaced(section: Any, old: str, key: str, new: str | Removed, strict: bool
 
 def _warn(text: str, strict: bool) -> None:
     if strict and os.environ.get("RANK", "0") == "0":
-        warnings.warn(one_line(text), UserWarning, stacklevel=2)
+        # Not `warn`: it would add a line of source code, which says nothing about the user's settings.
+        warnings.warn_explicit(one_line(text), UserWarning, filename="settings", lineno=0)
