@@ -45,10 +45,11 @@ def prepare_data(source: Path, target: Path, setting: Setting, task: str) -> Pat
 def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
     """In a process of its own: one run, its output in a file beside it."""
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.context.preflight import preflight
     from sparse_llm_ft.distributed.world import find_world, prepare_cpu
     from sparse_llm_ft.errors import TrainingError
-    from sparse_llm_ft.training.run import run
+    from sparse_llm_ft.training.run import train
 
     folder = job.folder(runs)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,8 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
         try:
             world = find_world()
             prepare_cpu(world)
-            run(prepare(parse_config(job.config(models, data, runs)), world))
+            config = parse_config(job.config(models, data, runs))
+            train(RunContext.open(config, world, preflight(config, world)))
         except TrainingError as error:
             failed_file(folder).write_text(f"{error}\n")
             return f"{folder}: {error}"

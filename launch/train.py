@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from sparse_llm_ft.config import load_config, split_arguments
-from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.context.preflight import preflight
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import find_world, prepare_cpu
@@ -21,14 +21,17 @@ def main() -> None:
     with one_line_errors(world):
         catch_signals()
         files, overrides = _arguments()
-        prepared = prepare(load_config(files, overrides), world)
+        config = load_config(files, overrides)
+        task = preflight(config, world)
         silence_libraries()
         prepare_cpu(world)
+        # These import torch, transformers and deepspeed: half a minute.
+        from sparse_llm_ft.context.context import RunContext
         from sparse_llm_ft.distributed.heartbeat import monitor_ranks
-        from sparse_llm_ft.training.run import run  # imports torch, transformers and deepspeed: half a minute
+        from sparse_llm_ft.training.run import train
 
         with monitor_ranks(world):
-            run(prepared)
+            train(RunContext.open(config, world, task))
 
 
 def _arguments() -> tuple[list[str], list[str]]:

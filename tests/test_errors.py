@@ -67,9 +67,9 @@ def test_settings_data_and_folder_are_checked_without_torch(settings: dict) -> N
         "import sys, json\n"
         "from sparse_llm_ft.config import parse_config\n"
         "from sparse_llm_ft.distributed.world import find_world\n"
-        "from sparse_llm_ft.context.preflight import prepare\n"
+        "from sparse_llm_ft.context.preflight import preflight\n"
         "import sparse_llm_ft.cli.main\n"
-        "prepare(parse_config(json.loads(sys.argv[1])), find_world())\n"
+        "preflight(parse_config(json.loads(sys.argv[1])), find_world())\n"
         "slow = {'torch', 'transformers', 'peft', 'deepspeed', 'datasets'} & set(sys.modules)\n"
         "sys.exit(f'imported: {slow}' if slow else 0)\n"
     )

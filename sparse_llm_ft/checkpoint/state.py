@@ -111,9 +111,11 @@ class TrainState:
 def _other_version(data: Any) -> str:
     """Which release wrote a state that this one does not read."""
     found = data if isinstance(data, dict) else {}
-    author = found.get("written_by", "0.1" if found.get("version") in (1, 2) else "an unknown release")
+    author = "an unknown release"
+    if "written_by" in found or found.get("version") in (1, 2):  # releases before 0.2 did not name themselves
+        author = f"sparse-llm-ft {found.get('written_by', '0.1')!s:.40}"
     return (
-        f"format {found.get('version')!r:.40}, written by sparse-llm-ft {author!s:.40}; "
+        f"format {found.get('version')!r:.40}, written by {author}; "
         f"this release ({__version__}) reads format {STATE_VERSION}"
     )
 

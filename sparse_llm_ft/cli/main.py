@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,43 +67,31 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.context.preflight import preflight
 
     if options.processes < 1:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
-    config = load_config(*split_arguments(options.config))
-    prepared = prepare(config, World(0, options.processes, 0, options.processes))
-    from sparse_llm_ft.context.course import Course
-    from sparse_llm_ft.context.setup import Setup
-    from sparse_llm_ft.model.loading import check_weights
-    from sparse_llm_ft.plan import module_kind
+    config, world = load_config(*split_arguments(options.config)), World(0, options.processes, 0, options.processes)
+    task = preflight(config, world)
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.training.run import Run
 
-    setup = Setup.of(prepared)
-    check_weights(config.model)
-    course = Course.of(prepared, setup)
-    phase = course.first
-    kinds = Counter(module_kind(name).rpartition(".")[2] for name in phase.plan.active)
-    adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
-    print(f"{course.describe()}, {course.schedule.total_steps} optimizer steps")
-    for line in course.samples.remarks(config.task):
+    for line in Run.prepare(RunContext.open(config, world, task)).describe():
         print(line)
-    print(f"phase {phase.name}: {phase.plan.describe()}{adapters}")
-    whole = sum(
-        parameter.numel() for name in phase.plan.trained for parameter in setup.empty.get_submodule(name).parameters()
-    )
-    print(f"{phase.plan.parameters(setup.targets) + whole:,} trainable parameters")
 
 
 def _derive(options: argparse.Namespace) -> None:
-    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.context.preflight import preflight
 
     catch_signals()
-    prepared = prepare(load_config(*split_arguments(options.config)), find_world())
+    config, world = load_config(*split_arguments(options.config)), find_world()
+    task = preflight(config, world)
+    from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.run import derive
 
-    with monitor_ranks(prepared.world):
-        derive(prepared)
+    with monitor_ranks(world):
+        derive(RunContext.open(config, world, task))
 
 
 def _report(options: argparse.Namespace) -> None:

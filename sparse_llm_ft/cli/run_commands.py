@@ -6,14 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_llm_ft.config import EvaluationConfig, RunConfig, load_config, merge, parse_config
-from sparse_llm_ft.context.preflight import check_measured
+from sparse_llm_ft.config import RunConfig, load_config, merge, parse_config
+from sparse_llm_ft.context.preflight import check_eval_splits
 from sparse_llm_ft.data.task_config import resolve_task
-from sparse_llm_ft.distributed.world import find_world
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
 from sparse_llm_ft.export.options import ExportOptions, open_run, refuse_existing
@@ -34,13 +33,13 @@ def add_commands(commands: Any) -> None:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
     export = commands.add_parser("export", help="write what a run's newest checkpoint trained, in one of three forms")
-    export.add_argument("run", metavar="RUN", help=_RUN)
+    _add_run(export)
     export.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/export-FORM")
     _add_form(export)
     export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint, on one process or many")
-    evaluate.add_argument("run", metavar="RUN", help=_RUN)
+    _add_run(evaluate)
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="evaluation.split=validation, evaluation.samples=500, ..."
     )
@@ -48,7 +47,7 @@ def add_commands(commands: Any) -> None:
     evaluate.set_defaults(command=_evaluate, rest="settings")
 
     generate = commands.add_parser("generate", help="show what a run's newest checkpoint makes of a text")
-    generate.add_argument("run", metavar="RUN", help=_RUN)
+    _add_run(generate)
     generate.add_argument("texts", nargs="*", metavar="TEXT", help="for the task's prompt; - reads standard input")
     generate.add_argument(
         "--column",
@@ -65,7 +64,7 @@ def add_commands(commands: Any) -> None:
     generate.set_defaults(command=_generate, rest="texts")
 
     push = commands.add_parser("push", help="upload an export with a model card to the Hugging Face hub")
-    push.add_argument("run", metavar="RUN", help=_RUN)
+    _add_run(push)
     push.add_argument("repo_id", metavar="NAMESPACE/NAME", help="a repository that does not exist yet")
     push.add_argument("--private", action="store_true", help="make the repository private")
     push.add_argument("--update", action="store_true", help="upload into a repository that may exist")
@@ -73,6 +72,13 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--output", metavar="FOLDER", help="of --dry-run; must not exist yet; default: RUN/push-FORM")
     _add_form(push)
     push.set_defaults(command=_push)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help=_RUN)
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="let code that the run's base model brings along run here"
+    )
 
 
 def _add_form(command: argparse.ArgumentParser) -> None:
@@ -89,7 +95,7 @@ def _export(options: argparse.Namespace) -> None:
     form = ExportOptions.parse(options.to, options.uniform_rank, options.max_shard_size)
     output = Path(options.output or Path(options.run) / f"export-{form.to}")
     refuse_existing(output)
-    run = _read(options.run)
+    run = _read(options)
     from sparse_llm_ft.export.export import export_run
 
     export_run(run, output, form)
@@ -99,11 +105,11 @@ def _export(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     world = find_world()
     folder = open_run(options.run)
-    config = _measured(folder.path / CONFIG, options.settings)
+    config = _with_settings(folder.path / CONFIG, options.settings)
     task = resolve_task(config.task)
     if not config.evaluation.samples:
         raise UserError("evaluation.samples: 0 measures nothing; expected 1 or more")
-    check_measured(config, task)
+    check_eval_splits(config, task)
     if options.output:
         refuse_existing(Path(options.output))
     from sparse_llm_ft.distributed.collectives import broadcast_int
@@ -115,15 +121,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else free_folder(folder.path)
     with monitor_ranks(world):
         init_distributed()
-        run = _read(options.run, broadcast_int, complain=world.rank == 0)
-        result = evaluate(replace(run, task=task), config, world, output)
+        run = _read(options, config, world, broadcast_int)
+        result = evaluate(run, output)
     console = Console(world.rank)
     for name, value in result["metrics"].items():
         console.log(f"{name} {value:.4f}")
     console.log(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")
 
 
-def _measured(path: Path, settings: Sequence[str]) -> RunConfig:
+def _with_settings(path: Path, settings: Sequence[str]) -> RunConfig:
     """The run's settings with those typed over them; only of sections that do not make it another run."""
     for setting in settings:
         if not setting.startswith(_MEASURING):
@@ -133,13 +139,14 @@ def _measured(path: Path, settings: Sequence[str]) -> RunConfig:
 
 def _generate(options: argparse.Namespace) -> None:
     given = _columns(options.column)
-    run = _read(options.run)
+    config = _generation(open_run(options.run).config(), options)
     from sparse_llm_ft.inference.generate import answer, make_rows, shown_columns
+    from sparse_llm_ft.inference.trained_run import in_one_process
 
-    settings, seed = _generation(run.config, options)
+    run = _read(options, in_one_process(config))
     texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in options.texts]
     rows = make_rows(shown_columns(run), texts, given)
-    for text in answer(run, rows, settings, seed):
+    for text in answer(run, rows):
         print(text)
 
 
@@ -151,7 +158,7 @@ def _push(options: argparse.Namespace) -> None:
     if options.dry_run:
         output = Path(options.output or Path(options.run) / f"push-{form.to}")
         refuse_existing(output)
-        run = _read(options.run)
+        run = _read(options)
         from sparse_llm_ft.export.staging import stage
 
         print(f"nothing uploaded; {options.repo_id} would get, from {output}:")
@@ -160,24 +167,29 @@ def _push(options: argparse.Namespace) -> None:
         return
     open_run(options.run)
     check_repository(options.repo_id, options.update)  # before an export that may be large
-    run = _read(options.run)
+    run = _read(options)
     from sparse_llm_ft.export.staging import staged
 
     with staged(run, options.repo_id, form) as folder:
         print(upload(folder, options.repo_id, options.private, options.update))
 
 
-def _read(path: str, agree: Callable[[int], int] = int, complain: bool = True) -> TrainedRun:
-    """The run, after a line on standard error about each of its checkpoints that cannot be used."""
-    open_run(path)  # what is wrong with it is said before anything slow is imported
+def _read(
+    options: argparse.Namespace,
+    config: RunConfig | None = None,
+    world: World = ONE_PROCESS,
+    agree: Callable[[int], int] = int,
+) -> TrainedRun:
+    """Open the run, and print a line on standard error about each of its checkpoints that cannot be used."""
+    open_run(options.run)  # what is wrong with it is printed before anything slow is imported
     import transformers
 
     from sparse_llm_ft.inference.trained_run import read_run
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = read_run(path, agree)
-    for complaint in run.complaints if complain else ():
+    run = read_run(options.run, config, world, options.trust_remote_code, agree)
+    for complaint in run.complaints if world.rank == 0 else ():
         print(complaint, file=sys.stderr)
     return run
 
@@ -192,13 +204,13 @@ def _columns(arguments: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _generation(config: RunConfig, options: argparse.Namespace) -> tuple[EvaluationConfig, int]:
-    """The run's evaluation settings and seed, with what was typed over them, checked as settings are."""
+def _generation(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The run's settings with the generation options in their place, checked as settings are."""
     names = ("max_new_tokens", "num_beams", "temperature", "top_p")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    # No data are read: their folder need not be there.
+    # No data are read: their folder need not exist.
     tree = merge(config.model_dump(mode="json"), {"evaluation": given, "task": {"path": None}})
     if options.seed is not None:
         tree["seed"] = options.seed
     checked = parse_config(tree)
-    return checked.evaluation, checked.seed
+    return config.model_copy(update={"evaluation": checked.evaluation, "seed": checked.seed})

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import SPLITS, has_split, read_split, resolve_task
+from sparse_llm_ft.data.reading import SPLITS, has_split, read_split
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.task_config import METRICS, find_task
+from sparse_llm_ft.data.task_config import METRICS, find_task, resolve_task
 from sparse_llm_ft.data.tasks import TASKS, Task
 from sparse_llm_ft.errors import ConfigError, one_line
 
@@ -80,10 +80,9 @@ def _example(task: Task, path: str | None) -> tuple[Example | None, str]:
         return example, "an invented row"
     if not Path(path).is_dir():
         raise ConfigError("--path", f"{path!r} is not a folder", "expected a folder with train.jsonl")
-    config = TaskConfig(name=task.name, path=path)
-    resolve_task(config)
-    split = next((split for split in SPLITS if has_split(config, split)), "train")
-    (example,) = read_split(config, split, limit=1)
+    task = resolve_task(TaskConfig(name=task.name, path=path))
+    split = next((split for split in SPLITS if has_split(task, split)), "train")
+    (example,) = read_split(task, split, limit=1)
     return example, f"{example.source}, line {example.line}"
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, cache_folder, content_key, schema_of, tokenizer_key, write_cached
-from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
@@ -29,25 +28,9 @@ from sparse_llm_ft.data.tokenization import (
     Seq2SeqPreprocessor,
     completion_ids,
 )
+from sparse_llm_ft.distributed.collectives import ALONE, Coordination
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 from sparse_llm_ft.model.architecture import TaskMode
-
-Lead = Callable[[Callable[[], None]], None]
-"""Runs something on one process of a node while its others wait (`run_on_local_leaders`), or on all
-(`run_on_every_rank`); what fails on one stops all.
-"""
-
-
-def alone(action: Callable[[], None]) -> None:
-    """The `Lead` of a single process.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    try:
-        action()
-    except OSError as error:
-        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -85,19 +68,14 @@ class Splits:
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
         task_mode: TaskMode,
-        on_leaders: Lead = alone,
-        each: Lead = alone,
-        share: Callable[[str], str] = str,
+        ranks: Coordination = ALONE,
     ) -> Splits:
-        """Tokenise all that a run needs, or find it in the cache. Collective if `on_leaders`, `each` and `share` are.
-
-        Args:
-            share: makes of a text the one that rank 0 has.
+        """Tokenise every split that a run needs, or find it in the cache. Collective, as `ranks` says.
 
         Raises:
             UserError: a row or a sample that cannot be used, or a task that does not say what such a model sees.
         """
-        encoding = SplitBuilder(config, task, tokenizer, task_mode, on_leaders, each, share)
+        encoding = SplitBuilder(config, task, tokenizer, task_mode, ranks)
         validation = encoding.stored("validation") if config.training.eval_every is not None else ()
         measured = encoding.measured()
         train: CachedDataset | StreamingDataset
@@ -151,9 +129,7 @@ class SplitBuilder:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     task_mode: TaskMode
-    on_leaders: Lead = alone
-    each: Lead = alone
-    share: Callable[[str], str] = str
+    ranks: Coordination = ALONE
 
     def __post_init__(self) -> None:
         _check_inputs(self.task, self.task_mode, self.config.model.name)
@@ -201,8 +177,8 @@ class SplitBuilder:
             nonlocal own
             own = self._key(split, further, limit)
 
-        self.on_leaders(find)  # reading all of a large file is for one process of a node
-        key = self.share(own)
+        self.ranks.on_leaders(find)  # reading all of a large file is for one process of a node
+        key = self.ranks.broadcast(own)
         skipped = Skipped()
 
         def write() -> None:
@@ -213,7 +189,7 @@ class SplitBuilder:
             schema = schema_of(kind, self.task.score is not None)
             write_cached(key, kind, schema, make, counts)
 
-        self.on_leaders(write)
+        self.ranks.on_leaders(write)
         samples = self._by_each(lambda: CachedDataset(cache_folder(key), kind))
         if not len(samples):
             raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
@@ -229,18 +205,18 @@ class SplitBuilder:
 
     def streamed(self) -> StreamingDataset:
         """The training split, row by row."""
-        task = self.config.task
+        settings = self.config.task
         return StreamingDataset(
-            lambda skipped: examples(task, "train", skipped),
+            lambda skipped: examples(self.task, "train", skipped),
             self.encoder,
-            task.shuffle_buffer,
+            settings.shuffle_buffer,
             self.config.seed,
-            task.max_length,
+            settings.max_length,
         )
 
     def stream_key(self) -> str:
         """The same for the same rows, as far as both ends of a file show: all of it may take hours to read."""
-        path = split_file(self.config.task, "train")
+        path = split_file(self.task, "train")
         own = [""]
 
         def look() -> None:
@@ -250,8 +226,8 @@ class SplitBuilder:
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
             )
 
-        self.each(look)
-        return self.share(own[0])
+        self.ranks.on_every_rank(look)
+        return self.ranks.broadcast(own[0])
 
     def measured(self) -> tuple[EvalSplit, ...]:
         """The first samples of the evaluated split, and of those that are measured beside it."""
@@ -269,18 +245,18 @@ class SplitBuilder:
         """The rows that `stored` makes the samples of: as many as are asked for, of those that can be used."""
         evaluation = self.config.evaluation
         rows = self._rows(evaluation.split, further, Skipped())
-        if self.config.task.on_bad_row == "skip":
+        if self.task.on_bad_row == "skip":
             rows = (row for row in rows if self._fits(row))
         return list(islice(rows, evaluation.samples))
 
     def _rows(self, split: str, further: str | None, skipped: Skipped) -> Iterable[Example]:
         if split == "train" or self.task.group_by is None:
-            return examples(self.config.task, split, skipped, further)
-        return read_split(self.config.task, split, further, skipped=skipped)
+            return examples(self.task, split, skipped, further)
+        return read_split(self.task, split, further, skipped=skipped)
 
     def _by_each(self, make: Callable[[], Any]) -> Any:
         found = []
-        self.each(lambda: found.append(make()))
+        self.ranks.on_every_rank(lambda: found.append(make()))
         return found[0]
 
     def _fits(self, example: Example) -> bool:
@@ -296,7 +272,7 @@ class SplitBuilder:
             try:
                 sample = encode(example)
             except DataError as error:
-                if skipped is None or self.config.task.on_bad_row == "error":
+                if skipped is None or self.task.on_bad_row == "error":
                     raise
                 skipped.add(error)
                 continue
@@ -313,7 +289,7 @@ class SplitBuilder:
         task, settings = self.task, self.config.task
         templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
         return content_key(
-            rows=_source(settings, task, split, further),
+            rows=_source(task, split, further),
             tokenizer=tokenizer_key(self.tokenizer),
             mode=self.task_mode.mode,
             max_length=[settings.max_length, settings.max_prompt_length],
@@ -324,12 +300,23 @@ class SplitBuilder:
 
 
 _END = 2**20
-_NOT_CONTENT = ("flatten", "metrics", "source", "description", "example", "further_splits", "splits")
+_NOT_CONTENT = (
+    "flatten",
+    "metrics",
+    "source",
+    "description",
+    "example",
+    "further_splits",
+    "splits",
+    "path",
+    "on_bad_row",
+    "streaming",
+)
 
 
-def _source(settings: TaskConfig, task: Task, split: str, further: str | None) -> list[str]:
+def _source(task: Task, split: str, further: str | None) -> list[str]:
     """What says that the rows are the same: a file's content, or what `datasets` knows a data set by."""
-    path = split_file(settings, split, further)
+    path = split_file(task, split, further)
     if path is None:
         splits = task.splits if further is None else task.further_splits[further]
         rows: Any = hub_rows(task, splits[split])
@@ -345,16 +332,6 @@ def _ends(path: Path) -> list[Any]:
         file.seek(max(size - _END, 0))
         last = file.read(_END)
     return [size, *(hashlib.sha256(end).hexdigest() for end in (first, last))]
-
-
-def packed(samples: Sequence[Any], lengths: Any, config: RunConfig) -> Sequence[Any]:
-    """What the loop consumes of these samples: packs, where `task.packing` says so."""
-    return PackedDataset(samples, lengths, config.task.max_length) if config.task.packing else samples
-
-
-def strata(samples: CachedDataset, task: Task) -> list[int | None]:
-    """The class of every sample, for stratified draws; scores are of one class."""
-    return samples.labels if task.labels is not None else [None] * len(samples)
 
 
 def _check_inputs(task: Task, task_mode: TaskMode, model: str) -> None:

@@ -7,26 +7,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, require, template_columns
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
-
-__all__ = [
-    "SPLITS",
-    "Example",
-    "Skipped",
-    "check_columns",
-    "check_references",
-    "examples",
-    "has_split",
-    "hub_rows",
-    "read_split",
-    "resolve_task",
-    "split_file",
-]
 
 SPLITS = ("train", "validation", "test")
 
@@ -48,7 +32,7 @@ class Skipped:
         return f"{self.count} rows left out" + (f", the first: {self.reasons[0]}" if self.reasons else "")
 
 
-def examples(config: TaskConfig, split: str, skipped: Skipped, further: str | None = None) -> Iterator[Example]:
+def examples(task: Task, split: str, skipped: Skipped, further: str | None = None) -> Iterator[Example]:
     """Examples of ``train``, ``validation`` or ``test`` as they are read: in one pass, and not grouped.
 
     Args:
@@ -58,11 +42,11 @@ def examples(config: TaskConfig, split: str, skipped: Skipped, further: str | No
     Raises:
         UserError: no such split, no usable row in it, or (DataError) a row that cannot be used, with file and line.
     """
-    return (example for _, example in _grouped_examples(config, split, further, skipped))
+    return (example for _, example in _grouped_examples(task, split, further, skipped))
 
 
 def read_split(
-    config: TaskConfig,
+    task: Task,
     split: str,
     further: str | None = None,
     limit: int | None = None,
@@ -78,8 +62,8 @@ def read_split(
     Raises:
         UserError: as `examples`.
     """
-    pairs = _grouped_examples(config, split, further, Skipped() if skipped is None else skipped)
-    if split == "train" or resolve_task(config).group_by is None:
+    pairs = _grouped_examples(task, split, further, Skipped() if skipped is None else skipped)
+    if split == "train" or task.group_by is None:
         return [example for _, example in islice(pairs, limit)]
     samples: dict[str, Example] = {}
     for key, example in pairs:
@@ -89,7 +73,7 @@ def read_split(
     return list(samples.values())[:limit]
 
 
-def check_columns(config: TaskConfig, split: str, further: str | None = None) -> None:
+def check_columns(task: Task, split: str, further: str | None = None) -> None:
     """Read the first row alone, so that wrong columns, types or labels are known before anything that takes long.
 
     Under ``task.on_bad_row: skip`` it is the first usable one.
@@ -97,9 +81,8 @@ def check_columns(config: TaskConfig, split: str, further: str | None = None) ->
     Raises:
         UserError: as `examples`.
     """
-    next(_grouped_examples(config, split, further, Skipped()))
-    task = resolve_task(config)
-    source, rows = _open(task, config, split, further)
+    next(_grouped_examples(task, split, further, Skipped()))
+    source, rows = _open(task, split, further)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
     for template in filter(None, (task.prompt, task.completion)):
         fields = [f"{{{column}}}" for column in row]
@@ -107,44 +90,48 @@ def check_columns(config: TaskConfig, split: str, further: str | None = None) ->
             raise DataError(source, line, f"{odd[0]} in a template: the column needs a name of letters, digits and _")
 
 
-def check_references(config: TaskConfig, split: str) -> None:
-    """Look for the columns that the user named in ``task.references`` in a split's first row; those that only the
-    registry names need not be there.
+def check_references(task: Task, split: str, named: Iterable[str]) -> None:
+    """Check that a split's first row has the columns that the user named in ``task.references``.
+
+    Columns that only the registry names may be missing.
+
+    Args:
+        named: the user's columns.
 
     Raises:
         DataError: one is not there.
     """
-    source, rows = _open(resolve_task(config), config, split, None)
+    source, rows = _open(task, split, None)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
     try:
-        require(row, config.references or ())
+        require(row, named)
     except MissingColumn as error:
         raise DataError(source, line, f"task.references: {error}") from None
 
 
-def has_split(config: TaskConfig, split: str, further: str | None = None) -> bool:
+def has_split(task: Task, split: str, further: str | None = None) -> bool:
     """Whether `read_split` would find a file; of a hub data set, whether the task has such a split."""
-    if config.path is None:
-        return split in _names(resolve_task(config), further)
-    return split_file(config, split, further) is not None
+    if task.path is None:
+        return split in _names(task, further)
+    return split_file(task, split, further) is not None
 
 
-def split_file(config: TaskConfig, split: str, further: str | None = None) -> Path | None:
+def split_file(task: Task, split: str, further: str | None = None) -> Path | None:
     """The file of a split in the local folder, which has our name for the split or the hub's; None if there is none, or
     the data are the hub's. A split that the hub takes from another (GLUE's ``test``) is that one's file if it has none.
 
     Raises:
         ConfigError: there are several.
     """
-    names = _names(resolve_task(config), further)
-    if config.path is None or split not in names:
+    names = _names(task, further)
+    if task.path is None or split not in names:
         return None
     for stems in _stems(names, split, further):
-        found = [Path(config.path) / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
+        found = [Path(task.path) / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
         found = [path for path in found if path.is_file()]
         if len(found) > 1:
             both = " and ".join(path.name for path in found[:2])
-            raise ConfigError("task.path", f"{config.path!r} has {both}", f"expected one file for split {split}")
+            raise ConfigError("task.path", f"{task.path!r} has {both}", f"expected one file for split {split}")
         if found:
             return found[0]
     return None
@@ -165,14 +152,11 @@ def _names(task: Task, further: str | None) -> dict[str, str]:
     return dict(task.splits if further is None else task.further_splits[further])
 
 
-def _grouped_examples(
-    config: TaskConfig, split: str, further: str | None, skipped: Skipped
-) -> Iterator[tuple[str, Example]]:
+def _grouped_examples(task: Task, split: str, further: str | None, skipped: Skipped) -> Iterator[tuple[str, Example]]:
     """Each example with the value of `Task.group_by`. A first row without a needed column ends it in any case: the
     others will not have it either.
     """
-    task = resolve_task(config)
-    source, rows = _open(task, config, split, further)
+    source, rows = _open(task, split, further)
     first, some = True, False
     for line, row in rows:
         try:
@@ -181,7 +165,7 @@ def _grouped_examples(
             found = list(examples_of(task, row, source, line))
         except BadRow as bad:
             error = DataError(source, line, str(bad))
-            if config.on_bad_row == "error" or (first and isinstance(bad, MissingColumn)):
+            if task.on_bad_row == "error" or (first and isinstance(bad, MissingColumn)):
                 raise error from None
             skipped.add(error)
         else:
@@ -192,23 +176,21 @@ def _grouped_examples(
         raise UserError(f"{source}: no rows" + (f" that can be used; {skipped}" if skipped.count else ""))
 
 
-def _open(
-    task: Task, config: TaskConfig, split: str, further: str | None
-) -> tuple[str, Iterable[tuple[int, Row | BadRow]]]:
+def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterable[tuple[int, Row | BadRow]]]:
     """The split's name for people, and its rows with their lines."""
     name = _names(task, further)[split]
-    if config.path is None:
+    if task.path is None:
         hub = "/".join(part for part in (task.hub_id, task.hub_config) if part)
-        streamed = config.streaming and split == "train"
+        streamed = task.streaming and split == "train"
         return f"{hub}[{name}]", enumerate(hub_rows(task, name, streamed), 1)
-    path = split_file(config, split, further)
+    path = split_file(task, split, further)
     if path is None:
         stem = split if further is None else name
         raise ConfigError(
             "task.path",
-            f"{config.path!r} has no {stem}.jsonl",
+            f"{task.path!r} has no {stem}.jsonl",
             f"nor another of {', '.join(ENDINGS)}; "
-            f"found: {', '.join(sorted(p.name for p in Path(config.path).iterdir()))[:300] or 'nothing'}",
+            f"found: {', '.join(sorted(p.name for p in Path(task.path).iterdir()))[:300] or 'nothing'}",
         )
     return str(path), rows_of(path)
 

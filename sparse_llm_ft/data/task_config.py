@@ -51,7 +51,7 @@ def resolve_task(config: TaskConfig) -> Task:
     """
     entry = find_task(config.name)
     given: dict[str, Any] = {key: getattr(config, key) for key in _SETTINGS if getattr(config, key) is not None}
-    task = replace(entry, **given)
+    task = replace(entry, **given, path=config.path, on_bad_row=config.on_bad_row, streaming=config.streaming)
     if task.labels is not None and task.score is not None:
         raise ConfigError("task.score", f"{list(task.score)} beside labels {list(task.labels)}", "expected one of them")
     task = _check_messages(task) if task.messages else task

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,10 +137,39 @@ def broadcast_text(text: str) -> str:
     return broadcast_bytes(text.encode()).decode()
 
 
-def encoding_together(world: World) -> dict[str, Any]:
-    """How the ranks tokenise data together: those arguments of `Splits.encode` and `SplitBuilder`."""
-    on_leaders = partial(run_on_local_leaders, world, what="reading and tokenising the data")
-    return {"on_leaders": on_leaders, "each": run_on_every_rank, "share": broadcast_text}
+@dataclass(frozen=True)
+class Coordination:
+    """How several ranks share work whose result all of them need; the default is a single process.
+
+    Attributes:
+        on_leaders: runs an action on one process of each node while the node's others wait.
+        on_every_rank: runs an action on every rank. For both, a failure on one rank stops all ranks.
+        broadcast: returns rank 0's text.
+    """
+
+    on_leaders: Callable[[Callable[[], None]], None]
+    on_every_rank: Callable[[Callable[[], None]], None]
+    broadcast: Callable[[str], str]
+
+
+def coordinate(world: World, what: str) -> Coordination:
+    """The coordination of connected ranks.
+
+    Args:
+        what: the work, for the progress lines of `run_on_local_leaders`.
+    """
+    return Coordination(partial(run_on_local_leaders, world, what=what), run_on_every_rank, broadcast_text)
+
+
+def _run_alone(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+ALONE = Coordination(_run_alone, _run_alone, str)
+"""A single process; a file that cannot be read is a `UserError`."""
 
 
 def _worst(failure: int) -> int:

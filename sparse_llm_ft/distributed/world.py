@@ -20,6 +20,10 @@ class World:
     local_size: int
 
 
+ONE_PROCESS = World(0, 1, 0, 1)
+"""A process on its own."""
+
+
 def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     """Read what deepspeed, torchrun or srun left in the environment, and complete it for torch.distributed.
 

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.dataset import EvalSplit, SplitBuilder
 from sparse_llm_ft.data.rows import Example, text_of
 from sparse_llm_ft.data.tasks import BadRow, Task, render, template_columns
-from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
-from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.objectives.build import build_objective
 
 Row = Mapping[str, str]
 
 
-def answer(run: TrainedRun, rows: Sequence[Row], settings: EvaluationConfig, seed: int) -> list[str]:
-    """What the trained model makes of each row: a completion, a label word, or a score.
+def answer(run: TrainedRun, rows: Sequence[Row]) -> list[str]:
+    """Predict each row in this process: a completion, a label word, or a score.
 
     Args:
+        run: opened with the evaluation settings and the seed that generation takes, `in_one_process`.
         rows: the columns of `shown_columns`.
-        seed: of sampling, where `settings.temperature` asks for it.
 
     Raises:
-        UserError: a prompt that is empty, or an answer that cannot be given outside of evaluation.
+        UserError: a prompt is empty, or the task's answers exist in evaluation only.
     """
+    context = run.context
     examples = [unanswered(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
-    check_lengths(run.config.model_copy(update={"evaluation": settings}), run.task, run.task_mode, run.empty)
-    tokenizer = tokenizer_for(run.config.model, run.task_mode, run.empty)
-    samples = list(SplitBuilder(run.config, run.task, tokenizer, run.task_mode).samples_of(examples))
+    builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
+    samples = list(builder.samples_of(examples))
     model = load_trained(run)
-    objective, alone = build_objective(model, tokenizer, run.task), World(0, 1, 0, 1)
-    evaluator = Evaluator(settings, run.task, run.task_mode, (), tokenizer, objective, alone, zero_stage=0, seed=seed)
+    evaluator = context.evaluator(())
     predictions, _ = evaluator.predict(model, EvalSplit("", examples, samples))
     shown = [evaluator.shown(prediction) for prediction in predictions]
     return [value if isinstance(value, str) else f"{value:.3f}" for value in shown]

@@ -9,18 +9,19 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sparse_llm_ft.adapters import add_adapters, linear_modules, trained_parameters
+from sparse_llm_ft.adapters import add_adapters, trained_parameters
 from sparse_llm_ft.adapters.masking import to_whole
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid
-from sparse_llm_ft.checkpoint.validation import Expected
-from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.config import DeepSpeedConfig, RunConfig
+from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World
 from sparse_llm_ft.errors import CheckpointError, UserError
 from sparse_llm_ft.export.options import open_run
 from sparse_llm_ft.model.architecture import TaskMode
-from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, load_model
+from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.run_folder import RunFolder
@@ -31,21 +32,33 @@ class TrainedRun:
     """A run and the newest of its checkpoints that can be used.
 
     Attributes:
-        config: the settings it began with; data and relative paths need not be where they were.
-        use: how the model learned the task.
-        empty: the base on the meta device.
+        config: the settings that the run began with; data and relative paths need not be where they were.
+        context: the run, opened again.
         phase, state: of the checkpoint; the state's tensors are float32 and hold kept rows and columns alone.
         complaints: a line about each newer checkpoint that cannot be used.
     """
 
     folder: RunFolder
     config: RunConfig
-    task: Task
-    task_mode: TaskMode
-    empty: PreTrainedModel
+    context: RunContext
     phase: Phase
     state: TrainState
     complaints: tuple[str, ...]
+
+    @property
+    def task(self) -> Task:
+        """The task, with the settings in place."""
+        return self.context.task
+
+    @property
+    def task_mode(self) -> TaskMode:
+        """How the model learned the task."""
+        return self.context.task_mode
+
+    @property
+    def empty(self) -> PreTrainedModel:
+        """The base on the meta device."""
+        return self.context.empty
 
     @property
     def plan(self) -> AdapterPlan:
@@ -58,31 +71,48 @@ class TrainedRun:
         return FULL_MODEL in self.plan.trained
 
 
-def read_run(path: str, agree: Callable[[int], int] = int) -> TrainedRun:
-    """Find the newest usable checkpoint of the run in `path`; no weights of the base are read.
+def read_run(
+    path: str,
+    config: RunConfig | None = None,
+    world: World = ONE_PROCESS,
+    trust_remote_code: bool = False,
+    agree: Callable[[int], int] = int,
+) -> TrainedRun:
+    """Open the run in `path` and find its newest usable checkpoint. Reads no weights of the base.
 
     Args:
+        config: the run's settings with others in their place; None: `in_one_process` of them.
+        trust_remote_code: whether code that the base brings along may run here. The folder's own config.yaml cannot
+            allow it: the folder may be a stranger's.
         agree: makes of this process's newest step the one that all of several processes take.
 
     Raises:
-        UserError: no run, no checkpoint, or a base that is not there.
+        UserError: no run, no checkpoint, a base that is not there, or one whose code nobody here has allowed.
     """
     folder = open_run(path)
-    config = folder.config()
-    task = resolve_task(config.task)
-    task_mode = find_model_task_mode(config.model, task, config.task.mode)
-    empty = empty_model(config.model, task_mode=task_mode)
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
-    real = Expected(linear_modules(empty), shapes, len(config.method))
-    newest, complaints = newest_valid(folder.checkpoints, real, RunFolder.identity(config))
+    stored = folder.config()
+    config = in_one_process(stored) if config is None else config
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{path}: its config.yaml sets model.trust_remote_code, so code that {config.model.name} brings along "
+            "would run here; give --trust-remote-code if you trust it"
+        )
+    context = RunContext.open(config, world, resolve_task(config.task))
+    newest, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
     if newest is None:
         raise UserError("; ".join((*complaints, f"{path}: no checkpoint can be used")))
     step = agree(int(newest.name.removeprefix("step-")))
     try:
-        state, phase = load_checkpoint(checkpoint_folder(folder.checkpoints, step), real)
-    except CheckpointError as error:  # the run goes on, and has removed it meanwhile
+        state, phase = load_checkpoint(checkpoint_folder(folder.checkpoints, step), context.expected)
+    except CheckpointError as error:  # the run continues, and has removed it meanwhile
         raise UserError(f"{error}; try again") from error
-    return TrainedRun(folder, config, task, task_mode, empty, phase, state, tuple(complaints))
+    return TrainedRun(folder, stored, context, phase, state, tuple(complaints))
+
+
+def in_one_process(config: RunConfig) -> RunConfig:
+    """The settings without what one process here may lack: no DeepSpeed, and the model's default attention."""
+    model = config.model.model_copy(update={"gradient_checkpointing": False, "attn_implementation": None})
+    return config.model_copy(update={"model": model, "deepspeed": DeepSpeedConfig(zero_stage=0)})
 
 
 def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
@@ -97,8 +127,7 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
     Raises:
         UserError: the base cannot be loaded, or the checkpoint lacks a trained tensor.
     """
-    # Neither changes what is computed, and the second may ask for hardware that is not here.
-    settings = run.config.model.model_copy(update={"gradient_checkpointing": False, "attn_implementation": None})
+    settings = run.context.config.model
     base = load_model(settings, run.task_mode, run.config.seed)
     if dequantize and settings.quantization != "none":
         base.dequantize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -62,10 +63,7 @@ def _split(name: str) -> tuple[str, int | None, str]:
 def _short_kinds(tails: Iterable[str]) -> dict[str, str]:
     """Tail -> its shortest ending, in whole parts, that no other tail has."""
     endings = {tail: [tail.split(".", i)[-1] for i in range(tail.count("."), -1, -1)] for tail in tails}
-    counts: dict[str, int] = {}
-    for of_one in endings.values():
-        for ending in of_one:
-            counts[ending] = counts.get(ending, 0) + 1
+    counts = Counter(ending for of_one in endings.values() for ending in of_one)
     return {tail: next((e for e in of_one if counts[e] == 1), tail) for tail, of_one in endings.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.atomic import MANIFEST, write_folder
 from sparse_llm_ft.report.data import RunReport
 from sparse_llm_ft.report.tables import comparison_table, metrics_table, phases_table, summary_table
+from sparse_llm_ft.report.theme import page_colours
 
 if TYPE_CHECKING:
     from sparse_llm_ft.report.figures import Picture
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 INDEX = "index.html"
 
 _CSS = """
-:root { color-scheme: light dark; --ground: #f4f5f7; --card: #ffffff; --ink: #1f2328; --muted: #57606a;
-  --line: #d8dde3; --link: #0b5cad; }
-@media (prefers-color-scheme: dark) { :root { --ground: #0c0f13; --card: #14181d; --ink: #e6e9ed;
-  --muted: #a3adb8; --line: #2c333b; --link: #7cc0f5; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -68,22 +65,27 @@ def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
     reports = _named([RunReport.read(folder) for folder in folders])
     from sparse_llm_ft.report.figures import comparison_picture, run_pictures  # loads matplotlib
 
-    several = len(reports) > 1
-    files: dict[str, bytes] = {}
-    sections = []
-    for i, (name, report) in enumerate(reports, 1):
+    files: dict[str, bytes] = {INDEX: b""}
+    if len(reports) == 1:
+        [(name, report)] = reports
+        title = f"{report.method} on {report.task}"
         pictures = run_pictures(report)
-        files.update(_picture_files(pictures, f"run-{i}-" if several else ""))
-        sections.append(
-            _run_section(name, report, pictures, f"run-{i}") if several else _run_body(report, pictures, "h2")
-        )
-    if several:
-        overlaid = comparison_picture(reports)
-        files.update(_picture_files([overlaid] if overlaid else [], ""))
-        page = _comparison_page(reports, overlaid, sections)
+        files |= _picture_files(pictures)
+        page = _page(f"{title} – {name}", title, _run(name, report, pictures, "h2"))
     else:
-        page = _run_page(*reports[0], sections[0])
-    files = {INDEX: page.encode(), **files}
+        overlaid = comparison_picture(reports)
+        body = comparison_table(reports)
+        if overlaid:
+            files |= _picture_files([overlaid])
+            body += _figure(overlaid, "h2")
+        for i, (name, report) in enumerate(reports, 1):
+            pictures = run_pictures(report)
+            files |= _picture_files(pictures, f"run-{i}-")
+            section = _run(name, report, pictures, "h3")
+            body += f'<section id="run-{i}">\n<h2>{escape(name)}</h2>\n{section}</section>\n'
+        title = f"{len(reports)} runs compared"
+        page = _page(title, title, body)
+    files[INDEX] = page.encode()
     _write(output, files)
     return [output / name for name in files]
 
@@ -123,46 +125,31 @@ def _named(reports: Sequence[RunReport]) -> list[tuple[str, RunReport]]:
     return list(zip(names, reports, strict=True))
 
 
-def _picture_files(pictures: Sequence[Picture], prefix: str) -> Iterator[tuple[str, bytes]]:
+def _picture_files(pictures: Sequence[Picture], prefix: str = "") -> dict[str, bytes]:
+    files = {}
     for picture in pictures:
-        yield f"{prefix}{picture.key}.png", picture.light
-        yield f"{prefix}{picture.key}-dark.png", picture.dark
+        files[f"{prefix}{picture.key}.png"] = picture.light
+        files[f"{prefix}{picture.key}-dark.png"] = picture.dark
+    return files
 
 
-def _run_page(name: str, report: RunReport, body: str) -> str:
-    title = f"{report.method} on {report.task}"
-    return _page(f"{title} – {name}", f"<h1>{escape(title)}</h1>\n{_subtitle(name, report)}{body}")
-
-
-def _comparison_page(reports: Sequence[tuple[str, RunReport]], overlaid: Picture | None, sections: list[str]) -> str:
-    anchors = [f"run-{i}" for i in range(1, len(reports) + 1)]
-    title = f"{len(reports)} runs compared"
-    table = comparison_table(reports, anchors)
-    return _page(title, f"<h1>{title}</h1>\n{table}{_figure(overlaid, 'h2') if overlaid else ''}{''.join(sections)}")
-
-
-def _run_section(name: str, report: RunReport, pictures: Sequence[Picture], anchor: str) -> str:
-    body = _run_body(report, pictures, "h3")
-    return f'<section id="{anchor}">\n<h2>{escape(name)}</h2>\n{_subtitle(name, report)}{body}</section>\n'
-
-
-def _subtitle(name: str, report: RunReport) -> str:
-    state = "" if report.finished else f" The run is not finished; last logged step: {_last_step(report)}."
-    return f"<p>{escape(report.method)}, {escape(report.model)}, run {escape(name)}.{state}</p>\n"
-
-
-def _last_step(report: RunReport) -> str:
-    return str(report.steps[-1].step) if report.steps else "none yet"
-
-
-def _run_body(report: RunReport, pictures: Sequence[Picture], heading: str) -> str:
-    tables = f'<div class="tables">\n{summary_table(report)}{metrics_table(report)}{phases_table(report)}</div>\n'
-    return tables + "".join(_figure(picture, heading) for picture in pictures)
+def _run(name: str, report: RunReport, pictures: Sequence[Picture], heading: str) -> str:
+    """A line about the run, its tables and its pictures under headings of the level `heading`."""
+    state = ""
+    if not report.finished:
+        last = report.steps[-1]["step"] if report.steps else "none yet"
+        state = f" The run is not finished; last logged step: {last}."
+    return (
+        f"<p>{escape(report.method)}, {escape(report.model)}, run {escape(name)}.{state}</p>\n"
+        f'<div class="tables">\n{summary_table(report)}{metrics_table(report)}{phases_table(report)}</div>\n'
+        + "".join(_figure(picture, heading) for picture in pictures)
+    )
 
 
 def _figure(picture: Picture, heading: str) -> str:
     light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (picture.light, picture.dark))
-    width, height = _png_size(picture.light)
+    size = picture.light[16:24]  # in pixels, in a PNG file's first chunk
+    width, height = int.from_bytes(size[:4]), int.from_bytes(size[4:])
     return (
         f"<figure>\n<{heading}>{escape(picture.title)}</{heading}>\n<figcaption>{escape(picture.caption)}</figcaption>\n"
         f'<div class="picture" tabindex="0" role="group" aria-label="{escape(picture.title)}"><picture>'
@@ -172,16 +159,11 @@ def _figure(picture: Picture, heading: str) -> str:
     )
 
 
-def _png_size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the file's first chunk."""
-    return int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
-
-
-def _page(title: str, body: str) -> str:
-    css = re.sub(r"\s+", " ", _CSS).strip()
+def _page(title: str, heading: str, body: str) -> str:
+    css = re.sub(r"\s+", " ", page_colours() + _CSS).strip()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{escape(heading)}</h1>\n{body}</main>\n</body>\n</html>\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -16,27 +17,26 @@ from peft import PeftModel
 from sparse_llm_ft.adapters import is_adapter
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
-from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.context.course import Course
-from sparse_llm_ft.context.preflight import Prepared
-from sparse_llm_ft.context.setup import Setup
+from sparse_llm_ft.config import check_steps
+from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.streaming import StreamingDataset
-from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_rank_zero
+from sparse_llm_ft.data.training_set import TrainingSet
+from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast_int, coordinate, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
-from sparse_llm_ft.engine.engine import Engine, check_deepspeed, init_distributed
+from sparse_llm_ft.engine.engine import Engine, init_distributed
 from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
-from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.model.loading import check_weights
+from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.report import write_report
 from sparse_llm_ft.run_folder import PLAN, SUMMARY, RunFolder
-from sparse_llm_ft.training.batch_size import check_growth, grown_batch, resumed_batch
+from sparse_llm_ft.training.batch_size import check_growth, first_batch, grown_batch, resumed_batch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
@@ -48,65 +48,61 @@ from sparse_llm_ft.training.records import (
     show_summary,
     summarize,
 )
+from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.scorer import Scorer
 
 
-def run(prepared: Prepared) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint if there is one; returns the summary (summary.json).
+def train(context: RunContext) -> dict[str, Any]:
+    """Train to the end, from the newest checkpoint if there is one, and return the summary (summary.json). Collective.
 
-    Every rank calls it. A run that is already complete only shows its summary again.
+    A run that is already complete only shows its summary again.
 
     Raises:
-        UserError: what only model or DeepSpeed show to be wrong, before weights are loaded; a folder that cannot be
-            written or is in use; checkpoints that are all damaged.
+        UserError: the data cannot be used or do not fit the settings; a folder that cannot be written or is in use;
+            checkpoints that are all damaged.
         TrainingError: too many losses that are not finite, or no adapter left.
-        LeaveRequest: a signal asked for it; what was trained is saved.
+        PreemptionRequested: a signal asked for it; what was trained is saved.
     """
-    config, world, folder = prepared.config, prepared.world, prepared.folder
-    transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
-    console = Console(world.rank)
-    check_deepspeed(config.deepspeed.extra)
-    setup = Setup.of(prepared)
-    check_weights(config.model)
-    init_distributed()
-    course = Course.of(prepared, setup)
-    check_growth(config, course.first, setup.task_mode)
+    folder, console, world = context.folder, context.console, context.world
+    run = _connected(context)
     if broadcast_int(int(folder.is_complete())):
         console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
-        if config.report and world.rank == 0 and not folder.report.is_dir():  # killed between its end and the pictures
+        # A run may have been killed between its end and its pictures.
+        if context.config.report and world.rank == 0 and not folder.report.is_dir():
             _draw_report(folder, console)
         show_summary(summary, folder, console)
     else:
-        summary = Run(prepared, console, setup, course).train()
+        summary = run.train()
     dist.destroy_process_group()
     return summary
 
 
-def derive(prepared: Prepared) -> None:
-    """Only what a run with Partial-LoRA measures before it trains; the result stays in the cache. Changes no folder.
+def derive(context: RunContext) -> None:
+    """Derive Partial-LoRA's ratios alone; the result stays in the cache. Writes no run folder. Collective.
 
     Raises:
-        UserError: as `run`; or the run derives nothing.
+        UserError: as `train`; or the run derives nothing.
     """
-    config, world = prepared.config, prepared.world
-    transformers.utils.logging.disable_progress_bar()
-    console = Console(world.rank)
-    setup = Setup.of(prepared)
-    check_weights(config.model)
-    init_distributed()
-    course = Course.of(prepared, setup)
-    if course.first.scoring is None or course.first.scoring.kind != "derivation":
+    scoring = context.first_phase().scoring
+    if scoring is None or scoring.kind != "derivation":
         raise UserError(
-            f"method.name: {config.method_name} derives nothing before it trains; expected partial_lora, with "
+            f"method.name: {context.config.method_name} derives nothing before it trains; expected partial_lora, with "
             "ratios: derived or another selection than random"
         )
-    Run(prepared, console, setup, course).derive()
+    _connected(context).derive()
     dist.destroy_process_group()
 
 
+def _connected(context: RunContext) -> Run:
+    """Join the process group and read the data. Collective."""
+    transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
+    init_distributed()
+    return Run.prepare(context, coordinate(context.world, "reading and tokenising the data"))
+
+
 def _draw_report(folder: RunFolder, console: Console) -> None:
-    """Pictures come last and are only drawn from what is written; a run without them is as complete."""
+    """Draw the report from what is written. The run is complete without it, so a failure is only logged."""
     try:
         write_report([folder.path], folder.report)
     except Exception as error:
@@ -117,43 +113,70 @@ def _draw_report(folder: RunFolder, console: Console) -> None:
 
 
 class Run:
-    """What stays the same from phase to phase: data, tokenizer, frozen base, folder."""
+    """A run that is about to start: its context, its data, its methods and its first phase.
 
-    def __init__(self, prepared: Prepared, console: Console, setup: Setup, course: Course) -> None:
-        self.config: RunConfig = prepared.config
-        self.world, self.folder, self.course = prepared.world, prepared.folder, course
-        self.console, self.setup, self.samples, self.schedule = console, setup, course.samples, course.schedule
-        self.targets = setup.targets
-        self.evaluator = Evaluator(
-            self.config.evaluation,
-            prepared.task,
-            setup.task_mode,
-            course.samples.measured,
-            setup.tokenizer,
-            setup.objective,
-            self.world,
-            self.config.deepspeed.zero_stage,
-            self.config.seed,
-        )
-        self.scorer = Scorer(self.config, self.world, setup.objective, console)
+    Attributes:
+        first: the phase that the run begins with.
+    """
+
+    def __init__(
+        self, context: RunContext, splits: Splits, data: TrainingSet, schedule: Schedule, methods: Chain, first: Phase
+    ) -> None:
+        self.context, self.config, self.world, self.folder = context, context.config, context.world, context.folder
+        self.console, self.targets = context.console, context.targets
+        self.splits, self.data, self.schedule, self.methods, self.first = splits, data, schedule, methods, first
+        self.evaluator = context.evaluator(splits.measured)
+        self.scorer = Scorer(self.config, self.world, context.objective, self.console)
+
+    @classmethod
+    def prepare(cls, context: RunContext, ranks: Coordination = ALONE) -> Run:
+        """Read the data, or find them in the cache, and plan the first phase. Collective, as `ranks` says.
+
+        Raises:
+            UserError: rows that cannot be used; settings that do not fit the run's length; batch growth for a model
+                whose memory cannot be planned.
+        """
+        config, task_mode = context.config, context.task_mode
+        splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks)
+        data = TrainingSet(splits.train, context.task, config.task)
+        schedule = Schedule(config.training, data.size)
+        check_steps(config, schedule.total_steps)
+        methods = build_methods(config, schedule.total_steps)
+        first = first_batch(methods.first(context.plan, context.targets), config)
+        check_growth(config, first, task_mode)
+        return cls(context, splits, data, schedule, methods, first)
+
+    def describe(self) -> list[str]:
+        """For people: the data, the run's length, what was shortened or left out, the first phase and its size."""
+        plan = self.first.plan
+        kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
+        adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
+        modules = [self.context.empty.get_submodule(name) for name in plan.trained]
+        whole = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        return [
+            f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
+            *self.splits.remarks(self.config.task),
+            f"phase {self.first.name}: {plan.describe()}{adapters}",
+            f"{plan.parameters(self.targets) + whole:,} trainable parameters",
+        ]
 
     def train(self) -> dict[str, Any]:
         """All phases, then the final measurement, the adapter and the summary."""
-        state, phase = self._begin(self.course.first)
+        state, phase = self._begin(self.first)
         model = self._build_model(phase)
         if state is None:
             record: dict[str, Any] = {
                 "run": RunFolder.identity(self.config),
                 "before": None,
-                "samples": self.samples.key,
+                "samples": self.splits.key,
                 "phases": [],
                 "micro_batch_size": self.config.training.micro_batch_size,
             }
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
             engine, state = self._train_phase(model, phase, state)
-            scores = self.scorer(engine, phase, self.course.samples_of(phase), state.tensors)
-            following = self.course.methods.next(phase, state, scores, self.targets)
+            scores = self.scorer(engine, phase, self.data.subset(phase.subset), state.tensors)
+            following = self.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
                 return self._finish(engine, phase, state)
@@ -163,13 +186,13 @@ class Run:
 
     def derive(self) -> None:
         """Fit the head if the first phase does, measure, and show the ratios."""
-        phase = self._with_steps(self.course.first)
+        phase = self._with_steps(self.first)
         model = self._build_model(phase)
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         for _ in loop.steps():
             exit_if_preempted()
-        scores = self.scorer(engine, phase, self.course.samples_of(phase), engine.values())
+        scores = self.scorer(engine, phase, self.data.subset(phase.subset), engine.values())
         engine.close()
         self.console.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
 
@@ -177,7 +200,7 @@ class Run:
         """Take the folder, find where to begin, and write what a folder holds from the start."""
         run_on_rank_zero(self.world, self.folder.lock)
         run = RunFolder.identity(self.config)
-        state = newest_state(self.folder, run, self.world, self.console, self.setup.expected)
+        state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
         if state is not None:
             self._check_samples(state.record)
@@ -185,11 +208,11 @@ class Run:
             anew = configured if configured != state.record["micro_batch_size"] else None
             state.record["micro_batch_size"] = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
-            phase = self.course.methods.resumed(phase)
+            phase = self.methods.resumed(phase)
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
-        for line in self.samples.remarks(self.config.task):
+        for line in self.splits.remarks(self.config.task):
             self.console.log(line)
         return state, phase
 
@@ -200,7 +223,7 @@ class Run:
         Raises:
             ConfigError: rows, tokenizer or package are not those that the run began with.
         """
-        if record.get("samples", self.samples.key) != self.samples.key:
+        if record.get("samples", self.splits.key) != self.splits.key:
             raise ConfigError(
                 "task",
                 "the samples are not those that the run began with: rows or tokenizer have changed",
@@ -239,15 +262,15 @@ class Run:
 
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
         """The phase's loop, going on from `state`."""
-        samples, schedule = self.course.units(phase), self.schedule
+        samples, schedule = self.data.sequences(phase.subset), self.schedule
         if phase.is_warmup:
-            schedule = schedule.is_warmup(phase.steps or 0, len(samples), phase.learning_rate)
+            schedule = schedule.for_warmup(phase.steps or 0, len(samples), phase.learning_rate)
         return Loop(
             engine,
             phase,
             build_callback(phase, state, engine),
             samples,
-            self.setup.objective,
+            self.context.objective,
             schedule,
             copy.copy(state.progress),
             self.world,
@@ -259,9 +282,9 @@ class Run:
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
     ) -> tuple[PeftModel, Phase, TrainState]:
         """Put the new plan on the model, around the same frozen base."""
-        length = self.course.longest
+        length = self.data.longest
         phase = self._with_steps(
-            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.setup.task_mode)
+            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.context.task_mode)
         )
         grown = phase.micro_batch_size > before.micro_batch_size
         model = rebuild_model(self.config, model, before.plan, phase.plan)
@@ -287,16 +310,16 @@ class Run:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
         exit_if_preempted()
         engine.close()
-        train = self.samples.train
+        train = self.splits.train
         if isinstance(train, StreamingDataset) and train.skipped.count:
             self.console.log(f"of the training rows that were read last: {train.skipped}")
         summary = summarize(
-            self.config, self.world, state.record, after, self.samples.sizes(self.config.evaluation.split)
+            self.config, self.world, state.record, after, self.splits.sizes(self.config.evaluation.split)
         )
 
         def write() -> None:
             folder = self.folder.model if FULL_MODEL in phase.plan.trained else self.folder.adapter
-            export(folder, self.config.model, self.setup.empty, phase.plan, state.tensors)
+            export(folder, self.config.model, self.context.empty, phase.plan, state.tensors)
             self.folder.write_json(SUMMARY, summary)
 
         run_on_rank_zero(self.world, write)
@@ -312,8 +335,8 @@ class Run:
         if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
             line["validation_loss"] = mean_loss(
                 loop.engine.module,
-                self.samples.validation,
-                self.setup.objective,
+                self.splits.validation,
+                self.context.objective,
                 self.config.evaluation.micro_batch_size,
                 self.world.rank,
                 self.world.size,
@@ -335,7 +358,7 @@ class Run:
         """The phase with the steps that its passes over its subset make."""
         if phase.epochs is None:
             return phase
-        samples = phase.epochs * len(self.course.units(phase))
+        samples = phase.epochs * len(self.data.sequences(phase.subset))
         return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
@@ -372,7 +395,7 @@ class Run:
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
-        model = build_model(self.config, self.setup.task_mode, phase.plan, settings)
+        model = build_model(self.config, self.context.task_mode, phase.plan, settings)
         self.head = fresh_heads(model, phase.plan)
         return model
 

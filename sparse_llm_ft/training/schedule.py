@@ -57,7 +57,7 @@ class Schedule:
             factor = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return settings.learning_rate * factor
 
-    def is_warmup(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
+    def for_warmup(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
         """The schedule of `steps` steps on `samples` samples before the counted part: the same course, in small.
 
         Args:

@@ -55,7 +55,7 @@ def test_every_method_model_and_stage_has_a_file() -> None:
 
 
 def test_every_task_of_the_registry_has_a_file_and_fits_it() -> None:
-    from sparse_llm_ft.data.reading import resolve_task
+    from sparse_llm_ft.data.task_config import resolve_task
     from sparse_llm_ft.data.tasks import TASKS
 
     assert set(files("tasks")) == set(TASKS) - {"custom"}

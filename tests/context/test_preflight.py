@@ -8,7 +8,7 @@ import pytest
 
 from helpers.tiny_files import write_rows
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.context.preflight import prepare
+from sparse_llm_ft.context.preflight import preflight
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import DataError
 
@@ -17,7 +17,7 @@ def test_references_that_a_user_names_must_be_there(settings: dict) -> None:
     settings["task"]["references"] = ["othr"]
     config = parse_config(settings)
     with pytest.raises(DataError, match=r"test.jsonl:1: task.references: no column 'othr'; found text, answer"):
-        prepare(config, World(0, 1, 0, 1))
+        preflight(config, World(0, 1, 0, 1))
 
 
 def test_a_column_whose_name_no_template_can_have_is_said(settings: dict, tmp_path: Path) -> None:
@@ -26,6 +26,6 @@ def test_a_column_whose_name_no_template_can_have_is_said(settings: dict, tmp_pa
     settings["task"]["path"] = str(tmp_path)
     settings["task"]["prompt"] = "{text} {my col}"
     with pytest.raises(DataError, match=r"train.jsonl:1: \{my col\} in a template: the column needs a name of letters"):
-        prepare(parse_config(settings), World(0, 1, 0, 1))
+        preflight(parse_config(settings), World(0, 1, 0, 1))
     settings["task"]["prompt"] = '{text} {"json": 1}'
-    prepare(parse_config(settings), World(0, 1, 0, 1))
+    preflight(parse_config(settings), World(0, 1, 0, 1))

@@ -15,14 +15,16 @@ from transformers import AutoTokenizer
 
 from helpers.tiny_files import write_rows
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.data.dataset import SplitBuilder, Splits, packed, strata
+from sparse_llm_ft.data.dataset import SplitBuilder, Splits
 from sparse_llm_ft.data.packing import PackedDataset
-from sparse_llm_ft.data.reading import read_split, resolve_task
+from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.data.spans import SpanPreprocessor
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tokenization import CausalLMPreprocessor, ClassificationPreprocessor
+from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed import collectives
-from sparse_llm_ft.distributed.collectives import run_on_local_leaders
+from sparse_llm_ft.distributed.collectives import ALONE, Coordination, run_on_local_leaders
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
@@ -69,7 +71,7 @@ def encoding(tree: dict, change: Callable[[Any], None] | None = None, **options:
 
 def encode(tree: dict, **options: Any) -> Splits:
     made = encoding(tree, **options)
-    return Splits.encode(made.config, made.task, made.tokenizer, made.use, made.on_leaders, made.each, made.share)
+    return Splits.encode(made.config, made.task, made.tokenizer, made.task_mode, made.ranks)
 
 
 def test_stored_samples_are_the_encoders(settings: dict) -> None:
@@ -79,10 +81,12 @@ def test_stored_samples_are_the_encoders(settings: dict) -> None:
     config = parse_config(settings)
     encoder = CausalLMPreprocessor(AutoTokenizer.from_pretrained(config.model.name), 32)
     for split, samples in (("train", made.train), ("validation", made.validation)):
-        assert list(samples) == [encoder(example) for example in read_split(config.task, split)]
+        assert list(samples) == [encoder(example) for example in read_split(resolve_task(config.task), split)]
     (part,) = made.measured
-    assert list(part.samples) == [encoder(example) for example in read_split(config.task, "test", limit=5)]
-    assert list(part.examples) == read_split(config.task, "test", limit=5) and len(part.examples) == 5
+    assert list(part.samples) == [
+        encoder(example) for example in read_split(resolve_task(config.task), "test", limit=5)
+    ]
+    assert list(part.examples) == read_split(resolve_task(config.task), "test", limit=5) and len(part.examples) == 5
 
 
 def test_a_second_run_tokenises_nothing(settings: dict, calls: list[str]) -> None:
@@ -170,17 +174,17 @@ def test_only_the_first_rank_of_a_node_tokenises(
     monkeypatch.setattr(collectives, "_worst", lambda own: own)  # there is no other process here
     waits = lambda action: run_on_local_leaders(World(3, 4, 1, 2), action)  # noqa: E731
     with pytest.raises(UserError, match="No such file"):
-        encode(settings, on_leaders=waits, share=lambda text: "of rank 0")
+        encode(settings, ranks=Coordination(waits, ALONE.on_every_rank, lambda text: "of rank 0"))
     assert not calls
     said: list[str] = []
     leads = lambda action: run_on_local_leaders(World(2, 4, 0, 2), action)  # noqa: E731
-    first = encode(settings, on_leaders=leads, share=lambda text: said.append(text) or text)
+    first = encode(settings, ranks=Coordination(leads, ALONE.on_every_rank, lambda text: said.append(text) or text))
     assert len(calls) == 45 and all(said)
     heard = iter(said)
-    second = encode(settings, on_leaders=waits, share=lambda text: next(heard))
+    second = encode(settings, ranks=Coordination(waits, ALONE.on_every_rank, lambda text: next(heard)))
     assert list(second.train) == list(first.train) and len(calls) == 45
     with pytest.raises(UserError, match=r"task: this node's .* rows, or its tokenizer, are not those of rank 0's node"):
-        encode(settings, on_leaders=leads, share=lambda text: "of rank 0")
+        encode(settings, ranks=Coordination(leads, ALONE.on_every_rank, lambda text: "of rank 0"))
 
 
 LONG = " ".join(["anna"] * 40)
@@ -213,9 +217,9 @@ def test_texts_that_are_shortened_are_said(settings: dict) -> None:
     config = parse_config(settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     whole = CausalLMPreprocessor(tokenizer, 512)
-    count = sum(whole(example).length > 9 for example in read_split(config.task, "train"))
+    count = sum(whole(example).length > 9 for example in read_split(resolve_task(config.task), "train"))
     assert 0 < count < 40
-    measured = sum(whole(example).length > 9 for example in read_split(config.task, "test", limit=5))
+    measured = sum(whole(example).length > 9 for example in read_split(resolve_task(config.task), "test", limit=5))
     assert 0 < measured < 5
     assert samples.remarks(config.task) == [
         f"{count} of 40 training texts were shortened to fit task.max_length 9",
@@ -278,12 +282,12 @@ def test_packs_hold_all_samples_and_no_more_than_fits(settings: dict) -> None:
     settings["task"]["packing"] = True
     train = encode(settings).train
     config = parse_config(settings)
-    packs = packed(train, train.lengths, config)
+    packs = TrainingSet(train, resolve_task(config.task), config.task).sequences()
     assert isinstance(packs, PackedDataset) and len(packs) < len(train)
     together = [sample for pack in packs for sample in pack.samples]
     assert sorted(map(hash, together)) == sorted(map(hash, train)) and max(packs.lengths) <= 32
     settings["task"]["packing"] = False
-    assert packed(train, train.lengths, parse_config(settings)) is train
+    assert TrainingSet(train, resolve_task(config.task), parse_config(settings).task).sequences() is train
 
 
 def test_strata_are_labels_and_scores_have_none(settings: dict, labelled_folder: Path) -> None:
@@ -301,7 +305,8 @@ def test_strata_are_labels_and_scores_have_none(settings: dict, labelled_folder:
             made.config, made.task, made.tokenizer, TaskMode("sequence_classification", made.task.outputs)
         )
         assert isinstance(head.encoder, ClassificationPreprocessor)
-        assert strata(head.stored("train"), made.task)[:5] == expected
+        samples = TrainingSet(head.stored("train"), made.task, made.config.task)
+        assert samples.strata[:5] == expected
 
 
 def test_a_task_without_what_such_a_model_sees_is_refused(settings: dict) -> None:
@@ -364,7 +369,7 @@ def test_rows_at_hand_are_all_encoded_or_refused(settings: dict) -> None:
     """Nobody who asks for an answer is left out, as a row of a split may be."""
     settings["task"] |= {"on_bad_row": "skip"}
     made = encoding(settings)
-    row = read_split(made.config.task, "test", limit=1)[0]
+    row = read_split(resolve_task(made.config.task), "test", limit=1)[0]
     assert len(list(made.samples_of([row, row]))) == 2
     with pytest.raises(UserError, match="do not fit"):
         list(made.samples_of([row, replace(row, completion=LONG)]))
@@ -415,4 +420,4 @@ def test_files_that_cannot_be_read_or_written_are_one_line(
     with pytest.raises(UserError, match=r"test.jsonl: Permission denied"):
         encode(settings)
     with pytest.raises(UserError, match=r"train.jsonl: Permission denied"):
-        read_split(parse_config(settings).task, "train")
+        read_split(resolve_task(parse_config(settings).task), "train")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.rows import Example, examples_of
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn
 
 

@@ -14,6 +14,7 @@ import pytest
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.reading import Skipped, read_split
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import BadRow
 from sparse_llm_ft.errors import DataError
 
@@ -70,7 +71,7 @@ def config(folder: Path, **settings: Any) -> TaskConfig:
 def test_every_format_gives_the_same_rows(tmp_path: Path, format: str) -> None:
     ending, write = WRITERS[format]
     write(tmp_path / f"train{ending}", ROWS)
-    found = read_split(config(tmp_path), "train")
+    found = read_split(resolve_task(config(tmp_path)), "train")
     assert [(example.prompt, example.completion) for example in found] == [tuple(row.values()) for row in ROWS]
     assert {ending for ending, _ in WRITERS.values()} == set(ENDINGS)
 
@@ -80,10 +81,10 @@ def test_nested_columns_are_read_from_every_format_that_can_hold_them(tmp_path: 
     ending, write = WRITERS[format]
     answers = {"text": ["b c"], "answer_start": [2]}
     write(tmp_path / f"validation{ending}", [{"question": "q", "context": "a b c", "answers": answers}])
-    (example,) = read_split(TaskConfig(name="squad", path=str(tmp_path)), "test")
+    (example,) = read_split(resolve_task(TaskConfig(name="squad", path=str(tmp_path))), "test")
     assert example.answers == (("b c", 2),)
     write(tmp_path / f"train{ending}", [{"turns": [{"role": r, "content": r} for r in ("user", "assistant")]}])
-    (example,) = read_split(config(tmp_path, prompt=None, completion=None, messages="turns"), "train")
+    (example,) = read_split(resolve_task(config(tmp_path, prompt=None, completion=None, messages="turns")), "train")
     assert example.messages == ({"role": "user", "content": "user"},) and example.completion == "assistant"
 
 
@@ -91,7 +92,10 @@ def test_nested_columns_are_read_from_every_format_that_can_hold_them(tmp_path: 
 def test_labels_are_read_from_every_format(tmp_path: Path, format: str) -> None:
     ending, write = WRITERS[format]
     write(tmp_path / f"train{ending}", [{"sentence": "a", "label": 1}, {"sentence": "b", "label": 0}])
-    assert [e.label for e in read_split(TaskConfig(name="glue/sst2", path=str(tmp_path)), "train")] == [1, 0]
+    assert [e.label for e in read_split(resolve_task(TaskConfig(name="glue/sst2", path=str(tmp_path))), "train")] == [
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_rows_of_a_table_are_read_batch_by_batch(tmp_path: Path) -> None:
 
 def test_a_long_text_is_no_error_in_csv(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,answer\n" + "x" * 200_000 + ",b\n")
-    (example,) = read_split(config(tmp_path), "train")
+    (example,) = read_split(resolve_task(config(tmp_path)), "train")
     assert len(example.prompt) == 200_000
 
 
@@ -211,6 +215,6 @@ def test_bad_rows_of_every_text_format_can_be_left_out(
     (tmp_path / f"train{Path(name).suffix}").write_bytes(data)
     skipped = Skipped()
     settings = {"prompt": "{t}", "completion": "{u}", "on_bad_row": "skip"}
-    (example,) = read_split(config(tmp_path, **settings), "train", skipped=skipped)
+    (example,) = read_split(resolve_task(config(tmp_path, **settings)), "train", skipped=skipped)
     assert (example.prompt, example.completion, skipped.count) == ("d", "e", 1)
     assert f":{line}: " in skipped.reasons[0] and problem in skipped.reasons[0]

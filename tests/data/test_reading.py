@@ -9,6 +9,7 @@ import pytest
 
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_file
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import render
 from sparse_llm_ft.errors import UserError
 
@@ -27,7 +28,7 @@ def test_rows_become_prompt_completion_and_references(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(
         '\ufeff{"dialogue": "A: {hi}", "summary": "one", "summary2": "two", "summary3": "three"}\n\n', encoding="utf-8"
     )
-    (example,) = read_split(TaskConfig(name="dialogsum", path=str(tmp_path)), "test")
+    (example,) = read_split(resolve_task(TaskConfig(name="dialogsum", path=str(tmp_path))), "test")
     assert "A: {hi}" in example.prompt and example.completion == " one"
     assert example.references == ("one", "two", "three")
 
@@ -58,22 +59,22 @@ def test_a_template_replaces_whole_fields_only() -> None:
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "a", "answer": "b"}\n' + line + b"\n")
     with pytest.raises(UserError, match=message):
-        read_split(task(tmp_path), "train")
+        read_split(resolve_task(task(tmp_path)), "train")
 
 
 def test_an_empty_and_a_missing_split_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"train.jsonl: no rows"):
-        read_split(task(tmp_path), "train")
+        read_split(resolve_task(task(tmp_path)), "train")
     with pytest.raises(UserError, match=r"has no test.jsonl; nor another of .jsonl, .*; found: train.jsonl"):
-        read_split(task(tmp_path), "test")
+        read_split(resolve_task(task(tmp_path)), "test")
 
 
 def test_glue_rows_become_label_words_and_texts(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "train.jsonl", [{"sentence1": "It rains .", "sentence2": "It is wet .", "label": 1, "idx": 0}]
     )
-    (example,) = read_split(TaskConfig(name="glue/rte", path=str(tmp_path)), "train")
+    (example,) = read_split(resolve_task(TaskConfig(name="glue/rte", path=str(tmp_path))), "train")
     assert example.texts == ("It rains .", "It is wet .") and example.label == 1
     assert example.completion == " no" and example.references == ("no",)
     assert "First: It rains ." in example.prompt and example.prompt.endswith("Answer:")
@@ -90,7 +91,7 @@ def test_glue_is_read_from_the_hub_by_configuration_and_test_is_validation(monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"nyu-mll/glue/sst2\[validation\]:1: label -1 is not 0 to 1 \(the row has no"):
-        read_split(TaskConfig(name="glue/sst2"), "test")
+        read_split(resolve_task(TaskConfig(name="glue/sst2")), "test")
     assert asked == [("nyu-mll/glue", "sst2", "validation", None, False)]
 
 
@@ -99,7 +100,7 @@ CLASSIFIED = {"prompt": "{text} ?", "completion": None, "labels": ("bad", "good"
 
 def test_a_label_is_its_number_or_its_word(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"text": "a", "mark": 1}, {"text": "b", "mark": "bad"}])
-    found = read_split(task(tmp_path, **CLASSIFIED), "train")
+    found = read_split(resolve_task(task(tmp_path, **CLASSIFIED)), "train")
     assert [(e.label, e.completion, e.texts) for e in found] == [(1, " good", ("a",)), (0, " bad", ("b",))]
 
 
@@ -119,30 +120,38 @@ def test_a_label_is_its_number_or_its_word(tmp_path: Path) -> None:
 def test_a_bad_label_is_named_by_file_and_line(tmp_path: Path, row: dict, message: str) -> None:
     write_rows(tmp_path / "train.jsonl", [row])
     with pytest.raises(UserError, match=message):
-        read_split(task(tmp_path, **CLASSIFIED), "train")
+        read_split(resolve_task(task(tmp_path, **CLASSIFIED)), "train")
 
 
 def test_a_file_has_our_name_for_the_split_or_the_hubs(tmp_path: Path) -> None:
     mnli = TaskConfig(name="glue/mnli", path=str(tmp_path))
     for name in ("train.csv", "validation_matched.jsonl", "validation_mismatched.tsv"):
         (tmp_path / name).touch()
-    assert split_file(mnli, "train") == tmp_path / "train.csv"
-    assert split_file(mnli, "validation") == split_file(mnli, "test") == tmp_path / "validation_matched.jsonl"
-    assert split_file(mnli, "test", "mismatched") == tmp_path / "validation_mismatched.tsv"
-    assert has_split(mnli, "validation", "mismatched") and not has_split(mnli, "train", "mismatched")
+    assert split_file(resolve_task(mnli), "train") == tmp_path / "train.csv"
+    assert (
+        split_file(resolve_task(mnli), "validation")
+        == split_file(resolve_task(mnli), "test")
+        == tmp_path / "validation_matched.jsonl"
+    )
+    assert split_file(resolve_task(mnli), "test", "mismatched") == tmp_path / "validation_mismatched.tsv"
+    assert has_split(resolve_task(mnli), "validation", "mismatched") and not has_split(
+        resolve_task(mnli), "train", "mismatched"
+    )
     (tmp_path / "test.jsonl").touch()
-    assert split_file(mnli, "test") == tmp_path / "test.jsonl"
-    assert split_file(mnli, "validation") == tmp_path / "validation_matched.jsonl"
+    assert split_file(resolve_task(mnli), "test") == tmp_path / "test.jsonl"
+    assert split_file(resolve_task(mnli), "validation") == tmp_path / "validation_matched.jsonl"
 
 
 def test_glues_validation_is_its_test_where_there_is_no_test_file(tmp_path: Path) -> None:
     (tmp_path / "validation.parquet").touch()
     sst2 = TaskConfig(name="glue/sst2", path=str(tmp_path))
-    assert split_file(sst2, "test") == tmp_path / "validation.parquet" and not has_split(sst2, "train")
+    assert split_file(resolve_task(sst2), "test") == tmp_path / "validation.parquet" and not has_split(
+        resolve_task(sst2), "train"
+    )
     (tmp_path / "test.jsonl").touch()
-    assert split_file(sst2, "test") == tmp_path / "test.jsonl"
+    assert split_file(resolve_task(sst2), "test") == tmp_path / "test.jsonl"
     (tmp_path / "validation.parquet").unlink()
-    assert split_file(sst2, "validation") is None
+    assert split_file(resolve_task(sst2), "validation") is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_two_files_of_one_split_are_named(tmp_path: Path, name: str, files: list
     for file in files:
         (tmp_path / file).touch()
     with pytest.raises(UserError, match=message):
-        read_split(TaskConfig(name=name, path=str(tmp_path)), files[0].partition(".")[0])
+        read_split(resolve_task(TaskConfig(name=name, path=str(tmp_path))), files[0].partition(".")[0])
 
 
 E2E = [
@@ -169,10 +178,12 @@ def test_rows_of_one_group_are_one_sample_with_all_references_but_in_training(tm
     for split in ("train", "test"):
         write_rows(tmp_path / f"{split}.jsonl", E2E)
     e2e = TaskConfig(name="e2e_nlg", path=str(tmp_path))
-    assert [e.references for e in read_split(e2e, "test")] == [("It is A.", "A it is."), ("It is B.",)]
-    assert [e.references for e in read_split(e2e, "test", limit=1)] == [("It is A.", "A it is.")]
-    assert [e.completion for e in read_split(e2e, "train")] == [f" {row['human_reference']}" for row in E2E]
-    assert len(read_split(e2e, "train", limit=3)) == 3
+    assert [e.references for e in read_split(resolve_task(e2e), "test")] == [("It is A.", "A it is."), ("It is B.",)]
+    assert [e.references for e in read_split(resolve_task(e2e), "test", limit=1)] == [("It is A.", "A it is.")]
+    assert [e.completion for e in read_split(resolve_task(e2e), "train")] == [
+        f" {row['human_reference']}" for row in E2E
+    ]
+    assert len(read_split(resolve_task(e2e), "train", limit=3)) == 3
 
 
 def test_references_of_dialogsum_are_rows_or_columns(tmp_path: Path) -> None:
@@ -180,7 +191,7 @@ def test_references_of_dialogsum_are_rows_or_columns(tmp_path: Path) -> None:
         {"dialogue": "d", "summary": text, "summary2": other} for text, other in (("a", "b"), ("c", " "), ("a", None))
     ]
     write_rows(tmp_path / "test.jsonl", rows)
-    (sample,) = read_split(TaskConfig(name="dialogsum", path=str(tmp_path)), "test")
+    (sample,) = read_split(resolve_task(TaskConfig(name="dialogsum", path=str(tmp_path))), "test")
     assert sample.references == ("a", "b", "c")
 
 
@@ -190,8 +201,10 @@ def test_the_hubs_conversion_is_read_where_its_set_has_a_loading_script(monkeypa
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, config, split, revision, streaming: E2E if revision else None
     )
-    assert len(read_split(TaskConfig(name="e2e_nlg"), "validation")) == 2
-    assert has_split(TaskConfig(name="e2e_nlg"), "test") and not has_split(TaskConfig(name="e2e_nlg"), "tests")
+    assert len(read_split(resolve_task(TaskConfig(name="e2e_nlg")), "validation")) == 2
+    assert has_split(resolve_task(TaskConfig(name="e2e_nlg")), "test") and not has_split(
+        resolve_task(TaskConfig(name="e2e_nlg")), "tests"
+    )
 
 
 MIXED = [
@@ -206,18 +219,21 @@ MIXED = [
 def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
     skipped = Skipped()
-    assert [e.line for e in read_split(task(tmp_path, on_bad_row="skip"), "train", skipped=skipped)] == [1, 5]
+    assert [e.line for e in read_split(resolve_task(task(tmp_path, on_bad_row="skip")), "train", skipped=skipped)] == [
+        1,
+        5,
+    ]
     assert skipped.count == 3 and "train.jsonl:2: not JSON" in skipped.reasons[0]
     assert "train.jsonl:3: no column 'answer'" in skipped.reasons[1]
     assert str(skipped).startswith("3 rows left out, the first: ")
     with pytest.raises(UserError, match=r"train.jsonl:2: not JSON"):
-        read_split(task(tmp_path), "train")
+        read_split(resolve_task(task(tmp_path)), "train")
 
 
 def test_a_long_list_of_reasons_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(MIXED[0] + "\n" + "x\n" * 20)
     skipped = Skipped()
-    read_split(task(tmp_path, on_bad_row="skip"), "train", skipped=skipped)
+    read_split(resolve_task(task(tmp_path, on_bad_row="skip")), "train", skipped=skipped)
     assert skipped.count == 20 and len(skipped.reasons) == 5
 
 
@@ -232,24 +248,24 @@ def test_a_long_list_of_reasons_is_not_kept(tmp_path: Path) -> None:
 def test_a_split_that_has_nothing_to_offer_is_an_error_in_any_case(tmp_path: Path, lines: list, message: str) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
-        read_split(task(tmp_path, on_bad_row="skip"), "train")
+        read_split(resolve_task(task(tmp_path, on_bad_row="skip")), "train")
     with pytest.raises(UserError, match=message):
-        check_columns(task(tmp_path, on_bad_row="skip"), "train")
+        check_columns(resolve_task(task(tmp_path, on_bad_row="skip")), "train")
 
 
 def test_columns_are_checked_on_the_first_row_alone(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
-    check_columns(task(tmp_path), "train")
+    check_columns(resolve_task(task(tmp_path)), "train")
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED[3:]))
     with pytest.raises(UserError, match=r"train.jsonl:1: column 'text' is int, text is needed"):
-        check_columns(task(tmp_path), "train")
+        check_columns(resolve_task(task(tmp_path)), "train")
     with pytest.raises(UserError, match=r"has no test.jsonl"):
-        check_columns(task(tmp_path), "test")
+        check_columns(resolve_task(task(tmp_path)), "test")
 
 
 def test_examples_are_read_as_they_are_needed(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
-    found = examples(task(tmp_path), "train", Skipped())
+    found = examples(resolve_task(task(tmp_path)), "train", Skipped())
     assert next(found).line == 1
     with pytest.raises(UserError, match=r"train.jsonl:2: not JSON"):
         next(found)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.rows import examples_of
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import TASKS, Task
 from sparse_llm_ft.errors import UserError
 

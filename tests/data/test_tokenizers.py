@@ -129,7 +129,7 @@ def test_a_tiktoken_model_is_read_as_its_own_library_reads_it(tmp_path: Path, mo
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
     write_settings(tmp_path, names | {"added_tokens_decoder": added})
     tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path)))
-    own = tiktoken.SplitBuilder("llama-3", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens=special)
+    own = tiktoken.Encoding("llama-3", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens=special)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (special[end], special[end])
     for prompt, completion in [*PAIRS, ("you'll see 12345 books", " anna"), (f"{begin}anna", " book!")]:
         sample = CausalLMPreprocessor(tokenizer, 64)(example(prompt, completion))

@@ -95,7 +95,7 @@ def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, c
         return own
 
     monkeypatch.setattr(collectives, "_worst", meet)
-    monkeypatch.setattr(collectives, "leave_if_asked", lambda: None)
+    monkeypatch.setattr(collectives, "exit_if_preempted", lambda: None)
     run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
     assert capsys.readouterr().out.count("reading: 0 s so far") == len(told) - 1

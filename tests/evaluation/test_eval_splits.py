@@ -12,6 +12,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score
 
+from helpers.contexts import open_context
 from helpers.mode_runs import mode_settings, predictions_of, run_all, summary_of
 from helpers.tiny_modes import (
     ANSWERS,
@@ -26,7 +27,6 @@ from helpers.tiny_modes import (
     make_t5,
 )
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.context.preflight import prepare
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation import evaluator
@@ -76,7 +76,7 @@ def results(trees: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathF
 def test_two_ranks_measure_what_one_does(kind: str, trees: dict, results: dict[str, str]) -> None:
     assert results[f"{kind}-1"] == results[f"{kind}-2"] == "passed", results
     one, two = (summary_of(trees[f"{kind}-{ranks}"])["metrics"]["before"] for ranks in (1, 2))
-    assert two == pytest.approx(one, rel=1e-6) and list(two) == list(one)
+    assert two == pytest.approx(one, rel=1e-5) and list(two) == list(one)
     rows, others = (predictions_of(trees[f"{kind}-{ranks}"], "before") for ranks in (1, 2))
     assert len(rows) == len(others) == (16 if kind == "labels" else 9)
     for row, other in zip(rows, others, strict=True):
@@ -102,7 +102,7 @@ def measured(process_group: None, tmp_path: Path, monkeypatch) -> Callable[..., 
     """Measures a task on a model that writes given texts."""
 
     def measure(model: Path, data: Path, task: dict, texts: list[str]) -> tuple[dict[str, float], list[dict]]:
-        run = prepare(parse_config(mode_settings(model, data, task, "lora", tmp_path / "run")), WORLD)
+        run = open_context(parse_config(mode_settings(model, data, task, "lora", tmp_path / "run")), WORLD)
         config, predictions = run.config, tmp_path / "predictions.jsonl"
         task_mode = find_model_task_mode(config.model, run.task, config.task.mode)
         tokenizer, base = load_tokenizer(config.model, task_mode), load_model(config.model, task_mode)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers.contexts import open_context
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.context.preflight import Prepared, prepare
+from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.reading import read_split
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.evaluator import Evaluator
@@ -19,24 +21,24 @@ from sparse_llm_ft.model.loading import find_model_task_mode, load_model, load_t
 from sparse_llm_ft.objectives.build import build_objective
 
 WORLD = World(0, 1, 0, 1)
-Make = Callable[..., Prepared]
+Make = Callable[..., RunContext]
 
 
 @pytest.fixture
 def prepared(labelled_folder: Path, settings: dict) -> Make:
     """Reads a labelled run on a model; its task settings are those of a classification, with changes."""
 
-    def make(model: Path, **task: object) -> Prepared:
+    def make(model: Path, **task: object) -> RunContext:
         settings["model"]["name"] = str(model)
         settings["task"] = {"name": "custom", "path": str(labelled_folder), "max_length": 32}
         settings["task"] |= {"prompt": "{sentence} ?", "labels": ["cake", "book"]} | task
         settings["evaluation"] |= {"split": "validation", "samples": 12, "micro_batch_size": 5}
-        return prepare(parse_config(settings), WORLD)
+        return open_context(parse_config(settings), WORLD)
 
     return make
 
 
-def measured(run: Prepared, predictions: Path) -> tuple[dict[str, float], list[dict]]:
+def measured(run: RunContext, predictions: Path) -> tuple[dict[str, float], list[dict]]:
     config, task = run.config, run.task
     task_mode = find_model_task_mode(config.model, task, config.task.mode)
     tokenizer, model = load_tokenizer(config.model, task_mode), load_model(config.model, task_mode)
@@ -47,7 +49,7 @@ def measured(run: Prepared, predictions: Path) -> tuple[dict[str, float], list[d
     return metrics, [json.loads(line) for line in predictions.read_text().splitlines()]
 
 
-def encoded(run: Prepared) -> Splits:
+def encoded(run: RunContext) -> Splits:
     task_mode = find_model_task_mode(run.config.model, run.task, run.config.task.mode)
     return Splits.encode(run.config, run.task, load_tokenizer(run.config.model, task_mode), task_mode)
 
@@ -67,7 +69,7 @@ def test_a_classification_is_measured_by_its_labels(process_group, prepared: Mak
 
 
 def test_a_generation_is_measured_as_before(process_group, settings: dict, tmp_path: Path) -> None:
-    metrics, rows = measured(prepare(parse_config(settings), WORLD), tmp_path / "predictions.jsonl")
+    metrics, rows = measured(open_context(parse_config(settings), WORLD), tmp_path / "predictions.jsonl")
     assert list(metrics) == ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]
     assert set(rows[0]) == {"prompt", "prediction", "references"} and len(rows) == 5
 
@@ -76,7 +78,9 @@ def test_samples_of_both_kinds_know_their_label(prepared: Make, encoder_folder: 
     for folder in (encoder_folder, model_folder):
         run = prepared(folder)
         samples = encoded(run)
-        assert [sample.label for sample in samples.train] == [row.label for row in read_split(run.config.task, "train")]
+        assert [sample.label for sample in samples.train] == [
+            row.label for row in read_split(resolve_task(run.config.task), "train")
+        ]
         assert sum(sample.label for sample in samples.train) == 16 and len(samples.train) == 40
 
 

@@ -55,7 +55,7 @@ def test_what_is_no_run_is_said_before_torch_is_imported(tmp_path: Path) -> None
     code = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
-from sparse_llm_ft.after.commands import add_commands
+from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.errors import UserError
 import argparse
 parser = argparse.ArgumentParser()

@@ -23,7 +23,7 @@ from helpers.hub_server import Hub, serving
 from helpers.trained_runs import PLANS, make_run
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.config import RunConfig, parse_config
-from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
 from sparse_llm_ft.export.model_card import metadata_of, model_card
@@ -164,7 +164,7 @@ def test_hub_names_are_themetadata_of(settings: dict) -> None:
         "task": {"name": "dialogsum"},
     }
     config = parse_config(hub_settings)
-    run = replace(run, config=config, task=resolve_task(config.task))
+    run = replace(run, config=config, context=replace(run.context, task=resolve_task(config.task)))
     metadata = metadata_of(run, ExportOptions("merged")).to_dict()
     assert metadata["base_model"] == "meta-llama/Llama-3.1-8B"
     assert metadata["datasets"] == ["knkarthick/dialogsum"] and metadata["library_name"] == "transformers"

@@ -18,6 +18,7 @@ from helpers.inputs import TEXTS, VALUES, is_one_line, wounded
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import ENDINGS
 from sparse_llm_ft.data.reading import Skipped, read_split
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import DataError, UserError
 
 ROW = {
@@ -49,7 +50,7 @@ def survives(folder: Path, data: bytes, kind: dict, ending: str = ".jsonl") -> N
     for on_bad_row in ("error", "skip"):
         config, skipped = TaskConfig(path=str(folder), on_bad_row=on_bad_row, **kind), Skipped()
         try:
-            examples = read_split(config, "validation", skipped=skipped)
+            examples = read_split(resolve_task(config), "validation", skipped=skipped)
         except UserError as error:
             assert is_one_line(error)
             assert not isinstance(error, DataError) or f"{path}:" in str(error)
@@ -157,10 +158,10 @@ def test_files_of_any_bytes(tmp_path: Path, data: bytes, kind: dict, ending: str
 def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(GOOD + b"\n" + line + b"\n")
     with pytest.raises(DataError) as error:
-        read_split(TaskConfig(path=str(tmp_path), **GENERATION), "train")
+        read_split(resolve_task(TaskConfig(path=str(tmp_path), **GENERATION)), "train")
     assert "train.jsonl:2: " in str(error.value) and said in str(error.value)
 
 
 def test_a_column_that_is_not_used_may_hold_what_pandas_writes(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a", "answer": "b", "score": NaN}\n')
-    assert len(read_split(TaskConfig(path=str(tmp_path), **GENERATION), "train")) == 1
+    assert len(read_split(resolve_task(TaskConfig(path=str(tmp_path), **GENERATION)), "train")) == 1

@@ -193,10 +193,11 @@ def _train(tree: Tree) -> int:
     """What launch/train.py does with parsed arguments, or `sparse-llm-ft` with ``command``; the exit status."""
     from sparse_llm_ft.cli.main import main
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.context.preflight import preflight
     from sparse_llm_ft.distributed.exit_status import one_line_errors
     from sparse_llm_ft.distributed.world import find_world, prepare_cpu
-    from sparse_llm_ft.training.run import run
+    from sparse_llm_ft.training.run import train
 
     try:
         if "command" in tree:
@@ -204,9 +205,10 @@ def _train(tree: Tree) -> int:
             return 0
         world = find_world()
         with one_line_errors(world):
-            prepared = prepare(parse_config(json.loads(json.dumps(tree))), world)
+            config = parse_config(json.loads(json.dumps(tree)))
+            task = preflight(config, world)
             prepare_cpu(world)
-            run(prepared)
+            train(RunContext.open(config, world, task))
     except SystemExit as end:
         return int(end.code or 0)
     return 0

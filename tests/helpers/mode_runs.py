@@ -24,7 +24,8 @@ from helpers.forked_ranks import last_lines, run_worlds
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.dataset import SplitBuilder
-from sparse_llm_ft.data.reading import read_split, resolve_task
+from sparse_llm_ft.data.reading import read_split
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.model.architecture import find_task_mode
 from sparse_llm_ft.objectives.build import build_objective
 
@@ -93,7 +94,7 @@ def exported(tree: Mapping[str, Any]) -> tuple[PeftModel, float]:
         plain(name, task_mode.mode, task_mode.outputs), Path(tree["output_dir"]) / "adapter"
     ).eval()
     objective = build_objective(model, tokenizer, task)
-    rows = read_split(config.task, config.evaluation.split)[: config.evaluation.samples]
+    rows = read_split(resolve_task(config.task), config.evaluation.split)[: config.evaluation.samples]
     samples = list(SplitBuilder(config, task, tokenizer, task_mode).samples_of(rows))
     with torch.no_grad():
         total = sum(float(objective.loss(model, objective.batch([sample]))) for sample in samples)

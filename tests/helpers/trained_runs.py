@@ -12,7 +12,7 @@ from sparse_llm_ft.adapters.masking import clear_masked, to_kept
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import save_checkpoint
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.model.loading import find_model_task_mode, head_modules, load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, ModuleAdapter

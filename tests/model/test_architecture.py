@@ -26,7 +26,7 @@ from transformers import (
 
 from helpers.tiny_modes import make_bart, make_t5
 from sparse_llm_ft.config import ModelConfig, TaskConfig
-from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import (

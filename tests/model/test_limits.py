@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sparse_llm_ft.config import ModelConfig, parse_config
-from sparse_llm_ft.data.reading import resolve_task
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.limits import _learned_positions, check_lengths, tokenizer_for

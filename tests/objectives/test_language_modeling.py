@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import resolve_task
 from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective

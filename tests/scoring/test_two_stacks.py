@@ -11,8 +11,9 @@ from helpers.tiny_modes import make_bart, make_t5
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import TaskConfig, parse_config
-from sparse_llm_ft.data.reading import Example, resolve_task
+from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tokenization import Seq2SeqPreprocessor
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.io.console import Console

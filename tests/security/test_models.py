@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.contexts import open_context
 from sparse_llm_ft.config import ModelConfig, merge, parse_config
-from sparse_llm_ft.context.preflight import prepare
-from sparse_llm_ft.context.setup import Setup
-from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import TaskMode
 from sparse_llm_ft.model.loading import check_weights, empty_model, load_model
@@ -93,14 +91,14 @@ def test_code_of_a_model_runs_only_where_the_setting_says_so(
             build(config(folder))
     assert not mark.exists() and not parse_config(settings).model.trust_remote_code
     trusting = merge(settings, {"model": {"name": str(folder), "trust_remote_code": True}})
-    setup = Setup.of(prepare(parse_config(trusting), World(0, 1, 0, 1)))
+    setup = open_context(parse_config(trusting))
     assert type(setup.empty).__name__ == "OwnModel" and mark.exists()
     said = capsys.readouterr().out
     assert said.count("model.trust_remote_code is set: code that") == 1 and str(folder) in said.replace("\n", "")
 
 
 def test_nothing_is_said_of_code_where_none_may_run(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    Setup.of(prepare(parse_config(settings), World(0, 1, 0, 1)))
+    open_context(parse_config(settings))
     assert "trust_remote_code" not in capsys.readouterr().out
 
 

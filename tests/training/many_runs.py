@@ -29,9 +29,10 @@ def forked(tree: dict, log: Path) -> int:
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     from sparse_llm_ft.config import parse_config
-    from sparse_llm_ft.context.preflight import prepare
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.context.preflight import preflight
     from sparse_llm_ft.distributed.world import find_world, prepare_cpu
-    from sparse_llm_ft.training.run import run
+    from sparse_llm_ft.training.run import train
 
     status = 1
     for variable in ("RANK", "WORLD_SIZE"):  # of a world that a test before this one was in
@@ -40,7 +41,8 @@ def forked(tree: dict, log: Path) -> int:
         die_after(tree.pop("kill_after_steps", None))
         world = find_world()
         prepare_cpu(world)
-        run(prepare(parse_config(tree), world))
+        config = parse_config(tree)
+        train(RunContext.open(config, world, preflight(config, world)))
         status = 0
     except BaseException:
         log.write_text(traceback.format_exc())

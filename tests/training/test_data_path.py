@@ -23,6 +23,7 @@ from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.packing import pack_lengths
 from sparse_llm_ft.data.reading import Skipped, examples, read_split
 from sparse_llm_ft.data.streaming import shuffled
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
 from sparse_llm_ft.model.loading import load_tokenizer
 
@@ -134,7 +135,7 @@ def test_packed_runs_count_packs(statuses: dict, folder: Path, worlds: dict) -> 
     """Two epochs of the packs, four of them a step, each pack twice; on one rank and on two."""
     config = parse_config(worlds["packed"]["trees"])
     encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
-    samples = [encoder(example) for example in read_split(config.task, "train")]
+    samples = [encoder(example) for example in read_split(resolve_task(config.task), "train")]
     packs = pack_lengths([sample.length for sample in samples], config.task.max_length)
     expected = sorted([[list(samples[i].prompt), list(samples[i].completion)] for i in pack] for pack in packs)
     assert 12 < len(packs) < 20, "several to a sequence"
@@ -173,7 +174,7 @@ def test_streamed_samples_come_through_the_buffer_on_any_number_of_ranks(
 ) -> None:
     config = parse_config(worlds["streamed"]["trees"])
     encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
-    rows = list(read_split(config.task, "train"))
+    rows = list(read_split(resolve_task(config.task), "train"))
     order = [row for epoch in (0, 1) for row in shuffled(iter(rows), 7, config.seed, epoch)]
     expected = [[[list(s.prompt), list(s.completion)]] for s in map(encoder, order[: 8 * STEPS])]
     for name, ranks in (("streamed", 1), ("streamed-on-two", 2)):
@@ -210,7 +211,7 @@ def test_predictions_stand_beside_their_references(statuses: dict, folder: Path,
 def test_unreadable_rows_of_a_stream_are_left_out(statuses: dict, folder: Path, worlds: dict) -> None:
     """It learns what the same stream without them does."""
     config = parse_config(worlds["skipped-streamed"]["trees"])
-    assert len(list(examples(config.task, "train", Skipped()))) == 40
+    assert len(list(examples(resolve_task(config.task), "train", Skipped()))) == 40
     assert steps(folder, "skipped-streamed") == steps(folder, "streamed")
 
 

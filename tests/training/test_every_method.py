@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.all_methods import METHODS, with_cache
+from helpers.contexts import open_context
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.context.preflight import prepare
-from sparse_llm_ft.context.setup import Setup
-from sparse_llm_ft.data.reading import read_split, resolve_task
+from sparse_llm_ft.data.reading import read_split
+from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.objectives.build import build_objective
@@ -90,8 +90,8 @@ def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_its_checkpoints_pass_the_checks_that_a_foreign_one_must(name: str, trees: dict, results: dict) -> None:
     assert results[name] == "passed", results[name]
-    prepared = prepare(parse_config(trees[name]), World(0, 1, 0, 1))
-    _, complaints = newest_valid(prepared.folder.checkpoints, Setup.of(prepared).expected)
+    prepared = open_context(parse_config(trees[name]), World(0, 1, 0, 1))
+    _, complaints = newest_valid(prepared.folder.checkpoints, prepared.expected)
     assert not complaints
 
 
@@ -136,7 +136,7 @@ def _loss(model: torch.nn.Module, tree: dict, task: Task) -> float:
     objective = build_objective(model, tokenizer, task)
     config = parse_config(tree)
     split = config.evaluation.split
-    examples = read_split(config.task, split)[: config.evaluation.samples]
+    examples = read_split(resolve_task(config.task), split)[: config.evaluation.samples]
     total, units = 0.0, 0
     with torch.no_grad():
         for example in examples:

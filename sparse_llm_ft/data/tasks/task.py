@@ -55,6 +55,7 @@ class Task:
             longer runs: the hub's own conversion to parquet.
         description, source: what it is, and the paper, for people.
         example: a row as the hub has it, for people; of our own making.
+        path, on_bad_row, streaming: as in `TaskConfig`; `resolve_task` fills them in.
     """
 
     name: str
@@ -82,6 +83,9 @@ class Task:
     description: str = ""
     source: str = ""
     example: Row | None = None
+    path: str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    streaming: bool = False
 
     @property
     def kind(self) -> Kind:

@@ -1,0 +1,116 @@
+"""`RunContext`: how every command opens a run. It holds whatever is known before weights and data are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_llm_ft.adapters import find_targets
+from sparse_llm_ft.checkpoint.validation import Expected
+from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.dataset import EvalSplit
+from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.engine import check_deepspeed
+from sparse_llm_ft.evaluation.evaluator import Evaluator
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.methods.chain import build_methods
+from sparse_llm_ft.model.architecture import TaskMode
+from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
+from sparse_llm_ft.model.loading import check_weights, empty_model, find_model_task_mode, head_modules
+from sparse_llm_ft.objectives.base import Objective
+from sparse_llm_ft.objectives.build import build_objective, check_packing
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
+from sparse_llm_ft.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run whose settings, architecture and tokenizer fit together.
+
+    Attributes:
+        task: the registry's, with the config's settings in place.
+        task_mode: how the model learns the task.
+        empty: the base on the meta device.
+        targets: every target module, in the model's order: name -> (out_features, in_features).
+        plan: the uniform plan over `targets`, which the methods start from.
+    """
+
+    config: RunConfig
+    world: World
+    console: Console
+    folder: RunFolder
+    task: Task
+    task_mode: TaskMode
+    empty: PreTrainedModel
+    targets: dict[str, Shape]
+    plan: AdapterPlan
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective[Any]
+
+    @classmethod
+    def open(cls, config: RunConfig, world: World, task: Task) -> RunContext:
+        """Check everything that model and DeepSpeed can tell before weights are loaded.
+
+        `train`, `derive`, `check` and `evaluate` all come through here, so they refuse the same settings. No
+        collective: a process that is not connected yet may call it.
+
+        Args:
+            task: what `preflight` returned.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        console = Console(world.rank)
+        check_deepspeed(config.deepspeed.extra)
+        if config.model.trust_remote_code:
+            console.log(
+                f"model.trust_remote_code is set: code that {config.model.name} brings along, at revision "
+                f"{config.model.revision or 'main'}, runs in this process"
+            )
+        # Architecture: which modules get adapters, and which are trained whole.
+        task_mode = find_model_task_mode(config.model, task, config.task.mode)
+        empty = empty_model(config.model, config.model.attn_implementation, task_mode)
+        heads = head_modules(empty)
+        found = find_targets(empty, config.adapter.target_modules)
+        # A fresh pooler is trained whole, and gets no adapter beside that.
+        targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
+        plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, heads)
+        build_methods(config, 1).first(plan, targets)  # refuses methods that do not fit this many adapters
+        # Text: lengths, tokenizer, loss.
+        check_lengths(config, task, task_mode, empty)
+        tokenizer = tokenizer_for(config.model, task_mode, empty)
+        if config.task.packing:
+            check_packing(empty)
+        objective = build_objective(empty, tokenizer, task)
+        check_weights(config.model)
+        folder = RunFolder(config.output_dir)
+        return cls(config, world, console, folder, task, task_mode, empty, targets, plan, tokenizer, objective)
+
+    def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
+        """What measures a model of this run on `parts`."""
+        return Evaluator(
+            self.config.evaluation,
+            self.task,
+            self.task_mode,
+            parts,
+            self.tokenizer,
+            self.objective,
+            self.world,
+            self.config.deepspeed.zero_stage,
+            self.config.seed,
+        )
+
+    def first_phase(self) -> Phase:
+        """The phase that the run begins with, as far as it does not depend on the run's length."""
+        return build_methods(self.config, 1).first(self.plan, self.targets)
+
+    @property
+    def expected(self) -> Expected:
+        """What a checkpoint of this run must fit."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.empty.named_parameters()}
+        return Expected(self.targets, shapes, len(self.config.method))

@@ -1,0 +1,71 @@
+"""The training split as the loop consumes it: sample by sample, packed, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sparse_llm_ft.config import TaskConfig
+from sparse_llm_ft.data.cache import CachedDataset, DatasetSubset
+from sparse_llm_ft.data.packing import PackedDataset
+from sparse_llm_ft.data.streaming import StreamingDataset
+from sparse_llm_ft.data.subset import stratified
+from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.phase import Subset
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training samples, and the sequences that the loop makes batches of."""
+
+    samples: CachedDataset | StreamingDataset
+    task: Task
+    settings: TaskConfig
+
+    def subset(self, subset: Subset | None) -> Sequence[Any]:
+        """The samples of a phase, one by one: all of them, or a part drawn from each of `strata`."""
+        if isinstance(self.samples, StreamingDataset):
+            assert subset is None, "the configuration refuses streaming for methods that draw a subset"
+            return self.samples  # type: ignore[return-value]
+        if subset is None:
+            return self.samples
+        chosen = stratified(self.strata, fraction=subset.fraction, shots=subset.shots, seed=subset.seed)
+        return DatasetSubset(self.samples, chosen)
+
+    @property
+    def strata(self) -> list[int | None]:
+        """Each sample's class. A regression's samples, and those without labels, are one class."""
+        assert isinstance(self.samples, CachedDataset)
+        return self.samples.labels if self.task.labels is not None else [None] * len(self.samples)
+
+    def sequences(self, subset: Subset | None = None) -> Any:
+        """What the loop consumes in a phase: its samples, or packs of them under ``task.packing``."""
+        return self._all if subset is None else self._packed(self.subset(subset))
+
+    @property
+    def size(self) -> int:
+        """Number of sequences; 0 for a stream, whose length nobody knows."""
+        return 0 if isinstance(self.samples, StreamingDataset) else len(self._all)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        if isinstance(self.samples, StreamingDataset):
+            return self.samples.longest
+        return int(self._all.lengths.max())
+
+    def describe(self) -> str:
+        """For people: ``500 training samples in 120 sequences``."""
+        if isinstance(self.samples, StreamingDataset):
+            return "training samples as they are streamed"
+        count = f"{len(self.samples)} training samples"
+        return f"{count} in {self.size} sequences" if self.settings.packing else count
+
+    @cached_property
+    def _all(self) -> Any:
+        return self.samples if isinstance(self.samples, StreamingDataset) else self._packed(self.samples)
+
+    def _packed(self, samples: Any) -> Any:
+        return PackedDataset(samples, samples.lengths, self.settings.max_length) if self.settings.packing else samples
