@@ -1,4 +1,4 @@
-"""Keys of earlier versions: a config that still has one goes on working, with a line that says what to do."""
+"""Keys of earlier versions: a config that still has one is accepted with a warning, if the key changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def replace_old_keys(tree: Mapping[str, Any], strict: bool = True) -> dict[str, 
     """The tree of settings with today's keys. Rank 0 warns of each old one.
 
     Args:
-        strict: false for what an earlier version wrote itself: old keys are replaced or left out without a word.
+        strict: false for what an earlier version wrote itself: old keys are replaced or dropped silently.
 
     Raises:
         ConfigError: a removed key has a value that would change the run.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import invalidate_caches
 from pathlib import Path
@@ -114,6 +116,18 @@ def test_every_line_of_the_registry_leads_to_a_method_of_that_name() -> None:
     for name in registry.METHODS:
         assert issubclass(registry.find_method(name), Method)
         assert "name" in registry.find_settings(name).model_fields
+
+
+def test_no_methods_file_imports_torch_before_it_is_needed() -> None:
+    code = (
+        "import sys\n"
+        "from sparse_llm_ft.config.registry import METHODS, find_method\n"
+        "for name in METHODS: find_method(name)\n"
+        "slow = {'torch', 'transformers', 'peft', 'deepspeed', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {slow}' if slow else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def quoted(path: Path) -> set[str]:
