@@ -74,12 +74,12 @@ class Phase:
         plan: what is trained.
         steps: optimizer steps of the phase; None: `epochs` decides, or it goes to the end of the run.
         epochs: passes over `subset`.
-        then: the plan that the phase stands before, where its own lacks the adapters (a head fitted alone).
+        target_plan: the plan that the phase prepares, if its own lacks the adapters (a head is fitted alone).
         method: which of the run's methods the phase belongs to, from 0.
-        subset: what part of the training set is used; None: all of it.
-        is_warmup: whether the phase precedes the counted part of the run: it has a schedule of its own, and neither
+        subset: the part of the training set that is used; None: all of it.
+        is_warmup: whether the phase precedes the counted part of the run. It has a schedule of its own, and neither
             its steps nor its samples count towards the run's length.
-        measure: what is measured at its end.
+        scoring: what is measured at its end.
         learning_rate: of a warmup phase; None: the run's.
         cut: how omega is cut after each step, if it is.
         omega_lr, omega_algorithm: step rule of trained omegas, constant over the phase.

@@ -9,9 +9,17 @@ from sparse_llm_ft.config.load import (
     parse_config,
     split_arguments,
 )
-from sparse_llm_ft.config.schema import EvaluationConfig, ModelConfig, RunConfig, TaskConfig, TrainingConfig
+from sparse_llm_ft.config.schema import (
+    DeepSpeedConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 
 __all__ = [
+    "DeepSpeedConfig",
     "EvaluationConfig",
     "ModelConfig",
     "RunConfig",

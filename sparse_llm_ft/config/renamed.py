@@ -1,4 +1,4 @@
-"""Keys of earlier versions: a config that still has one goes on working, with a line that says what to do."""
+"""Keys of earlier versions: a config that still has one is accepted with a warning, if the key changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def replace_old_keys(tree: Mapping[str, Any], strict: bool = True) -> dict[str, 
     """The tree of settings with today's keys. Rank 0 warns of each old one.
 
     Args:
-        strict: false for what an earlier version wrote itself: old keys are replaced or left out without a word.
+        strict: false for what an earlier version wrote itself: old keys are replaced or dropped silently.
 
     Raises:
         ConfigError: a removed key has a value that would change the run.
@@ -55,7 +55,7 @@ def _replaced(section: Any, old: str, key: str, new: str | Removed, strict: bool
         return section
     rest = {name: value for name, value in section.items() if name != key}
     if isinstance(new, str):
-        _warn(f"{old} is now called {new}", strict)
+        _warn(f"{old} is now called {old.partition('.')[0]}.{new}", strict)
         return {new: section[key]} | rest
     value = section[key]
     if strict and (value != new.harmless or isinstance(value, bool)):
@@ -66,4 +66,5 @@ def _replaced(section: Any, old: str, key: str, new: str | Removed, strict: bool
 
 def _warn(text: str, strict: bool) -> None:
     if strict and os.environ.get("RANK", "0") == "0":
-        warnings.warn(one_line(text), UserWarning, stacklevel=2)
+        # Not `warn`: it would add a line of source code, which says nothing about the user's settings.
+        warnings.warn_explicit(one_line(text), UserWarning, filename="settings", lineno=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_llm_ft.config.method_settings import MethodSettings
-from sparse_llm_ft.config.registry import find_settings, method_names
+from sparse_llm_ft.config.registry import METHODS, find_settings
 from sparse_llm_ft.config.schema import RunConfig
 from sparse_llm_ft.errors import ConfigError
 
@@ -25,7 +25,7 @@ def check_chain(methods: tuple[MethodSettings, ...]) -> None:
             raise _refusal(names, f"{method.name} {method.alone}")
     for kind in kinds:
         if kinds.count(kind) > 1:
-            family = [name for name in method_names() if find_settings(name).composes == kind]
+            family = [name for name in sorted({*METHODS, *names}) if find_settings(name).composes == kind]
             raise _refusal(names, f"of {' and '.join(family)} only one can be used, once")
     if "shares" in kinds and "weighs" in kinds:
         raise _refusal(names, "an omega weighs one adapter, and a shared one belongs to several modules")
