@@ -23,9 +23,9 @@ from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_z
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.evaluation.loop import batches_on
+from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.objectives.base import Objective
+from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
 from sparse_llm_ft.scoring import (
     Derivation,
@@ -66,27 +66,23 @@ class Scorer:
             return self.lora_output(engine.module, list(phase.plan.active), samples)
         return self.derivation(engine, phase, phase.scoring, samples, values)
 
-    @torch.no_grad()
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
-        """g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
-        size, world = self.config.evaluation.micro_batch_size, self.world
+        """Collective. g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
+        size, world, objective = self.config.evaluation.micro_batch_size, self.world, self.objective
         scores = OutputScores(names)
         layers = {name: _layer(model, name) for name in names}
         for name, layer in layers.items():
             layer.observe = scores.observer(name)
-        was_training = model.training
-        model.eval()
+        lengths = lengths_of(samples, objective)
         try:
-            device = next(model.parameters()).device
-            for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
-                masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
-                scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
-                self.objective.loss(model, batch)
-                exit_if_preempted()
+            with evaluation_batches(model, samples, lengths, objective.batch, size, world.rank, world.size) as batches:
+                for indices, batch in batches:
+                    masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+                    scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
+                    objective.loss(model, batch)
         finally:
             for layer in layers.values():
                 layer.observe = None
-            model.train(was_training)
         return scores.totals(self._sum)
 
     def derivation(

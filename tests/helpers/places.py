@@ -161,14 +161,14 @@ def _evaluation(die: Die) -> None:
     """Between two batches of a mean loss: before training, along the way, after it."""
     from sparse_llm_ft.evaluation import loop as loss
 
-    batches = loss.batches_on
+    batches = loss._collated
 
     def counted(*args: Any) -> Iterator[Any]:
         for batch in batches(*args):
             die()
             yield batch
 
-    loss.batches_on = counted
+    loss._collated = counted
 
 
 def _generation(die: Die) -> None:
