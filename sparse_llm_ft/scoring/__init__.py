@@ -1,7 +1,7 @@
 """What is measured before training: importances, sparsity ratios, masks, and the size of adapters' outputs."""
 
 from sparse_llm_ft.scoring.cache import content_key, hash_files, hash_samples, load, save
-from sparse_llm_ft.scoring.contracts import ALONE, DerivationSettings, Objective, Split
+from sparse_llm_ft.scoring.contracts import ALONE, DerivationSettings, Split
 from sparse_llm_ft.scoring.derivation import Derivation, derive, measure_only
 from sparse_llm_ft.scoring.importance import Importance, overlap, preserve_flow, svd_importance
 from sparse_llm_ft.scoring.lora_output import OutputScores, importance_by_type, select_layers
@@ -13,7 +13,6 @@ __all__ = [
     "Derivation",
     "DerivationSettings",
     "Importance",
-    "Objective",
     "OutputScores",
     "Split",
     "balanced",

@@ -1,11 +1,11 @@
-"""What the caller hands in: how a batch is scored, how ratios are derived, how the work is split over ranks."""
+"""What the caller hands in: how ratios are derived, and which share of the work a rank has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,40 +14,6 @@ from sparse_llm_ft.errors import ConfigError
 
 MeasureName = Literal["svd", "snip", "imp"]
 Metric = Literal["accuracy", "loss"]
-Forward = Callable[..., Any]
-Batch = dict[str, torch.Tensor]
-
-
-class Objective(Protocol):
-    """The part of an objective that scoring needs; every tensor of a batch has the samples as dimension 0."""
-
-    def batch(self, samples: Sequence[Any]) -> Batch:
-        """The samples' tensors, on any device."""
-        ...
-
-    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Scalar: the loss summed over all units of the batch."""
-        ...
-
-    def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,): each sample's summed loss."""
-        ...
-
-    def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,): how many of each sample's scored units are right."""
-        ...
-
-    def units(self, sample: Any) -> int:
-        """Units of the loss of a sample."""
-        ...
-
-    def scored(self, sample: Any) -> int:
-        """Units of `correct` of a sample."""
-        ...
-
-    def majority(self, samples: Sequence[Any]) -> float:
-        """Share of the most frequent right answer among all scored units."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
-from sparse_llm_ft.scoring.blocks import evaluating
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, DerivationSettings, MeasureName, Objective, Split
+from sparse_llm_ft.objectives.base import Objective, evaluating
+from sparse_llm_ft.scoring.contracts import ALONE, DerivationSettings, MeasureName, Split
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
     Importance,
@@ -117,7 +118,7 @@ def derive(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     samples: Sequence[Any],
-    objective: Objective,
+    objective: Objective[Any],
     settings: DerivationSettings,
     split: Split = ALONE,
     report: Callable[[int, int], None] | None = None,
@@ -187,7 +188,7 @@ def measure_only(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     samples: Sequence[Any],
-    objective: Objective,
+    objective: Objective[Any],
     settings: DerivationSettings,
     split: Split = ALONE,
 ) -> Derivation:
@@ -202,7 +203,7 @@ def measure_only(
     return Derivation(settings, 0.0, 0.0, 0.0, 0.0, len(samples), units, {}, importance)
 
 
-def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective, size: int) -> list[Batch]:
+def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective[Any], size: int) -> list[Batch]:
     device = next(model.parameters()).device
     chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [{key: tensor.to(device) for key, tensor in objective.batch(chunk).items()} for chunk in chunks]
@@ -231,7 +232,7 @@ def _measure(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
     measure: MeasureName,
     split: Split,
 ) -> dict[str, Importance]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparse_llm_ft.scoring.blocks import evaluating, group_by_block
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
+from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.objectives.base import Objective, evaluating
+from sparse_llm_ft.scoring.blocks import group_by_block
+from sparse_llm_ft.scoring.contracts import ALONE, Split
 from sparse_llm_ft.scoring.importance import Importance, dense_weight
 
 
@@ -25,7 +27,7 @@ def gradient_importance(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
     measure: Literal["snip", "imp"],
     split: Split = ALONE,
 ) -> dict[str, Importance]:
@@ -78,7 +80,7 @@ def _weight_gradients(
     hooked: Mapping[str, nn.Module],
     wanted: set[str],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
 ) -> dict[str, torch.Tensor]:
     """Module -> ∂L/∂W of shape (d_out, d_in), float32, for the modules `wanted`."""
     total: dict[str, torch.Tensor] = {}

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.scoring.blocks import PrefixCache, recorded_calls
-from sparse_llm_ft.scoring.contracts import Batch, Metric, Objective
+from sparse_llm_ft.scoring.contracts import Metric
 
 Side = Literal["rows", "cols"]
 
@@ -66,7 +68,7 @@ class Trial:
         forwards: forward passes made so far.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, batches: Sequence[Batch], metric: Metric) -> None:
+    def __init__(self, model: nn.Module, objective: Objective[Any], batches: Sequence[Batch], metric: Metric) -> None:
         self.batches = batches
         self.cache = PrefixCache({}, len(batches))
         self.forwards = 0
