@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
 from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
-from sparse_llm_ft.config import ModelConfig, RunConfig
+from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
-from sparse_llm_ft.scoring import (
-    Derivation,
-    DerivationSettings,
-    OutputScores,
-    Split,
-    content_key,
-    derive,
-    hash_files,
+from sparse_llm_ft.scoring import Derivation, DerivationSettings, OutputScores, Split, derive, measure_only
+from sparse_llm_ft.scoring.cache import (
+    derivations_folder,
+    from_bytes,
+    hash_model,
     hash_samples,
+    hash_tensor,
     load,
-    measure_only,
     save,
+    to_bytes,
 )
 from sparse_llm_ft.scoring.scores import Scores
 
@@ -99,7 +93,7 @@ class Scorer:
         another method it is what that has trained, whose head would be worth nothing without its adapters.
         """
         names = list((phase.target_plan or phase.plan).active)
-        folder = _cache_folder(spec)
+        folder = derivations_folder(spec.cache_dir)
         key, found = self._from_cache(phase, folder, names, samples, values)
         if found is not None:
             self.console.log(f"ratios of {len(names)} modules are in {folder}")
@@ -111,7 +105,7 @@ class Scorer:
         return derivation
 
     def _keep(self, folder: Path, key: str, derivation: Derivation) -> None:
-        """Into the cache. What was derived does not depend on it, so a cache that cannot be written is only said."""
+        """Store the derivation. If the cache is not writable, a line is logged and the run continues."""
         try:
             save(folder, key, derivation)
         except (OSError, SafetensorError) as error:
@@ -156,9 +150,9 @@ class Scorer:
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
             trained = values if phase.method else whole_tensors(values)
-            head = {name: _digest(tensor) for name, tensor in trained.items()}
+            head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
         return content_key(
-            model=_model_fingerprint(config.model),
+            model=hash_model(config.model),
             dtype=config.model.dtype,
             quantization=config.model.quantization,
             samples=hash_samples(samples),
@@ -179,11 +173,11 @@ class Scorer:
             nonlocal key, data
             key = self._key(phase, names, samples, values)
             found = load(folder, key, warn=self.console.log)
-            data = _pack(found) if found else b""
+            data = to_bytes(found) if found else b""
 
         run_on_rank_zero(self.world, look)
         data = broadcast_bytes(data)
-        return key, _unpack(data) if data else None
+        return key, from_bytes(data) if data else None
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Over ranks; on the process group's device."""
@@ -209,38 +203,3 @@ def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
 def _base_layer(module: Any) -> nn.Module:
     """The linear layer itself, without adapters around it."""
     return getattr(module, "base_layer", module)
-
-
-def _cache_folder(spec: ScoringSpec) -> Path:
-    if spec.cache_dir is not None:
-        return Path(spec.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
-
-
-def _model_fingerprint(model: ModelConfig) -> str:
-    """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
-    folder = Path(model.name)
-    if folder.is_dir():
-        weights = folder.glob("*.safetensors")
-        return hash_files([*weights, *folder.glob("*.json")])
-    snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
-    return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})
-
-
-_METADATA = "metadata"
-
-
-def _pack(derivation: Derivation) -> bytes:
-    tensors, metadata = derivation.to_tensors()
-    text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
-    return safetensors.torch.save(tensors | {_METADATA: text})
-
-
-def _unpack(data: bytes) -> Derivation:
-    tensors = safetensors.torch.load(data)
-    metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
-    return Derivation.from_tensors(tensors, metadata)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()
