@@ -14,14 +14,14 @@ from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.model.architecture import ARCHITECTURES
 from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
-from sparse_llm_ft.run_folder import SUMMARY
+from sparse_llm_ft.run_folder import SUMMARY_FILE
 
 _VERSIONS = ("python", "sparse-llm-ft", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 
 def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
     """The card's text. It names no folder of this machine, and leaves license and language to its reader."""
-    summary = run.folder.summary() if (run.folder.path / SUMMARY).is_file() else {}
+    summary = run.folder.summary() if (run.folder.path / SUMMARY_FILE).is_file() else {}
     parts = [
         f"# {repo_id.partition('/')[2]}",
         _opening(run, options),

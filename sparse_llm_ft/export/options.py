@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.run_folder import CONFIG, RunFolder
+from sparse_llm_ft.run_folder import CONFIG_FILE, RunFolder
 
 Form = Literal["peft", "merged", "native"]
 
@@ -53,8 +53,8 @@ def open_run(path: str) -> RunFolder:
         UserError: it is none, or nothing has been saved in it.
     """
     folder = RunFolder(path)
-    if not (folder.path / CONFIG).is_file():
-        raise UserError(f"{path}: no {CONFIG}; expected a run's output_dir")
+    if not (folder.path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE}; expected a run's output_dir")
     if not folder.has_checkpoints():
         raise UserError(f"{path}: no checkpoint yet")
     return folder

@@ -35,7 +35,7 @@ from sparse_llm_ft.methods import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.report import write_report
-from sparse_llm_ft.run_folder import PLAN, SUMMARY, RunFolder
+from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.training.batch_size import check_growth, first_batch, grown_batch, resumed_batch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
@@ -327,7 +327,7 @@ class Run:
         def write() -> None:
             folder = self.folder.model if FULL_MODEL in phase.plan.trained else self.folder.adapter
             export(folder, self.config.model, self.context.empty, phase.plan, state.tensors)
-            self.folder.write_json(SUMMARY, summary)
+            self.folder.write_json(SUMMARY_FILE, summary)
 
         run_on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
@@ -392,7 +392,7 @@ class Run:
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """What a phase is, when it begins."""
-        run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, phase.plan.to_dict()))
+        run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN_FILE, phase.plan.to_dict()))
         self._write(phase_file(phase, progress, self.targets))
 
     def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:
