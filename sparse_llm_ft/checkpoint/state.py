@@ -62,18 +62,30 @@ class TrainState:
                 flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
             flat |= {f"{_CALLBACK}/{key}": tensor for key, tensor in self.callback_tensors.items()}
             save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
-            data = {
-                "version": STATE_VERSION,
-                "written_by": __version__,
-                "optimizer_steps": self.optimizer_steps,
-                "progress": asdict(self.progress),
-                "phase": self.phase,
-                "callback": self.callback,
-                "record": self.record,
-            }
-            (temporary / STATE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            (temporary / STATE).write_text(self._text(), encoding="utf-8")
 
         write_folder(folder, fill)
+
+    def is_saved(self, folder: Path) -> bool:
+        """Whether the folder holds a whole checkpoint of this state: all but the tensors' values is compared."""
+        try:
+            verify_folder(folder, (TENSORS, STATE))
+            return (folder / STATE).read_text(encoding="utf-8") == self._text()
+        except (OSError, ValueError, CheckpointError):
+            return False
+
+    def _text(self) -> str:
+        """state.json: everything but the tensors."""
+        data = {
+            "version": STATE_VERSION,
+            "written_by": __version__,
+            "optimizer_steps": self.optimizer_steps,
+            "progress": asdict(self.progress),
+            "phase": self.phase,
+            "callback": self.callback,
+            "record": self.record,
+        }
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> TrainState:

@@ -47,11 +47,11 @@ def folder_of(path: Path, state: Any, tensors: bytes) -> Path:
 
 def is_readable_or_one_line(folder: Path) -> bool:
     try:
-        state, phase = load_checkpoint(folder, REAL)
+        found = load_checkpoint(folder, REAL)
     except CheckpointError as error:
         assert is_one_line(error)
         return False
-    assert Phase.from_dict(state.phase).to_dict() == phase.to_dict()
+    assert Phase.from_dict(found.state.phase).to_dict() == found.phase.to_dict()
     return True
 
 

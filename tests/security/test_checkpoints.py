@@ -130,7 +130,8 @@ def test_claims_are_checked_before_anything_is_built(
 
 def test_the_good_one_is_good(tmp_path: Path) -> None:
     good_state().save(tmp_path / "step-00000003")
-    assert newest_valid(tmp_path, REAL) == (tmp_path / "step-00000003", [])
+    newest, complaints = newest_valid(tmp_path, REAL)
+    assert newest is not None and newest.folder == tmp_path / "step-00000003" and not complaints
 
 
 def header(entry: dict, data: bytes = b"") -> bytes:
