@@ -154,12 +154,11 @@ WORLD_OF_TWO = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from sparse_llm_ft import signals
-from sparse_llm_ft.distributed import World
-from sparse_llm_ft.training.collectives import on_node_leaders
+from sparse_llm_ft.distributed.collectives import run_on_local_leaders
+from sparse_llm_ft.distributed.world import World
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=2), 2, rank)
-on_node_leaders(World(rank, 2, rank, 2), lambda: time.sleep(5), every=0.5)
+run_on_local_leaders(World(rank, 2, rank, 2), lambda: time.sleep(5), every=0.5)
 print("met")
 """
 
