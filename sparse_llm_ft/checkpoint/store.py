@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
         CheckpointError: anything about the folder that keeps a run from going on from it.
     """
     state = TrainState.load(folder)
-    if run is not None and state.record.get("run") != run:
+    if run is not None and state.record.run != run:
         raise CheckpointError(f"{folder}: belongs to a run with other settings")
     try:
         phase = Phase.from_dict(state.phase, None if real is None else real.targets)

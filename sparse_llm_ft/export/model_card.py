@@ -132,7 +132,7 @@ def _data(run: TrainedRun, summary: dict[str, Any]) -> str:
 def _results(run: TrainedRun, summary: dict[str, Any]) -> str:
     evaluation = run.config.evaluation
     metrics = summary.get("metrics", {})
-    before, after = metrics.get("before") or run.state.record.get("before"), metrics.get("after")
+    before, after = metrics.get("before") or run.state.record.before, metrics.get("after")
     if not before:
         return "Nothing was measured."
     names = list(after or before)

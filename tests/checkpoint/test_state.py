@@ -10,6 +10,7 @@ import torch
 
 from sparse_llm_ft.checkpoint import state as state_module
 from sparse_llm_ft.checkpoint import store
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, newest_state, newest_valid, save_checkpoint
 from sparse_llm_ft.distributed.world import World
@@ -27,13 +28,8 @@ PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})).wit
 def make_state(step: int = 3) -> TrainState:
     tensors = {"a.lora_A": torch.randn(2, 3), "a.lora_omega": torch.tensor([0.1234567])}
     moments = {"a.lora_A": {"exp_avg": torch.randn(2, 3), "exp_avg_sq": torch.rand(2, 3)}}
-    record = {
-        "run": "mine",
-        "micro_batch_size": 2,
-        "before": {"loss": 1.5},
-        "phases": [],
-        "current": dict.fromkeys(("steps", "samples", "tokens", "seconds"), step),
-    }
+    current = PhaseRecord.of(PHASE, None, parameters=7, optimizer_bytes=56).model_copy(update={"steps": step})
+    record = RunRecord(run="mine", samples="", micro_batch_size=2, before={"loss": 1.5}, current=current)
     return TrainState(
         tensors, moments, {"adapter": step}, Progress(step, 8 * step, 0, step), PHASE.to_dict(), {"kept": []}, record
     )
@@ -144,7 +140,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> Non
 
 def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
     own, other = make_state(3), make_state(6)
-    own.record["run"], other.record["run"] = "mine", "theirs"
+    other.record.run = "theirs"
     for state in (own, other):
         save_checkpoint(tmp_path, state, keep=None)
     newest, complaints = newest_valid(tmp_path, run="mine")
