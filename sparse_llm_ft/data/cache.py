@@ -36,7 +36,7 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
         return pyarrow.schema({"ids": _IDS, "type_ids": _IDS} | numbers | {"offsets": pyarrow.list_(_IDS)})
     label = pyarrow.float64() if is_score else pyarrow.int64()
     if kind is Sample:
-        columns = {"prompt": _IDS, "completion": _IDS}
+        columns = {"prompt_ids": _IDS, "completion_ids": _IDS}
     else:
         assert kind is TextSample, kind
         columns = {"ids": _IDS, "type_ids": _IDS}
@@ -45,7 +45,7 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
 
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
 _ROWS_AT_ONCE = 1000
-_FORMAT = 2
+_FORMAT = 3
 """Goes up when the same settings would encode differently, or files look differently."""
 
 T = TypeVar("T")

@@ -84,7 +84,7 @@ def rank_tokens(
     stops = torch.tensor(options.eos_token_id, device=device)
     tokens = torch.zeros((len(samples), settings.max_new_tokens), dtype=torch.long, device=device)
     collate = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id, side="right" if seq2seq else "left")
-    lengths = [len(sample.prompt) for sample in samples]
+    lengths = [len(sample.prompt_ids) for sample in samples]
     with (
         _without_own_settings(model),
         evaluation_batches(model, samples, lengths, collate, settings.micro_batch_size, rank, world_size) as batches,

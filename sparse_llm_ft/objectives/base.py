@@ -20,8 +20,8 @@ S = TypeVar("S", contravariant=True)
 
 
 class Objective(Protocol[S]):
-    """How samples become a loss. Everything about a batch is computed from its tensors, so that a caller may
-    repeat them along dimension 0.
+    """How samples become a loss. Everything about a batch is computed from its tensors: a caller may repeat them along
+    dimension 0.
     """
 
     def batch(self, samples: Sequence[S]) -> Batch:
@@ -49,7 +49,7 @@ class Objective(Protocol[S]):
         ...
 
     def scored(self, sample: S) -> int:
-        """Units of `correct`."""
+        """Units that `correct` counts."""
         ...
 
     def tokens(self, sample: S) -> int:

@@ -1,6 +1,6 @@
 """What is measured before training: importances, sparsity ratios, masks, and the size of adapters' outputs."""
 
-from sparse_llm_ft.scoring.contracts import ALONE, DerivationSettings, Split
+from sparse_llm_ft.scoring.contracts import ALONE, DerivationSettings, WorkShard
 from sparse_llm_ft.scoring.derivation import Derivation, derive, measure_only
 from sparse_llm_ft.scoring.importance import Importance, overlap, preserve_flow, svd_importance
 from sparse_llm_ft.scoring.lora_output import OutputScores, importance_by_type, select_layers
@@ -13,7 +13,7 @@ __all__ = [
     "DerivationSettings",
     "Importance",
     "OutputScores",
-    "Split",
+    "WorkShard",
     "balanced",
     "derive",
     "draw_masks",

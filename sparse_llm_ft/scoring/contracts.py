@@ -46,18 +46,18 @@ class DerivationSettings:
 
 
 def whole(module: nn.Module) -> AbstractContextManager[Any]:
-    """For `Split.gather` where parameters are not sharded."""
+    """For `WorkShard.gather` where parameters are not sharded."""
     return nullcontext()
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """For `Split.reduce` where there is one rank."""
+    """For `WorkShard.reduce` where there is one rank."""
     return tensor
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which share of the work this process has; the default is all of it.
+class WorkShard:
+    """This process's shard of the work, among those of all ranks; the default is all of it.
 
     Every rank has the whole of D_t and the whole model (or its shard, with `lockstep`).
 
@@ -76,4 +76,4 @@ class Split:
     reduce: Callable[[torch.Tensor], torch.Tensor] = alone
 
 
-ALONE = Split()
+ALONE = WorkShard()

@@ -23,7 +23,7 @@ from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
-from sparse_llm_ft.scoring import Derivation, DerivationSettings, OutputScores, Split, derive, measure_only
+from sparse_llm_ft.scoring import Derivation, DerivationSettings, OutputScores, WorkShard, derive, measure_only
 from sparse_llm_ft.scoring.cache import (
     derivations_folder,
     from_bytes,
@@ -38,7 +38,7 @@ from sparse_llm_ft.scoring.scores import Scores
 
 
 class Scorer:
-    """Measures on the model as an engine has it: whole, in 4 bit, or sharded over ranks. Collective.
+    """Measures the model as an engine has it: whole, in 4 bit, or sharded over ranks. Its methods are collective.
 
     Args:
         config: of the run.
@@ -49,7 +49,7 @@ class Scorer:
         self.config, self.world, self.objective, self.console = config, world, objective, console
 
     def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
-        """The phase's measurement on `samples`.
+        """Collective. The phase's measurement on `samples`.
 
         Args:
             values: the trained parameters at the phase's end.
@@ -87,10 +87,10 @@ class Scorer:
         samples: Sequence[Any],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
-        """Importance and ratios of the base's weights, from the cache where they have been derived before.
+        """Collective. Importance and ratios of the base's weights, from the cache where they were derived before.
 
-        The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
-        another method it is what that has trained, whose head would be worth nothing without its adapters.
+        The model is measured as it stands. At the start of a run, where every B is zero, it is the pretrained one.
+        After another method it is what that method trained: its head would be worth nothing without its adapters.
         """
         names = list((phase.target_plan or phase.plan).active)
         folder = derivations_folder(spec.cache_dir)
@@ -117,7 +117,9 @@ class Scorer:
         samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
         modules = {name: _base_layer(base.get_submodule(name)) for name in names}
         size = self.world.size
-        split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
+        shard = WorkShard(
+            self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum
+        )
         settings = DerivationSettings(
             importance=spec.importance,
             accuracy_floor=spec.accuracy_floor,
@@ -131,8 +133,8 @@ class Scorer:
             parameter.requires_grad_(False)
         try:
             if spec.search:
-                return derive(model, modules, samples, self.objective, settings, split, self._report, spec.compare)
-            return measure_only(model, modules, samples, self.objective, settings, split)
+                return derive(model, modules, samples, self.objective, settings, shard, self._report, spec.compare)
+            return measure_only(model, modules, samples, self.objective, settings, shard)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)
@@ -164,8 +166,8 @@ class Scorer:
     def _from_cache(
         self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
     ) -> tuple[str, Derivation | None]:
-        """The key, on rank 0, and what is stored under it. Rank 0 looks, and sends what it finds to the others, whose
-        nodes need not share its cache.
+        """Collective. The key, on rank 0, and what is stored under it. Rank 0 looks and sends what it finds to the
+        others, whose nodes need not share its cache.
         """
         key, data = "", b""
 
