@@ -69,8 +69,8 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
     Raises:
         UserError: on every rank, with the reason where it failed. What is neither that nor an error of a disk keeps its
             type and traceback there, and is a TrainingError elsewhere.
-        LeaveRequest: on every rank, where one was asked to leave meanwhile. What `action` does is then cut off when the
-            process ends.
+        PreemptionRequested: on every rank, where one was asked to leave meanwhile. What `action` does is then cut off
+            when the process ends.
     """
     raised: list[Exception] = []
 

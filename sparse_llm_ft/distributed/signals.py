@@ -32,7 +32,7 @@ def exit_if_preempted() -> None:
     """Leave together if any rank was asked to. Collective; for places where nothing is left to be saved.
 
     Raises:
-        LeaveRequest: on every rank.
+        PreemptionRequested: on every rank.
     """
     import torch  # not before settings are checked
     import torch.distributed as dist

@@ -34,7 +34,7 @@ def read_json(path: Path, constants: bool = False) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        DocumentError: it is too large, not UTF-8, or not such JSON.
+        ParseError: it is too large, not UTF-8, or not such JSON.
     """
     return parse_json(_read(path, MAX_JSON_BYTES), constants)
 
@@ -51,7 +51,7 @@ def parse_json(text: str, constants: bool = False) -> Any:
         constants: whether NaN and infinities are let through, which are no JSON but what Python writes for them.
 
     Raises:
-        DocumentError: no JSON, a key that stands twice, nesting without end, a number out of range.
+        ParseError: no JSON, a key that stands twice, nesting without end, a number out of range.
     """
     try:
         if constants:
@@ -72,7 +72,7 @@ def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
         text: the whole document; items are parsed as they are asked for.
 
     Raises:
-        DocumentError: as `parse_json`, with the line; there is no such list, or something behind the document.
+        ParseError: as `parse_json`, with the line; there is no such list, or something behind the document.
     """
     scan = _Scan(text)
     if scan.peek() == "{":
@@ -84,7 +84,10 @@ def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
 
 
 class _Scan:
-    """A place in a JSON document that moves on value by value."""
+    """A place in a JSON document that moves on value by value.
+
+    json, jiter and ijson do not say on which line an item stands, which a message about a wrong row needs.
+    """
 
     def __init__(self, text: str) -> None:
         self._text, self._place = text, 0
@@ -171,7 +174,7 @@ def parse_yaml(text: str) -> Any:
     Dates stay texts. Other types need tags, and tags are refused.
 
     Raises:
-        DocumentError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
+        ParseError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
             write out to a very large document, nesting without end, a number out of range.
     """
     try:
@@ -227,7 +230,7 @@ class _Loader(yaml.SafeLoader):
         """As in SafeLoader, after a look at what its aliases make of it."""
         node = super().get_single_node()
         if node is not None:
-            _update_silence(node, {})
+            _count_nodes(node, {})
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -245,7 +248,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _update_silence(node: yaml.Node, known: dict[int, int | None]) -> int:
+def _count_nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
     """Number of nodes with all aliases written out; `known` holds None for those that are being counted."""
     if id(node) in known:
         size = known[id(node)]
@@ -260,7 +263,7 @@ def _update_silence(node: yaml.Node, known: dict[int, int | None]) -> int:
         children = [part for pair in node.value for part in pair]
     size = 1
     for child in children:
-        size += _update_silence(child, known)
+        size += _count_nodes(child, known)
         if size > _MAX_NODES:
             _refuse(f"aliases make it larger than {_MAX_NODES:,} values", node)
     known[id(node)] = size
