@@ -20,8 +20,8 @@ from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
-CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
-LOCK = ".lock"
+CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+LOCK_FILE = ".lock"
 
 # Settings that change how a run is carried out, not what it computes: a resumed run may differ in them. Those of a
 # method are `MethodSettings.free`.
@@ -71,8 +71,8 @@ class RunFolder:
             raise ConfigError(
                 "output_dir", f"{str(link)!r} is a link", "expected plain files and folders (output_dir may be a link)"
             )
-        if not (self.path / CONFIG).is_file():
-            if all(entry.name == LOCK or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+        if not (self.path / CONFIG_FILE).is_file():
+            if all(entry.name == LOCK_FILE or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config
             raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
         if config.resume == "never":
@@ -82,11 +82,13 @@ class RunFolder:
                 "choose another folder, or resume=auto",
             )
         try:
-            old = read_yaml(self.path / CONFIG)
+            old = read_yaml(self.path / CONFIG_FILE)
         except (OSError, ParseError):
             old = None
         if not isinstance(old, Mapping):
-            raise ConfigError("output_dir", f"{str(self.path / CONFIG)!r} is not readable", "choose another folder")
+            raise ConfigError(
+                "output_dir", f"{str(self.path / CONFIG_FILE)!r} is not readable", "choose another folder"
+            )
         mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(replace_old_keys(old, strict=False))
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
@@ -110,7 +112,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             self._lock = os.fdopen(descriptor, "w")
         except OSError as error:
             raise ConfigError(
@@ -127,16 +129,16 @@ class RunFolder:
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
-        write_file(self.path / CONFIG, dump_config(config))  # first: it is what makes the folder a run's
+        write_file(self.path / CONFIG_FILE, dump_config(config))  # first: it is what makes the folder a run's
         self.checkpoints.mkdir(exist_ok=True)
         for left_over in (*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")):
             shutil.rmtree(left_over)  # of a process that was killed while writing
         kept = [line for line in self._metric_lines() if line["step"] <= step]
-        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        write_file(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
@@ -151,7 +153,7 @@ class RunFolder:
 
     def is_complete(self) -> bool:
         """Whether the run is over and its adapter, or model, is there."""
-        return (self.path / SUMMARY).is_file() and (self.adapter.is_dir() or self.model.is_dir())
+        return (self.path / SUMMARY_FILE).is_file() and (self.adapter.is_dir() or self.model.is_dir())
 
     def has_checkpoints(self) -> bool:
         """Whether a run in this folder would be resumed."""
@@ -163,7 +165,7 @@ class RunFolder:
         Raises:
             UserError: they cannot be read.
         """
-        path = self.path / CONFIG
+        path = self.path / CONFIG_FILE
         try:
             tree = read_yaml(path)
             return RunConfig.model_validate(replace_old_keys(tree, strict=False) if isinstance(tree, Mapping) else tree)
@@ -183,9 +185,9 @@ class RunFolder:
         Raises:
             UserError: there is none.
         """
-        path = self.path / SUMMARY
+        path = self.path / SUMMARY_FILE
         if not path.is_file():
-            raise UserError(f"{self.path}: no {SUMMARY}; the run is not there or not finished")
+            raise UserError(f"{self.path}: no {SUMMARY_FILE}; the run is not there or not finished")
         try:
             summary = read_json(path, constants=True)
         except (OSError, ParseError) as error:
@@ -195,7 +197,7 @@ class RunFolder:
         return summary
 
     def _metric_lines(self) -> Iterator[dict[str, Any]]:
-        path = self.path / METRICS
+        path = self.path / METRICS_FILE
         if not path.is_file():
             return
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -214,8 +216,8 @@ def open_run(path: str) -> RunFolder:
         UserError: it is none, or nothing has been saved in it.
     """
     folder = RunFolder(path)
-    if not (folder.path / CONFIG).is_file():
-        raise UserError(f"{path}: no {CONFIG}; expected a run's output_dir")
+    if not (folder.path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE}; expected a run's output_dir")
     if not folder.has_checkpoints():
         raise UserError(f"{path}: no checkpoint yet")
     return folder

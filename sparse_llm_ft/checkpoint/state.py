@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparse_llm_ft import __version__
+from sparse_llm_ft.checkpoint.record import FEW_KEYS, Count, RunRecord, first_problem
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.strict_json_yaml import read_json
@@ -22,7 +24,6 @@ STATE_VERSION = 3
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _VALUE, _CALLBACK = "value", "callback"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MANY = 2**62  # more steps or samples than any run has, and little enough for a torch integer
 
 
 @dataclass
@@ -37,7 +38,7 @@ class TrainState:
         optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
         phase: the current phase as plain values (`Phase.to_dict`).
         callback, callback_tensors: state of the phase's callback (omega's cuts, AdaLoRA's ranks), if it has one.
-        record: what the run's summary needs from the past (metrics before training, finished phases).
+        record: the run's past, which resuming and the summary need.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -46,7 +47,7 @@ class TrainState:
     progress: Progress
     phase: dict[str, Any]
     callback: dict[str, Any] | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: RunRecord = field(default_factory=RunRecord.empty)
     callback_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def fresh(self) -> TrainState:
@@ -62,18 +63,30 @@ class TrainState:
                 flat |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
             flat |= {f"{_CALLBACK}/{key}": tensor for key, tensor in self.callback_tensors.items()}
             save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary / TENSORS)
-            data = {
-                "version": STATE_VERSION,
-                "written_by": __version__,
-                "optimizer_steps": self.optimizer_steps,
-                "progress": asdict(self.progress),
-                "phase": self.phase,
-                "callback": self.callback,
-                "record": self.record,
-            }
-            (temporary / STATE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            (temporary / STATE).write_text(self._text(), encoding="utf-8")
 
         write_folder(folder, fill)
+
+    def is_saved(self, folder: Path) -> bool:
+        """Whether the folder holds a whole checkpoint of this state: all but the tensors' values is compared."""
+        try:
+            verify_folder(folder, (TENSORS, STATE))
+            return (folder / STATE).read_text(encoding="utf-8") == self._text()
+        except (OSError, ValueError, CheckpointError):
+            return False
+
+    def _text(self) -> str:
+        """state.json: everything but the tensors."""
+        data = {
+            "version": STATE_VERSION,
+            "written_by": __version__,
+            "optimizer_steps": self.optimizer_steps,
+            "progress": asdict(self.progress),
+            "phase": self.phase,
+            "callback": self.callback,
+            "record": self.record.model_dump(),
+        }
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> TrainState:
@@ -92,20 +105,34 @@ class TrainState:
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
         try:
-            _check_values(data)
+            contents = _Contents.model_validate(data)
+            progress = Progress(**contents.progress)
             tensors, moments, callback_tensors = _split(flat)
-            return cls(
-                tensors,
-                moments,
-                data["optimizer_steps"],
-                Progress(**data["progress"]),
-                data["phase"],
-                data["callback"],
-                data["record"],
-                callback_tensors,
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
+        except (ValueError, TypeError) as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
+            raise CheckpointError(f"{folder}: not a checkpoint of this format ({problem})") from None
+        return cls(
+            tensors,
+            moments,
+            contents.optimizer_steps,
+            progress,
+            contents.phase,
+            contents.callback,
+            contents.record,
+            callback_tensors,
+        )
+
+
+class _Contents(BaseModel):
+    """state.json as it is read; `Phase.from_dict` and `validate_state` look into phase and callback."""
+
+    model_config = ConfigDict(strict=True)
+
+    optimizer_steps: Annotated[dict[str, Count], FEW_KEYS]
+    progress: Annotated[dict[str, Count], FEW_KEYS]
+    phase: dict[str, Any]
+    callback: dict[str, Any] | None
+    record: RunRecord
 
 
 def _other_version(data: Any) -> str:
@@ -118,17 +145,6 @@ def _other_version(data: Any) -> str:
         f"format {found.get('version')!r:.40}, written by {author}; "
         f"this release ({__version__}) reads format {STATE_VERSION}"
     )
-
-
-def _check_values(data: dict[str, Any]) -> None:
-    """Types of what the run counts with. Raises ValueError, KeyError."""
-    for name in ("optimizer_steps", "progress"):
-        values = data[name]
-        if not isinstance(values, dict) or not all(type(v) is int and 0 <= v < _MANY for v in values.values()):
-            raise ValueError(f"{name} is {values!r:.60}")
-    for name, allowed in (("phase", dict), ("record", dict), ("callback", dict | None)):
-        if not isinstance(data[name], allowed):
-            raise ValueError(f"{name} is {data[name]!r:.60}")
 
 
 def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,20 @@ from sparse_llm_ft.run_folder import RunFolder
 _NAME = re.compile(r"step-[0-9]{8}")
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified and read: its state, and the phase that the state is in."""
+
+    folder: Path
+    state: TrainState
+    phase: Phase
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.progress.step
+
+
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     """``checkpoints/step-00000100``."""
     return checkpoints / f"step-{step:08d}"
@@ -34,25 +49,23 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
 
 def newest_valid(
     checkpoints: Path, real: Expected | None = None, run: str | None = None
-) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be used, and a line about each newer one that cannot.
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be used, as it was read, and a line about each newer one that cannot.
 
     Args:
         real, run: as in `load_checkpoint`.
     """
-    complaints = []
+    complaints: list[str] = []
     for folder in newest_first(checkpoints):
         try:
-            load_checkpoint(folder, real, run)
+            return load_checkpoint(folder, real, run), complaints
         except CheckpointError as error:
             complaints.append(f"{error}; using the checkpoint before it")
-        else:
-            return folder, complaints
     return None, complaints
 
 
-def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None = None) -> tuple[TrainState, Phase]:
-    """The state and its phase.
+def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None = None) -> Checkpoint:
+    """Verify and read one checkpoint.
 
     Args:
         real: what the model has; every claim of the checkpoint is held against it before anything is built. None where
@@ -63,7 +76,7 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
         CheckpointError: anything about the folder that keeps a run from going on from it.
     """
     state = TrainState.load(folder)
-    if run is not None and state.record.get("run") != run:
+    if run is not None and state.record.run != run:
         raise CheckpointError(f"{folder}: belongs to a run with other settings")
     try:
         phase = Phase.from_dict(state.phase, None if real is None else real.targets)
@@ -73,11 +86,11 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
         raise CheckpointError(f"{folder}: its phase is not readable ({error})") from None
     if _NAME.fullmatch(folder.name) and folder.name != checkpoint_folder(folder.parent, state.progress.step).name:
         raise CheckpointError(f"{folder}: its state is of step {state.progress.step}")
-    return state, phase
+    return Checkpoint(folder, state, phase)
 
 
 def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
-    """Write the state as a checkpoint, unless a good one of its step is there, and drop all but the newest `keep`.
+    """Write the state as a checkpoint, unless it is there already, and drop all but the newest `keep`.
 
     A folder of a later step was found damaged when the run was resumed; it neither counts as kept nor is it removed.
 
@@ -85,9 +98,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
         TrainingError: a value is not finite; nothing is written.
     """
     folder = checkpoint_folder(checkpoints, state.progress.step)
-    try:
-        load_checkpoint(folder, run=state.record.get("run"))
-    except CheckpointError:
+    if not state.is_saved(folder):
         _check_finite(state)
         state.save(folder)
     if keep is not None:
@@ -109,7 +120,8 @@ def _check_finite(state: TrainState) -> None:
 
 
 def newest_state(folder: RunFolder, run: str, world: World, console: Console, real: Expected) -> TrainState | None:
-    """The newest valid checkpoint; None where there is none. Rank 0 chooses, all ranks continue from the same one.
+    """Collective. The newest valid checkpoint's state; None where there is none. Rank 0 chooses the checkpoint, and
+    every rank reads it once.
 
     Args:
         run: whose checkpoint it must be (`RunFolder.identity`).
@@ -118,10 +130,9 @@ def newest_state(folder: RunFolder, run: str, world: World, console: Console, re
     Raises:
         UserError: there are checkpoints, and none can be used.
     """
-    chosen = -1
+    found: list[Checkpoint] = []
 
     def choose() -> None:
-        nonlocal chosen
         newest, complaints = newest_valid(folder.checkpoints, real, run)
         if newest is None and complaints:
             raise UserError(
@@ -130,15 +141,17 @@ def newest_state(folder: RunFolder, run: str, world: World, console: Console, re
             )
         for complaint in complaints:
             console.log(complaint)
-        chosen = int(newest.name.removeprefix("step-")) if newest else -1
+        if newest is not None:
+            found.append(newest)
+
+    def read() -> None:
+        if not found:
+            found.append(load_checkpoint(checkpoint_folder(folder.checkpoints, step), real, run))
 
     run_on_rank_zero(world, choose)
-    step = broadcast_int(chosen)
+    step = broadcast_int(found[0].step if found else -1)
     if step < 0:
         return None
     console.log(f"resuming from step {step}")
-    states: list[TrainState] = []
-    path = checkpoint_folder(folder.checkpoints, step)
-    hint = "all nodes must share the file system of output_dir"
-    run_on_every_rank(lambda: states.append(load_checkpoint(path, real, run)[0]), hint)
-    return states[0]
+    run_on_every_rank(read, "all nodes must share the file system of output_dir")
+    return found[0].state

@@ -16,7 +16,7 @@ from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
-from sparse_llm_ft.run_folder import CONFIG, open_run
+from sparse_llm_ft.run_folder import CONFIG_FILE, open_run
 
 if TYPE_CHECKING:
     from sparse_llm_ft.inference.trained_run import TrainedRun
@@ -105,7 +105,7 @@ def _export(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     world = find_world()
     folder = open_run(options.run)
-    config = _with_settings(folder.path / CONFIG, options.settings)
+    config = _with_settings(folder.path / CONFIG_FILE, options.settings)
     task = resolve_task(config.task)
     if not config.evaluation.samples:
         raise UserError("evaluation.samples: 0 measures nothing; expected 1 or more")

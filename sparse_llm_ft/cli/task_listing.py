@@ -8,7 +8,7 @@ from pathlib import Path
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.reading import SPLITS, has_split, read_split
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.task_config import METRICS, find_task, resolve_task
+from sparse_llm_ft.data.task_config import METRICS_BY_KIND, find_task, resolve_task
 from sparse_llm_ft.data.tasks import TASKS, Task
 from sparse_llm_ft.errors import ConfigError, one_line
 
@@ -48,7 +48,7 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
         yield "paper", task.source
     if task.hub_id is None:
         yield "settings", "path, and one of: prompt and completion; messages; labels and texts; score and texts"
-        yield "metrics", "; ".join(f"{kind}: {', '.join(metrics)}" for kind, metrics in METRICS.items())
+        yield "metrics", "; ".join(f"{kind}: {', '.join(metrics)}" for kind, metrics in METRICS_BY_KIND.items())
         return
     yield "data set", _hub(task)
     yield "splits", _splits(task.splits)

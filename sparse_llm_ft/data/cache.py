@@ -13,13 +13,13 @@ from typing import Any, TypeVar, overload
 import datasets
 import numpy as np
 import pyarrow
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanSample
-from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.atomic import is_whole, write_folder
+from sparse_llm_ft.errors import CheckpointError, UserError
+from sparse_llm_ft.io.atomic import is_whole
+from sparse_llm_ft.io.content_cache import ContentCache, content_key
 from sparse_llm_ft.io.strict_json_yaml import read_json
 
 _IDS = pyarrow.list_(pyarrow.int32())
@@ -36,7 +36,7 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
         return pyarrow.schema({"ids": _IDS, "type_ids": _IDS} | numbers | {"offsets": pyarrow.list_(_IDS)})
     label = pyarrow.float64() if is_score else pyarrow.int64()
     if kind is Sample:
-        columns = {"prompt": _IDS, "completion": _IDS}
+        columns = {"prompt_ids": _IDS, "completion_ids": _IDS}
     else:
         assert kind is TextSample, kind
         columns = {"ids": _IDS, "type_ids": _IDS}
@@ -45,7 +45,7 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
 
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
 _ROWS_AT_ONCE = 1000
-_FORMAT = 2
+_FORMAT = 3
 """Goes up when the same settings would encode differently, or files look differently."""
 
 T = TypeVar("T")
@@ -125,26 +125,22 @@ def write_cached(
     Raises:
         UserError: the cache cannot be written.
     """
-    folder = cache_folder(key)
+    cache = ContentCache(cache_folder(key).parent, _check_whole)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{key}.lock"):  # another job may be at it
-            if not is_whole(folder):
-                write_folder(folder, lambda path: _write(path, schema, make(), counts))
+        cache.write(key, lambda folder: _write(folder, schema, make(), counts))
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"HF_DATASETS_CACHE: {folder.parent} cannot be written ({reason})") from error
+        raise UserError(f"HF_DATASETS_CACHE: {cache.folder} cannot be written ({reason})") from error
 
 
 def cache_folder(key: str) -> Path:
-    """The folder of a key."""
+    """The folder of the samples under `key`."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "sparse_llm_ft" / key
 
 
-def content_key(**parts: Any) -> str:
-    """SHA-256 of JSON values."""
-    text = json.dumps({"format": _FORMAT} | parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+def samples_key(**parts: Any) -> str:
+    """`content_key` of what samples are made from, and of the format in which they are stored."""
+    return content_key(format=_FORMAT, **parts)
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -159,7 +155,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
             rules.pop(state, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return content_key(
+    return samples_key(
         rules=rules,
         special=special,
         chat=tokenizer.chat_template,
@@ -167,6 +163,13 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         inputs=tokenizer.model_input_names,  # whether there are type ids
         split_special=getattr(tokenizer, "split_special_tokens", None),
     )
+
+
+def _check_whole(folder: Path) -> Path:
+    """The folder itself. Its files may be large, and are made again easily: their sizes are enough to go by."""
+    if not is_whole(folder):
+        raise CheckpointError("a file is missing or cut short")
+    return folder
 
 
 def _write(folder: Path, schema: pyarrow.Schema, samples: Iterable[Any], counts: Callable[[], Any]) -> None:

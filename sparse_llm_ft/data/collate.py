@@ -22,10 +22,10 @@ def collate_causal_lm(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
         padding are `IGNORE_INDEX`.
     """
-    ids, mask = padded([(*sample.prompt, *sample.completion) for sample in samples], pad_token_id)
+    ids, mask = padded([(*sample.prompt_ids, *sample.completion_ids) for sample in samples], pad_token_id)
     labels = torch.full_like(ids, IGNORE_INDEX)
     for row, sample in zip(labels, samples, strict=True):
-        row[len(sample.prompt) : sample.length] = torch.tensor(sample.completion)
+        row[len(sample.prompt_ids) : sample.length] = torch.tensor(sample.completion_ids)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -50,7 +50,7 @@ def collate_packed(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = 
         for sample in pack.samples:
             end = start + sample.length
             positions[i, start:end] = torch.arange(sample.length)
-            labels[i, start + len(sample.prompt) : end] = torch.tensor(sample.completion)
+            labels[i, start + len(sample.prompt_ids) : end] = torch.tensor(sample.completion_ids)
             start = end
         positions[i, start:] = torch.arange(width - start)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
@@ -64,11 +64,11 @@ def collate_seq2seq(samples: Sequence[Sample], pad_token_id: int, start_token_id
         labels moved right behind the start token, ``decoder_attention_mask`` and ``labels``, each (len(samples),
         longest completion). The two widths differ, so that a mask can be told by its width.
     """
-    ids, mask = padded([sample.prompt for sample in samples], pad_token_id)
-    width = max(len(sample.completion) for sample in samples)
+    ids, mask = padded([sample.prompt_ids for sample in samples], pad_token_id)
+    width = max(len(sample.completion_ids) for sample in samples)
     width += width == ids.shape[1]
-    inputs, decoder_mask = padded([(start_token_id, *s.completion[:-1]) for s in samples], pad_token_id, width)
-    labels, _ = padded([sample.completion for sample in samples], IGNORE_INDEX, width)
+    inputs, decoder_mask = padded([(start_token_id, *s.completion_ids[:-1]) for s in samples], pad_token_id, width)
+    labels, _ = padded([sample.completion_ids for sample in samples], IGNORE_INDEX, width)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return batch | {"decoder_input_ids": inputs, "decoder_attention_mask": decoder_mask}
 
@@ -94,7 +94,7 @@ def collate_prompts(samples: Sequence[Sample], pad_token_id: int, side: Literal[
     Args:
         side: left for a decoder, which goes on behind its prompt.
     """
-    ids, mask = padded([sample.prompt for sample in samples], pad_token_id, left=side == "left")
+    ids, mask = padded([sample.prompt_ids for sample in samples], pad_token_id, left=side == "left")
     return {"input_ids": ids, "attention_mask": mask}
 
 

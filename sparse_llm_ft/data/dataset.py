@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
-from sparse_llm_ft.data.cache import CachedDataset, cache_folder, content_key, schema_of, tokenizer_key, write_cached
+from sparse_llm_ft.data.cache import CachedDataset, cache_folder, samples_key, schema_of, tokenizer_key, write_cached
 from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
@@ -84,7 +84,7 @@ class Splits:
         else:
             train = encoding.stored("train")
             key = train.key
-        return cls(train, validation, measured, content_key(train=key, measured=[part.key for part in measured]))
+        return cls(train, validation, measured, samples_key(train=key, measured=[part.key for part in measured]))
 
     def sizes(self, measured: str) -> dict[str, int]:
         """Split -> its samples: all that are trained on (0 of a stream), and those that are measured.
@@ -220,7 +220,7 @@ class SplitBuilder:
         own = [""]
 
         def look() -> None:
-            own[0] = content_key(
+            own[0] = samples_key(
                 rows=None if path is None else _ends(path),
                 tokenizer=tokenizer_key(self.tokenizer),
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
@@ -288,7 +288,7 @@ class SplitBuilder:
         """By content: of the rows, of the tokenizer, and every setting that samples depend on."""
         task, settings = self.task, self.config.task
         templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
-        return content_key(
+        return samples_key(
             rows=_source(task, split, further),
             tokenizer=tokenizer_key(self.tokenizer),
             mode=self.task_mode.mode,

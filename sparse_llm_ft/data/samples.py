@@ -15,20 +15,20 @@ class Sample:
         shortened: whether it was too long and lost tokens.
     """
 
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
     label: int | float | None = None
     shortened: bool = False
 
     @property
     def supervised(self) -> int:
         """Number of tokens with a loss: the completion's (its first is predicted from the prompt's last)."""
-        return len(self.completion)
+        return len(self.completion_ids)
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
-        return len(self.prompt) + len(self.completion)
+        """Number of tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TextSample:
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """Number of tokens."""
         return len(self.ids)
 
 
@@ -66,10 +66,10 @@ class Pack:
 
     @property
     def length(self) -> int:
-        """Tokens of all samples."""
+        """Number of tokens of all samples."""
         return sum(sample.length for sample in self.samples)
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Token ids of the sequence."""
-        return tuple(chain.from_iterable((*sample.prompt, *sample.completion) for sample in self.samples))
+        return tuple(chain.from_iterable((*sample.prompt_ids, *sample.completion_ids) for sample in self.samples))

@@ -40,7 +40,7 @@ class SpanSample:
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """Number of tokens."""
         return len(self.ids)
 
 

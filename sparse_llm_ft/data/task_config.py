@@ -11,7 +11,7 @@ from sparse_llm_ft.config.schema import Metric
 from sparse_llm_ft.data.tasks import TASKS, Kind, Task, template_columns
 from sparse_llm_ft.errors import ConfigError
 
-METRICS: dict[Kind, tuple[Metric, ...]] = {
+METRICS_BY_KIND: dict[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "extractive": ("squad",),
@@ -75,11 +75,11 @@ def resolve_task(config: TaskConfig) -> Task:
 
 def _check_metrics(task: Task, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
     for metric in metrics:
-        if metric not in METRICS[task.kind]:
+        if metric not in METRICS_BY_KIND[task.kind]:
             raise ConfigError(
                 "task.metrics",
                 f"{metric!r} does not measure a task of kind {task.kind}",
-                f"expected of {', '.join(METRICS[task.kind])}",
+                f"expected of {', '.join(METRICS_BY_KIND[task.kind])}",
             )
     if len(set(metrics)) < len(metrics):
         raise ConfigError("task.metrics", f"{list(metrics)} names one twice", "expected each once")

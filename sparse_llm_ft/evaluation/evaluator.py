@@ -46,12 +46,12 @@ class Evaluator:
 
     @property
     def count(self) -> int:
-        """Samples of all parts."""
+        """How many samples all parts have."""
         return sum(len(part.examples) for part in self.parts)
 
     def __call__(self, model: nn.Module, predictions: Path) -> dict[str, float]:
-        """``loss`` (mean per unit), and the task's metrics; those of a further split end in its name, as in
-        ``accuracy_mismatched``. Collective.
+        """Collective. ``loss`` (mean per unit) and the task's metrics; those of a further split end in its name, as in
+        ``accuracy_mismatched``.
 
         Args:
             predictions: file that rank 0 writes prompts, predictions and what is right into, as JSON lines.
@@ -68,8 +68,8 @@ class Evaluator:
         return metrics
 
     def predict(self, model: nn.Module, part: EvalSplit) -> tuple[list[Any], float | None]:
-        """What the model makes of every example, in order, on every rank: a text, the number of a label, or a score;
-        and the mean loss, where that falls out. Collective.
+        """Collective. For every example, in order, on every rank: a text, the number of a label, or a score; and the
+        mean loss, where the same forward passes give it.
         """
         ranks = self.world.rank, self.world.size
         size = self.settings.micro_batch_size

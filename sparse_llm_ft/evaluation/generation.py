@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,7 @@ from transformers import (
 from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.data.samples import Sample
-from sparse_llm_ft.distributed.signals import exit_if_preempted
-from sparse_llm_ft.evaluation.loop import rank_batches
+from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.model.architecture import base_of
 
 
@@ -38,12 +38,12 @@ def generate(
     seed: int = 0,
     seq2seq: bool = False,
 ) -> list[str]:
-    """The text that the model writes after every sample's prompt, in order, on every rank. Collective.
+    """Collective. The text that the model writes after every sample's prompt, in order, on every rank.
 
     A text ends before the first token that ends sequences: the tokenizer's, or one that the checkpoint's generation
     settings name, as those of chat models do. Nothing else of the checkpoint's generation settings counts, but for the
     first token that an encoder-decoder is made to write. Neither batches nor ranks change a text, sampled ones
-    included (`GumbelNoise`). The model is in evaluation mode meanwhile.
+    included (`GumbelNoise`).
 
     Args:
         settings: ``num_beams`` and ``length_penalty``; ``temperature`` (above 0: samples) and ``top_p``;
@@ -60,7 +60,6 @@ def generate(
     return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
 
 
-@torch.no_grad()
 def rank_tokens(
     model: nn.Module,
     samples: Sequence[Sample],
@@ -72,7 +71,7 @@ def rank_tokens(
     seed: int,
     seq2seq: bool,
 ) -> torch.Tensor:
-    """What this rank writes, see `generate`.
+    """Collective. What this rank writes, see `generate`.
 
     Returns:
         (samples, max_new_tokens) int64 on the model's device: each token's id plus 1, and 0 where nothing was
@@ -84,26 +83,23 @@ def rank_tokens(
     options = _options(model, tokenizer, settings, seq2seq)
     stops = torch.tensor(options.eos_token_id, device=device)
     tokens = torch.zeros((len(samples), settings.max_new_tokens), dtype=torch.long, device=device)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding in a batch
-    was_training = model.training
-    model.eval()
-    with _without_own_settings(model):
-        for places in rank_batches(len(samples), settings.micro_batch_size, rank, world_size):
-            indices = [order[place] for place in places]
-            shown = indices or [0]  # a rank without samples left takes part all the same
-            batch = collate_prompts([samples[i] for i in shown], tokenizer.pad_token_id, "right" if seq2seq else "left")
+    collate = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id, side="right" if seq2seq else "left")
+    lengths = [len(sample.prompt_ids) for sample in samples]
+    with (
+        _without_own_settings(model),
+        evaluation_batches(model, samples, lengths, collate, settings.micro_batch_size, rank, world_size) as batches,
+    ):
+        for indices, batch in batches:
             begin = 1 if seq2seq else batch["input_ids"].shape[1]
             output = bare.generate(
-                **{name: value.to(device) for name, value in batch.items()},
+                **batch,
                 generation_config=options,
-                logits_processor=_sampling(settings, seed, shown, begin),
+                logits_processor=_sampling(settings, seed, indices or [0], begin),
                 synced_gpus=synced,
             )
             for row, i in zip(output[:, begin:], indices, strict=False):
                 written = row[: int((~torch.isin(row, stops)).long().cumprod(0).sum())]
                 tokens[i, : len(written)] = written + 1
-            exit_if_preempted()
-    model.train(was_training)
     return tokens
 
 

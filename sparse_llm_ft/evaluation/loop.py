@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.distributed.signals import exit_if_preempted
-from sparse_llm_ft.objectives.base import Objective, lengths_of
+from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
 
 S = TypeVar("S")
+IndexedBatch = tuple[list[int], Batch]
+"""The indices of the samples in a batch, and their tensors."""
 
 
 def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
@@ -28,72 +31,92 @@ def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> lis
     return [mine[i : i + batch_size] for i in range(0, most, batch_size)]
 
 
-def batches_on(
-    device: torch.device,
+@contextmanager
+def evaluation_batches(
+    model: nn.Module,
     samples: Sequence[S],
-    objective: Objective[S],
+    lengths: Sequence[int] | np.ndarray,
+    collate: Callable[[Sequence[S]], Batch],
     batch_size: int,
     rank: int,
     world_size: int,
-) -> Iterator[tuple[list[int], Batch]]:
-    """This rank's batches on `device`, of samples of like length, with the indices of their samples; where a rank has
-    none left, no indices and the first sample, for a forward pass whose result nobody counts.
+    preemptible: bool = True,
+) -> Iterator[Iterator[IndexedBatch]]:
+    """Collective. Yield this rank's batches on the model's device, for forward passes in evaluation mode without
+    gradients. Every module gets its own mode back at the end, also after an error.
+
+    A batch holds samples of like length. A rank that has no samples left gets no indices and the first sample, for a
+    forward pass whose result nobody counts.
+
+    Args:
+        lengths: (samples,) tokens of each.
+        preemptible: whether a signal ends the run after a batch; else it waits until the caller looks.
+
+    Raises:
+        PreemptionRequested: on every rank, while the batches are read.
     """
-    order = np.argsort(lengths_of(samples, objective), kind="stable").tolist()  # little padding in a batch
-    for places in rank_batches(len(samples), batch_size, rank, world_size):
-        indices = [order[place] for place in places]
-        batch = objective.batch([samples[i] for i in indices] or samples[:1])
+    with evaluating(model), torch.no_grad():
+        device = next(model.parameters()).device
+        order = np.argsort(lengths, kind="stable").tolist()  # little padding in a batch
+        places = rank_batches(len(samples), batch_size, rank, world_size)
+        yield _collated([[order[place] for place in row] for row in places], samples, collate, device, preemptible)
+
+
+def _collated(
+    rows: list[list[int]],
+    samples: Sequence[S],
+    collate: Callable[[Sequence[S]], Batch],
+    device: torch.device,
+    preemptible: bool,
+) -> Iterator[IndexedBatch]:
+    for indices in rows:
+        batch = collate([samples[i] for i in indices or [0]])
         yield indices, {name: value.to(device) for name, value in batch.items()}
+        if preemptible:
+            exit_if_preempted()
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
 ) -> float:
-    """Mean loss per unit over all `samples`, each counted once whatever the world size.
+    """Collective. Mean loss per unit over all `samples`, each counted once whatever the world size.
 
-    Collective. The model is in evaluation mode meanwhile. A signal is left for later: between two steps, where the
-    loop asks for this, there is something to save first.
+    A signal waits: the training loop, which calls this between two steps, saves before it stops.
     """
-    device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for indices, batch in batches_on(device, samples, objective, batch_size, rank, world_size):
-        loss = objective.loss(model, batch)
-        if indices:
-            units = sum(objective.units(samples[i]) for i in indices)
-            total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
-    model.train(was_training)
-    total = total.to(device)
+    lengths = lengths_of(samples, objective)
+    with evaluation_batches(
+        model, samples, lengths, objective.batch, batch_size, rank, world_size, preemptible=False
+    ) as batches:
+        for indices, batch in batches:
+            loss = objective.loss(model, batch)
+            if indices:
+                units = sum(objective.units(samples[i]) for i in indices)
+                total += torch.tensor([float(loss), float(units)], dtype=torch.float64)
+    total = total.to(next(model.parameters()).device)
     if world_size > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1])
 
 
-@torch.no_grad()
 def choose_labels(
     model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
 ) -> tuple[float, list[float]]:
-    """The mean loss per unit, as by `mean_loss`, and for every sample, in order, on every rank, the label chosen or,
-    in a regression, the score.
-
-    Collective. The model is in evaluation mode meanwhile.
+    """Collective. The mean loss per unit, as by `mean_loss`, and for every sample, in order, on every rank, the label
+    chosen or, in a regression, the score.
     """
     device = next(model.parameters()).device
-    # Filled by the rank that judged a sample and summed over ranks.
+    # The rank that judged a sample fills in its values; their sum over ranks is everybody's.
     losses = torch.zeros(len(samples), dtype=torch.float64, device=device)
     choices = torch.zeros(len(samples), dtype=torch.float64, device=device)
     units = torch.zeros((), dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    for indices, batch in batches_on(device, samples, objective, batch_size, rank, world_size):
-        loss, choice = objective.judge(model, batch)
-        losses[indices] = loss[: len(indices)].double()
-        units += sum(objective.units(samples[i]) for i in indices)
-        choices[indices] = choice[: len(indices)].double()
-        exit_if_preempted()
-    model.train(was_training)
+    lengths = lengths_of(samples, objective)
+    with evaluation_batches(model, samples, lengths, objective.batch, batch_size, rank, world_size) as batches:
+        for indices, batch in batches:
+            loss, choice = objective.judge(model, batch)
+            losses[indices] = loss[: len(indices)].double()
+            units += sum(objective.units(samples[i]) for i in indices)
+            choices[indices] = choice[: len(indices)].double()
     if world_size > 1:
         dist.all_reduce(losses)
         dist.all_reduce(choices)

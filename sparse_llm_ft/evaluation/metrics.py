@@ -47,7 +47,7 @@ def score(
 
 
 def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Share of right classes."""
+    """Percentage of predictions that are the right class."""
     right = sum(prediction == label for prediction, label in zip(predictions, references, strict=True))
     return {"accuracy": 100 * right / len(references)}
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.spans import SpanSample
-from sparse_llm_ft.distributed.signals import exit_if_preempted
-from sparse_llm_ft.evaluation.loop import batches_on
+from sparse_llm_ft.evaluation.loop import evaluation_batches
+from sparse_llm_ft.objectives.base import lengths_of
 from sparse_llm_ft.objectives.spans import SpanObjective
 
 LONGEST = 30
@@ -24,7 +24,6 @@ BEST = 20
 """How many of the most probable starts, and ends, of a window are tried."""
 
 
-@torch.no_grad()
 def choose_spans(
     model: nn.Module,
     examples: Sequence[Example],
@@ -35,11 +34,10 @@ def choose_spans(
     world_size: int,
     unanswerable: bool,
 ) -> list[str]:
-    """The answer chosen for every example, in order, on every rank: a piece of its context.
+    """Collective. The answer chosen for every example, in order, on every rank: a piece of its context.
 
-    The span with the largest sum of start and end logit over all windows of an example, of at most `LONGEST` tokens
-    of the context, from the `BEST` starts and ends of each window. Collective where there are several ranks. The model
-    is in evaluation mode meanwhile.
+    The span has the largest sum of start and end logit over all windows of an example. It has at most `LONGEST` tokens
+    of the context, and comes from the `BEST` starts and ends of each window.
 
     Args:
         samples: all windows of the examples.
@@ -54,7 +52,6 @@ def choose_spans(
     return spans_of(examples, samples, scores.cpu(), spans.cpu(), unanswerable)
 
 
-@torch.no_grad()
 def rank_spans(
     model: nn.Module,
     samples: Sequence[SpanSample],
@@ -63,7 +60,7 @@ def rank_spans(
     rank: int,
     world_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What this rank finds in its windows, see `choose_spans`.
+    """Collective. What this rank finds in its windows, see `choose_spans`.
 
     Returns:
         (windows, 2) float64, the score of the best span (-inf: there is none) and of no answer; and (windows, 2)
@@ -72,17 +69,15 @@ def rank_spans(
     device = next(model.parameters()).device
     scores = torch.zeros((len(samples), 2), dtype=torch.float64, device=device)
     spans = torch.zeros((len(samples), 2), dtype=torch.long, device=device)
-    was_training = model.training
-    model.eval()
-    for indices, batch in batches_on(device, samples, objective, batch_size, rank, world_size):
-        starts, ends = objective.logits(model, batch)
-        for row, i in enumerate(indices):
-            sample = samples[i]
-            allowed = torch.tensor([offset is not None for offset in sample.offsets], device=device)
-            best, spans[i] = _best_span(starts[row, : len(allowed)], ends[row, : len(allowed)], allowed)
-            scores[i] = torch.stack([best, starts[row, sample.null] + ends[row, sample.null]])
-        exit_if_preempted()
-    model.train(was_training)
+    lengths = lengths_of(samples, objective)
+    with evaluation_batches(model, samples, lengths, objective.batch, batch_size, rank, world_size) as batches:
+        for indices, batch in batches:
+            starts, ends = objective.logits(model, batch)
+            for row, i in enumerate(indices):
+                sample = samples[i]
+                allowed = torch.tensor([offset is not None for offset in sample.offsets], device=device)
+                best, spans[i] = _best_span(starts[row, : len(allowed)], ends[row, : len(allowed)], allowed)
+                scores[i] = torch.stack([best, starts[row, sample.null] + ends[row, sample.null]])
     return scores, spans
 
 

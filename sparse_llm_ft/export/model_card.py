@@ -14,14 +14,14 @@ from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.model.architecture import ARCHITECTURES
 from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
-from sparse_llm_ft.run_folder import SUMMARY
+from sparse_llm_ft.run_folder import SUMMARY_FILE
 
 _VERSIONS = ("python", "sparse-llm-ft", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 
 def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
     """The card's text. It names no folder of this machine, and leaves license and language to its reader."""
-    summary = run.folder.summary() if (run.folder.path / SUMMARY).is_file() else {}
+    summary = run.folder.summary() if (run.folder.path / SUMMARY_FILE).is_file() else {}
     parts = [
         f"# {repo_id.partition('/')[2]}",
         _opening(run, options),
@@ -132,7 +132,7 @@ def _data(run: TrainedRun, summary: dict[str, Any]) -> str:
 def _results(run: TrainedRun, summary: dict[str, Any]) -> str:
     evaluation = run.config.evaluation
     metrics = summary.get("metrics", {})
-    before, after = metrics.get("before") or run.state.record.get("before"), metrics.get("after")
+    before, after = metrics.get("before") or run.state.record.before, metrics.get("after")
     if not before:
         return "Nothing was measured."
     names = list(after or before)

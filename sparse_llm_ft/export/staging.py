@@ -16,7 +16,7 @@ from sparse_llm_ft.export.options import ExportOptions, refuse_existing
 from sparse_llm_ft.export.sanitize import public_name, public_settings
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import MANIFEST
-from sparse_llm_ft.run_folder import CONFIG
+from sparse_llm_ft.run_folder import CONFIG_FILE
 
 CARD = "README.md"
 
@@ -35,7 +35,7 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
     def fill(folder: Path) -> None:
         write_export(folder, run, options, base)
         settings = yaml.safe_dump(public_settings(run.config), sort_keys=False, allow_unicode=True)
-        (folder / CONFIG).write_text(settings, encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(settings, encoding="utf-8")
         (folder / CARD).write_text(model_card(run, repo_id, options), encoding="utf-8")
         _check_private(folder, run)
 
@@ -60,7 +60,7 @@ def _check_private(folder: Path, run: TrainedRun) -> None:
     config = run.config
     local = [Path(name).absolute() for name in (config.model.name, config.task.path) if name and Path(name).exists()]
     paths = {str(path) for path in (*local, run.folder.path.absolute(), Path(config.output_dir).absolute())}
-    for name in (CARD, CONFIG, "adapter_config.json", "config.json", "tokenizer_config.json"):
+    for name in (CARD, CONFIG_FILE, "adapter_config.json", "config.json", "tokenizer_config.json"):
         path = folder / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if holds_token(text):

@@ -17,7 +17,7 @@ from sparse_llm_ft.engine.handover import load_state, masks_of
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import write_file
 
-METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
+METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
 
 
 def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
@@ -47,7 +47,7 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     model = build_model(config, context.task_mode, run.plan, settings.to_deepspeed())
     engine = Engine(model, settings, masks_of(run.plan))
     load_state(engine, run.plan, run.state)
-    metrics = context.evaluator(parts)(engine.module, output / PREDICTIONS)
+    metrics = context.evaluator(parts)(engine.module, output / PREDICTIONS_FILE)
     engine.close()
     result = {
         "metrics": metrics,
@@ -58,7 +58,7 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
         "zero_stage": config.deepspeed.zero_stage,
         "world_size": world.size,
     }
-    run_on_rank_zero(world, lambda: write_file(output / METRICS, json.dumps(result, indent=2) + "\n"))
+    run_on_rank_zero(world, lambda: write_file(output / METRICS_FILE, json.dumps(result, indent=2) + "\n"))
     dist.destroy_process_group()
     return result
 

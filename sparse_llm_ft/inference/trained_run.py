@@ -98,15 +98,16 @@ def read_run(
             "would run here; give --trust-remote-code if you trust it"
         )
     context = RunContext.open(config, world, resolve_task(config.task))
-    newest, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
-    if newest is None:
+    found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
+    if found is None:
         raise UserError("; ".join((*complaints, f"{path}: no checkpoint can be used")))
-    step = agree(int(newest.name.removeprefix("step-")))
-    try:
-        state, phase = load_checkpoint(checkpoint_folder(folder.checkpoints, step), context.expected)
-    except CheckpointError as error:  # the run continues, and has removed it meanwhile
-        raise UserError(f"{error}; try again") from error
-    return TrainedRun(folder, stored, context, phase, state, tuple(complaints))
+    step = agree(found.step)
+    if step != found.step:  # the run continues, and has saved another checkpoint meanwhile
+        try:
+            found = load_checkpoint(checkpoint_folder(folder.checkpoints, step), context.expected)
+        except CheckpointError as error:
+            raise UserError(f"{error}; try again") from error
+    return TrainedRun(folder, stored, context, found.phase, found.state, tuple(complaints))
 
 
 def in_one_process(config: RunConfig) -> RunConfig:

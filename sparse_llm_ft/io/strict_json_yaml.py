@@ -84,7 +84,10 @@ def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
 
 
 class _Scan:
-    """A place in a JSON document that moves on value by value."""
+    """A place in a JSON document that moves on value by value.
+
+    json, jiter and ijson do not say on which line an item stands, which a message about a wrong row needs.
+    """
 
     def __init__(self, text: str) -> None:
         self._text, self._place = text, 0
@@ -227,7 +230,7 @@ class _Loader(yaml.SafeLoader):
         """As in SafeLoader, after a look at what its aliases make of it."""
         node = super().get_single_node()
         if node is not None:
-            _update_silence(node, {})
+            _count_nodes(node, {})
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -245,7 +248,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _update_silence(node: yaml.Node, known: dict[int, int | None]) -> int:
+def _count_nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
     """Number of nodes with all aliases written out; `known` holds None for those that are being counted."""
     if id(node) in known:
         size = known[id(node)]
@@ -260,7 +263,7 @@ def _update_silence(node: yaml.Node, known: dict[int, int | None]) -> int:
         children = [part for pair in node.value for part in pair]
     size = 1
     for child in children:
-        size += _update_silence(child, known)
+        size += _count_nodes(child, known)
         if size > _MAX_NODES:
             _refuse(f"aliases make it larger than {_MAX_NODES:,} values", node)
     known[id(node)] = size

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
 
@@ -18,8 +20,8 @@ S = TypeVar("S", contravariant=True)
 
 
 class Objective(Protocol[S]):
-    """How samples become a loss. Everything about a batch is computed from its tensors, so that a caller may
-    repeat them along dimension 0.
+    """How samples become a loss. Everything about a batch is computed from its tensors: a caller may repeat them along
+    dimension 0.
     """
 
     def batch(self, samples: Sequence[S]) -> Batch:
@@ -47,7 +49,7 @@ class Objective(Protocol[S]):
         ...
 
     def scored(self, sample: S) -> int:
-        """Units of `correct`."""
+        """Units that `correct` counts."""
         ...
 
     def tokens(self, sample: S) -> int:
@@ -59,13 +61,25 @@ class Objective(Protocol[S]):
         ...
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode; every module gets its own mode back at the end, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def largest_share(answers: Iterable[Any]) -> float:
-    """Share of the most frequent one."""
+    """Share of the most frequent answer, 0 to 1."""
     counts = Counter(answers)
     return max(counts.values()) / counts.total()
 
 
 def lengths_of(samples: Sequence[Any], objective: Objective[Any]) -> np.ndarray:
-    """(samples,) tokens of each; of stored samples known without making them."""
+    """(samples,) int32: each sample's tokens; a cached dataset knows them without building its samples."""
     known = getattr(samples, "lengths", None)
     return np.array([objective.tokens(sample) for sample in samples], dtype=np.int32) if known is None else known

@@ -20,7 +20,7 @@ class ClassificationObjective:
     pad_token_id: int
 
     def batch(self, samples: Sequence[TextSample]) -> Batch:
-        """See `collate_classification`."""
+        """The samples' tensors, as `collate_classification` lays them out."""
         return collate_classification(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -28,11 +28,11 @@ class ClassificationObjective:
         return self.losses(forward, batch).sum()
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) float32."""
+        """(batch,) float32: each sample's loss."""
         return F.cross_entropy(_outputs(forward, batch), batch["labels"], reduction="none")
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 0 or 1."""
+        """(batch,) int64: 1 where the sample is right, else 0."""
         return (_outputs(forward, batch).argmax(-1) == batch["labels"]).long()
 
     def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,11 +41,11 @@ class ClassificationObjective:
         return F.cross_entropy(logits, batch["labels"], reduction="none"), logits.argmax(-1)
 
     def units(self, sample: TextSample) -> int:
-        """1."""
+        """One: the loss is counted by samples."""
         return 1
 
     def scored(self, sample: TextSample) -> int:
-        """1."""
+        """One: a sample is right or wrong as a whole."""
         return 1
 
     def tokens(self, sample: TextSample) -> int:
@@ -61,16 +61,16 @@ class ClassificationObjective:
 class RegressionObjective(ClassificationObjective):
     """Squared error of a head with one output; a unit is a sample.
 
-    Right is a sample whose output rounds to its score, in halves: no score that papers report, but something that a
-    floor of accuracy can be set under.
+    A sample is right if its output is within a quarter of its score. Papers report no such accuracy, but a derivation
+    needs one to set its floor.
     """
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) float32."""
+        """(batch,) float32: each sample's loss."""
         return self.judge(forward, batch)[0]
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 0 or 1."""
+        """(batch,) int64: 1 where the sample is right, else 0."""
         outputs = _outputs(forward, batch).squeeze(-1)
         return ((outputs - batch["labels"]).abs() <= 0.25).long()
 
@@ -85,5 +85,5 @@ class RegressionObjective(ClassificationObjective):
 
 
 def _outputs(forward: Forward, batch: Batch) -> torch.Tensor:
-    """Logits (batch, outputs) float32. The labels stay here: from them the model would make a loss of its own."""
+    """Logits (batch, outputs) float32. The model does not get the labels, from which it would compute its own loss."""
     return forward(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()

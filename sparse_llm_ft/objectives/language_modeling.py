@@ -30,8 +30,8 @@ class LabelWords:
 class CompletionObjective:
     """Cross-entropy of the completion; a unit is a token of it.
 
-    Right is, with label words, a sample whose own word has the largest logit among the words, where they differ
-    first; without, every token of the completion that has the largest logit given all before it.
+    With label words, a sample is right if its own word has the largest logit among the words where they first differ.
+    Without, every token of the completion is right that has the largest logit given all tokens before it.
 
     Args:
         keeps_logits: whether the model takes ``logits_to_keep``; then it computes logits only at positions that
@@ -47,7 +47,7 @@ class CompletionObjective:
     packs_in_one_row: bool = False
 
     def batch(self, samples: Sequence[Sample] | Sequence[Pack]) -> Batch:
-        """See `collate_causal_lm` and, of packs, `collate_packed`."""
+        """The tensors of samples, as `collate_causal_lm` lays them out, or of packs, as `collate_packed` does."""
         if samples and isinstance(samples[0], Pack):
             return collate_packed(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
         return collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class CompletionObjective:
         return _summed(logits, targets), _choose(logits, targets, self.label_words)[0]
 
     def units(self, sample: Sample | Pack) -> int:
-        """Tokens of the completion."""
+        """Number of tokens in the completion."""
         return sample.supervised
 
     def scored(self, sample: Sample | Pack) -> int:
@@ -91,7 +91,7 @@ class CompletionObjective:
         """Share of the most frequent label, or of the most frequent token of all completions."""
         if self.label_words is not None:
             return largest_share(sample.label for sample in samples)
-        return largest_share(token for sample in samples for token in sample.completion)
+        return largest_share(token for sample in samples for token in sample.completion_ids)
 
     def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, P, V) float32 and targets (B, P) at the P positions that some sample supervises."""
@@ -99,7 +99,7 @@ class CompletionObjective:
         # The logits at position t predict the token at t + 1.
         positions = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
-        # Of packed samples transformers sees by their positions who may attend to whom, if there is no mask.
+        # Without a mask, transformers tells packed samples apart by their positions.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
         output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
         logits = output.logits if self.keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
@@ -117,7 +117,7 @@ class Seq2SeqObjective(CompletionObjective):
     start_token_id: int = 0
 
     def batch(self, samples: Sequence[Any]) -> Batch:
-        """See `collate_seq2seq`."""
+        """The samples' tensors, as `collate_seq2seq` lays them out."""
         return collate_seq2seq(samples, self.pad_token_id, self.start_token_id)
 
     def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ class SpanObjective:
     pad_token_id: int
 
     def batch(self, samples: Sequence[SpanSample]) -> Batch:
-        """See `collate_spans`."""
+        """The windows' tensors, as `collate_spans` lays them out."""
         return collate_spans(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -35,7 +35,7 @@ class SpanObjective:
         return self.losses(forward, batch).sum()
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) float32."""
+        """(batch,) float32: each window's loss."""
         starts, ends = self.logits(forward, batch)
         start_losses = F.cross_entropy(starts, batch["start_positions"], reduction="none")
         return (start_losses + F.cross_entropy(ends, batch["end_positions"], reduction="none")) / 2
@@ -55,11 +55,11 @@ class SpanObjective:
         raise TypeError("spans are no labels; choose_spans finds them")
 
     def units(self, sample: SpanSample) -> int:
-        """1."""
+        """One: the loss is counted by windows."""
         return 1
 
     def scored(self, sample: SpanSample) -> int:
-        """1."""
+        """One: a window is right or wrong as a whole."""
         return 1
 
     def tokens(self, sample: SpanSample) -> int:
@@ -72,8 +72,8 @@ class SpanObjective:
         return max(places.values()) / places.total()
 
     def logits(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, longest) float32 of starts and of ends; -inf at padding. The positions stay here: from them the
-        model would make a loss of its own.
+        """(batch, longest) float32 of starts and of ends; -inf at padding. The model does not get the positions, from
+        which it would compute its own loss.
         """
         inputs = {name: value for name, value in batch.items() if not name.endswith("_positions")}
         output = forward(**inputs)

@@ -65,18 +65,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode meanwhile; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def recorded_calls(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """The list gets the name of each block when it is called."""
     calls: list[str] = []

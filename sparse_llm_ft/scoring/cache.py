@@ -1,50 +1,62 @@
-"""A content-addressed store of derivations: the key says everything that the result depends on."""
+"""Derivations as files and as bytes, and what they depend on, so that a later run need not derive them again."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from sparse_llm_ft.errors import CheckpointError
-from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.io.atomic import verify_folder
+from sparse_llm_ft.io.content_cache import ContentCache, content_key, hash_files, hash_json
 from sparse_llm_ft.io.strict_json_yaml import read_json
 from sparse_llm_ft.scoring.derivation import Derivation
 
 VERSION = 1
 TENSORS, METADATA = "importance.safetensors", "derivation.json"
+_METADATA = "metadata"
+"""Among the tensors of `to_bytes`: the metadata's JSON as uint8."""
 _LOGGER = logging.getLogger(__name__)
 
 
-def content_key(**parts: Any) -> str:
-    """SHA-256, in hex, of the canonical JSON of `parts`; it depends on no order of keys.
+def derivations_folder(cache_dir: str | None) -> Path:
+    """Where derivations are stored.
 
-    Raises:
-        TypeError, ValueError: a part that is no JSON value.
+    Args:
+        cache_dir: None is the user's cache folder.
     """
-    return _digest(parts)
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of names and contents, whatever the order of `paths`. Raises OSError where one cannot be read."""
-    entries = []
-    for path in paths:
-        with path.open("rb") as file:
-            entries.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return _digest(sorted(entries))
+def hash_model(model: ModelConfig) -> str:
+    """SHA-256 of the base's files: of their contents in a local folder; on the hub the cache names them by a hash."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        return hash_files([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+    return content_key(files={path.name: path.resolve().name for path in sorted(snapshot.iterdir())})
 
 
 def hash_samples(samples: Iterable[Any]) -> str:
     """SHA-256 of samples in their order; a sample is a dataclass of JSON values, or a JSON value."""
-    return _digest([asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for s in samples])
+    return hash_json([asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for s in samples])
+
+
+def hash_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of shape, type and values."""
+    return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()
 
 
 def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> Derivation | None:
@@ -53,39 +65,41 @@ def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning
     Args:
         warn: called with one line where an entry is there but damaged.
     """
-    entry = folder / key
-    if not entry.is_dir():
-        return None
-    try:
-        verify_folder(entry, (TENSORS, METADATA))
-        metadata = read_json(entry / METADATA, constants=True)
-        if metadata.pop("version") != VERSION:
-            raise ValueError("it is of another version")
-        return Derivation.from_tensors(load_file(entry / TENSORS), metadata)
-    except (CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        warn(f"{entry}: the stored derivation cannot be used and is made anew ({error})")
-        return None
+    return ContentCache(folder, _read).load(key, warn)
 
 
 def save(folder: Path, key: str, derivation: Derivation) -> None:
-    """Store `derivation` under `key`, atomically; an entry that is there and whole stays.
-
-    Processes that save at once take turns by a lock on the folder. Raises OSError where the folder cannot be written.
-    """
+    """Store `derivation` under `key`; a good entry stays. Raises OSError where the folder cannot be written."""
 
     def fill(temporary: Path) -> None:
         tensors, metadata = derivation.to_tensors()
-        save_file(tensors, temporary / TENSORS)
+        safetensors.torch.save_file(tensors, temporary / TENSORS)
         text = json.dumps({"version": VERSION, **metadata}, indent=1)
         (temporary / METADATA).write_text(text + "\n", encoding="utf-8")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if load(folder, key, warn=lambda message: None) is None:
-            write_folder(folder / key, fill)
+    ContentCache(folder, _read).write(key, fill, warn=lambda message: None)
 
 
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def to_bytes(derivation: Derivation) -> bytes:
+    """The derivation in one piece, to be sent to other ranks."""
+    tensors, metadata = derivation.to_tensors()
+    text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
+    return safetensors.torch.save(tensors | {_METADATA: text})
+
+
+def from_bytes(data: bytes) -> Derivation:
+    """Read what `to_bytes` gave."""
+    tensors = safetensors.torch.load(data)
+    metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
+    return Derivation.from_tensors(tensors, metadata)
+
+
+def _read(entry: Path) -> Derivation:
+    verify_folder(entry, (TENSORS, METADATA))
+    metadata = read_json(entry / METADATA, constants=True)
+    try:
+        if metadata.pop("version") != VERSION:
+            raise ValueError("it is of another version")
+        return Derivation.from_tensors(safetensors.torch.load_file(entry / TENSORS), metadata)
+    except (TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error

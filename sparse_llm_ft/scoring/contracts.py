@@ -1,64 +1,29 @@
-"""What the caller hands in: how a batch is scored, and how the work is split over ranks."""
+"""What the caller hands in: which share of the work a rank has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-Forward = Callable[..., Any]
-Batch = dict[str, torch.Tensor]
-
-
-class Objective(Protocol):
-    """The part of an objective that scoring needs; every tensor of a batch has the samples as dimension 0."""
-
-    def batch(self, samples: Sequence[Any]) -> Batch:
-        """The samples' tensors, on any device."""
-        ...
-
-    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Scalar: the loss summed over all units of the batch."""
-        ...
-
-    def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,): each sample's summed loss."""
-        ...
-
-    def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,): how many of each sample's scored units are right."""
-        ...
-
-    def units(self, sample: Any) -> int:
-        """Units of the loss of a sample."""
-        ...
-
-    def scored(self, sample: Any) -> int:
-        """Units of `correct` of a sample."""
-        ...
-
-    def majority(self, samples: Sequence[Any]) -> float:
-        """Share of the most frequent right answer among all scored units."""
-        ...
-
 
 def whole(module: nn.Module) -> AbstractContextManager[Any]:
-    """For `Split.gather` where parameters are not sharded."""
+    """For `WorkShard.gather` where parameters are not sharded."""
     return nullcontext()
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """For `Split.reduce` where there is one rank."""
+    """For `WorkShard.reduce` where there is one rank."""
     return tensor
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which share of the work this process has; the default is all of it.
+class WorkShard:
+    """This process's shard of the work, among those of all ranks; the default is all of it.
 
     Every rank has the whole of D_t and the whole model (or its shard, with `lockstep`).
 
@@ -77,4 +42,4 @@ class Split:
     reduce: Callable[[torch.Tensor], torch.Tensor] = alone
 
 
-ALONE = Split()
+ALONE = WorkShard()

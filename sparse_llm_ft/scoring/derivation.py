@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.config.derivation import DerivationSettings, MeasureName
+from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
-from sparse_llm_ft.scoring.blocks import evaluating
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
+from sparse_llm_ft.objectives.base import Objective, evaluating
+from sparse_llm_ft.scoring.contracts import ALONE, WorkShard
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
     Importance,
@@ -118,13 +119,13 @@ def derive(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     samples: Sequence[Any],
-    objective: Objective,
+    objective: Objective[Any],
     settings: DerivationSettings,
-    split: Split = ALONE,
+    shard: WorkShard = ALONE,
     report: Callable[[int, int], None] | None = None,
     compare: bool = False,
 ) -> Derivation:
-    """Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
+    """Collective. Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
 
     The least important indices are zeroed one after the other until the metric on D_t falls below its floor; what is
     left at that point is kept. The point is found by `find_crossing`, which says what that means where the metric
@@ -134,7 +135,7 @@ def derive(
     each test, one for each layer but the first. Forward passes over one micro-batch: two at the start of the search,
     and one for each layer but the first.
 
-    Collective: with several ranks the searches of a layer are dealt out, and every rank returns the same.
+    With several ranks the searches of a layer are dealt out, and every rank returns the same.
 
     Args:
         model: on its device; its parameters are neither changed nor given gradients. Evaluation mode meanwhile.
@@ -156,23 +157,23 @@ def derive(
         trial = Trial(model, objective, batches, settings.floor_metric)
         # One rank's numbers for all: a floor that differs in its last digit could send ranks different ways.
         own = torch.tensor([trial.total("accuracy"), trial.total("loss")], dtype=torch.float64)
-        correct, loss = split.reduce(own if split.rank == 0 else torch.zeros_like(own)).tolist()
+        correct, loss = shard.reduce(own if shard.rank == 0 else torch.zeros_like(own)).tolist()
         mu, majority = correct / units, objective.majority(samples)
         error = math.sqrt(max(mu * (1 - mu), 0.0) / units)
         if not math.isfinite(loss):
             raise TrainingError("the loss of the pretrained model on the few-shot subset is not a finite number")
         if settings.floor_metric == "accuracy":
             _check_signal(mu, error, majority, units)
-        importance = _measure(model, modules, batches, objective, settings.importance, split)
+        importance = _measure(model, modules, batches, objective, settings.importance, shard)
         scores = preserve_flow(importance) if settings.flow_preservation else importance
-        search = LayerSearch(model, modules, scores, trial, _floor(settings, correct, loss), split)
+        search = LayerSearch(model, modules, scores, trial, _floor(settings, correct, loss), shard)
         ratios = search.run(report)
         overlaps: dict[str, dict[str, tuple[float, float]]] = {}
         if compare:
             every = {
                 name: importance
                 if name == settings.importance
-                else _measure(model, modules, batches, objective, name, split)
+                else _measure(model, modules, batches, objective, name, shard)
                 for name in get_args(MeasureName)
             }
             overlaps = {f"{a}-{b}": overlap(every[a], every[b], ratios) for a, b in combinations(every, 2)}
@@ -186,22 +187,22 @@ def measure_only(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     samples: Sequence[Any],
-    objective: Objective,
+    objective: Objective[Any],
     settings: DerivationSettings,
-    split: Split = ALONE,
+    shard: WorkShard = ALONE,
 ) -> Derivation:
-    """Importance without a search for ratios, for masks whose ratios are given: no accuracy is needed or measured.
+    """Collective. Importance without a search for ratios, for masks whose ratios are given: no accuracy is measured.
 
     Arguments as of `derive`. Raises TrainingError where a score is not finite.
     """
     with evaluating(model), torch.no_grad():
         batches = _batches(model, samples, objective, settings.micro_batch_size)
-        importance = _measure(model, modules, batches, objective, settings.importance, split)
+        importance = _measure(model, modules, batches, objective, settings.importance, shard)
     units = sum(objective.scored(sample) for sample in samples)
     return Derivation(settings, 0.0, 0.0, 0.0, 0.0, len(samples), units, {}, importance)
 
 
-def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective, size: int) -> list[Batch]:
+def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective[Any], size: int) -> list[Batch]:
     device = next(model.parameters()).device
     chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [{key: tensor.to(device) for key, tensor in objective.batch(chunk).items()} for chunk in chunks]
@@ -230,28 +231,28 @@ def _measure(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
     measure: MeasureName,
-    split: Split,
+    shard: WorkShard,
 ) -> dict[str, Importance]:
     """The scores of all modules, on every rank."""
     if measure == "svd":
         own = {}
         for i, (name, module) in enumerate(modules.items()):
-            mine = i % split.size == split.rank
-            if mine or split.lockstep:
-                with split.gather(module):
+            mine = i % shard.size == shard.rank
+            if mine or shard.lockstep:
+                with shard.gather(module):
                     if mine:
                         own[name] = svd_importance(dense_weight(module))
     else:
-        own = gradient_importance(model, modules, batches, objective, measure, split)
+        own = gradient_importance(model, modules, batches, objective, measure, shard)
     parts = []
     for name, module in modules.items():
         linear: Any = module
         nothing = Importance(torch.zeros(linear.out_features), torch.zeros(linear.in_features))
         scores = own.get(name, nothing)
         parts += [scores.rows, scores.cols]
-    whole = iter(split.reduce(torch.cat(parts)).split([len(part) for part in parts]))
+    whole = iter(shard.reduce(torch.cat(parts)).split([len(part) for part in parts]))
     importance = {name: Importance(next(whole).clone(), next(whole).clone()) for name in modules}
     check_finite(importance)  # after the sum: all ranks stop, and none waits for another
     return importance

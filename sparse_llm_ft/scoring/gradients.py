@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparse_llm_ft.scoring.blocks import evaluating, group_by_block
-from sparse_llm_ft.scoring.contracts import ALONE, Batch, Objective, Split
+from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.objectives.base import Objective, evaluating
+from sparse_llm_ft.scoring.blocks import group_by_block
+from sparse_llm_ft.scoring.contracts import ALONE, WorkShard
 from sparse_llm_ft.scoring.importance import Importance, dense_weight
 
 
@@ -25,9 +27,9 @@ def gradient_importance(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
     measure: Literal["snip", "imp"],
-    split: Split = ALONE,
+    shard: WorkShard = ALONE,
 ) -> dict[str, Importance]:
     """``|∂L/∂W|`` (SNIP) or ``|W ⊙ ∂L/∂W|`` (IMP), summed along the rows and along the columns.
 
@@ -48,29 +50,29 @@ def gradient_importance(
     """
     found: dict[str, Importance] = {}
     with evaluating(model):
-        for shares in _passes(modules, split):
-            own = shares.get(split.rank, [])
+        for shares in _passes(modules, shard):
+            own = shares.get(shard.rank, [])
             together = [name for share in shares.values() for name in share]
-            hooked = list(dict.fromkeys([*next(iter(shares.values())), *own])) if split.lockstep else own
+            hooked = list(dict.fromkeys([*next(iter(shares.values())), *own])) if shard.lockstep else own
             if not hooked:
                 continue
             chosen = {name: modules[name] for name in hooked}
             gradients = _weight_gradients(model, chosen, set(own), batches, objective)
-            for name in together if split.lockstep else own:  # the same gathers in the same order on every rank
-                with split.gather(modules[name]):
+            for name in together if shard.lockstep else own:  # the same gathers in the same order on every rank
+                with shard.gather(modules[name]):
                     if name in gradients:
                         found[name] = _scores(gradients.pop(name), modules[name], measure)
     return found
 
 
-def _passes(modules: Mapping[str, nn.Module], split: Split) -> Iterator[dict[int, list[str]]]:
+def _passes(modules: Mapping[str, nn.Module], shard: WorkShard) -> Iterator[dict[int, list[str]]]:
     """For every pass, rank -> the modules that it does; the first share is that of the lowest layer."""
     groups, unnumbered = group_by_block(modules)
     layers = list(groups.values())
-    for start in range(0, len(layers), split.size):
-        yield dict(enumerate(layers[start : start + split.size]))
+    for start in range(0, len(layers), shard.size):
+        yield dict(enumerate(layers[start : start + shard.size]))
     for i, name in enumerate(unnumbered):  # where they stand is not known, so each has a pass of its own
-        yield {i % split.size: [name]}
+        yield {i % shard.size: [name]}
 
 
 def _weight_gradients(
@@ -78,7 +80,7 @@ def _weight_gradients(
     hooked: Mapping[str, nn.Module],
     wanted: set[str],
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective[Any],
 ) -> dict[str, torch.Tensor]:
     """Module -> ∂L/∂W of shape (d_out, d_in), float32, for the modules `wanted`."""
     total: dict[str, torch.Tensor] = {}

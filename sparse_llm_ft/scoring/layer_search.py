@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
-from sparse_llm_ft.scoring.contracts import Split
+from sparse_llm_ft.scoring.contracts import WorkShard
 from sparse_llm_ft.scoring.importance import Importance, ranking
 from sparse_llm_ft.scoring.search import find_crossing, most_tests
 from sparse_llm_ft.scoring.trial import Side, Trial, zeroed
@@ -75,11 +75,11 @@ class LayerSearch:
         scores: Mapping[str, Importance],
         trial: Trial,
         good_enough: Callable[[float], bool],
-        split: Split,
+        shard: WorkShard,
     ) -> None:
         self._model, self._modules, self._scores = model, modules, scores
-        self._trial, self._good_enough, self._split = trial, good_enough, split
-        self._loads = [0] * split.size
+        self._trial, self._good_enough, self._shard = trial, good_enough, shard
+        self._loads = [0] * shard.size
         self.notes: tuple[str, ...] = ()
 
     def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, tuple[float, float]]:
@@ -98,7 +98,7 @@ class LayerSearch:
                 kept[job.name][SIDES.index(job.side)] = count
             if report is not None:
                 report(done, len(stages))
-        counts = self._split.reduce(torch.tensor(list(kept.values()), dtype=torch.float64)).tolist()
+        counts = self._shard.reduce(torch.tensor(list(kept.values()), dtype=torch.float64)).tolist()
         return {
             name: (rows / len(self._scores[name].rows), cols / len(self._scores[name].cols))
             for name, (rows, cols) in zip(kept, counts, strict=True)
@@ -131,7 +131,7 @@ class LayerSearch:
         held = trial.cache.advance(below, lambda i: trial.score(i, trial.metric))
         same = held and torch.allclose(trial.score(0, "loss"), reference, rtol=1e-3, atol=1e-4)
         # If one rank must go back to whole passes, all do: in lockstep they go through the same layers.
-        if float(self._split.reduce(torch.tensor([0.0 if same else 1.0], dtype=torch.float64))) > 0:
+        if float(self._shard.reduce(torch.tensor([0.0 if same else 1.0], dtype=torch.float64))) > 0:
             trial.cache.clear()
             self._note("a layer's output is used elsewhere than in the next layer")
 
@@ -140,15 +140,15 @@ class LayerSearch:
 
     def _searched(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
         """This rank's jobs with the numbers of indices they keep."""
-        split = self._split
-        loads = [0] * split.size if split.lockstep else self._loads  # in lockstep every layer is waited for
+        shard = self._shard
+        loads = [0] * shard.size if shard.lockstep else self._loads  # in lockstep every layer is waited for
         shares = deal(jobs, loads)
         biases = self._biases(jobs)
         before = self._trial.forwards
-        for job in shares[split.rank]:
+        for job in shares[shard.rank]:
             passes = partial(self._test, job, biases.get(job.name))
             yield job, job.size - find_crossing(passes, job.size)
-        if split.lockstep:
+        if shard.lockstep:
             made = (self._trial.forwards - before) // len(self._trial.batches)
             for _ in range(max(loads) - made):
                 self._trial.total(self._trial.metric)
@@ -159,7 +159,7 @@ class LayerSearch:
         for name in dict.fromkeys(job.name for job in jobs):
             linear: Any = self._modules[name]
             if linear.bias is not None:
-                with self._split.gather(linear):
+                with self._shard.gather(linear):
                     biases[name] = linear.bias.detach().clone()
         return biases
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.config.derivation import FloorMetric
+from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.scoring.blocks import PrefixCache, recorded_calls
-from sparse_llm_ft.scoring.contracts import Batch, Objective
 
 Side = Literal["rows", "cols"]
 
@@ -55,7 +56,9 @@ class Trial:
         forwards: forward passes made so far.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, batches: Sequence[Batch], metric: FloorMetric) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective[Any], batches: Sequence[Batch], metric: FloorMetric
+    ) -> None:
         self.batches = batches
         self.cache = PrefixCache({}, len(batches))
         self.forwards = 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 from rich.table import Table
 
 from sparse_llm_ft.adapters import is_omega, residual_norms
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.world import World
@@ -36,77 +36,38 @@ _ROWS = {
 }
 
 
-@dataclass
-class PhaseRecord:
-    """What is reported of a phase. `seconds` are those of its optimizer steps, without evaluation or saving."""
-
-    name: str
-    adapters: int
-    trainable_parameters: int
-    optimizer_bytes_per_rank: int
-    micro_batch_size: int
-    global_batch_size: int
-    steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, phase: Phase, record: Mapping[str, Any], parameters: int, optimizer_bytes: int) -> PhaseRecord:
-        """The record of a phase that begins, or goes on from a checkpoint's `record`."""
-        new = cls(
-            phase.name,
-            len(phase.plan.active),
-            parameters,
-            optimizer_bytes,
-            phase.micro_batch_size,
-            phase.global_batch_size,
-        )
-        for key in ("steps", "samples", "tokens", "seconds"):
-            setattr(new, key, record.get("current", {}).get(key, 0))
-        return new
-
-    def add(self, step: Step, phase: Phase) -> None:
-        """Count one optimizer step."""
-        self.steps += 1
-        self.samples += phase.global_batch_size
-        self.tokens += step.tokens
-        self.seconds += step.seconds
-
-    def line(self, step: Step, loop: Loop) -> dict[str, Any]:
-        """The step as one object of metrics.jsonl; a skipped one has neither loss nor norm."""
-        return {
-            "step": loop.progress.step,
-            "phase": self.name,
-            "loss": None if step.skipped else step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": None if step.skipped else step.grad_norm,
-            "samples": loop.progress.samples,
-            "tokens_per_second": step.tokens / step.seconds,
-            "trainable_parameters": self.trainable_parameters,
-            "active_adapters": step.active_adapters,
-            **({"skipped": True} if step.skipped else {}),
-            **step.callback,
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """For checkpoint and summary."""
-        return asdict(self) | {"tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0}
+def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, Any]:
+    """A step of the phase as one object of metrics.jsonl; a skipped step has neither loss nor norm."""
+    return {
+        "step": loop.progress.step,
+        "phase": record.name,
+        "loss": None if step.skipped else step.loss,
+        "learning_rate": step.learning_rate,
+        "grad_norm": None if step.skipped else step.grad_norm,
+        "samples": loop.progress.samples,
+        "tokens_per_second": step.tokens / step.seconds,
+        "trainable_parameters": record.trainable_parameters,
+        "active_adapters": step.active_adapters,
+        **({"skipped": True} if step.skipped else {}),
+        **step.callback,
+    }
 
 
 def summarize(
     config: RunConfig,
     world: World,
-    record: Mapping[str, Any],
+    record: RunRecord,
     after: Mapping[str, float] | None,
     samples: Mapping[str, int],
 ) -> dict[str, Any]:
     """summary.json as plain values.
 
     Args:
-        record: of the last state: metrics before training and all phases.
+        record: of the last state; its current phase is the run's last one.
         samples: split -> how many were used; 0 where nobody knows, of a stream.
     """
+    assert record.current is not None, "the last phase was trained"
+    finished = [_totals(phase) | {"measured": phase.measured} for phase in record.phases]
     return {
         "method": config.method_name,
         "model": config.model.name,
@@ -118,9 +79,14 @@ def summarize(
         "seed": config.seed,
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _PACKAGES},
         "samples": dict(samples),
-        "phases": [*record["phases"], record["current"]],
-        "metrics": {"before": record["before"], "after": after},
+        "phases": [*finished, _totals(record.current)],
+        "metrics": {"before": record.before, "after": after},
     }
+
+
+def _totals(phase: PhaseRecord) -> dict[str, Any]:
+    """A phase as the summary has it."""
+    return phase.model_dump(exclude={"measured"}) | {"tokens_per_second": phase.tokens_per_second}
 
 
 def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console) -> None:

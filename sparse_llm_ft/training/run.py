@@ -15,6 +15,7 @@ import transformers
 from peft import PeftModel
 
 from sparse_llm_ft.adapters import count_parameters, is_adapter
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
 from sparse_llm_ft.config import check_steps
@@ -35,17 +36,17 @@ from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.report import write_report
-from sparse_llm_ft.run_folder import PLAN, SUMMARY, RunFolder
+from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.training.batch_size import check_growth, first_batch, grown_batch, resumed_batch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.records import (
-    PhaseRecord,
     finished_phase_file,
     in_brief,
     phase_file,
     show_summary,
+    step_line,
     summarize,
 )
 from sparse_llm_ft.training.schedule import Schedule
@@ -165,13 +166,11 @@ class Run:
         state, phase = self._begin(self.first)
         model = self._build_model(phase)
         if state is None:
-            record: dict[str, Any] = {
-                "run": RunFolder.identity(self.config),
-                "before": None,
-                "samples": self.splits.key,
-                "phases": [],
-                "micro_batch_size": self.config.training.micro_batch_size,
-            }
+            record = RunRecord(
+                run=RunFolder.identity(self.config),
+                samples=self.splits.key,
+                micro_batch_size=self.config.training.micro_batch_size,
+            )
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
             engine, state = self._train_phase(model, phase, state)
@@ -181,8 +180,7 @@ class Run:
             if following is None:
                 return self._finish(engine, phase, state)
             engine.close()
-            state.record["current"]["measured"] = in_brief(scores, phase)
-            model, phase, state = self._change_phase(model, phase, *following)
+            model, phase, state = self._change_phase(model, phase, *following, in_brief(scores, phase))
 
     def derive(self) -> None:
         """Fit the head if the first phase does, measure, and show the ratios."""
@@ -205,8 +203,8 @@ class Run:
         if state is not None:
             self._check_samples(state.record)
             configured = self.config.training.micro_batch_size
-            anew = configured if configured != state.record["micro_batch_size"] else None
-            state.record["micro_batch_size"] = configured
+            anew = configured if configured != state.record.micro_batch_size else None
+            state.record.micro_batch_size = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
             phase = self.methods.resumed(phase)
         phase = self._with_steps(phase)
@@ -216,14 +214,14 @@ class Run:
             self.console.log(line)
         return state, phase
 
-    def _check_samples(self, record: Mapping[str, Any]) -> None:
+    def _check_samples(self, record: RunRecord) -> None:
         """Refuse to go on with other samples: the place in those to train on is a number, and would mean others, and
         what is measured at the end would not be what was measured at the beginning.
 
         Raises:
             ConfigError: rows, tokenizer or package are not those that the run began with.
         """
-        if record.get("samples", self.splits.key) != self.splits.key:
+        if record.samples != self.splits.key:
             raise ConfigError(
                 "task",
                 "the samples are not those that the run began with: rows or tokenizer have changed",
@@ -234,19 +232,21 @@ class Run:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
         engine = Engine(model, engine_settings(self.config, phase, self.world.size), masks_of(phase.plan))
         load_state(engine, phase.plan, state)
-        if self.evaluator.parts and state.record["before"] is None and state.progress.step == 0:
+        if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
             # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
-            state.record["before"] = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
+            state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         loop = self._loop(engine, phase, state)
         progress = loop.progress
-        record = PhaseRecord.of(phase, state.record, self._trained(phase.plan, engine), engine.optimizer_bytes())
+        record = PhaseRecord.of(
+            phase, state.record.current, self._trained(phase.plan, engine), engine.optimizer_bytes()
+        )
         writer = MetricsLogger(self.folder, self.world.rank, progress.step)
         run_on_rank_zero(self.world, writer.open)
         exit_if_preempted()
         self.console.begin(phase.name, progress.step, self._last_step(loop))
         for step in loop.steps():
-            record.add(step, phase)
+            record.add(phase.global_batch_size, step.tokens, step.seconds)
             if loop.preempted_by:  # before a validation that may take longer than whoever asked will wait
                 self._save(self._read_state(loop, record, state))
             self._after_step(step, loop, record, writer)
@@ -279,7 +279,7 @@ class Run:
         )
 
     def _change_phase(
-        self, model: PeftModel, before: Phase, phase: Phase, state: TrainState
+        self, model: PeftModel, before: Phase, phase: Phase, state: TrainState, measured: str | None
     ) -> tuple[PeftModel, Phase, TrainState]:
         """Put the new plan on the model, around the same frozen base."""
         length = self.data.longest
@@ -291,8 +291,7 @@ class Run:
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
         if before.is_warmup:
             progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
-        finished = [*state.record["phases"], state.record["current"]]
-        record = {key: value for key, value in state.record.items() if key != "current"} | {"phases": finished}
+        record = state.record.next_phase(measured)
         self._write_phase(phase, progress)
         self.console.log(
             f"phase {before.name} ends at step {progress.step}: {before.plan.describe()} -> "
@@ -320,7 +319,7 @@ class Run:
         def write() -> None:
             folder = self.folder.model if FULL_MODEL in phase.plan.trained else self.folder.adapter
             export(folder, self.config.model, self.context.empty, phase.plan, state.tensors)
-            self.folder.write_json(SUMMARY, summary)
+            self.folder.write_json(SUMMARY_FILE, summary)
 
         run_on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
@@ -330,7 +329,7 @@ class Run:
 
     def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsLogger) -> None:
         training, at = self.config.training, loop.progress.step
-        line = record.line(step, loop)
+        line = step_line(record, step, loop)
         # In the run's own steps, so that a pilot does not shift them; a pilot's loss says nothing of the run.
         if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
             line["validation_loss"] = mean_loss(
@@ -375,7 +374,7 @@ class Run:
             copy.copy(loop.progress),
             loop.phase.to_dict(),
             loop.callback.to_dict() if loop.callback else None,
-            {**before.record, "current": record.to_dict()},
+            before.record.with_current(record),
             loop.callback.tensors() if loop.callback else {},
         )
 
@@ -385,7 +384,7 @@ class Run:
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """What a phase is, when it begins."""
-        run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN, phase.plan.to_dict()))
+        run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN_FILE, phase.plan.to_dict()))
         self._write(phase_file(phase, progress, self.targets))
 
     def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:

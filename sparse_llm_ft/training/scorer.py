@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
 from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
-from sparse_llm_ft.config import ModelConfig, RunConfig
+from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.evaluation.loop import batches_on
+from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.objectives.base import Objective
+from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
-from sparse_llm_ft.scoring import (
-    Derivation,
-    OutputScores,
-    Split,
-    content_key,
-    derive,
-    hash_files,
+from sparse_llm_ft.scoring import Derivation, OutputScores, WorkShard, derive, measure_only
+from sparse_llm_ft.scoring.cache import (
+    derivations_folder,
+    from_bytes,
+    hash_model,
     hash_samples,
+    hash_tensor,
     load,
-    measure_only,
     save,
+    to_bytes,
 )
 from sparse_llm_ft.scoring.scores import Scores
 
 
 class Scorer:
-    """Measures on the model as an engine has it: whole, in 4 bit, or sharded over ranks. Collective.
+    """Measures the model as an engine has it: whole, in 4 bit, or sharded over ranks. Its methods are collective.
 
     Args:
         config: of the run.
@@ -53,7 +48,7 @@ class Scorer:
         self.config, self.world, self.objective, self.console = config, world, objective, console
 
     def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
-        """The phase's measurement on `samples`.
+        """Collective. The phase's measurement on `samples`.
 
         Args:
             values: the trained parameters at the phase's end.
@@ -64,27 +59,23 @@ class Scorer:
             return self.lora_output(engine.module, list(phase.plan.active), samples)
         return self.derivation(engine, phase, phase.scoring, samples, values)
 
-    @torch.no_grad()
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
-        """g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
-        size, world = self.config.evaluation.micro_batch_size, self.world
+        """Collective. g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
+        size, world, objective = self.config.evaluation.micro_batch_size, self.world, self.objective
         scores = OutputScores(names)
         layers = {name: _layer(model, name) for name in names}
         for name, layer in layers.items():
             layer.observe = scores.observer(name)
-        was_training = model.training
-        model.eval()
+        lengths = lengths_of(samples, objective)
         try:
-            device = next(model.parameters()).device
-            for indices, batch in batches_on(device, samples, self.objective, size, world.rank, world.size):
-                masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
-                scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
-                self.objective.loss(model, batch)
-                exit_if_preempted()
+            with evaluation_batches(model, samples, lengths, objective.batch, size, world.rank, world.size) as batches:
+                for indices, batch in batches:
+                    masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+                    scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
+                    objective.loss(model, batch)
         finally:
             for layer in layers.values():
                 layer.observe = None
-            model.train(was_training)
         return scores.totals(self._sum)
 
     def derivation(
@@ -95,13 +86,13 @@ class Scorer:
         samples: Sequence[Any],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
-        """Importance and ratios of the base's weights, from the cache where they have been derived before.
+        """Collective. Importance and ratios of the base's weights, from the cache where they were derived before.
 
-        The model is taken as it stands: at the start of a run, where every B is zero, it is the pretrained one; after
-        another method it is what that has trained, whose head would be worth nothing without its adapters.
+        The model is measured as it stands. At the start of a run, where every B is zero, it is the pretrained one.
+        After another method it is what that method trained: its head would be worth nothing without its adapters.
         """
         names = list((phase.target_plan or phase.plan).active)
-        folder = _cache_folder(spec)
+        folder = derivations_folder(spec.cache_dir)
         key, found = self._from_cache(phase, folder, names, samples, values)
         if found is not None:
             self.console.log(f"ratios of {len(names)} modules are in {folder}")
@@ -114,7 +105,7 @@ class Scorer:
         return derivation
 
     def _keep(self, folder: Path, key: str, derivation: Derivation) -> None:
-        """Into the cache. What was derived does not depend on it, so a cache that cannot be written is only said."""
+        """Store the derivation. If the cache is not writable, a line is logged and the run continues."""
         try:
             save(folder, key, derivation)
         except (OSError, SafetensorError) as error:
@@ -126,15 +117,17 @@ class Scorer:
         samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
         modules = {name: _base_layer(base.get_submodule(name)) for name in names}
         size = self.world.size
-        split = Split(self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum)
+        shard = WorkShard(
+            self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum
+        )
         settings = spec.derivation
         # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
         try:
             if spec.search:
-                return derive(model, modules, samples, self.objective, settings, split, self._report, spec.compare)
-            return measure_only(model, modules, samples, self.objective, settings, split)
+                return derive(model, modules, samples, self.objective, settings, shard, self._report, spec.compare)
+            return measure_only(model, modules, samples, self.objective, settings, shard)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)
@@ -152,9 +145,9 @@ class Scorer:
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
             trained = values if phase.method else whole_tensors(values)
-            head = {name: _digest(tensor) for name, tensor in trained.items()}
+            head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
         return content_key(
-            model=_model_fingerprint(config.model),
+            model=hash_model(config.model),
             dtype=config.model.dtype,
             quantization=config.model.quantization,
             samples=hash_samples(samples),
@@ -168,8 +161,8 @@ class Scorer:
     def _from_cache(
         self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
     ) -> tuple[str, Derivation | None]:
-        """The key, on rank 0, and what is stored under it. Rank 0 looks, and sends what it finds to the others, whose
-        nodes need not share its cache.
+        """Collective. The key, on rank 0, and what is stored under it. Rank 0 looks and sends what it finds to the
+        others, whose nodes need not share its cache.
         """
         key, data = "", b""
 
@@ -177,11 +170,11 @@ class Scorer:
             nonlocal key, data
             key = self._key(phase, names, samples, values)
             found = load(folder, key, warn=self.console.log)
-            data = _pack(found) if found else b""
+            data = to_bytes(found) if found else b""
 
         run_on_rank_zero(self.world, look)
         data = broadcast_bytes(data)
-        return key, _unpack(data) if data else None
+        return key, from_bytes(data) if data else None
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Over ranks; on the process group's device."""
@@ -207,38 +200,3 @@ def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
 def _base_layer(module: Any) -> nn.Module:
     """The linear layer itself, without adapters around it."""
     return getattr(module, "base_layer", module)
-
-
-def _cache_folder(spec: ScoringSpec) -> Path:
-    if spec.cache_dir is not None:
-        return Path(spec.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_llm_ft" / "derivations"
-
-
-def _model_fingerprint(model: ModelConfig) -> str:
-    """Of the base's files by content: hashed in a local folder; on the hub the cache names them by their hash."""
-    folder = Path(model.name)
-    if folder.is_dir():
-        weights = folder.glob("*.safetensors")
-        return hash_files([*weights, *folder.glob("*.json")])
-    snapshot = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
-    return content_key(files={p.name: p.resolve().name for p in sorted(snapshot.iterdir())})
-
-
-_METADATA = "metadata"
-
-
-def _pack(derivation: Derivation) -> bytes:
-    tensors, metadata = derivation.to_tensors()
-    text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
-    return safetensors.torch.save(tensors | {_METADATA: text})
-
-
-def _unpack(data: bytes) -> Derivation:
-    tensors = safetensors.torch.load(data)
-    metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
-    return Derivation.from_tensors(tensors, metadata)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()

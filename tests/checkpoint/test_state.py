@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_llm_ft.checkpoint import state as state_module
+from sparse_llm_ft.checkpoint import store
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
-from sparse_llm_ft.checkpoint.store import checkpoint_folder, newest_valid, save_checkpoint
+from sparse_llm_ft.checkpoint.store import checkpoint_folder, newest_state, newest_valid, save_checkpoint
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, TrainingError
+from sparse_llm_ft.io import atomic
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.run_folder import RunFolder
 
 PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})).with_batch(2, 8)
 
@@ -21,7 +28,8 @@ PHASE = Phase("train", AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})).wit
 def make_state(step: int = 3) -> TrainState:
     tensors = {"a.lora_A": torch.randn(2, 3), "a.lora_omega": torch.tensor([0.1234567])}
     moments = {"a.lora_A": {"exp_avg": torch.randn(2, 3), "exp_avg_sq": torch.rand(2, 3)}}
-    record = {"before": {"loss": 1.5}, "phases": [], "current": {"steps": step}}
+    current = PhaseRecord.of(PHASE, None, parameters=7, optimizer_bytes=56).model_copy(update={"steps": step})
+    record = RunRecord(run="mine", samples="", micro_batch_size=2, before={"loss": 1.5}, current=current)
     return TrainState(
         tensors, moments, {"adapter": step}, Progress(step, 8 * step, 0, step), PHASE.to_dict(), {"kept": []}, record
     )
@@ -36,6 +44,37 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     for name in ("optimizer_steps", "progress", "phase", "callback", "record"):
         assert getattr(loaded, name) == getattr(state, name)
     assert {p.suffix for p in (tmp_path / "c").iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_resumed_run_reads_and_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, hashed, read = RunFolder(tmp_path / "run"), [], []
+    for step in (3, 6):
+        save_checkpoint(run.checkpoints, make_state(step), keep=None)
+    sha256, load_file = atomic._sha256, state_module.load_file
+    monkeypatch.setattr(atomic, "_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    monkeypatch.setattr(state_module, "load_file", lambda path: (read.append(path.name), load_file(path))[1])
+    state = newest_state(run, "mine", World(0, 1, 0, 1), Console(1), None)
+    assert state is not None and state.progress.step == 6
+    assert sorted(hashed) == ["state.json", "tensors.safetensors"] and read == ["tensors.safetensors"]
+
+
+@pytest.mark.parametrize("agreed", [6, 3])
+def test_only_a_rank_that_goes_by_another_checkpoint_reads_a_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agreed: int
+) -> None:
+    """A rank of which rank 0's choice is not known: it takes that choice, whatever lies beside it."""
+    run, read = RunFolder(tmp_path), []
+    for step in (3, 6):
+        save_checkpoint(run.checkpoints, make_state(step), keep=None)
+    load_file = state_module.load_file
+    monkeypatch.setattr(state_module, "load_file", lambda path: (read.append(path.parent.name), load_file(path))[1])
+    monkeypatch.setattr(store, "run_on_rank_zero", lambda world, action: None)
+    monkeypatch.setattr(store, "run_on_every_rank", lambda action, hint: action())
+    monkeypatch.setattr(store, "broadcast_int", lambda value: agreed)
+    state = newest_state(run, "mine", World(1, 2, 1, 2), Console(1), None)
+    assert state is not None and state.progress.step == agreed
+    assert read == [f"step-{agreed:08d}"]
 
 
 def damage_truncate(folder: Path) -> None:
@@ -79,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
         save_checkpoint(tmp_path, make_state(step), keep=None)
     damage(checkpoint_folder(tmp_path, 6))
     newest, complaints = newest_valid(tmp_path)
-    assert newest == checkpoint_folder(tmp_path, 3)
+    assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 3)
     assert len(complaints) == 1 and "step-00000006" in complaints[0] and what in complaints[0]
 
 
@@ -96,20 +135,21 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> Non
         if name == "manifest.json" and not complaints:
             assert json.loads(path.read_bytes()) == json.loads(whole)  # it was white space
             continue
-        assert newest == checkpoint_folder(tmp_path, 3) and "step-00000006" in complaints[0], place
+        assert newest.step == 3 and "step-00000006" in complaints[0], place
 
 
 def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
     own, other = make_state(3), make_state(6)
-    own.record["run"], other.record["run"] = "mine", "theirs"
+    other.record.run = "theirs"
     for state in (own, other):
         save_checkpoint(tmp_path, state, keep=None)
     newest, complaints = newest_valid(tmp_path, run="mine")
-    assert newest == checkpoint_folder(tmp_path, 3)
+    assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 3)
     assert len(complaints) == 1 and "step-00000006: belongs to a run with other settings" in complaints[0]
     own.progress.step = 6
     save_checkpoint(tmp_path, own, keep=None)  # the foreign one is in the way, and replaced
-    assert newest_valid(tmp_path, run="mine") == (checkpoint_folder(tmp_path, 6), [])
+    newest, complaints = newest_valid(tmp_path, run="mine")
+    assert newest is not None and newest.step == 6 and not complaints
 
 
 @pytest.mark.parametrize("where", ["tensors", "moments"])
@@ -158,7 +198,8 @@ def test_a_state_that_cannot_be_used_is_replaced_by_the_next_save_although_its_c
     broken.save(checkpoint_folder(tmp_path, 3))
     assert newest_valid(tmp_path)[0] is None
     save_checkpoint(tmp_path, make_state(3), keep=None)
-    assert newest_valid(tmp_path)[0] == checkpoint_folder(tmp_path, 3)
+    newest, _ = newest_valid(tmp_path)
+    assert newest is not None and newest.step == 3
 
 
 def test_damaged_folders_of_later_steps_do_not_count_as_kept(tmp_path: Path) -> None:

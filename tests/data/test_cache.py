@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -21,13 +22,15 @@ from sparse_llm_ft.data.cache import (
     CachedDataset,
     DatasetSubset,
     cache_folder,
-    content_key,
+    samples_key,
     schema_of,
     tokenizer_key,
     write_cached,
 )
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanSample
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io import content_cache
 
 NOTHING_SKIPPED = {"skipped": 0, "reasons": []}
 SAMPLES = [Sample((5, 6), (7, 2)), Sample((8,), (2,), shortened=True), Sample((9, 10, 11), (12, 13, 2))]
@@ -173,8 +176,8 @@ def test_a_row_that_fails_leaves_nothing_either() -> None:
 
 
 def test_the_key_of_values_is_that_of_their_content() -> None:
-    assert content_key(a=1, b=("x", None)) == content_key(b=["x", None], a=1)
-    assert len({content_key(a=1), content_key(a=2), content_key(b=1), content_key(a="1"), content_key(a=None)}) == 5
+    assert samples_key(a=1, b=("x", None)) == samples_key(b=["x", None], a=1)
+    assert len({samples_key(a=1), samples_key(a=2), samples_key(b=1), samples_key(a="1"), samples_key(a=None)}) == 5
 
 
 def changed_vocabulary(tokenizer) -> None:
@@ -212,3 +215,31 @@ def test_use_and_place_do_not_change_a_tokenizers_key(model_folder: Path, tmp_pa
     assert tokenizer_key(tokenizer) == before == tokenizer_key(copy.deepcopy(tokenizer))
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     assert tokenizer_key(AutoTokenizer.from_pretrained(tmp_path / "elsewhere")) == before
+
+
+def _read_only(*_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_read_only_cache_serves_what_is_there_and_says_where_it_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = lambda key: write_cached(  # noqa: E731
+        key, Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED
+    )
+    write("k")
+    monkeypatch.setattr(content_cache, "FileLock", _read_only)
+    write("k")
+    assert list(CachedDataset(cache_folder("k"), Sample)) == SAMPLES
+    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .* cannot be written \(Read-only file system\)"):
+        write("other")
+
+
+def test_a_damaged_entry_is_logged_and_made_anew(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        write_cached("k", Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED)
+        assert list(CachedDataset(cache_folder("k"), Sample)) == SAMPLES
+        path = cache_folder("k") / "samples.arrow"
+        path.write_bytes(path.read_bytes()[:-1])
+    (line,) = (record.message for record in caplog.records)
+    assert "/k: the stored entry cannot be used and is made anew (" in line and "\n" not in line

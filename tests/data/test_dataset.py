@@ -382,9 +382,9 @@ def test_every_label_fits_behind_the_longest_prompt(settings: dict, own_data: Pa
     settings["task"] |= {"labels": ["red", "a red cake", "tom"], "completion": None}
     settings["evaluation"]["samples"] = 0
     train = encode(settings).train
-    assert {len(sample.prompt) for sample in train} == {32 - 4}
+    assert {len(sample.prompt_ids) for sample in train} == {32 - 4}
     settings["task"]["max_prompt_length"] = 11
-    assert {len(sample.prompt) for sample in encode(settings).train} == {11}
+    assert {len(sample.prompt_ids) for sample in encode(settings).train} == {11}
     settings["task"]["max_length"] = 8
     settings["task"]["labels"] = ["red", LONG]
     with pytest.raises(UserError, match=r"task.max_length: 8 leaves no room beside the longest label"):

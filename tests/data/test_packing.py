@@ -86,7 +86,12 @@ def test_packed_samples_are_a_sequence_of_packs() -> None:
     assert packed.lengths.dtype == np.int32
     assert packed.lengths.tolist() == [12, 12, 12] == [pack.length for pack in expected]
     assert [pack.supervised for pack in expected] == [6, 3, 4]
-    assert expected[0].ids == (*samples[0].prompt, *samples[0].completion, *samples[1].prompt, *samples[1].completion)
+    assert expected[0].ids == (
+        *samples[0].prompt_ids,
+        *samples[0].completion_ids,
+        *samples[1].prompt_ids,
+        *samples[1].completion_ids,
+    )
 
 
 def test_in_a_batch_of_packs_positions_begin_anew_and_only_completions_have_labels() -> None:

@@ -25,24 +25,24 @@ def example(prompt: str, completion: str) -> Example:
 
 def test_a_completion_ends_with_the_end_of_sequence_token(tokenizer) -> None:
     sample = CausalLMPreprocessor(tokenizer, 16)(example("anna meets tom ?", "red book"))
-    assert tokenizer.decode(sample.prompt) == "anna meets tom ?"
-    assert sample.completion[-1] == tokenizer.eos_token_id and sample.supervised == 3
+    assert tokenizer.decode(sample.prompt_ids) == "anna meets tom ?"
+    assert sample.completion_ids[-1] == tokenizer.eos_token_id and sample.supervised == 3
 
 
 def test_a_long_prompt_loses_its_middle_and_the_completion_nothing(tokenizer) -> None:
     sample = CausalLMPreprocessor(tokenizer, 8, 5)(example("anna meets tom at the park in station ?", "red book"))
     assert sample.shortened and sample.length == 8
-    assert tokenizer.decode(sample.prompt) == "anna meets tom station ?"
-    assert tokenizer.decode(sample.completion[:-1]) == "red book"
+    assert tokenizer.decode(sample.prompt_ids) == "anna meets tom station ?"
+    assert tokenizer.decode(sample.completion_ids[:-1]) == "red book"
 
 
 def test_the_length_of_a_shortened_prompt_says_nothing_about_its_completion(tokenizer) -> None:
     long, answers = " ".join(["anna"] * 40), ("red", "red book", "red book cake tom")
     for encode, room in ((CausalLMPreprocessor(tokenizer, 20), 15), (CausalLMPreprocessor(tokenizer, 20, 9), 9)):
-        assert {len(encode(example(long, answer)).prompt) for answer in answers} == {room}
+        assert {len(encode(example(long, answer)).prompt_ids) for answer in answers} == {room}
         completion = " ".join(["red"] * 15)  # longer than the rest: its own prompt gives way
         sample = encode(example(long, completion))
-        assert (len(sample.prompt), sample.supervised) == (min(room, 4), 16)
+        assert (len(sample.prompt_ids), sample.supervised) == (min(room, 4), 16)
     assert not CausalLMPreprocessor(tokenizer, 20)(example(" ".join(["anna"] * 15), "red")).shortened
 
 
@@ -76,7 +76,7 @@ def test_a_chat_template_frames_the_prompt(tokenizer) -> None:
         "{% for m in messages %}the {{ m['content'] }} to {% endfor %}{% if add_generation_prompt %}a :{% endif %}"
     )
     sample = CausalLMPreprocessor(chatty, 16)(example("anna ?", "red"))
-    assert chatty.decode(sample.prompt) == "the anna ? to a :"
+    assert chatty.decode(sample.prompt_ids) == "the anna ? to a :"
 
 
 def test_batches_are_padded_on_the_side_that_their_use_needs() -> None:

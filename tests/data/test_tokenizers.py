@@ -75,8 +75,8 @@ def test_a_sentencepiece_model_is_read_as_its_own_library_reads_it(pieces) -> No
     for prompt, completion in PAIRS:
         completion = completion.lstrip()  # the library would put its own space before one that is there
         sample = encode(example(prompt, completion))
-        assert list(sample.prompt) == [processor.bos_id(), *processor.encode(prompt)]
-        assert list(sample.completion) == [*processor.encode(completion), processor.eos_id()]
+        assert list(sample.prompt_ids) == [processor.bos_id(), *processor.encode(prompt)]
+        assert list(sample.completion_ids) == [*processor.encode(completion), processor.eos_id()]
 
 
 def test_without_a_padding_token_the_end_of_a_completion_is_learned_all_the_same(pieces) -> None:
@@ -92,7 +92,7 @@ def test_without_a_padding_token_the_end_of_a_completion_is_learned_all_the_same
     width = max(sample.length for sample in samples)
     for row, mask, sample in zip(batch["labels"].tolist(), batch["attention_mask"].tolist(), samples, strict=True):
         padding = width - sample.length
-        assert row == [IGNORE_INDEX] * len(sample.prompt) + list(sample.completion) + [IGNORE_INDEX] * padding
+        assert row == [IGNORE_INDEX] * len(sample.prompt_ids) + list(sample.completion_ids) + [IGNORE_INDEX] * padding
         assert mask == [1] * sample.length + [0] * padding
         assert row[sample.length - 1] == end
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -102,9 +102,9 @@ def test_without_a_padding_token_the_end_of_a_completion_is_learned_all_the_same
     with torch.no_grad():
         losses = objective.losses(model, objective.batch(samples)).tolist()
         for loss, sample in zip(losses, samples, strict=True):
-            ids = torch.tensor([[*sample.prompt, *sample.completion]])
-            labels = torch.tensor([[IGNORE_INDEX] * len(sample.prompt) + list(sample.completion)])
-            alone = float(model(input_ids=ids, labels=labels).loss) * len(sample.completion)
+            ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
+            labels = torch.tensor([[IGNORE_INDEX] * len(sample.prompt_ids) + list(sample.completion_ids)])
+            alone = float(model(input_ids=ids, labels=labels).loss) * len(sample.completion_ids)
             assert loss == pytest.approx(alone, rel=1e-5)
 
 
@@ -133,8 +133,8 @@ def test_a_tiktoken_model_is_read_as_its_own_library_reads_it(tmp_path: Path, mo
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (special[end], special[end])
     for prompt, completion in [*PAIRS, ("you'll see 12345 books", " anna"), (f"{begin}anna", " book!")]:
         sample = CausalLMPreprocessor(tokenizer, 64)(example(prompt, completion))
-        assert list(sample.prompt) == own.encode(prompt, allowed_special="all")
-        assert list(sample.completion) == [*own.encode(completion), special[end]]
+        assert list(sample.prompt_ids) == own.encode(prompt, allowed_special="all")
+        assert list(sample.completion_ids) == [*own.encode(completion), special[end]]
 
 
 @pytest.fixture
@@ -197,10 +197,10 @@ def test_a_chat_is_written_by_its_template_with_the_system_turn(model_folder: Pa
     tokenizer.chat_template = TEMPLATE
     sample = CausalLMPreprocessor(tokenizer, 64)(chat(CHAT))
     said = "the park : red book . tom : buys cake ? . anna : to tom . tom : gives to anna ? . anna :"
-    assert tokenizer.decode(sample.prompt) == said
-    assert tokenizer.decode(sample.completion) == "blue cake </s>"
+    assert tokenizer.decode(sample.prompt_ids) == said
+    assert tokenizer.decode(sample.completion_ids) == "blue cake </s>"
     without = CausalLMPreprocessor(tokenizer, 64)(chat(CHAT[1:]))
-    assert tokenizer.decode(without.prompt) == said.removeprefix("the park : red book . ")
+    assert tokenizer.decode(without.prompt_ids) == said.removeprefix("the park : red book . ")
 
 
 def test_a_template_that_begins_a_sequence_begins_it_once(pieces) -> None:
@@ -208,8 +208,8 @@ def test_a_template_that_begins_a_sequence_begins_it_once(pieces) -> None:
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     sample = CausalLMPreprocessor(tokenizer, 128)(chat(CHAT))
-    assert sample.prompt[0] == processor.bos_id() and sample.prompt.count(processor.bos_id()) == 1
-    assert list(sample.completion) == [*processor.encode("blue cake"), processor.eos_id()]
+    assert sample.prompt_ids[0] == processor.bos_id() and sample.prompt_ids.count(processor.bos_id()) == 1
+    assert list(sample.completion_ids) == [*processor.encode("blue cake"), processor.eos_id()]
 
 
 def test_a_template_without_system_turns_refuses_with_the_line(model_folder: Path) -> None:

@@ -83,9 +83,9 @@ def texts_of(model: nn.Module, tokenizer, settings: EvaluationConfig, seed: int 
 def next_logits(model: nn.Module, sample: Sample, written: list[int]) -> torch.Tensor:
     """(V,) after the prompt and what is written, everything computed anew."""
     if not model.config.is_encoder_decoder:
-        return model(torch.tensor([[*sample.prompt, *written]]), use_cache=False).logits[0, -1]
+        return model(torch.tensor([[*sample.prompt_ids, *written]]), use_cache=False).logits[0, -1]
     before = torch.tensor([[model.config.decoder_start_token_id, *written]])
-    logits = model(torch.tensor([sample.prompt]), decoder_input_ids=before, use_cache=False).logits[0, -1]
+    logits = model(torch.tensor([sample.prompt_ids]), decoder_input_ids=before, use_cache=False).logits[0, -1]
     if model.config.model_type == "bart" and not written:
         return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(1), 0.0)  # the forced first token
     return logits
@@ -123,8 +123,8 @@ def test_beams_are_those_of_transformers_on_one_sample(writer, tokenizer) -> Non
     for penalty in (0.0, 2.0):
         expected = []
         for sample in SAMPLES:
-            row = writer.generate(torch.tensor([sample.prompt]), **own, length_penalty=penalty, pad_token_id=0)[0]
-            tokens = row[1 if writer.config.is_encoder_decoder else len(sample.prompt) :].tolist()
+            row = writer.generate(torch.tensor([sample.prompt_ids]), **own, length_penalty=penalty, pad_token_id=0)[0]
+            tokens = row[1 if writer.config.is_encoder_decoder else len(sample.prompt_ids) :].tolist()
             ends = [tokens.index(end) for end in writer.generation_config.eos_token_id if end in tokens]
             expected.append(decoded(tokenizer, tokens[: min(ends, default=NEW)]))
         for size in (1, 3, 7):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from helpers.inputs import NASTY, VALUES, is_one_line, wounded
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.store import load_checkpoint
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.errors import CheckpointError
@@ -24,15 +25,17 @@ MANIFEST = {"x": {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb
 PLAN = AdapterPlan({"h.0.q": ModuleAdapter(2, 4.0)})
 REAL = Expected({"h.0.q": (6, 4)}, {}, 1)
 TENSORS = {"value/h.0.q.lora_A": torch.ones(2, 4), "value/h.0.q.lora_B": torch.ones(6, 2)}
-COUNTS = {"steps": 3, "samples": 24, "tokens": 99, "seconds": 0.5}
+PHASE = Phase("train", PLAN).with_batch(2, 8)
+RECORD = PhaseRecord.of(PHASE, None, parameters=20, optimizer_bytes=160)
+RUN = RunRecord(run="", samples="", micro_batch_size=2, before={"loss": 2.0}, phases=[RECORD], current=RECORD)
 STATE = {
     "version": 3,
     "written_by": "0.2.0",
     "optimizer_steps": {"adapter": 3},
     "progress": {"step": 3, "samples": 24, "phase": 0, "phase_step": 3, "start_step": 0, "start_samples": 0},
-    "phase": Phase("train", PLAN).with_batch(2, 8).to_dict(),
+    "phase": PHASE.to_dict(),
     "callback": None,
-    "record": {"before": None, "phases": [COUNTS], "current": COUNTS, "micro_batch_size": 2},
+    "record": RUN.model_dump(),
 }
 
 
@@ -47,11 +50,11 @@ def folder_of(path: Path, state: Any, tensors: bytes) -> Path:
 
 def is_readable_or_one_line(folder: Path) -> bool:
     try:
-        state, phase = load_checkpoint(folder, REAL)
+        found = load_checkpoint(folder, REAL)
     except CheckpointError as error:
         assert is_one_line(error)
         return False
-    assert Phase.from_dict(state.phase).to_dict() == phase.to_dict()
+    assert Phase.from_dict(found.state.phase).to_dict() == found.phase.to_dict()
     return True
 
 
@@ -83,7 +86,14 @@ def test_manifests_of_any_bytes(tmp_path: Path, data: bytes) -> None:
 
 
 @settings(max_examples=60)  # each is synced to the disk
-@given(VALUES | wounded(STATE) | wounded(STATE["phase"]).map(lambda phase: STATE | {"phase": phase}))
+@given(
+    VALUES
+    | wounded(STATE)
+    | wounded(STATE["phase"]).map(lambda phase: STATE | {"phase": phase})
+    | wounded(STATE["record"]).map(lambda record: STATE | {"record": record})
+)
+@example(STATE | {"record": STATE["record"] | {"before": {"loss": 10**400}}})
+@example(STATE | {"optimizer_steps": {"\n\ud800": -1}})
 def test_states(tmp_path: Path, state: Any) -> None:
     is_readable_or_one_line(folder_of(tmp_path, state, save(TENSORS)))
 

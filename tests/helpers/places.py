@@ -101,12 +101,12 @@ def _drop(die: Die) -> None:
 
 def _metrics(die: Die) -> None:
     """Within a line of metrics.jsonl."""
-    from sparse_llm_ft.run_folder import METRICS, RunFolder
+    from sparse_llm_ft.run_folder import METRICS_FILE, RunFolder
 
     log = RunFolder.log
 
     def torn(self: RunFolder, record: dict) -> None:
-        path = self.path / METRICS
+        path = self.path / METRICS_FILE
         before, line = path.read_text(), json.dumps(record)
         path.write_text(before + line[: len(line) // 2])
         die()
@@ -161,14 +161,14 @@ def _evaluation(die: Die) -> None:
     """Between two batches of a mean loss: before training, along the way, after it."""
     from sparse_llm_ft.evaluation import loop as loss
 
-    batches = loss.batches_on
+    batches = loss._collated
 
     def counted(*args: Any) -> Iterator[Any]:
         for batch in batches(*args):
             die()
             yield batch
 
-    loss.batches_on = counted
+    loss._collated = counted
 
 
 def _generation(die: Die) -> None:
@@ -192,9 +192,9 @@ def _export(die: Die) -> None:
 
 def _summary(die: Die) -> None:
     """The adapter is there, summary.json is not."""
-    from sparse_llm_ft.run_folder import SUMMARY, RunFolder
+    from sparse_llm_ft.run_folder import SUMMARY_FILE, RunFolder
 
-    _before(RunFolder, "write_json", die, lambda self, name, data: name == SUMMARY)
+    _before(RunFolder, "write_json", die, lambda self, name, data: name == SUMMARY_FILE)
 
 
 def _report(die: Die) -> None:

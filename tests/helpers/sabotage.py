@@ -51,12 +51,12 @@ def _dropout() -> None:
 
 def _metrics() -> None:
     """Lines of steps that are done again stay."""
-    from sparse_llm_ft.run_folder import METRICS, RunFolder
+    from sparse_llm_ft.run_folder import METRICS_FILE, RunFolder
 
     begin = RunFolder.begin
 
     def keeping(self: RunFolder, *args: Any) -> None:
-        path = self.path / METRICS
+        path = self.path / METRICS_FILE
         before = path.read_text()
         begin(self, *args)
         path.write_text(before)

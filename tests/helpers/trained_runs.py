@@ -9,6 +9,7 @@ import torch
 
 from sparse_llm_ft.adapters import add_adapters, trained_parameters
 from sparse_llm_ft.adapters.masking import clear_masked, to_kept
+from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import save_checkpoint
 from sparse_llm_ft.config import parse_config
@@ -94,15 +95,11 @@ def make_run(settings: dict, plan: AdapterPlan | None, step: int = 8) -> torch.n
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     clear_masked(model, plan)
     values = {name: p.detach().float().clone() for name, p in trained_parameters(model).items()}
-    current = {"steps": step, "samples": 8 * step, "tokens": 100, "seconds": 1.0}
-    record = {
-        "run": RunFolder.identity(config),
-        "before": {"loss": 3.0},
-        "phases": [],
-        "current": current,
-        "micro_batch_size": 2,
-    }
     phase = Phase("train", plan).with_batch(2, 8)
+    current = PhaseRecord.of(phase, None, len(values), 0).model_copy(update={"steps": step, "samples": 8 * step})
+    record = RunRecord(
+        run=RunFolder.identity(config), samples="", micro_batch_size=2, before={"loss": 3.0}, current=current
+    )
     state = TrainState(to_kept(plan, values), {}, {}, Progress(step, 8 * step, 0, step), phase.to_dict(), None, record)
     folder = RunFolder(config.output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -363,12 +363,12 @@ def an_encoder_decoder_trains_and_writes_at_stages_2_and_3() -> None:
 
 @torch.no_grad()
 def by_hand(model: torch.nn.Module, sample: Sample, tokenizer) -> str:
-    tokens = list(sample.prompt)
+    tokens = list(sample.prompt_ids)
     for _ in range(6):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         if tokens[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(tokens[len(sample.prompt) :], skip_special_tokens=True).strip()
+    return tokenizer.decode(tokens[len(sample.prompt_ids) :], skip_special_tokens=True).strip()
 
 
 @case
@@ -384,10 +384,10 @@ def evaluation_does_not_depend_on_ranks_or_batches() -> None:
 def labels_chosen_do_not_depend_on_ranks_or_batches() -> None:
     """The samples' first completion tokens are the label words; every rank gets all choices, in order."""
     model, samples = base_model(), SAMPLES[:7]
-    words = sorted({sample.completion[0] for sample in samples})
+    words = sorted({sample.completion_ids[0] for sample in samples})
     objective = replace(OBJECTIVE, label_words=LabelWords(torch.tensor(words), 0))
     with torch.no_grad():
-        logits = [model(torch.tensor([sample.prompt])).logits[0, -1, words] for sample in samples]
+        logits = [model(torch.tensor([sample.prompt_ids])).logits[0, -1, words] for sample in samples]
     for batch_size in (1, 2, 5):
         loss, choices = choose_labels(model, samples, objective, batch_size, WORLD.rank, WORLD.size)
         assert choices == [int(row.argmax()) for row in logits]

@@ -192,8 +192,8 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(plus_s
     assert [line["active_adapters"] for line in lines] == [14] * 4 + [4] * 8
     assert [line["samples"] for line in lines] == [8 * step for step in range(1, 13)]
     newest, complaints = newest_valid(config.parent / "run" / "checkpoints")
-    assert newest is not None and newest.name == "step-00000012" and not complaints
-    last, before = TrainState.load(newest), TrainState.load(newest.with_name("step-00000008"))
+    assert newest is not None and newest.step == 12 and not complaints
+    last, before = newest.state, TrainState.load(newest.folder.with_name("step-00000008"))
     assert last.optimizer_steps == {"adapter": 1} and before.progress.phase_skipped == 2
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.tensors.values())
 
@@ -206,7 +206,7 @@ def test_a_log_that_cannot_be_written_stops_all_ranks_with_one_line(plus_setting
     (line,) = errors(result.stdout)
     assert "No space left on device" in line and "Traceback" not in result.stdout, last_lines(result)
     newest, complaints = newest_valid(config.parent / "run" / "checkpoints")
-    assert newest is not None and newest.name == "step-00000004" and not complaints
+    assert newest is not None and newest.step == 4 and not complaints
 
 
 HOLD = """

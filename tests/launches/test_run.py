@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from helpers.launching import TRAIN, last_lines, launch
 from sparse_llm_ft.adapters import SparseLoraConfig, trained_parameters
-from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.cli.main import main as command_line
 from sparse_llm_ft.phase import Phase
@@ -90,7 +89,7 @@ def test_the_plan_names_every_target_and_four_have_an_adapter(finished_run: Path
 def test_nothing_of_the_disconnected_is_in_the_last_checkpoint(finished_run: Path) -> None:
     newest, complaints = newest_valid(finished_run / "checkpoints")
     assert newest is not None and not complaints
-    state = TrainState.load(newest)
+    state = newest.state
     active = Phase.from_dict(state.phase).plan.active
     assert {name.rpartition(".")[0] for name in state.tensors} == set(active)
     assert set(state.moments) == set(state.tensors)
@@ -117,7 +116,7 @@ def test_the_adapter_is_a_stock_peft_lora(finished_run: Path, model_folder: Path
     assert result.returncode == 0, result.stderr[-3000:]
     stock = torch.load(tmp_path / "logits.pt", weights_only=True)
     newest, _ = newest_valid(finished_run / "checkpoints")
-    state = TrainState.load(newest)
+    state = newest.state
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     torch.manual_seed(0)
     tokens = torch.randint(3, 20, (3, 9))

@@ -31,12 +31,12 @@ TEXTS = [
 
 def by_hand(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
     """(completion, V) log-probabilities of each completion token given all before it."""
-    ids = [*sample.prompt, *sample.completion]
-    return model(torch.tensor([ids])).logits[0].log_softmax(-1)[len(sample.prompt) - 1 : -1]
+    ids = [*sample.prompt_ids, *sample.completion_ids]
+    return model(torch.tensor([ids])).logits[0].log_softmax(-1)[len(sample.prompt_ids) - 1 : -1]
 
 
 def negative_log_likelihood(model: torch.nn.Module, sample: Sample) -> float:
-    return -sum(float(row[token]) for row, token in zip(by_hand(model, sample), sample.completion, strict=True))
+    return -sum(float(row[token]) for row, token in zip(by_hand(model, sample), sample.completion_ids, strict=True))
 
 
 @pytest.mark.parametrize("keeps_logits", [True, False])
@@ -54,10 +54,10 @@ def test_a_completions_loss_is_the_sum_over_its_tokens(causal, keeps_logits: boo
 @pytest.mark.parametrize("keeps_logits", [True, False])
 def test_right_tokens_of_a_completion_are_counted_teacher_forced(causal, keeps_logits: bool) -> None:
     predicted = [by_hand(causal, sample).argmax(-1).tolist() for sample in SAMPLES]
-    samples = [Sample(s.prompt, (*p[:-1], 2)) for s, p in zip(SAMPLES, predicted, strict=True)] + SAMPLES
+    samples = [Sample(s.prompt_ids, (*p[:-1], 2)) for s, p in zip(SAMPLES, predicted, strict=True)] + SAMPLES
     objective = CompletionObjective(0, keeps_logits)
     expected = [
-        sum(int(a) == b for a, b in zip(by_hand(causal, s).argmax(-1), s.completion, strict=True)) for s in samples
+        sum(int(a) == b for a, b in zip(by_hand(causal, s).argmax(-1), s.completion_ids, strict=True)) for s in samples
     ]
     assert objective.correct(causal, objective.batch(samples)).tolist() == expected
     assert len(set(expected)) > 1
@@ -158,7 +158,7 @@ def test_label_words_may_have_the_same_beginning(causal, model_folder: Path) -> 
     a, blue = tokenizer("a blue", add_special_tokens=False)["input_ids"]
     prompts = [(1, *range(3, 3 + n)) for n in range(1, 9)]
     long, short = ([Sample(p, c) for p in prompts] for c in ((a, blue, 2), (blue, 2)))
-    short = [Sample((*s.prompt, a), s.completion) for s in short]
+    short = [Sample((*s.prompt_ids, a), s.completion_ids) for s in short]
     chosen = objective.judge(causal, objective.batch(long))[1].tolist()
     assert len(set(chosen)) == 2
     assert chosen == first.judge(causal, first.batch(short))[1].tolist()

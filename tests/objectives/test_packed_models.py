@@ -97,9 +97,9 @@ def objective_of(model: PreTrainedModel) -> CompletionObjective:
 
 def alone(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     """Transformers' own loss, summed."""
-    ids = torch.tensor([[*sample.prompt, *sample.completion]])
+    ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
     labels = ids.clone()
-    labels[:, : len(sample.prompt)] = IGNORE_INDEX
+    labels[:, : len(sample.prompt_ids)] = IGNORE_INDEX
     return model(input_ids=ids, labels=labels).loss * sample.supervised
 
 

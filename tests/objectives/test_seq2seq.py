@@ -64,8 +64,8 @@ def samples_of(tokenizer) -> list[Sample]:
 
 def own_loss(model: nn.Module, sample: Sample) -> float:
     """transformers' mean over the tokens, of a sample without padding, whose decoder inputs it makes itself."""
-    labels = torch.tensor([sample.completion])
-    return float(model(input_ids=torch.tensor([sample.prompt]), labels=labels).loss) * labels.numel()
+    labels = torch.tensor([sample.completion_ids])
+    return float(model(input_ids=torch.tensor([sample.prompt_ids]), labels=labels).loss) * labels.numel()
 
 
 def test_a_completions_loss_is_the_models_own_whatever_the_batch(writer) -> None:
@@ -80,7 +80,7 @@ def test_a_completions_loss_is_the_models_own_whatever_the_batch(writer) -> None
         assert objective.losses(model, batch).tolist() == pytest.approx([expected[i] for i in order], rel=1e-5)
         assert float(objective.loss(model, batch)) == pytest.approx(sum(expected[i] for i in order), rel=1e-5)
     assert objective.loss(model, batch).dtype == torch.float32
-    assert [objective.units(sample) for sample in samples] == [len(sample.completion) for sample in samples]
+    assert [objective.units(sample) for sample in samples] == [len(sample.completion_ids) for sample in samples]
 
 
 def test_what_the_decoder_sees_is_the_models_own_shift(writer) -> None:
@@ -99,14 +99,14 @@ def test_prompt_and_completion_have_their_special_tokens(writer) -> None:
     sample = samples_of(tokenizer)[0]
     words = tokenizer.convert_ids_to_tokens
     begin = ["<s>"] if model.config.model_type == "bart" else []
-    assert words(list(sample.prompt)) == [*begin, *PAIRS[0][0].split(), "</s>"]
-    assert words(list(sample.completion)) == [*begin, *PAIRS[0][1].split(), "</s>"]
+    assert words(list(sample.prompt_ids)) == [*begin, *PAIRS[0][0].split(), "</s>"]
+    assert words(list(sample.completion_ids)) == [*begin, *PAIRS[0][1].split(), "</s>"]
 
 
 def next_tokens(model: nn.Module, sample: Sample) -> torch.Tensor:
     """(completion, V) log-probabilities, of a sample alone."""
-    before = torch.tensor([[model.config.decoder_start_token_id, *sample.completion[:-1]]])
-    return model(torch.tensor([sample.prompt]), decoder_input_ids=before).logits[0].log_softmax(-1)
+    before = torch.tensor([[model.config.decoder_start_token_id, *sample.completion_ids[:-1]]])
+    return model(torch.tensor([sample.prompt_ids]), decoder_input_ids=before).logits[0].log_softmax(-1)
 
 
 def test_right_tokens_are_counted_given_all_before(writer) -> None:
@@ -115,9 +115,9 @@ def test_right_tokens_are_counted_given_all_before(writer) -> None:
     samples = samples_of(tokenizer)
     for i in (0, 2):  # some are right
         first = int(next_tokens(model, samples[i])[0].argmax())
-        samples[i] = replace(samples[i], completion=(first, *samples[i].completion[1:]))
+        samples[i] = replace(samples[i], completion_ids=(first, *samples[i].completion_ids[1:]))
     expected = [
-        int((next_tokens(model, sample).argmax(-1) == torch.tensor(sample.completion)).sum()) for sample in samples
+        int((next_tokens(model, sample).argmax(-1) == torch.tensor(sample.completion_ids)).sum()) for sample in samples
     ]
     assert len(set(expected)) > 1
     assert objective.correct(model, objective.batch(samples)).tolist() == expected
@@ -148,7 +148,7 @@ def test_a_label_is_chosen_where_the_words_differ_behind_the_token_that_texts_be
     assert objective.majority(samples) == pytest.approx(1 / 3) and objective.scored(samples[0]) == 1
     loss, again = choose_labels(model, samples, objective, 5, 0, 1)
     assert again == expected and loss == pytest.approx(
-        float(losses.sum()) / sum(len(sample.completion) for sample in samples), rel=1e-6
+        float(losses.sum()) / sum(len(sample.completion_ids) for sample in samples), rel=1e-6
     )
 
 

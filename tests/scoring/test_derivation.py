@@ -15,7 +15,7 @@ from torch import nn
 
 from helpers.scored_models import CLASSES, Row, RowObjective, bert, deberta, linears, llama, rows_for, spread
 from sparse_llm_ft.errors import TrainingError, UserError
-from sparse_llm_ft.scoring import Derivation, DerivationSettings, Split, derive, preserve_flow
+from sparse_llm_ft.scoring import Derivation, DerivationSettings, WorkShard, derive, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking
 from sparse_llm_ft.scoring.layer_search import Job, deal
 
@@ -192,8 +192,8 @@ def derive_on(size: int, lockstep: bool, model: nn.Module, endings: tuple[str, .
             trace.append(names[module])
             yield
 
-        split = Split(rank, size, lockstep, gather, together.reducer(rank))
-        results[rank] = derive(own, modules, rows, OBJECTIVE, settings, split)
+        shard = WorkShard(rank, size, lockstep, gather, together.reducer(rank))
+        results[rank] = derive(own, modules, rows, OBJECTIVE, settings, shard)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:

@@ -12,7 +12,8 @@ import torch
 
 from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.io.atomic import verify_folder
-from sparse_llm_ft.scoring.cache import METADATA, TENSORS, content_key, hash_files, hash_samples, load, save
+from sparse_llm_ft.io.content_cache import content_key, hash_files
+from sparse_llm_ft.scoring.cache import METADATA, TENSORS, from_bytes, hash_samples, load, save, to_bytes
 from sparse_llm_ft.scoring.derivation import Derivation
 from sparse_llm_ft.scoring.importance import Importance
 
@@ -39,7 +40,9 @@ def same(a: Derivation | None, b: Derivation) -> bool:
     assert a is not None
     (tensors, metadata), (others, other) = a.to_tensors(), b.to_tensors()
     return (
-        metadata == other and list(tensors) == list(others) and all(torch.equal(tensors[k], others[k]) for k in tensors)
+        metadata == other
+        and tensors.keys() == others.keys()
+        and all(torch.equal(tensors[k], others[k]) for k in tensors)
     )
 
 
@@ -50,6 +53,11 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     save(tmp_path / "cache", "k", stored)
     assert same(load(tmp_path / "cache", "k", warnings.append), stored)
     assert load(tmp_path / "cache", "other", warnings.append) is None and not warnings
+
+
+def test_what_is_sent_comes_out_as_it_was() -> None:
+    stored = derivation()
+    assert same(from_bytes(to_bytes(stored)), stored)
 
 
 def cut_short(path: Path) -> None:
@@ -107,7 +115,7 @@ def test_processes_that_save_at_once_do_not_break_each_other(tmp_path: Path) -> 
     assert [process.exitcode for process in processes] == [0, 0, 0]
     save(tmp_path, "k", derivation())
     verify_folder(tmp_path / "k")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "k"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".k.lock", "k"]
 
 
 def test_keys_depend_on_content_only() -> None:

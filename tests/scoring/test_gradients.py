@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers.scored_models import RowObjective, linears, llama, rows_for
-from sparse_llm_ft.scoring.contracts import Split
+from sparse_llm_ft.scoring.contracts import WorkShard
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import Importance, dense_weight
 
@@ -94,7 +94,7 @@ def test_ranks_share_the_layers_and_in_lockstep_do_the_same_passes(size: int, lo
 
         handle = model.register_forward_hook(lambda *_, trace=trace: trace.append("forward"))
         own = gradient_importance(
-            model, modules, batches, OBJECTIVE, "imp", Split(rank, size, lockstep=lockstep, gather=gather)
+            model, modules, batches, OBJECTIVE, "imp", WorkShard(rank, size, lockstep=lockstep, gather=gather)
         )
         handle.remove()
         assert not set(own) & set(found)
@@ -119,7 +119,7 @@ def test_in_lockstep_all_ranks_go_backward_through_the_same_layers() -> None:
             layer.register_full_backward_hook(lambda *_, i=i, calls=calls: calls.append(i))
             for i, layer in enumerate(model.model.layers)
         ]
-        gradient_importance(model, modules, batches, OBJECTIVE, "snip", Split(rank, 2, lockstep=True))
+        gradient_importance(model, modules, batches, OBJECTIVE, "snip", WorkShard(rank, 2, lockstep=True))
         for handle in handles:
             handle.remove()
         reached.append(calls)
@@ -148,7 +148,7 @@ def test_layers_without_number_and_in_place_changes(size: int) -> None:
     batches = [{"input_ids": ids, "labels": torch.arange(8) % 4}]
     found: dict[str, Importance] = {}
     for rank in range(size):
-        found |= gradient_importance(model, modules, batches, OBJECTIVE, "snip", Split(rank, size))
+        found |= gradient_importance(model, modules, batches, OBJECTIVE, "snip", WorkShard(rank, size))
     unused = found.pop("unused")
     assert unused.rows.tolist() == [0.0] * 2 and unused.cols.tolist() == [0.0] * 3
     del modules["unused"]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from helpers.scored_models import RowObjective, bart, bert, deberta, linears, llama, rows_for
-from sparse_llm_ft.scoring.blocks import PrefixCache, evaluating, find_blocks, group_by_block, layer_of
+from sparse_llm_ft.objectives.base import evaluating
+from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block, layer_of
 from sparse_llm_ft.scoring.trial import Trial, zeroed
 
 MODELS = {"llama": llama, "bert": bert, "deberta": deberta, "bart": bart}

@@ -79,8 +79,8 @@ def test_outputs_count_the_tokens_of_their_own_stack(folder, data_folder, tmp_pa
     start = base.config.decoder_start_token_id
     for sample in samples:  # one by one, without padding
         model(
-            input_ids=torch.tensor([sample.prompt]),
-            decoder_input_ids=torch.tensor([[start, *sample.completion[:-1]]]),
+            input_ids=torch.tensor([sample.prompt_ids]),
+            decoder_input_ids=torch.tensor([[start, *sample.completion_ids[:-1]]]),
             use_cache=False,
         )
     for handle in handles:
@@ -105,6 +105,6 @@ def test_what_is_passed_over_does_not_change_the_ratios(folder, monkeypatch) -> 
     whole = derive(model, modules, samples, objective, settings)
     assert len(passed) == 3, "all layers of both stacks but the last"
     assert whole.ratios == found.ratios
-    own = [model(torch.tensor([s.prompt]), labels=torch.tensor([s.completion])).loss for s in samples]
-    total = sum(float(loss) * len(s.completion) for loss, s in zip(own, samples, strict=True))
-    assert found.loss == pytest.approx(total / sum(len(s.completion) for s in samples), rel=1e-5)
+    own = [model(torch.tensor([s.prompt_ids]), labels=torch.tensor([s.completion_ids])).loss for s in samples]
+    total = sum(float(loss) * len(s.completion_ids) for loss, s in zip(own, samples, strict=True))
+    assert found.loss == pytest.approx(total / sum(len(s.completion_ids) for s in samples), rel=1e-5)

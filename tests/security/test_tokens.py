@@ -88,7 +88,7 @@ def test_the_log_is_without_tokens() -> None:
     console = Console(rank=0)
     console.rich = RichConsole(file=io.StringIO(), width=200)
     console.log(f"loading https://u:{TOKEN}@host/model and {TOKEN}")
-    assert console.console.file.getvalue() == "loading https://***@host/model and ***\n"
+    assert console.rich.file.getvalue() == "loading https://***@host/model and ***\n"
 
 
 def test_the_environment_does_not_get_into_the_run_folder(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:

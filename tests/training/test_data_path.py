@@ -137,7 +137,7 @@ def test_packed_runs_count_packs(statuses: dict, folder: Path, worlds: dict) -> 
     encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
     samples = [encoder(example) for example in read_split(resolve_task(config.task), "train")]
     packs = pack_lengths([sample.length for sample in samples], config.task.max_length)
-    expected = sorted([[list(samples[i].prompt), list(samples[i].completion)] for i in pack] for pack in packs)
+    expected = sorted([[list(samples[i].prompt_ids), list(samples[i].completion_ids)] for i in pack] for pack in packs)
     assert 12 < len(packs) < 20, "several to a sequence"
     for name, ranks in (("packed", 1), ("packed-on-two", 2)):
         units = steps(folder, name, ranks)
@@ -176,7 +176,7 @@ def test_streamed_samples_come_through_the_buffer_on_any_number_of_ranks(
     encoder = CausalLMPreprocessor(load_tokenizer(config.model), config.task.max_length)
     rows = list(read_split(resolve_task(config.task), "train"))
     order = [row for epoch in (0, 1) for row in shuffled(iter(rows), 7, config.seed, epoch)]
-    expected = [[[list(s.prompt), list(s.completion)]] for s in map(encoder, order[: 8 * STEPS])]
+    expected = [[[list(s.prompt_ids), list(s.completion_ids)]] for s in map(encoder, order[: 8 * STEPS])]
     for name, ranks in (("streamed", 1), ("streamed-on-two", 2)):
         assert [unit for step in steps(folder, name, ranks) for unit in step] == expected
     assert encoded(folder, "streamed") == [example.prompt for example in order[: 8 * STEPS]]

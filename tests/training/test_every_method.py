@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from helpers.all_methods import METHODS, with_cache
 from helpers.contexts import open_context
 from helpers.tiny_run import run_settings
-from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import read_split
@@ -112,7 +111,7 @@ def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], result
     assert loss == pytest.approx(summary["metrics"]["after"]["loss"], abs=2e-4)
     assert (run / "report" / "index.html").is_file() == (name in DRAWN)
     newest, _ = newest_valid(run / "checkpoints")
-    assert TrainState.load(newest).progress.counted_steps == 8
+    assert newest.state.progress.counted_steps == 8
 
 
 @pytest.mark.parametrize(("name", "steps"), KILLED)
@@ -176,7 +175,7 @@ def test_parameters_count_what_is_trained(trees: dict[str, dict], results: dict[
     for name in ("lora_drop", "partial", "drop_then_partial", "encoder-partial", "sparse_adapter"):
         run = Path(trees[name]["output_dir"])
         newest, _ = newest_valid(run / "checkpoints")
-        count = sum(tensor.numel() for tensor in TrainState.load(newest).tensors.values())
+        count = sum(tensor.numel() for tensor in newest.state.tensors.values())
         assert json.loads((run / "summary.json").read_text())["phases"][-1]["trainable_parameters"] == count
 
 
@@ -208,5 +207,5 @@ def test_a_fitted_head_is_said_in_the_summary(trees: dict[str, dict], results: d
 def test_adalora_prunes_to_its_target(trees: dict[str, dict], results: dict[str, str]) -> None:
     run = Path(trees["adalora"]["output_dir"])
     newest, _ = newest_valid(run / "checkpoints")
-    values = [t for name, t in TrainState.load(newest).tensors.items() if name.endswith("lora_E")]
+    values = [t for name, t in newest.state.tensors.items() if name.endswith("lora_E")]
     assert sum(int((t != 0).sum()) for t in values) == 14 * 2

@@ -50,7 +50,7 @@ def watch(logs: Path, die_before_step: int | None) -> Callable[[int], None]:
 
 
 def shown(unit: Any) -> list[Any]:
-    return [[sample.prompt, sample.completion] for sample in getattr(unit, "samples", (unit,))]
+    return [[sample.prompt_ids, sample.completion_ids] for sample in getattr(unit, "samples", (unit,))]
 
 
 def main() -> None:
