@@ -7,7 +7,7 @@ import pytest
 from helpers.method_settings import TARGETS, config, derivation, start, state
 from sparse_llm_ft.adapters import count_parameters, tuner_of
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods import build_methods
+from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.plan import FULL_MODEL, uniform_plan
 
 WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 5}
