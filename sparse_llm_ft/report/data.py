@@ -168,7 +168,8 @@ class RunReport:
         if not config_file.is_file():
             raise UserError(f"{folder}: no config.yaml; expected a run's output_dir")
         with _reading(config_file) as config:
-            method = " + ".join(str(one["name"]) for one in config["method"])
+            methods = config["method"] if isinstance(config["method"], list) else [config["method"]]
+            method = " + ".join(str(one["name"]) for one in methods)
             model, task = str(config["model"]["name"]), str(config["task"]["name"])
             settings = dict(leaves(config))
         steps = list(_steps(folder / "metrics.jsonl"))
