@@ -61,7 +61,14 @@ def trees(
 
 
 # Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
-KILLED = [("lora_drop", 1), ("lora_drop", 4), ("weight_then_partial", 6), ("adalora", 5), ("encoder-partial", 5)]
+KILLED = [
+    ("lora_drop", 1),
+    ("lora_drop", 4),
+    ("weight_then_partial", 6),
+    ("adalora", 5),
+    ("rslora", 5),
+    ("encoder-partial", 5),
+]
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
