@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).with_name("cases.py")
 
 def names(decorator: str) -> list[str]:
     """Of the functions that carry the decorator, in all scripts of cases."""
-    scripts = sorted(path for path in SCRIPT.parent.glob("*cases.py") if path.name != "test_cases.py")
+    helpers = SCRIPT.parents[1] / "helpers"
+    scripts = [SCRIPT, *sorted(helpers.glob("*_cases.py"))]
     functions = [n for path in scripts for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
     return [f.name for f in functions if any(getattr(d, "id", "") == decorator for d in f.decorator_list)]
 
