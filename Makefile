@@ -4,11 +4,15 @@ VENV ?= .venv
 PROCESSES ?= 2
 # A pip constraints file, for the exact versions that were tested: CONSTRAINTS=constraints.txt
 CONSTRAINTS ?=
+# What test-fast runs: rooms whose tests compute on tiny tensors and files, in the tests' own process.
+FAST := $(addprefix tests/,adapters checkpoint config/test_load.py config/test_renamed.py context/test_preflight.py data engine \
+	evaluation/test_metrics.py methods objectives optim test_floors.py test_plan.py test_run_folder.py \
+	training/test_loop.py training/test_schedule.py)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready$(if $(CONSTRAINTS),-constrained)
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: setup quickstart test test-long test-distributed test-all lint constraints clean help
+.PHONY: setup quickstart test test-fast test-long test-distributed test-all lint constraints clean help
 
 setup: $(READY)  ## install into .venv; CONSTRAINTS=constraints.txt takes the exact tested versions
 
@@ -24,8 +28,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 quickstart: $(READY)  ## train a tiny Llama on PROCESSES=2 processes, in about a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
 
-test: $(READY)  ## run the tests, in about 8 minutes on two cores
+test: $(READY)  ## run the tests, in about 12 minutes on two cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+
+test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not distributed" -n 2 --dist loadfile $(FAST)
 
 test-long: $(READY)  ## run the long tests alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
