@@ -17,6 +17,7 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
+from sparse_llm_ft.report import write_report
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import Scores
@@ -167,3 +168,14 @@ def in_brief(scores: Scores, phase: Phase) -> str | None:
         how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"
+
+
+def draw_report(folder: RunFolder, console: Console) -> None:
+    """Draw the report from what is written. The run is complete without it, so a failure is only logged."""
+    try:
+        write_report([folder.path], folder.report)
+    except Exception as error:
+        console.log(
+            f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
+            f"`sparse-llm-ft report {folder.path}` tries again"
+        )

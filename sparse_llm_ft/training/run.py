@@ -31,17 +31,16 @@ from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
-from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
-from sparse_llm_ft.report import write_report
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.training.batch_size import check_growth, first_batch, grown_batch, resumed_batch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.records import (
+    draw_report,
     finished_phase_file,
     in_brief,
     phase_file,
@@ -71,7 +70,7 @@ def train(context: RunContext) -> dict[str, Any]:
         summary = folder.summary()
         # A run may have been killed between its end and its pictures.
         if context.config.report and world.rank == 0 and not folder.report.is_dir():
-            _draw_report(folder, console)
+            draw_report(folder, console)
         show_summary(summary, folder, console)
     else:
         summary = run.train()
@@ -100,17 +99,6 @@ def _connected(context: RunContext) -> Run:
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     init_distributed()
     return Run.prepare(context, coordinate(context.world, "reading and tokenising the data"))
-
-
-def _draw_report(folder: RunFolder, console: Console) -> None:
-    """Draw the report from what is written. The run is complete without it, so a failure is only logged."""
-    try:
-        write_report([folder.path], folder.report)
-    except Exception as error:
-        console.log(
-            f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
-            f"`sparse-llm-ft report {folder.path}` tries again"
-        )
 
 
 class Run:
@@ -323,7 +311,7 @@ class Run:
 
         run_on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
-            _draw_report(self.folder, self.console)
+            draw_report(self.folder, self.console)
         show_summary(summary, self.folder, self.console)
         return summary
 
