@@ -20,7 +20,7 @@ from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.model.loading import check_weights, empty_model, find_model_task_mode, head_modules
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.phase import Phase
@@ -80,16 +80,16 @@ class RunContext:
         # A fresh pooler is trained whole, and gets no adapter beside that.
         targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, heads)
-        build_methods(config, 1).first(plan, targets)  # refuses methods that do not fit this many adapters
         # Text: lengths, tokenizer, loss.
         check_lengths(config, task, task_mode, empty)
         tokenizer = tokenizer_for(config.model, task_mode, empty)
         if config.task.packing:
             check_packing(empty)
         objective = build_objective(empty, tokenizer, task)
-        check_weights(config.model)
         folder = RunFolder(config.output_dir)
-        return cls(config, world, console, folder, task, task_mode, empty, targets, plan, tokenizer, objective)
+        context = cls(config, world, console, folder, task, task_mode, empty, targets, plan, tokenizer, objective)
+        context.first_phase()  # refuses methods that do not fit this many adapters
+        return context
 
     def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
         """What measures a model of this run on `parts`."""
@@ -106,7 +106,11 @@ class RunContext:
         )
 
     def first_phase(self) -> Phase:
-        """The phase that the run begins with, as far as it does not depend on the run's length."""
+        """The phase that the run begins with, as far as it does not depend on the run's length.
+
+        Raises:
+            ConfigError: a method's settings do not fit this many adapters.
+        """
         return build_methods(self.config, 1).first(self.plan, self.targets)
 
     @property

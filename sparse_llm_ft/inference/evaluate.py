@@ -16,6 +16,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.handover import load_state, masks_of
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.model.loading import check_weights
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
 
@@ -38,6 +39,7 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     """
     context = run.context
     config, world = context.config, context.world
+    check_weights(config.model)
     ranks = coordinate(world, "reading and tokenising the data")
     parts = SplitBuilder(config, context.task, context.tokenizer, context.task_mode, ranks).measured()
     for line in remarks_of(parts, config.task):

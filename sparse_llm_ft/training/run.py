@@ -32,6 +32,7 @@ from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.methods.chain import Chain, build_methods
+from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
@@ -122,10 +123,11 @@ class Run:
         """Read the data, or find them in the cache, and plan the first phase. Collective, as `ranks` says.
 
         Raises:
-            UserError: rows that cannot be used; settings that do not fit the run's length; batch growth for a model
-                whose memory cannot be planned.
+            UserError: a base without weights; rows that cannot be used; settings that do not fit the run's length; batch
+                growth for a model whose memory cannot be planned.
         """
         config, task_mode = context.config, context.task_mode
+        check_weights(config.model)
         splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,27 @@ def test_evaluate_refuses_the_same(settings: dict, capsys, name: str) -> None:
     refused(["evaluate", settings["output_dir"]], message, capsys)
 
 
-def test_a_stranger_s_run_folder_runs_no_code(settings: dict, capsys) -> None:
+def test_a_base_without_weights_is_refused_where_they_are_needed(derived: dict, tmp_path: Path, capsys) -> None:
+    """An adapter is exported without them."""
+    make_run(deepcopy(derived), PLANS["lora"])
+    base = tmp_path / "base"
+    shutil.copytree(derived["model"]["name"], base, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(merge(derived, {"model": {"name": str(base)}, "output_dir": str(tmp_path / "b")})))
+    for command in ("check", "derive"):
+        refused([command, "--config", str(config)], "has no weights", capsys)
+    for weights in Path(derived["model"]["name"]).glob("*.safetensors"):
+        shutil.move(weights, tmp_path / weights.name)
+    try:
+        refused(["evaluate", derived["output_dir"]], "has no weights", capsys)
+        main(["export", derived["output_dir"], "--output", str(tmp_path / "adapter")])
+    finally:
+        for weights in tmp_path.glob("*.safetensors"):
+            shutil.move(weights, Path(derived["model"]["name"]) / weights.name)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_foreign_run_folder_runs_no_code(settings: dict, capsys) -> None:
     """Its config.yaml cannot allow the base's own code; only who types the command can."""
     make_run(deepcopy(settings), PLANS["lora"])
     stored = Path(settings["output_dir"]) / "config.yaml"
