@@ -123,8 +123,8 @@ class Run:
         """Read the data, or find them in the cache, and plan the first phase. Collective, as `ranks` says.
 
         Raises:
-            UserError: a base without weights; rows that cannot be used; settings that do not fit the run's length; batch
-                growth for a model whose memory cannot be planned.
+            UserError: a base without weights; rows that cannot be used; settings that do not fit the run's length;
+                batch growth for a model whose memory cannot be planned.
         """
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
