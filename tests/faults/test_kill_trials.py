@@ -49,3 +49,10 @@ def test_a_resumed_run_that_is_spoilt_is_noticed(sabotage: str, tmp_path: Path) 
     differences = "\n".join(json.loads(report.read_text())["every_trial"][0]["differences"])
     expected = {"metrics": "metrics.jsonl: steps", "samples": "other samples were consumed"}
     assert expected.get(sabotage, "adapter_model.safetensors differs") in differences
+
+
+def test_every_place_to_die_at_is_there() -> None:
+    """A place that has moved would let the trials that draw it fail, and only those."""
+    script = "from helpers.places import PLACES\nfor place in PLACES.values():\n    place.arm(lambda: None)\n"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -198,9 +198,9 @@ def _summary(die: Die) -> None:
 
 
 def _report(die: Die) -> None:
-    from sparse_llm_ft.training import run
+    from sparse_llm_ft.training import records
 
-    _before(run, "write_report", die)
+    _before(records, "write_report", die)
 
 
 PLACES = {

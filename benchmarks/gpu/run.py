@@ -1,0 +1,150 @@
+"""All that is to be known of one GPU: is a run right on it, and how fast is a step of Llama-3-8B.
+
+    python benchmarks/gpu/run.py --out FOLDER [--seconds 500] [--device cpu --tiny]
+
+No network, no checkpoint: weights are random and made on the device. Writes results.json and results.md after every
+part, so that what is cut off is not lost. Exit status 1: a part failed; what was left out for want of time is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+# The most telling first: --seconds may end the list early.
+MEASURED = (
+    ("none", "stock PEFT"),
+    ("none", "lora"),
+    ("none", "weight_lora after T, top tenth"),
+    ("nf4", "stock PEFT"),
+    ("nf4", "lora"),
+    ("nf4", "weight_lora after T, top tenth"),
+    ("none", "PEFT tuned"),
+    ("none", "bare base"),
+    ("none", "bare base, top tenth"),
+    ("none", "weight_lora before T"),
+    ("none", "stock PEFT, dropout .05"),
+    ("none", "lora, dropout .05"),
+    ("nf4", "PEFT tuned"),
+    ("nf4", "bare base"),
+)
+
+
+def measure(base: str, system: str, options: argparse.Namespace, timeout: float) -> dict[str, Any]:
+    """What speed.py prints of one system, or why it does not."""
+    command = [sys.executable, str(HERE / "speed.py"), "--system", system, "--quantization", base]
+    command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=max(timeout, 1))
+    except subprocess.TimeoutExpired:
+        return {"system": system, "base": base, "problem": f"not done after {timeout:.0f} s"}
+    if result.returncode:
+        return {"system": system, "base": base, "problem": result.stderr[-3000:]}
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """For people."""
+    speed = results["speed"]
+    stock = {row["base"]: row for row in speed if row["system"] == "stock PEFT" and "problem" not in row}
+    lines = [
+        f"{results['device']}; {results['versions']}.",
+        "",
+        "| base | system | ms a step | tokens/s | against stock PEFT | of the card's peak | peak GiB | without the base |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in speed:
+        if "problem" in row:
+            lines.append(f"| {row['base']} | {row['system']} | failed | | | | | |")
+            continue
+        reference = stock.get(row["base"])
+        ratio = f"{row['step_ms'] / reference['step_ms']:.2f}" if reference else ""
+        mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
+        peak = above = ""
+        if row["peak_bytes"] is not None:
+            peak = f"{row['peak_bytes'] / 2**30:.1f}"
+            above = f"{(row['peak_bytes'] - row['base_bytes']) / 2**30:.1f}"
+        lines.append(
+            f"| {row['base']} | {row['system']} | {row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {ratio} | "
+            f"{mfu} | {peak} | {above} |"
+        )
+    lines += ["", f"Correctness: {results['correctness']}."]
+    if results["left_out"]:
+        lines += ["", f"Left out for want of time: {', '.join(results['left_out'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Correctness, then speed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=500, help="no system is begun after so long")
+    parser.add_argument("--only", choices=("correctness", "speed"))
+    parser.add_argument("--systems", nargs="+", help="only these, as BASE:SYSTEM")
+    options = parser.parse_args()
+    began = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**_versions(options.device), "correctness": "not run", "speed": [], "left_out": []}
+
+    def write() -> None:
+        results["seconds"] = time.monotonic() - began
+        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "results.md").write_text(table(results))
+
+    if options.only != "speed":
+        command = [sys.executable, str(HERE / "correctness.py"), "--out", str(options.out), "--device", options.device]
+        command += ["--tiny", "--parallel", "2"] if options.tiny else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        sys.stdout.write(done.stdout[-6000:] + (done.stderr[-3000:] if done.returncode else ""))
+        sys.stdout.flush()
+        results["correctness"] = (done.stdout.splitlines() or ["it did not run"])[-1]
+        results["correctness_failed"] = done.returncode != 0
+        write()
+    if options.only != "correctness":
+        wanted = MEASURED[:3] if options.tiny else MEASURED
+        if options.systems:
+            wanted = tuple((base, system) for base, _, system in (name.partition(":") for name in options.systems))
+        for base, system in wanted:
+            left = options.seconds - (time.monotonic() - began)
+            if left <= 0:
+                results["left_out"].append(f"{base}: {system}")
+                continue
+            row = measure(base, system, options, max(left + 30, 60))
+            results["speed"].append(row)
+            brief = {key: row[key] for key in ("base", "system", "problem", "step_ms", "seconds") if key in row}
+            sys.stdout.write(f"{json.dumps(brief)}\n")
+            sys.stdout.flush()
+            write()
+    write()
+    sys.stdout.write(table(results))
+    failed = results.get("correctness_failed", False) or any("problem" in row for row in results["speed"])
+    sys.exit(1 if failed else 0)
+
+
+def _versions(device: str) -> dict[str, str]:
+    """The card and what runs on it, asked in a process of its own: this one leaves the device alone."""
+    script = (
+        "import torch, transformers, peft, deepspeed, bitsandbytes as b\n"
+        f"name = torch.cuda.get_device_name() if {device == 'cuda'} else 'CPU'\n"
+        "print(f'{name}|torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, '"
+        "f'deepspeed {deepspeed.__version__}, bitsandbytes {b.__version__}')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"the libraries do not load here:\n{result.stderr[-2000:]}")
+    name, _, versions = result.stdout.splitlines()[-1].partition("|")
+    return {"device": name, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()
