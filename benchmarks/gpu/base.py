@@ -97,7 +97,7 @@ def step_flops(config: LlamaConfig, tokens: int, length: int, supervised: float,
         supervised: share of the positions that have a loss.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    key_value = hidden * config.num_key_value_heads // config.num_attention_heads
+    key_value = hidden * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
     weights = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner  # of a layer
     forward = 2 * weights + 2 * length * hidden
     backward = 2 * weights + 4 * length * hidden

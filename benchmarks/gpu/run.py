@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['device']}; {results['versions']}.",
         "",
-        "| base | system | ms a step | tokens/s | against stock PEFT | of the card's peak | peak GiB | without the base |",
+        "| base | system | ms a step | tokens/s | against stock PEFT | of the card's peak | peak GiB | without base |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in speed:
@@ -111,9 +112,9 @@ def main() -> None:
         results["correctness_failed"] = done.returncode != 0
         write()
     if options.only != "correctness":
-        wanted = MEASURED[:3] if options.tiny else MEASURED
+        wanted: Sequence[tuple[str, str]] = MEASURED[:3] if options.tiny else MEASURED
         if options.systems:
-            wanted = tuple((base, system) for base, _, system in (name.partition(":") for name in options.systems))
+            wanted = [(base, system) for base, _, system in (name.partition(":") for name in options.systems)]
         for base, system in wanted:
             left = options.seconds - (time.monotonic() - began)
             if left <= 0:

@@ -33,7 +33,8 @@ class Setup:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         self.config = llama_config(options.tiny)
-        self.batch, self.length = (2, 32) if options.tiny else (options.batch, options.length)
+        self.batch: int = 2 if options.tiny else options.batch
+        self.length: int = 32 if options.tiny else options.length
         self.prompt = self.length // 2
         self.base = random_base(self.config, options.quantization, self.device)
         draw = torch.Generator().manual_seed(1)
@@ -43,6 +44,7 @@ class Setup:
 
     @property
     def layers(self) -> int:
+        """Of the base."""
         return self.config.num_hidden_layers
 
 
@@ -126,17 +128,15 @@ def ours(setup: Setup, dropout: float, omega: bool, lowest: int) -> Step:
     from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
     from sparse_llm_ft.objectives.language_modeling import CompletionObjective
     from sparse_llm_ft.phase import Phase
-    from sparse_llm_ft.plan import AdapterPlan, uniform_plan, with_omega
+    from sparse_llm_ft.plan import AdapterPlan, ModuleName, uniform_plan, with_omega
     from sparse_llm_ft.training.loop import Loop
     from sparse_llm_ft.training.schedule import Schedule
 
     world = find_world()
     init_distributed()
     plan = uniform_plan(find_targets(setup.base, "all-linear"), RANK, ALPHA, dropout)
-    kept = {
-        name: a if int(name.split("layers.")[1].split(".")[0]) >= lowest else None for name, a in plan.modules.items()
-    }
-    plan = AdapterPlan(kept, dropout)
+    numbers = {name: ModuleName.parse(name).number or 0 for name in plan.modules}
+    plan = AdapterPlan({name: a if numbers[name] >= lowest else None for name, a in plan.modules.items()}, dropout)
     if omega:
         plan = with_omega(plan)
     model = add_adapters(setup.base, plan)

@@ -114,13 +114,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         refuse_existing(Path(options.output))
     from sparse_llm_ft.distributed.collectives import broadcast_int
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
-    from sparse_llm_ft.engine.engine import init_distributed
+    from sparse_llm_ft.engine.engine import process_group
     from sparse_llm_ft.inference.evaluate import evaluate, free_folder
     from sparse_llm_ft.io.console import Console
 
     output = Path(options.output) if options.output else free_folder(folder.path)
-    with monitor_ranks(world):
-        init_distributed()
+    with monitor_ranks(world), process_group():
         run = _read(options, config, world, broadcast_int)
         result = evaluate(run, output)
     console = Console(world.rank)

@@ -11,8 +11,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,20 @@ def init_distributed() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with redirect_stdout(io.StringIO()):  # on CPUs it prints which operator it has built, on every rank
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group, and leave it at the end; one that the caller had joined before stays. Collective.
+
+    After an error it stays as well: to leave it is collective, and other ranks may be waiting elsewhere.
+    """
+    joined = not dist.is_initialized()
+    if joined:
+        init_distributed()
+    yield
+    if joined:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

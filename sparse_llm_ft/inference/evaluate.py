@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sparse_llm_ft.data.dataset import SplitBuilder, remarks_of
 from sparse_llm_ft.distributed.collectives import coordinate, run_on_rank_zero
 from sparse_llm_ft.engine.build import build_model, engine_settings
@@ -24,7 +22,7 @@ METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
 def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     """Measure the run's newest checkpoint as training measures it, with an engine around the same model. Collective.
 
-    Processes must be connected (`init_distributed`).
+    Processes must be connected (`process_group`).
 
     Args:
         run: opened with the settings that say what is measured, and how.
@@ -61,7 +59,6 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
         "world_size": world.size,
     }
     run_on_rank_zero(world, lambda: write_file(output / METRICS_FILE, json.dumps(result, indent=2) + "\n"))
-    dist.destroy_process_group()
     return result
 
 

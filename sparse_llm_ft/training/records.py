@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sparse_llm_ft import __version__
 from sparse_llm_ft.adapters import is_omega, residual_norms
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
@@ -23,7 +24,7 @@ from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import Scores
 from sparse_llm_ft.training.loop import Loop, Step
 
-_PACKAGES = ("sparse-llm-ft", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
+_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 _ROWS = {
@@ -78,7 +79,8 @@ def summarize(
         "quantization": config.model.quantization,
         "dtype": config.model.dtype,
         "seed": config.seed,
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _PACKAGES},
+        "versions": {"python": sys.version.split()[0], "sparse-llm-ft": __version__}
+        | {name: version(name) for name in _LIBRARIES},
         "samples": dict(samples),
         "phases": [*finished, _totals(record.current)],
         "metrics": {"before": record.before, "after": after},

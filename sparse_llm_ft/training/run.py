@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import transformers
 from peft import PeftModel
 
@@ -26,7 +25,7 @@ from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast_int, coordinate, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
-from sparse_llm_ft.engine.engine import Engine, init_distributed
+from sparse_llm_ft.engine.engine import Engine, process_group
 from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
@@ -65,18 +64,17 @@ def train(context: RunContext) -> dict[str, Any]:
         PreemptionRequested: a signal asked for it; what was trained is saved.
     """
     folder, console, world = context.folder, context.console, context.world
-    run = _connected(context)
-    if broadcast_int(int(folder.is_complete())):
+    with process_group():
+        run = _prepared(context)
+        if not broadcast_int(int(folder.is_complete())):
+            return run.train()
         console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
         # A run may have been killed between its end and its pictures.
         if context.config.report and world.rank == 0 and not folder.report.is_dir():
             draw_report(folder, console)
         show_summary(summary, folder, console)
-    else:
-        summary = run.train()
-    dist.destroy_process_group()
-    return summary
+        return summary
 
 
 def derive(context: RunContext) -> None:
@@ -91,14 +89,13 @@ def derive(context: RunContext) -> None:
             f"method.name: {context.config.method_name} derives nothing before it trains; expected partial_lora, with "
             "ratios: derived or another selection than random"
         )
-    _connected(context).derive()
-    dist.destroy_process_group()
+    with process_group():
+        _prepared(context).derive()
 
 
-def _connected(context: RunContext) -> Run:
-    """Join the process group and read the data. Collective."""
+def _prepared(context: RunContext) -> Run:
+    """The run, with its data read. Collective."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
-    init_distributed()
     return Run.prepare(context, coordinate(context.world, "reading and tokenising the data"))
 
 

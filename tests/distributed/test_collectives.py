@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
 from sparse_llm_ft.distributed import collectives, signals
 from sparse_llm_ft.distributed.collectives import run_on_local_leaders, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine import engine
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
@@ -170,3 +172,10 @@ def test_a_leader_may_work_longer_than_the_process_group_waits(tmp_path: Path) -
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["met\n"] * 2
+
+
+def test_a_group_that_the_caller_joined_stays(process_group: None) -> None:
+    """Several runs in one process: DeepSpeed keeps the group it first saw, and fails with another one."""
+    with engine.process_group():
+        pass
+    assert dist.is_initialized()
