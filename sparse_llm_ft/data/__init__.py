@@ -1,1 +1,1 @@
-"""From files or the hub to batches."""
+"""Data from files or the hub to batches."""

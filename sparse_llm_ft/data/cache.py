@@ -1,4 +1,4 @@
-"""Tokenised samples on disk, in the cache of `datasets`: written once per node, mapped into memory by every process."""
+"""Tokenised samples on disk, in the cache of `datasets`. One process per node writes them; every process maps them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _IDS = pyarrow.list_(pyarrow.int32())
 
 
 def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
-    """Columns of `Sample`, `TextSample` or `SpanSample`.
+    """Arrow columns for `Sample`, `TextSample` or `SpanSample`.
 
     Args:
-        is_score: whether labels are scores of a regression and not numbers of labels.
+        is_score: whether labels are regression scores (float64) or class indices (int64).
     """
     if kind is SpanSample:
         numbers = dict.fromkeys(("start", "end", "null", "example"), pyarrow.int32())
@@ -46,20 +46,21 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
 _ROWS_AT_ONCE = 1000
 _FORMAT = 3
-"""Goes up when the same settings would encode differently, or files look differently."""
+"""Increase it when the same settings encode differently, or when the file format changes."""
 
 T = TypeVar("T")
 
 
 class CachedDataset(Sequence[Any]):
-    """Samples in a file that is mapped, not read: each is made when it is asked for.
+    """Samples in a memory-mapped file, built on access.
 
     Attributes:
-        key: what they are stored under: the same for the same samples.
-        lengths: (samples,) int32, their tokens.
-        labels: of all samples, None where they have none.
-        shortened: how many were too long and lost tokens.
-        skipped: how many rows were left out, and why the first few.
+        key: the cache key: equal for equal samples.
+        lengths: (samples,) int32, the tokens of each sample.
+        labels: (samples,), the label of each sample, or None.
+        shortened: number of samples that were truncated.
+        skipped: number of rows that were left out.
+        reasons: why the first few were left out.
     """
 
     def __init__(self, folder: Path, kind: type[Any]) -> None:
@@ -91,10 +92,10 @@ class CachedDataset(Sequence[Any]):
 
 
 class DatasetSubset(Sequence[Any]):
-    """Some of the stored samples, each made when it is asked for.
+    """Some of the cached samples, built on access.
 
     Attributes:
-        lengths: (samples,) int32, their tokens.
+        lengths: (samples,) int32, the tokens of each sample.
     """
 
     def __init__(self, stored: CachedDataset, indices: Sequence[int]) -> None:
@@ -116,16 +117,16 @@ class DatasetSubset(Sequence[Any]):
 def write_cached(
     key: str, kind: type[T], schema: pyarrow.Schema, make: Callable[[], Iterable[T]], counts: Callable[[], Any]
 ) -> None:
-    """Write what `make` yields under `key`, unless it is there, whole.
+    """Write the samples that `make` yields under `key`, unless a complete entry exists.
 
     Args:
-        schema: of `kind`'s fields, without ``length``, which is added.
-        counts: called at the end: ``{"skipped": ..., "reasons": [...]}``.
+        schema: the columns of `kind`'s fields; ``length`` is added.
+        counts: called after the last sample; returns ``{"skipped": ..., "reasons": [...]}``.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache is not writable.
     """
-    cache = ContentCache(cache_folder(key).parent, _check_whole)
+    cache = ContentCache(cache_folder(key).parent, _check_complete)
     try:
         cache.write(key, lambda folder: _write(folder, schema, make(), counts))
     except OSError as error:
@@ -134,25 +135,25 @@ def write_cached(
 
 
 def cache_folder(key: str) -> Path:
-    """The folder of the samples under `key`."""
+    """The cache folder of `key`."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "sparse_llm_ft" / key
 
 
 def samples_key(**parts: Any) -> str:
-    """`content_key` of what samples are made from, and of the format in which they are stored."""
+    """The `content_key` of the samples' inputs and of the storage format."""
     return content_key(format=_FORMAT, **parts)
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all by which a tokenizer turns text into ids."""
+    """SHA-256 of everything that decides how a tokenizer turns text into ids."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # slow: of a sentencepiece model, the vocabulary does not tell all
+    if backend is None:  # slow: the vocabulary alone does not identify a sentencepiece model
         file = Path(getattr(tokenizer, "vocab_file", None) or "")
         content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), content]
     else:
         rules = json.loads(backend.to_str())
-        for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        for state in ("truncation", "padding"):  # they belong to the last call, not to the tokenizer
             rules.pop(state, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return samples_key(
@@ -165,8 +166,8 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def _check_whole(folder: Path) -> Path:
-    """The folder itself. Its files may be large, and are made again easily: their sizes are enough to go by."""
+def _check_complete(folder: Path) -> Path:
+    """Return the folder. Only file sizes are compared: files may be large and are easily rebuilt."""
     if not is_whole(folder):
         raise CheckpointError("a file is missing or cut short")
     return folder
@@ -189,5 +190,5 @@ def _column(rows: datasets.Dataset, name: str, dtype: Any) -> np.ndarray:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, as samples have them."""
+    """The value with tuples in place of lists."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Samples -> tensors. Padding is laid here, left or right, whatever side a tokenizer names."""
+"""Samples -> tensors. The padding side is decided here; the tokenizer's own setting is ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from sparse_llm_ft.data.samples import Pack, Sample, TextSample
 
 IGNORE_INDEX = -100
-"""Label of a position that has no part in the loss."""
+"""Label of a position that the loss ignores."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -19,8 +19,8 @@ def collate_causal_lm(samples: Sequence[Sample], pad_token_id: int) -> Batch:
     """Right-padded batch for a decoder.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64; labels of prompt and
-        padding are `IGNORE_INDEX`.
+        ``input_ids``, ``attention_mask`` and ``labels``, each (len(samples), longest) int64. Prompt and padding have
+        the label `IGNORE_INDEX`.
     """
     ids, mask = padded([(*sample.prompt_ids, *sample.completion_ids) for sample in samples], pad_token_id)
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -33,12 +33,12 @@ def collate_packed(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = 
     """Right-padded batch of sequences that hold several samples each.
 
     Args:
-        in_one_row: lay all sequences into one, one behind the other and without padding.
+        in_one_row: concatenate all sequences into one row without padding.
 
     Returns:
-        As `collate_causal_lm`, and ``position_ids``, which begin anew with every sample: by them, and without an
-        attention mask, transformers' models keep samples apart. Padding is a sample of its own. The label of a
-        sample's first token is `IGNORE_INDEX`: the sample before must not predict it.
+        The tensors of `collate_causal_lm`, and ``position_ids``, which restart at 0 with every sample: transformers'
+        models separate samples by them if they get no attention mask. Padding counts as a sample of its own. A
+        sample's first token has the label `IGNORE_INDEX`: the previous sample must not predict it.
     """
     if in_one_row:
         packs = [Pack(tuple(sample for pack in packs for sample in pack.samples))]
@@ -60,9 +60,9 @@ def collate_seq2seq(samples: Sequence[Sample], pad_token_id: int, start_token_id
     """Right-padded batch for an encoder-decoder.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (len(samples), longest prompt); ``decoder_input_ids``, which are the
-        labels moved right behind the start token, ``decoder_attention_mask`` and ``labels``, each (len(samples),
-        longest completion). The two widths differ, so that a mask can be told by its width.
+        ``input_ids`` and ``attention_mask`` (len(samples), longest prompt); ``decoder_input_ids`` (the labels shifted
+        right behind the start token), ``decoder_attention_mask`` and ``labels``, each (len(samples), longest
+        completion). The two widths differ, so the width identifies a mask.
     """
     ids, mask = padded([sample.prompt_ids for sample in samples], pad_token_id)
     width = max(len(sample.completion_ids) for sample in samples)
@@ -77,7 +77,7 @@ def collate_classification(samples: Sequence[TextSample], pad_token_id: int) -> 
     """Right-padded batch for a classification head.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
+        ``input_ids``, ``attention_mask`` and, if the samples have type ids, ``token_type_ids``, each
         (len(samples), longest) int64; ``labels`` (len(samples),) int64, or float32 in a regression.
     """
     ids, mask = padded([sample.ids for sample in samples], pad_token_id)
@@ -92,7 +92,7 @@ def collate_prompts(samples: Sequence[Sample], pad_token_id: int, side: Literal[
     """Padded prompts for generation: ``input_ids`` and ``attention_mask``, each (len(samples), longest).
 
     Args:
-        side: left for a decoder, which goes on behind its prompt.
+        side: where the padding goes; a decoder needs it on the left, since it continues behind its prompt.
     """
     ids, mask = padded([sample.prompt_ids for sample in samples], pad_token_id, left=side == "left")
     return {"input_ids": ids, "attention_mask": mask}
@@ -101,7 +101,7 @@ def collate_prompts(samples: Sequence[Sample], pad_token_id: int, side: Literal[
 def padded(
     rows: Sequence[Sequence[int]], filler: int, width: int | None = None, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths in one tensor, and 1 where it holds a row and 0 where filler: each (rows, width)."""
+    """Pad rows to one tensor. Returns the values and the mask (1: row, 0: filler), each (rows, width) int64."""
     width = max(map(len, rows)) if width is None else width
     values = torch.full((len(rows), width), filler)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

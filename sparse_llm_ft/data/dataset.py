@@ -1,4 +1,4 @@
-"""The encoded splits of a run."""
+"""A run's tokenised splits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 @dataclass(frozen=True)
 class EvalSplit:
-    """What is measured before and after training: the samples, and the rows they are made of.
+    """A split that is evaluated before and after training.
 
     Attributes:
-        name: empty, or of a further split, as MNLI's ``mismatched``.
-        key: the same for the same samples.
+        name: empty, or the name of a further split such as MNLI's ``mismatched``.
+        examples: the rows.
+        samples: the samples made from these rows.
+        key: equal for equal samples.
     """
 
     name: str
@@ -50,10 +52,10 @@ class EvalSplit:
 
 @dataclass(frozen=True)
 class Splits:
-    """The encoded splits of a run; `validation` and `measured` may be empty.
+    """A run's tokenised splits; `validation` and `measured` may be empty.
 
     Attributes:
-        key: the same for the same samples, of every split but what is between the ends of a streamed one.
+        key: equal for equal samples in all splits; only the two ends of a streamed file count.
     """
 
     train: CachedDataset | StreamingDataset
@@ -70,10 +72,10 @@ class Splits:
         task_mode: TaskMode,
         ranks: Coordination = ALONE,
     ) -> Splits:
-        """Tokenise every split that a run needs, or find it in the cache. Collective, as `ranks` says.
+        """Collective over `ranks`. Tokenise every split that a run needs, or find it in the cache.
 
         Raises:
-            UserError: a row or a sample that cannot be used, or a task that does not say what such a model sees.
+            UserError: a row or a sample cannot be used, or the task does not define this model's inputs.
         """
         encoding = SplitBuilder(config, task, tokenizer, task_mode, ranks)
         validation = encoding.stored("validation") if config.training.eval_every is not None else ()
@@ -87,16 +89,16 @@ class Splits:
         return cls(train, validation, measured, samples_key(train=key, measured=[part.key for part in measured]))
 
     def sizes(self, measured: str) -> dict[str, int]:
-        """Split -> its samples: all that are trained on (0 of a stream), and those that are measured.
+        """Split -> number of samples; 0 for a streamed training split.
 
         Args:
-            measured: name of the split that is measured.
+            measured: name of the evaluated split.
         """
         train = 0 if isinstance(self.train, StreamingDataset) else len(self.train)
         return {"train": train} | {part.name or measured: len(part.examples) for part in self.measured}
 
     def remarks(self, task: TaskConfig) -> list[str]:
-        """What a user wants to know about the samples before they are used: how many were shortened or left out."""
+        """Log lines that say how many samples of each split were truncated or left out."""
         parts: list[tuple[str, Any]] = [] if isinstance(self.train, StreamingDataset) else [("training", self.train)]
         if isinstance(self.validation, CachedDataset):
             parts.append(("validation", self.validation))
@@ -104,7 +106,7 @@ class Splits:
 
 
 def remarks_of(measured: Sequence[EvalSplit], task: TaskConfig) -> list[str]:
-    """How many of the samples that are measured were shortened or left out."""
+    """Log lines that say how many evaluated samples were truncated or left out."""
     return _remarks([(f"measured {part.name}".strip(), part.samples) for part in measured], task)
 
 
@@ -123,7 +125,7 @@ def _remarks(parts: Sequence[tuple[str, Any]], task: TaskConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class SplitBuilder:
-    """How splits become samples."""
+    """Turns a run's splits into samples."""
 
     config: RunConfig
     task: Task
@@ -136,7 +138,7 @@ class SplitBuilder:
 
     @property
     def encoder(self) -> Preprocessor:
-        """One example -> one sample."""
+        """The preprocessor of the task mode: example -> sample, or windows."""
         length = self.config.task.max_length
         if self.task_mode.mode == "question_answering":
             return SpanPreprocessor(self.tokenizer, length)
@@ -147,7 +149,7 @@ class SplitBuilder:
 
     @property
     def _prompt_length(self) -> int | None:
-        """What a writer's prompt may have: as set, but so that every label fits behind it."""
+        """Maximum prompt tokens of a generating model: the setting, reduced so that every label fits behind it."""
         settings, task = self.config.task, self.task
         answers = task.labels or [f"{score:.1f}" for score in task.score or ()]
         if self.task_mode.mode == "seq2seq_lm" or not answers:
@@ -163,13 +165,13 @@ class SplitBuilder:
 
     @property
     def kind(self) -> type:
-        """Of the samples."""
+        """The samples' class."""
         if self.task_mode.mode == "question_answering":
             return SpanSample
         return TextSample if self.task_mode.has_head else Sample
 
     def stored(self, split: str, further: str | None = None, limit: int | None = None) -> CachedDataset:
-        """A split's samples, in the cache."""
+        """Collective over `ranks`. A split's samples from the cache; missing ones are written first."""
         own = ""
         kind = self.kind
 
@@ -177,34 +179,34 @@ class SplitBuilder:
             nonlocal own
             own = self._key(split, further, limit)
 
-        self.ranks.on_leaders(find)  # reading all of a large file is for one process of a node
+        self.ranks.on_leaders(find)  # one process per node reads a large file to its end
         key = self.ranks.broadcast(own)
         skipped = Skipped()
 
         def write() -> None:
             if own != key:
-                raise UserError(f"task: this node's {split} rows, or its tokenizer, are not those of rank 0's node")
+                raise UserError(f"task: this node's {split} rows or tokenizer differ from those on rank 0's node")
             counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
             make = lambda: self._encode(self._rows(split, further, skipped), skipped, limit)  # noqa: E731
             schema = schema_of(kind, self.task.score is not None)
             write_cached(key, kind, schema, make, counts)
 
         self.ranks.on_leaders(write)
-        samples = self._by_each(lambda: CachedDataset(cache_folder(key), kind))
+        samples = self._on_every_rank(lambda: CachedDataset(cache_folder(key), kind))
         if not len(samples):
             raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
         return samples
 
     def samples_of(self, rows: Iterable[Example]) -> Iterator[Any]:
-        """Samples of rows at hand, past the cache.
+        """Tokenise the given rows without the cache.
 
         Raises:
-            DataError: a row that does not fit, whatever ``task.on_bad_row`` says: each of these is asked for.
+            DataError: a row does not fit. ``task.on_bad_row`` does not apply to rows that the caller names.
         """
         return self._encode(rows, None)
 
     def streamed(self) -> StreamingDataset:
-        """The training split, row by row."""
+        """The training split, read row by row."""
         settings = self.config.task
         return StreamingDataset(
             lambda skipped: examples(self.task, "train", skipped),
@@ -215,7 +217,7 @@ class SplitBuilder:
         )
 
     def stream_key(self) -> str:
-        """The same for the same rows, as far as both ends of a file show: all of it may take hours to read."""
+        """Collective over `ranks`. The streamed split's key, from a file's two ends: reading it all may take hours."""
         path = split_file(self.task, "train")
         own = [""]
 
@@ -230,19 +232,19 @@ class SplitBuilder:
         return self.ranks.broadcast(own[0])
 
     def measured(self) -> tuple[EvalSplit, ...]:
-        """The first samples of the evaluated split, and of those that are measured beside it."""
+        """Collective over `ranks`. The first samples of the evaluated split and of the task's further splits."""
         evaluation = self.config.evaluation
         if not evaluation.samples:
             return ()
         parts = []
         for further in (None, *self.task.further_splits):
-            rows = self._by_each(partial(self._measured_rows, further))
+            rows = self._on_every_rank(partial(self._measured_rows, further))
             samples = self.stored(evaluation.split, further, evaluation.samples)
             parts.append(EvalSplit(further or "", rows, samples, samples.key))
         return tuple(parts)
 
     def _measured_rows(self, further: str | None) -> list[Example]:
-        """The rows that `stored` makes the samples of: as many as are asked for, of those that can be used."""
+        """The first `evaluation.samples` usable rows: `stored` makes its samples from the same ones."""
         evaluation = self.config.evaluation
         rows = self._rows(evaluation.split, further, Skipped())
         if self.task.on_bad_row == "skip":
@@ -254,7 +256,7 @@ class SplitBuilder:
             return examples(self.task, split, skipped, further)
         return read_split(self.task, split, further, skipped=skipped)
 
-    def _by_each(self, make: Callable[[], Any]) -> Any:
+    def _on_every_rank(self, make: Callable[[], Any]) -> Any:
         found = []
         self.ranks.on_every_rank(lambda: found.append(make()))
         return found[0]
@@ -285,7 +287,7 @@ class SplitBuilder:
                 return
 
     def _key(self, split: str, further: str | None, limit: int | None) -> str:
-        """By content: of the rows, of the tokenizer, and every setting that samples depend on."""
+        """The cache key, from the contents of rows and tokenizer and from every setting that samples depend on."""
         task, settings = self.task, self.config.task
         templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
         return samples_key(
@@ -315,7 +317,7 @@ _NOT_CONTENT = (
 
 
 def _source(task: Task, split: str, further: str | None) -> list[str]:
-    """What says that the rows are the same: a file's content, or what `datasets` knows a data set by."""
+    """Identifies the rows: a local file's name and SHA-256, or the fingerprint of a hub data set."""
     path = split_file(task, split, further)
     if path is None:
         splits = task.splits if further is None else task.further_splits[further]
@@ -326,7 +328,7 @@ def _source(task: Task, split: str, further: str | None) -> list[str]:
 
 
 def _ends(path: Path) -> list[Any]:
-    """A file's size, and what its first and its last mebibyte hold."""
+    """A file's size, and the SHA-256 of its first and its last mebibyte."""
     with path.open("rb") as file:
         first, size = file.read(_END), os.fstat(file.fileno()).st_size
         file.seek(max(size - _END, 0))
@@ -335,12 +337,13 @@ def _ends(path: Path) -> list[Any]:
 
 
 def _check_inputs(task: Task, task_mode: TaskMode, model: str) -> None:
-    writes = task.prompt or task.messages
-    if not task_mode.has_head and not writes:
-        raise ConfigError("task.prompt", f"not given, and {model!r} writes", "expected a template such as '{text}'")
+    if not task_mode.has_head and not (task.prompt or task.messages):
+        raise ConfigError(
+            "task.prompt", f"not given, and {model!r} generates text", "expected a template such as '{text}'"
+        )
     if task_mode.has_head and not task.texts:
         raise ConfigError(
             "task.texts",
-            f"not given, and {model!r} gets a head, which task.prompt shows more than two columns",
+            f"not given, and task.prompt has more than two columns, too many for the head of {model!r}",
             "expected one column or two",
         )

@@ -1,7 +1,7 @@
-"""Rows of a local file, in each of its formats, with their lines. Imports no torch.
+"""Reads rows and their line numbers from local files of every supported format. Imports no torch.
 
-What is wrong with one row is yielded in its place, so that whoever reads may go on; what leaves the rest of the file
-unreadable is raised.
+A bad row is yielded as a `BadRow`, so that the caller may continue. An error that makes the rest of the file unreadable
+is raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, parse_json
 
 Rows = Iterator[tuple[int, Row | BadRow]]
 
-_MARKS = {
+_BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
@@ -28,19 +28,20 @@ _LATIN = "Latin-1, perhaps: save the file as UTF-8"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _LONGEST_FIELD = 2**24
 _ENDED = "unexpected end of data"
-"""What csv says of a field without its closing quotation mark."""
+"""csv's message for a missing closing quotation mark."""
 _BATCH = 1000
-"""Rows of a columnar file that are Python values at once."""
+"""Rows of a columnar file that are converted to Python values at a time."""
 
 
 def rows_of(path: Path) -> Rows:
-    """(line, row) for each row of a file of a known ending (`ENDINGS`), one after the other.
+    """Yield (line, row) for each row of a file whose ending is one of `ENDINGS`.
 
-    Lines count from 1; in parquet and arrow files, rows do. A blank line of a text file is no row.
+    Lines count from 1; for parquet and arrow files the row number takes the line's place. Blank lines of text files are
+    skipped.
 
     Raises:
-        DataError: the file, or the rest of it, is not what its ending says.
-        UserError: it cannot be opened or read.
+        DataError: the file, or the rest of it, does not have the format of its ending.
+        UserError: the file cannot be opened or read.
     """
     try:
         yield from _READERS[path.suffix](path)
@@ -50,7 +51,7 @@ def rows_of(path: Path) -> Rows:
 
 def _json_lines(path: Path) -> Rows:
     with path.open("rb") as file:
-        _check_mark(path, file.read(4))
+        _check_byte_order_mark(path, file.read(4))
         file.seek(0)
         for line, raw in enumerate(file, 1):
             row = _json_line(raw, first=line == 1)
@@ -68,18 +69,18 @@ def _json_line(raw: bytes, first: bool) -> Row | BadRow | None:
     if not text.strip():
         return None
     try:
-        return _as_row(parse_json(text, constants=True))  # a column that is not used may hold NaN, as pandas writes it
+        return _as_row(parse_json(text, constants=True))  # an unused column may hold NaN, as pandas writes it
     except ParseError as error:
         return BadRow(f"not JSON ({error})")
 
 
 def _as_row(value: Any) -> Row | BadRow:
-    return value if isinstance(value, dict) else BadRow(f"a JSON object is needed, not {type(value).__name__}")
+    return value if isinstance(value, dict) else BadRow(f"expected a JSON object, not {type(value).__name__}")
 
 
 def _json(path: Path) -> Rows:
     data = path.read_bytes()
-    _check_mark(path, data)
+    _check_byte_order_mark(path, data)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -98,10 +99,10 @@ def _json(path: Path) -> Rows:
 
 
 def _table(path: Path) -> Rows:
-    """CSV or TSV with a header. A field that is no UTF-8 is known by the halves of surrogate pairs it decodes to."""
+    """CSV or TSV with a header. Invalid UTF-8 decodes to lone surrogates, which `_wrong_field` finds."""
     with path.open("rb") as file:
-        _check_mark(path, file.read(4))
-    csv.field_size_limit(_LONGEST_FIELD)  # the default takes no text above 128 KiB
+        _check_byte_order_mark(path, file.read(4))
+    csv.field_size_limit(_LONGEST_FIELD)  # the default limit is 128 KiB
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         header: list[str] | None = None
@@ -113,11 +114,11 @@ def _table(path: Path) -> Rows:
                 return
             except csv.Error as error:
                 if header is None:
-                    raise DataError(path, line, f"the header is no {path.suffix[1:]} ({error})") from None
-                if _ENDED in str(error):  # it may have swallowed any number of good rows
-                    raise DataError(path, line, "a quotation mark opens a field that the file ends in") from None
+                    raise DataError(path, line, f"the header is not valid {path.suffix[1:]} ({error})") from None
+                if _ENDED in str(error):  # the open quotation may have swallowed good rows
+                    raise DataError(path, line, "a quotation mark is never closed") from None
                 lines = f", to line {reader.line_num}" if reader.line_num > line else ""
-                yield line, BadRow(f"no {path.suffix[1:]} ({error}{lines})")
+                yield line, BadRow(f"not valid {path.suffix[1:]} ({error}{lines})")
                 continue
             if not fields:
                 continue
@@ -151,8 +152,8 @@ def _wrong_field(fields: list[str]) -> str | None:
     return None
 
 
-def _check_mark(path: Path, start: bytes) -> None:
-    for mark, name in _MARKS.items():
+def _check_byte_order_mark(path: Path, start: bytes) -> None:
+    for mark, name in _BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
             raise DataError(path, 1, f"{name} by its byte order mark; save the file as UTF-8")
 
@@ -190,7 +191,7 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Batches of the file format, or of the stream format, which is what `datasets` writes."""
+    """Batches of Arrow's file format or of its stream format, which `datasets` writes."""
     import pyarrow.ipc
 
     with pyarrow.memory_map(str(path)) as source:

@@ -12,17 +12,17 @@ from sparse_llm_ft.data.samples import Pack
 
 
 def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Which samples lie together: best-fit decreasing, so every sample goes where it leaves the least room.
+    """Assign samples to sequences by best-fit decreasing: each sample goes where it leaves the least room.
 
-    At most 11/9 of the fewest possible sequences (and a constant) are needed (Johnson et al., 1974).
+    It needs at most 11/9 of the fewest possible sequences, plus a constant (Johnson et al., 1974).
 
     Args:
-        lengths: tokens of each sample, none more than `capacity`.
+        lengths: tokens of each sample, at most `capacity` each.
 
     Returns:
-        Indices by sequence, in each in their order; sequences by their first sample.
+        The sample indices of each sequence, ascending; sequences are ordered by their first sample.
     """
-    room: list[tuple[int, int]] = []  # sorted: what is left of a sequence that is not full, and its number
+    room: list[tuple[int, int]] = []  # sorted: (free tokens, sequence) of sequences that are not full
     packs: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
         length = int(lengths[index])
@@ -39,10 +39,10 @@ def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[lis
 
 
 class PackedDataset(Sequence[Pack]):
-    """Samples, several to a sequence.
+    """Sequences of several samples each.
 
     Attributes:
-        lengths: (sequences,) int32, their tokens.
+        lengths: (sequences,) int32, the tokens of each sequence.
     """
 
     def __init__(self, samples: Sequence[Any], lengths: Sequence[int] | np.ndarray, capacity: int) -> None:

@@ -1,4 +1,4 @@
-"""A split -> examples, from a local folder or the hub. Imports no torch."""
+"""Split -> examples, from a local folder or the hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Skipped:
-    """Rows that were left out under ``task.on_bad_row: skip``: how many, and why the first of them."""
+    """Counts the rows left out under ``task.on_bad_row: skip``, and keeps the first five reasons."""
 
     count: int = 0
     reasons: list[str] = field(default_factory=list)
 
     def add(self, error: DataError) -> None:
-        """Count one more row; of many, the first five reasons are kept."""
+        """Count one more row."""
         self.count += 1
         if len(self.reasons) < 5:
             self.reasons.append(str(error))
@@ -33,14 +33,14 @@ class Skipped:
 
 
 def examples(task: Task, split: str, skipped: Skipped, further: str | None = None) -> Iterator[Example]:
-    """Examples of ``train``, ``validation`` or ``test`` as they are read: in one pass, and not grouped.
+    """Yield the examples of ``train``, ``validation`` or ``test`` in one pass, without grouping.
 
     Args:
         skipped: counts the rows that are left out.
         further: name of one of `Task.further_splits`.
 
     Raises:
-        UserError: no such split, no usable row in it, or (DataError) a row that cannot be used, with file and line.
+        UserError: the split does not exist or has no usable row; as `DataError`, a row cannot be used.
     """
     return (example for _, example in _grouped_examples(task, split, further, skipped))
 
@@ -52,11 +52,11 @@ def read_split(
     limit: int | None = None,
     skipped: Skipped | None = None,
 ) -> list[Example]:
-    """The samples of a split. But for ``train``, rows with the same `Task.group_by` are one with all references.
+    """A split's examples. Except in ``train``, rows of the same `Task.group_by` become one with all references.
 
     Args:
         further: name of one of `Task.further_splits`.
-        limit: at most so many samples, the first ones.
+        limit: maximum number of examples; the first ones are taken.
         skipped: counts the rows that are left out.
 
     Raises:
@@ -74,9 +74,9 @@ def read_split(
 
 
 def check_columns(task: Task, split: str, further: str | None = None) -> None:
-    """Read the first row alone, so that wrong columns, types or labels are known before anything that takes long.
+    """Check the first row, so that wrong columns, types or labels are reported before anything slow.
 
-    Under ``task.on_bad_row: skip`` it is the first usable one.
+    Under ``task.on_bad_row: skip`` the first usable row is checked.
 
     Raises:
         UserError: as `examples`.
@@ -99,7 +99,7 @@ def check_references(task: Task, split: str, named: Iterable[str]) -> None:
         named: the user's columns.
 
     Raises:
-        DataError: one is not there.
+        DataError: a column is missing.
     """
     source, rows = _open(task, split, None)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
@@ -110,18 +110,18 @@ def check_references(task: Task, split: str, named: Iterable[str]) -> None:
 
 
 def has_split(task: Task, split: str, further: str | None = None) -> bool:
-    """Whether `read_split` would find a file; of a hub data set, whether the task has such a split."""
+    """Whether the local folder has a file for the split, or the task names such a split of the hub's data set."""
     if task.path is None:
         return split in _names(task, further)
     return split_file(task, split, further) is not None
 
 
 def split_file(task: Task, split: str, further: str | None = None) -> Path | None:
-    """The file of a split in the local folder, which has our name for the split or the hub's; None if there is none, or
-    the data are the hub's. A split that the hub takes from another (GLUE's ``test``) is that one's file if it has none.
+    """A split's file in the local folder, named after our split or the hub's; None if it is missing or the data are
+    the hub's. A split that the hub takes from another (GLUE's ``test``) falls back to that one's file.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: the folder has several such files.
     """
     names = _names(task, further)
     if task.path is None or split not in names:
@@ -138,11 +138,11 @@ def split_file(task: Task, split: str, further: str | None = None) -> Path | Non
 
 
 def _stems(names: Mapping[str, str], split: str, further: str | None) -> list[list[str]]:
-    """Names that the split's file may have: those of the first list go before those of the second."""
+    """Possible names of the split's file; names of the first list take precedence over the second's."""
     hub = names[split]
     if further is not None:
         return [[hub]]
-    owner = next(ours for ours in names if names[ours] == hub)  # GLUE's validation, of its test
+    owner = next(ours for ours in names if names[ours] == hub)  # for GLUE's test: validation
     taken = [*dict.fromkeys((owner, hub))]
     return [taken] if split == owner else [[split], taken]
 
@@ -153,8 +153,8 @@ def _names(task: Task, further: str | None) -> dict[str, str]:
 
 
 def _grouped_examples(task: Task, split: str, further: str | None, skipped: Skipped) -> Iterator[tuple[str, Example]]:
-    """Each example with the value of `Task.group_by`. A first row without a needed column ends it in any case: the
-    others will not have it either.
+    """Yield each example with the value of `Task.group_by`. A column missing in the first row is always an error: the
+    other rows will lack it too.
     """
     source, rows = _open(task, split, further)
     first, some = True, False
@@ -177,7 +177,7 @@ def _grouped_examples(task: Task, split: str, further: str | None, skipped: Skip
 
 
 def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterable[tuple[int, Row | BadRow]]]:
-    """The split's name for people, and its rows with their lines."""
+    """The split's display name, and its rows with their lines."""
     name = _names(task, further)[split]
     if task.path is None:
         hub = "/".join(part for part in (task.hub_id, task.hub_config) if part)
@@ -199,13 +199,13 @@ def hub_rows(task: Task, name: str, streamed: bool = False) -> Iterable[Row]:
     """A split of the hub's data set.
 
     Args:
-        name: the hub's, of the split.
-        streamed: read rows from the network as they are needed, in place of downloading all of them first.
+        name: the hub's name of the split.
+        streamed: read rows from the network on demand instead of downloading all of them first.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the data set cannot be loaded.
     """
-    import datasets  # slow to import, and only needed without a local folder
+    import datasets  # slow to import; needed only without a local folder
 
     try:
         rows: Iterable[Row] = datasets.load_dataset(

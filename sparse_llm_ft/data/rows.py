@@ -1,4 +1,4 @@
-"""A row -> examples. Imports no torch."""
+"""Row -> examples. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: what the model sees, what it must write, every text that counts as right, and where it stands.
+    """One sample as text: inputs, target, references and its place in the data.
 
     Attributes:
-        prompt, completion: what a causal language model sees and writes.
-        references: every text that counts as right, the completion's first; without spaces around them. None where a
-            context has no answer.
-        source, line: file (or hub data set and split) and line of its row; for parquet, arrow and the hub the row's
-            number. Both count from 1.
-        label: in a classification the number of the right label, in a regression the score.
-        texts: what an encoder sees: one text or a pair; of an extractive task question and context.
-        messages: of a chat, all turns but the last, each with ``role`` and ``content``.
-        answers: of an extractive task, each answer and the character of ``texts[1]`` that it starts at; () where the
-            context has none.
+        prompt, completion: input and target of a causal language model.
+        references: every correct text, stripped, the completion first; () if the context has no answer.
+        source, line: the row's file (or hub data set and split) and line; the row's number in parquet, arrow and hub
+            data. Both count from 1.
+        label: the right label's index in a classification, the score in a regression.
+        texts: an encoder's input: one text or a pair; question and context in an extractive task.
+        messages: a chat's turns except the last, each with ``role`` and ``content``.
+        answers: in an extractive task, each answer and its first character in ``texts[1]``; () if the context has none.
     """
 
     prompt: str
@@ -45,13 +43,13 @@ class Example:
 
 
 def examples_of(task: Task, row: Row, source: str, line: int) -> Iterator[tuple[str, Example]]:
-    """The examples of one row, each with the value of `task.group_by` (empty where the task has none).
+    """Yield one row's examples, each with the value of `task.group_by` (empty if the task does not group).
 
     Args:
-        task: as `resolve_task` returned it.
+        task: from `resolve_task`.
 
     Raises:
-        BadRow: the row cannot be used (`MissingColumn` where it lacks a column).
+        BadRow: the row cannot be used (`MissingColumn` if it lacks a column).
     """
     require(row, task.nested)
     for flat in task.flatten(row) if task.flatten else (row,):
@@ -69,22 +67,24 @@ def _templates(task: Task, row: Row, source: str, line: int) -> Example:
     elif task.score is not None:
         label = _score(task.score, row[task.label_column])
         row = {**row, task.label_column: f"{label:.1f}"}
-    row = dict(row) | {column: text_of(row, column) for column in (*task.shown, *task.filled)}  # null is an empty text
+    row = dict(row) | {
+        column: text_of(row, column) for column in (*task.input_columns, *task.completion_columns)
+    }  # null is an empty text
     _check_filled(row, task)
     completion = render(task.completion, row)
-    if not any(row[column].strip() for column in task.filled) or not completion.strip():
-        raise BadRow(f"the completion is empty (column {', '.join(task.filled)})")
+    if not any(row[column].strip() for column in task.completion_columns) or not completion.strip():
+        raise BadRow(f"the completion is empty (column {', '.join(task.completion_columns)})")
     texts = tuple(row[column] for column in task.texts)
     answers = _answers(row, task.texts[1]) if task.extractive else None
     others = [text for text, _ in answers or ()] if task.extractive else _others(task, row)
     prompt = render(task.prompt, row) if task.prompt else "\n".join(texts)
-    # Where the context has no answer, none is right: what a model that writes says instead is for who measures it.
+    # Without an answer in the context no text is right; the metric decides what a generating model should have written.
     references = () if answers == () else _distinct((completion, *others))
     return Example(prompt, completion, references, source, line, label=label, texts=texts, answers=answers)
 
 
 def _chat(task: Task, row: Row, source: str, line: int) -> Example:
-    """The last turn is the completion; a model without chat template sees the others one below the other."""
+    """The last turn is the completion. A model without chat template sees the other turns as plain text."""
     assert task.messages
     turns = _turns(row[task.messages], task.messages)
     *seen, last = turns
@@ -95,7 +95,7 @@ def _chat(task: Task, row: Row, source: str, line: int) -> Example:
 
 def _turns(value: Any, column: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or len(value) < 2:
-        raise BadRow(f"column {column!r} is no list of two or more turns, each {{role, content}}")
+        raise BadRow(f"column {column!r} is not a list of two or more turns, each {{role, content}}")
     turns: list[dict[str, str]] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
@@ -108,32 +108,32 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(f"turn {number} of column {column!r} is empty")
         turns.append({"role": turn["role"], "content": content})
     if turns[-1]["role"] != "assistant":
-        raise BadRow(f"the last turn of column {column!r} is the {turns[-1]['role']}'s, the assistant's is needed")
+        raise BadRow(f"the last turn of column {column!r} is the {turns[-1]['role']}'s, not the assistant's")
     if all(turn["role"] != "user" for turn in turns):
         raise BadRow(f"column {column!r} has no turn of the user")
     return turns
 
 
 def _check_filled(row: Row, task: Task) -> None:
-    """An encoder needs each of its texts, a prompt any: a column of some rows alone is nothing unusual there."""
+    """Every text of an encoder must be filled. A prompt needs one filled column: some columns are optional."""
     empty = [column for column in task.texts if not row[column].strip()]
-    if not empty and task.shown and not any(row[column].strip() for column in task.shown):
-        empty = list(task.shown)
+    if not empty and task.input_columns and not any(row[column].strip() for column in task.input_columns):
+        empty = list(task.input_columns)
     if empty:
         raise BadRow(f"column {', '.join(map(repr, empty))} is empty")
 
 
 def text_of(row: Row, column: str) -> str:
-    """A column's text; null is an empty one.
+    """A column's text; null becomes an empty one.
 
     Raises:
-        BadRow: it holds something else, or what no tokenizer takes.
+        BadRow: the value is not text, or has characters that no tokenizer accepts.
     """
     value = row[column]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f"column {column!r} is {type(value).__name__}, text is needed")
+        raise BadRow(f"column {column!r} is {type(value).__name__}, not text")
     wrong = _NO_TEXT.search(value)
     if wrong:
         what = "a NUL character" if wrong[0] == "\0" else "half of a surrogate pair"
@@ -142,7 +142,7 @@ def text_of(row: Row, column: str) -> str:
 
 
 def _others(task: Task, row: Row) -> list[str]:
-    """The references that this row has beside its completion."""
+    """The row's references other than its completion."""
     return [text_of(row, column) for column in task.references if column in row]
 
 
@@ -151,8 +151,8 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _label(labels: Sequence[str], value: Any) -> int:
-    """The number of a row's label, which is the label word, or that number, as text too. Where words are numbers
-    (grades from 1 to 5), a number is the word, whether a file has it as text or not.
+    """The label's index. The row gives the label word or the index, as a number or as text. If label words are
+    numbers (grades from 1 to 5), a number means the word.
     """
     number = isinstance(value, int) and not isinstance(value, bool)
     word = str(value) if number else value
@@ -170,7 +170,7 @@ def _label(labels: Sequence[str], value: Any) -> int:
 
 
 def _score(bounds: tuple[float, float], value: Any) -> float:
-    """A row's score: a number, as text too, within the bounds."""
+    """The row's score, given as a number or as text."""
     number = math.nan
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
@@ -183,9 +183,9 @@ def _score(bounds: tuple[float, float], value: Any) -> float:
 
 
 def _answers(row: Row, column: str) -> tuple[tuple[str, int], ...]:
-    """The row's answers, each of which really stands in the context."""
+    """The row's answers, checked against the context."""
     context = row[column]
     for text, start in (found := span_answers(row)):
         if start < 0 or not context.startswith(text, start):
-            raise BadRow(f"answer {text!r:.60} does not stand at character {start} of column {column!r}")
+            raise BadRow(f"answer {text!r:.60} is not at character {start} of column {column!r}")
     return found

@@ -1,4 +1,4 @@
-"""`ShuffledSampler`: which sample comes when, as a pure function of seed and position."""
+"""The order in which samples are consumed: a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class SequentialSampler:
-    """The samples as they are numbered: those that are streamed, which come in order."""
+    """Sample i at position i: for streamed samples, which arrive in order."""
 
     def index(self, position: int) -> int:
         """The sample consumed as number `position` (from 0) of the run."""
@@ -30,11 +30,11 @@ class SequentialSampler:
         ``consumed + global_batch_size - 1``.
 
         Args:
-            lengths: of all samples. With them, samples of like length are in a micro-batch, the longest first: less
-                padding, and the same gradient, which is a mean over the step's samples in any order.
+            lengths: tokens of every sample. If given, micro-batches group samples of similar length, the longest first.
+                That saves padding and keeps the gradient, a mean over the step's samples in any order.
 
         Raises:
-            ValueError: the samples cannot be shared equally.
+            ValueError: the ranks cannot have equal shares.
         """
         stride = micro_batch_size * world_size
         if global_batch_size % stride:
@@ -47,15 +47,15 @@ class SequentialSampler:
 
 
 class ShuffledSampler(SequentialSampler):
-    """An endless sequence of sample indices: epoch after epoch, each shuffled anew from (seed, epoch).
+    """An endless sequence of sample indices. Each epoch is shuffled from (seed, epoch).
 
-    The place of a run in its data is one integer, the samples consumed. The order knows nothing of world size,
-    micro-batch or accumulation: whatever they are, step by step the same samples are consumed.
+    A run's position in its data is one integer: the number of samples consumed. World size, micro-batch and
+    accumulation do not change the order, so every step consumes the same samples whatever they are.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         if size < 1:
-            raise ValueError("a stream needs at least one sample")
+            raise ValueError("there are no samples")
         self.size = size
         self.seed = seed
         self._epoch = lru_cache(maxsize=2)(self._permutation)

@@ -1,4 +1,4 @@
-"""What a row is to a model: token ids, without tensors."""
+"""Tokenised rows: token ids, not yet tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Sample:
     """Token ids of prompt and completion; the completion ends with the end-of-sequence token.
 
     Attributes:
-        label: in a classification by label words, the number of the right one; in a regression the score.
-        shortened: whether it was too long and lost tokens.
+        label: the right label word's index in a classification, the score in a regression, None otherwise.
+        shortened: whether the sample was truncated.
     """
 
     prompt_ids: tuple[int, ...]
@@ -33,13 +33,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class TextSample:
-    """What a model with a classification head sees: token ids of one text or a pair, with the tokenizer's special
-    tokens, and its label.
+    """Input of a classification head: token ids of one text or a pair, with special tokens.
 
     Attributes:
-        type_ids: which text a token belongs to; None where the model does not ask.
-        label: the number of the right one; in a regression the score.
-        shortened: whether it was too long and lost tokens.
+        type_ids: the text that each token belongs to; None if the model does not use them.
+        label: the right label's index, or the score in a regression.
+        shortened: whether the sample was truncated.
     """
 
     ids: tuple[int, ...]
@@ -55,7 +54,7 @@ class TextSample:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several samples that lie in one sequence, none of which sees another."""
+    """Several samples in one sequence; none attends to another."""
 
     samples: tuple[Sample, ...]
 

@@ -21,13 +21,12 @@ class SpanSample:
     """A question with one window of its context.
 
     Attributes:
-        type_ids: which text a token belongs to; None where the model does not ask.
-        start, end: first and last token of the answer; both `null` where the window does not hold all of it, or the
-            question has none.
-        null: position of the classification token, which stands for no answer.
+        type_ids: the text that each token belongs to; None if the model does not use them.
+        start, end: first and last token of the answer; both are `null` if the question has no answer or the window
+            does not contain all of it.
+        null: position of the classification token, which means "no answer".
         example: index of the example.
-        offsets: (tokens,) the characters of the context that a token stands for, (first, last + 1); None for tokens
-            that are not of the context.
+        offsets: (tokens,), each context token's characters (first, last + 1); None for other tokens.
     """
 
     ids: tuple[int, ...]
@@ -46,15 +45,15 @@ class SpanSample:
 
 @dataclass(frozen=True)
 class SpanPreprocessor:
-    """All windows of a question's context. What is right is an example's first answer, as in BERT's training.
+    """Splits a question's context into overlapping windows. The target is the first answer, as in BERT's training.
 
     Args:
-        max_length: most tokens of a window, with question and special tokens; also at most what the tokenizer says its
-            model can take.
-        stride: tokens that neighbouring windows share; at most half of those that a window has for the context.
+        max_length: maximum tokens of a window, question and special tokens included. The tokenizer's own limit applies
+            too.
+        stride: tokens that neighbouring windows share; at most half of a window's context tokens.
 
     Raises:
-        ConfigError: a tokenizer that cannot say where its tokens are in the text, or without classification token.
+        ConfigError: the tokenizer has no offsets or no classification token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,10 +76,13 @@ class SpanPreprocessor:
             )
 
     def __call__(self, example: Example, index: int = 0) -> list[SpanSample]:
-        """The windows of one example, with `answers`, and `texts` of question and context.
+        """The windows of one example.
+
+        Args:
+            example: has `answers`; its `texts` are question and context.
 
         Raises:
-            DataError: a question that leaves no room for any of its context.
+            DataError: the question leaves no room for its context.
         """
         length = min(self.max_length, self.tokenizer.model_max_length)
         return _windows(index, example, self.tokenizer, length, self.stride)
@@ -122,7 +124,7 @@ def _windows(
 
 
 def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, int] | None:
-    """First and last token of the first answer; None where there is none, or it is not wholly in the window."""
+    """First and last token of the first answer; None if there is none or the window does not contain all of it."""
     inside = [(position, *offset) for position, offset in enumerate(offsets) if offset is not None]
     if not answers or not inside:
         return None
@@ -139,7 +141,7 @@ def collate_spans(samples: Sequence[SpanSample], pad_token_id: int) -> Batch:
     """Right-padded batch for an encoder.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, where the samples have type ids, ``token_type_ids``, each
+        ``input_ids``, ``attention_mask`` and, if the samples have type ids, ``token_type_ids``, each
         (len(samples), longest) int64; ``start_positions`` and ``end_positions`` (len(samples),) int64.
     """
     batch = collate_classification([TextSample(sample.ids, sample.type_ids, 0) for sample in samples], pad_token_id)

@@ -1,4 +1,4 @@
-"""Training rows read as they are needed, for data that fit neither memory nor disk."""
+"""Streamed training rows, for data that fit neither memory nor disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ T = TypeVar("T")
 
 
 def shuffled(rows: Iterator[T], buffer_size: int, seed: int, epoch: int) -> Iterator[T]:
-    """All rows, each drawn from the next `buffer_size` ones that are not drawn yet; the order is a function of the
-    rows, `seed` and `epoch`.
-    """
+    """Yield all rows through a shuffle buffer. The order is a function of rows, `buffer_size`, `seed` and `epoch`."""
     generator = np.random.default_rng([seed, epoch])
     buffer: list[T] = []
     for row in rows:
@@ -31,18 +29,18 @@ def shuffled(rows: Iterator[T], buffer_size: int, seed: int, epoch: int) -> Iter
 
 
 class StreamingDataset:
-    """The sample consumed as number i of the run, under ``samples[i]``: epoch after epoch through the shuffle buffer.
+    """Training samples by consumption order: ``samples[i]`` is the run's i-th sample over all epochs.
 
-    Every process goes through the rows; only what it is asked for it tokenises. To go on in the middle, rows are read
-    again from the first one. A sample that does not fit is an error even under ``task.on_bad_row: skip``: to leave it
-    out, every process would have to tokenise every row before it.
+    Every process reads every row and tokenises only the samples that it needs. A resumed run reads again from the first
+    row. A sample that does not fit is an error even under ``task.on_bad_row: skip``: to leave it out, every process
+    would have to tokenise every row before it.
 
     Args:
-        open_rows: all examples in file order, from the first one; counts those that are left out.
-        length: stands for that of the longest sample, which nobody knows.
+        open_rows: returns all examples in file order, and counts the rows that it leaves out.
+        length: used as the longest sample's length, which is unknown.
 
     Attributes:
-        skipped: rows of this pass through the data that were left out so far.
+        skipped: rows left out so far in this epoch.
     """
 
     skipped: Skipped
@@ -60,10 +58,10 @@ class StreamingDataset:
         self._rows, self._next, self.skipped = self._all(), 0, Skipped()
 
     def __getitem__(self, position: int) -> Any:
-        """Read on to this sample.
+        """Read forward to this sample and tokenise it.
 
         Raises:
-            UserError: a row on the way that cannot be used, or the sample does not fit.
+            UserError: a row on the way cannot be used, or the sample does not fit.
         """
         if position < self._next:
             self._rows, self._next = self._all(), 0
@@ -73,7 +71,7 @@ class StreamingDataset:
                 self._next += 1
                 if self._next > position:
                     return self._encode(example)
-        except Exception:  # a reader that has failed cannot go on
+        except Exception:  # a failed reader cannot continue
             self._rows, self._next = self._all(), 0
             raise
 

@@ -1,4 +1,4 @@
-"""A seeded part of the training set, drawn class by class. Imports no torch."""
+"""Stratified random subsets of the training set. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import numpy as np
 
 
 def stratified(labels: Sequence[int | None], *, fraction: float | None, shots: int | None, seed: int) -> list[int]:
-    """Sorted indices of a random part of the samples, drawn from each class by itself.
+    """Sorted indices of a random subset, drawn from each class separately.
 
-    Samples without label are one class. What is drawn of a class depends on `seed`, the class and its members only:
-    not on the world size, nor on the other classes.
+    Samples without label form one class. The draw from a class depends only on `seed`, the class and its members.
 
     Args:
-        labels: of all samples, in their order.
+        labels: (samples,), the class of each sample.
         fraction: share of each class, rounded up; in (0, 1].
-        shots: samples of each class; all of a class that has fewer. Exactly one of the two is given.
+        shots: samples per class, or all if the class has fewer. Give exactly one of `fraction` and `shots`.
 
     Raises:
-        ValueError: no samples, or not exactly one of `fraction` and `shots`, or one out of range.
+        ValueError: there are no samples, not exactly one of `fraction` and `shots` is given, or it is out of range.
     """
     if not len(labels):
         raise ValueError("there are no samples to draw from")
@@ -37,7 +36,7 @@ def stratified(labels: Sequence[int | None], *, fraction: float | None, shots: i
     for label, indices in members.items():
         # 0.07 · 100 is a little more than 7 in floating point, and rounding that up would give 8.
         wanted = shots if shots is not None else math.ceil(round((fraction or 0) * len(indices), 9))
-        # The key keeps the draw apart from the order of samples, which comes from the same seed.
+        # The spawn key keeps the draw independent of the sample order, which uses the same seed.
         sequence = np.random.SeedSequence(seed, spawn_key=(0 if label is None else label + 1,))
         order = np.random.default_rng(sequence).permutation(len(indices))
         chosen += [indices[place] for place in order[: max(1, wanted)]]

@@ -1,4 +1,4 @@
-"""The registry's task with the settings in place, and whatever in them contradicts each other. Imports no torch."""
+"""Applies the ``task`` settings to the registry's task and rejects contradictions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS_BY_KIND: dict[Kind, tuple[Metric, ...]] = {
     "extractive": ("squad",),
     "generation": ("rouge", "bleu", "squad"),
 }
-"""What can be measured of each kind of task."""
+"""The metrics that each kind of task allows."""
 
 _DEFAULT: dict[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy",),
@@ -29,10 +29,10 @@ _SETTINGS = ("prompt", "completion", "messages", "labels", "score", "texts", "la
 
 
 def find_task(name: str, setting: str = "task.name") -> Task:
-    """The registry's entry.
+    """The registry's task of this name.
 
     Raises:
-        ConfigError: there is none; with the nearest name, or the family's (``sst2`` is ``glue/sst2``).
+        ConfigError: the name is unknown; the message suggests the nearest one (for ``sst2``, ``glue/sst2``).
     """
     entry = TASKS.get(name)
     if entry is None:
@@ -44,14 +44,17 @@ def find_task(name: str, setting: str = "task.name") -> Task:
 
 
 def resolve_task(config: TaskConfig) -> Task:
-    """The registry's task with the config's settings in place.
+    """The registry's task with the config's settings applied.
 
     Raises:
-        ConfigError: an unknown task, a setting missing or at odds with another, or no place to read from.
+        ConfigError: the task is unknown, a setting is missing or contradicts another, or there is no data source.
     """
+    # The registry's entry, overridden by the user's settings.
     entry = find_task(config.name)
     given: dict[str, Any] = {key: getattr(config, key) for key in _SETTINGS if getattr(config, key) is not None}
     task = replace(entry, **given, path=config.path, on_bad_row=config.on_bad_row, streaming=config.streaming)
+
+    # Contradictions, by kind of task; a task with labels gets its completion and texts.
     if task.labels is not None and task.score is not None:
         raise ConfigError("task.score", f"{list(task.score)} beside labels {list(task.labels)}", "expected one of them")
     task = _check_messages(task) if task.messages else task
@@ -59,13 +62,15 @@ def resolve_task(config: TaskConfig) -> Task:
         task = _check_labelled(task, config)
     else:
         _check_text(task, config)
+
+    # Templates, the data's place and the metrics.
     for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
         if template and not template_columns(template):
             raise ConfigError(setting, f"{template!r} has no {{column}} field", "expected one at least")
     if config.path is None and task.hub_id is None:
         raise ConfigError(
             "task.path",
-            f"not given, and task {task.name} has no data set on the hub",
+            f"not given, and task {task.name} has no hub data set",
             "expected a folder with train.jsonl",
         )
     if config.metrics is None and task.kind == entry.kind:
@@ -79,15 +84,15 @@ def _check_metrics(task: Task, metrics: tuple[Metric, ...]) -> tuple[Metric, ...
             raise ConfigError(
                 "task.metrics",
                 f"{metric!r} does not measure a task of kind {task.kind}",
-                f"expected of {', '.join(METRICS_BY_KIND[task.kind])}",
+                f"expected one of {', '.join(METRICS_BY_KIND[task.kind])}",
             )
     if len(set(metrics)) < len(metrics):
-        raise ConfigError("task.metrics", f"{list(metrics)} names one twice", "expected each once")
+        raise ConfigError("task.metrics", f"{list(metrics)} names a metric twice", "expected each once")
     return metrics
 
 
 def _check_messages(task: Task) -> Task:
-    """A chat brings along what a prompt and a completion would say."""
+    """A chat takes the place of templates, labels and texts, so none of them may be set."""
     for key in ("prompt", "completion", "labels", "score", "texts"):
         if getattr(task, key):
             raise ConfigError(
@@ -97,7 +102,7 @@ def _check_messages(task: Task) -> Task:
 
 
 def _check_text(task: Task, config: TaskConfig) -> None:
-    """What only labels need has no place in a generation, and references none in a span's."""
+    """Reject label settings in a text task, and references in an extractive one."""
     unused = ("label_column", "references") if task.extractive else ("texts", "label_column")
     for key in unused:
         if getattr(config, key) is not None:
@@ -119,13 +124,15 @@ def _check_text(task: Task, config: TaskConfig) -> None:
 
 
 def _check_labelled(task: Task, config: TaskConfig) -> Task:
-    """The task with its completion and texts filled in: the label word or score, and what the prompt shows."""
+    """The task with defaults: the completion is the label, the texts are the prompt's columns."""
     setting = "task.labels" if task.labels is not None else "task.score"
     labels = task.labels or ()
     if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
         raise ConfigError("task.labels", f"{list(labels)} has an empty or a repeated word", "expected distinct words")
     if task.score is not None and not task.score[0] < task.score[1]:
-        raise ConfigError("task.score", f"{list(task.score)} is no range", "expected the lowest score and the highest")
+        raise ConfigError(
+            "task.score", f"{list(task.score)} is not a range", "expected the lowest score and the highest"
+        )
     if config.references is not None:
         raise ConfigError("task.references", f"{list(config.references)} is for generation", f"expected no {setting}")
     shown = template_columns(task.prompt or "")
@@ -143,6 +150,6 @@ def _check_labelled(task: Task, config: TaskConfig) -> Task:
             f"expected '{{{task.label_column}}}' as its only column, or no {setting}",
         )
     if not task.texts and not shown:
-        raise ConfigError("task.texts", "not given, nor is task.prompt", "expected one column or two")
-    texts = task.texts or (tuple(shown) if len(shown) <= 2 else ())  # more than a pair no encoder takes
+        raise ConfigError("task.texts", "neither it nor task.prompt is given", "expected one column or two")
+    texts = task.texts or (tuple(shown) if len(shown) <= 2 else ())  # an encoder takes at most a pair
     return replace(task, completion=completion, texts=texts)

@@ -13,20 +13,20 @@ from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import DataError
 
 Preprocessor = Callable[[Example], Any]
-"""One example -> one sample, or the windows of one."""
+"""Example -> sample, or a list of windows."""
 
 
 @dataclass(frozen=True)
 class CausalLMPreprocessor:
     """For a decoder: prompt and completion in one sequence.
 
-    A tokenizer with a chat template sees the prompt as the user's turn, or the turns of a chat as they are. A prompt
-    longer than `prompt_length` loses tokens from its middle: both ends stay, where templates and instructions are. How
-    much stays says nothing about the completion, from which a model would learn its length; only a completion
-    that does not fit into the rest of `max_length` takes room from its own prompt. It is never cut.
+    A chat template formats the prompt as the user's turn, or a chat's turns as they are. Prompts longer than
+    `prompt_length` are truncated in the middle, since templates and instructions are at the ends. The limit does not
+    depend on the completion, whose length the model could otherwise learn. Only a completion too long for the rest of
+    `max_length` shortens its prompt further. Completions are never truncated.
 
     Attributes:
-        prompt_length: None is three quarters of `max_length`.
+        prompt_length: maximum tokens of the prompt; None means three quarters of `max_length`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class CausalLMPreprocessor:
         """Tokenise.
 
         Raises:
-            DataError: a completion that leaves no room for any of its prompt.
+            DataError: the prompt is empty, or the completion leaves no room for it.
         """
         prompt = prompt_ids(example, self.tokenizer)
         completion = completion_ids(example.completion, self.tokenizer)
@@ -55,9 +55,11 @@ class CausalLMPreprocessor:
 
 @dataclass(frozen=True)
 class Seq2SeqPreprocessor:
-    """For an encoder-decoder: the prompt with the tokenizer's special tokens goes into the encoder, the completion
-    with those of a target text comes out of the decoder. Each may have `max_length` tokens, and the prompt at most
-    `prompt_length`, if that is given; of a longer prompt the middle is lost.
+    """For an encoder-decoder: the encoder reads the prompt, the decoder predicts the completion.
+
+    Attributes:
+        max_length: maximum tokens of each.
+        prompt_length: maximum tokens of the prompt, if given. Longer prompts are truncated in the middle.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,7 +70,7 @@ class Seq2SeqPreprocessor:
         """Tokenise.
 
         Raises:
-            DataError: a completion longer than `max_length`, or an empty prompt.
+            DataError: the completion is longer than `max_length`, or the prompt is empty.
         """
         prompt = list(self.tokenizer(example.prompt, verbose=False)["input_ids"])
         completion = target_ids(example.completion, self.tokenizer)
@@ -87,10 +89,10 @@ class Seq2SeqPreprocessor:
 
 @dataclass(frozen=True)
 class ClassificationPreprocessor:
-    """For a classification head. What is longer than `max_length`, or than the tokenizer says its model can take,
-    loses tokens from its end; of a pair, the longer text first.
+    """For a classification head. Inputs longer than `max_length` or the tokenizer's own limit are truncated at the end,
+    in a pair the longer text first.
 
-    A pair is joined by the tokenizer, or, where that knows no separator, as a decoder's, by a line break.
+    The tokenizer joins a pair by its separator; a decoder's, which has none, by a line break.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -99,7 +101,7 @@ class ClassificationPreprocessor:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", min(self.max_length, self.tokenizer.model_max_length))
-        self.tokenizer.truncation_side = "right"  # whatever side it names
+        self.tokenizer.truncation_side = "right"  # overrides the tokenizer's own setting
 
     def __call__(self, example: Example) -> TextSample:
         """Tokenise a labelled example."""
@@ -118,44 +120,44 @@ class ClassificationPreprocessor:
 
 
 def usual_prompt_length(max_length: int) -> int:
-    """Most tokens of a prompt where nothing else is said: three quarters."""
+    """Default maximum of prompt tokens: three quarters of `max_length`."""
     return max_length - max_length // 4
 
 
 def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a decoder's completion, up to the end-of-sequence token."""
+    """Token ids of a decoder's completion, with the end-of-sequence token."""
     return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def target_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of an encoder-decoder's completion, with the special tokens of a target text, up to the
-    end-of-sequence token.
-    """
+    """Token ids of an encoder-decoder's completion: target-text special tokens, end-of-sequence token last."""
     ids = list(tokenizer(text_target=text.strip(), verbose=False)["input_ids"])
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that a decoder sees before it writes.
+    """Token ids of a decoder's prompt.
 
     Raises:
-        DataError: a chat for a tokenizer that has no chat template, or whose template refuses it.
+        DataError: a chat whose tokenizer has no chat template, or whose template rejects it.
     """
     turns = [{"role": "user", "content": example.prompt}]
     if example.messages is not None:
         turns = [dict(turn) for turn in example.messages]
         if not tokenizer.chat_template:
-            raise DataError(example.source, example.line, "a chat, and the model's tokenizer has no chat template")
+            raise DataError(
+                example.source, example.line, "the row is a chat, but the model's tokenizer has no chat template"
+            )
     if not tokenizer.chat_template:
         plain = list(tokenizer(example.prompt, verbose=False)["input_ids"])
-        # A tokenizer that ends every text would end the sequence before the completion.
+        # Drop an end-of-sequence token: it would end the sequence before the completion.
         return plain[:-1] if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id else plain
     try:
         ids: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         return list(ids)
-    except Exception as error:  # whatever a template's own code raises
+    except Exception as error:  # a template's code may raise anything
         reason = " ".join(str(error).split())[:200]
-        raise DataError(example.source, example.line, f"the chat template refuses it ({reason})") from error
+        raise DataError(example.source, example.line, f"the chat template rejects it ({reason})") from error
 
 
 def _without_middle(ids: list[int], length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The training split as the loop consumes it: sample by sample, packed, or streamed."""
+"""The training split as the loop consumes it: single samples, packs, or a stream."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparse_llm_ft.phase import Subset
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The training samples, and the sequences that the loop makes batches of."""
+    """The training samples, and the sequences that the loop batches."""
 
     samples: CachedDataset | StreamingDataset
     task: Task
     settings: TaskConfig
 
     def subset(self, subset: Subset | None) -> Sequence[Any]:
-        """The samples of a phase, one by one: all of them, or a part drawn from each of `strata`."""
+        """A phase's samples, unpacked: all of them, or a stratified subset."""
         if isinstance(self.samples, StreamingDataset):
             assert subset is None, "the configuration refuses streaming for methods that draw a subset"
             return self.samples  # type: ignore[return-value]
@@ -36,17 +36,17 @@ class TrainingSet:
 
     @property
     def strata(self) -> list[int | None]:
-        """Each sample's class. A regression's samples, and those without labels, are one class."""
+        """(samples,), the class of each sample; without classes, None for all."""
         assert isinstance(self.samples, CachedDataset)
         return self.samples.labels if self.task.labels is not None else [None] * len(self.samples)
 
     def sequences(self, subset: Subset | None = None) -> Any:
-        """What the loop consumes in a phase: its samples, or packs of them under ``task.packing``."""
+        """The sequences of a phase: its samples, or packs of them under ``task.packing``."""
         return self._all if subset is None else self._packed(self.subset(subset))
 
     @property
     def size(self) -> int:
-        """Number of sequences; 0 for a stream, whose length nobody knows."""
+        """Number of sequences; 0 for a stream, whose length is unknown."""
         return 0 if isinstance(self.samples, StreamingDataset) else len(self._all)
 
     @property
@@ -57,9 +57,9 @@ class TrainingSet:
         return int(self._all.lengths.max())
 
     def describe(self) -> str:
-        """For people: ``500 training samples in 120 sequences``."""
+        """Text for logs, e.g. ``500 training samples in 120 sequences``."""
         if isinstance(self.samples, StreamingDataset):
-            return "training samples as they are streamed"
+            return "streamed training samples"
         count = f"{len(self.samples)} training samples"
         return f"{count} in {self.size} sequences" if self.settings.packing else count
 

@@ -183,7 +183,7 @@ def test_only_the_first_rank_of_a_node_tokenises(
     heard = iter(said)
     second = encode(settings, ranks=Coordination(waits, ALONE.on_every_rank, lambda text: next(heard)))
     assert list(second.train) == list(first.train) and len(calls) == 45
-    with pytest.raises(UserError, match=r"task: this node's .* rows, or its tokenizer, are not those of rank 0's node"):
+    with pytest.raises(UserError, match=r"task: this node's .* rows or tokenizer differ from those on rank 0's node"):
         encode(settings, ranks=Coordination(leads, ALONE.on_every_rank, lambda text: "of rank 0"))
 
 

@@ -100,15 +100,15 @@ def test_the_last_turn_of_a_chat_is_its_completion() -> None:
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ("hi", "column 'turns' is no list of two or more turns"),
-        (TURNS[:1], "no list of two or more turns"),
-        (TURNS[:2], "the last turn of column 'turns' is the user's, the assistant's is needed"),
+        ("hi", "column 'turns' is not a list of two or more turns"),
+        (TURNS[:1], "not a list of two or more turns"),
+        (TURNS[:2], "the last turn of column 'turns' is the user's, not the assistant's"),
         (TURNS[::2], "column 'turns' has no turn of the user"),
         ([{"from": "human", "value": "x"}, TURNS[2]], "turn 1 of column 'turns' has from, value; needed role, content"),
         (["x", TURNS[2]], "turn 1 of column 'turns' has str; needed role, content"),
         ([{"role": "bot", "content": "x"}, TURNS[2]], "turn 1 .*: role 'bot' is not system, user, assistant"),
         ([{"role": ["user"], "content": "x"}, TURNS[2]], r"turn 1 .*: role \['user'\] is not system"),
-        ([{"role": "user", "content": ["x"]}, TURNS[2]], "column 'content' is list, text is needed"),
+        ([{"role": "user", "content": ["x"]}, TURNS[2]], "column 'content' is list, not text"),
         ([TURNS[1], {"role": "assistant", "content": None}], "turn 2 of column 'turns' is empty"),
     ],
 )
@@ -136,19 +136,19 @@ def test_a_question_without_answer_is_said_to_be_unanswerable() -> None:
     row = {**SQUAD, "answers": {"text": [], "answer_start": []}}
     example = one(row, name="squad_v2")
     assert example.answers == () and example.completion == " unanswerable" and example.references == ()
-    with pytest.raises(BadRow, match="column 'answers' is empty; a question without answer is for task squad_v2"):
+    with pytest.raises(BadRow, match="column 'answers' is empty; questions without answer need task squad_v2"):
         read(row, name="squad")
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"text": ["Rome"], "answer_start": [4]}, "answer 'Rome' does not stand at character 4 of column 'context'"),
-        ({"text": ["Rome"], "answer_start": [-5]}, "does not stand at character -5"),
-        ({"text": ["Rome"], "answer_start": []}, "with as many of both"),
+        ({"text": ["Rome"], "answer_start": [4]}, "answer 'Rome' is not at character 4 of column 'context'"),
+        ({"text": ["Rome"], "answer_start": [-5]}, "is not at character -5"),
+        ({"text": ["Rome"], "answer_start": []}, "of equal lengths"),
         ({"text": "Rome", "answer_start": [3]}, "column 'answers' is not"),
         ("{'text': ['Rome']}", "column 'answers' is not"),
-        ({"text": ["Rome"], "answer_start": ["3"]}, "has 'Rome' at '3', a text and an integer are needed"),
+        ({"text": ["Rome"], "answer_start": ["3"]}, "has 'Rome' at '3', expected a text and an integer"),
         ({"text": [" "], "answer_start": [2]}, "has ' ' at 2"),
     ],
 )
@@ -178,10 +178,10 @@ def test_dart_has_a_row_for_each_sentence_about_its_triples(annotations: Any) ->
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tripleset": [["A", "B"]], "annotations": []}, "column 'tripleset' is no list of"),
-        ({"tripleset": [], "annotations": []}, "column 'tripleset' is no list of"),
+        ({"tripleset": [["A", "B"]], "annotations": []}, "column 'tripleset' is not a list of"),
+        ({"tripleset": [], "annotations": []}, "column 'tripleset' is not a list of"),
         ({"tripleset": TRIPLES, "annotations": []}, "column 'annotations' has no list of texts"),
-        ({"tripleset": TRIPLES, "annotations": {"text": [3]}}, "column 'text' is int, text is needed"),
+        ({"tripleset": TRIPLES, "annotations": {"text": [3]}}, "column 'text' is int, not text"),
         ({"tripleset": TRIPLES, "annotations": ["One."]}, "the completion is empty"),
     ],
 )

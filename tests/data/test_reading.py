@@ -41,13 +41,13 @@ def test_a_template_replaces_whole_fields_only() -> None:
     ("line", "message"),
     [
         (b'{"text": "a", "answer": "b"', r"train.jsonl:2: not JSON \(.* at column \d+\)"),
-        (b'["a"]', "train.jsonl:2: a JSON object is needed, not list"),
+        (b'["a"]', "train.jsonl:2: expected a JSON object, not list"),
         (b'{"text": "a\0", "answer": "b"}', r"train.jsonl:2: not JSON \(it holds a NUL byte\)"),
         (b'{"text": "\\u0000", "answer": "b"}', "train.jsonl:2: column 'text' holds a NUL character"),
         (b'{"text": " ", "answer": "b"}', "train.jsonl:2: column 'text' is empty"),
         (b'{"text": null, "answer": "b"}', "train.jsonl:2: column 'text' is empty"),
         (b'{"txt": "a", "answer": "b"}', "train.jsonl:2: no column 'text'; found txt, answer; needed text, answer"),
-        (b'{"text": 3, "answer": "b"}', "train.jsonl:2: column 'text' is int, text is needed"),
+        (b'{"text": 3, "answer": "b"}', "train.jsonl:2: column 'text' is int, not text"),
         (b'{"text": "\\ud800", "answer": "b"}', "train.jsonl:2: column 'text' holds half of a surrogate pair"),
         (b'{"text": "a", "answer": "  "}', "train.jsonl:2: the completion is empty"),
         (
@@ -113,7 +113,7 @@ def test_a_label_is_its_number_or_its_word(tmp_path: Path) -> None:
         ({"text": "a", "mark": True}, "label True is not 0 to 1"),
         ({"text": "a", "mark": None}, "label None is not 0 to 1"),
         ({"text": "a"}, "train.jsonl:1: no column 'mark'; found text"),
-        ({"text": 3, "mark": 0}, "train.jsonl:1: column 'text' is int, text is needed"),
+        ({"text": 3, "mark": 0}, "train.jsonl:1: column 'text' is int, not text"),
         ({"txt": "a", "mark": 0}, "train.jsonl:1: no column 'text'; found txt, mark"),
     ],
 )
@@ -257,7 +257,7 @@ def test_columns_are_checked_on_the_first_row_alone(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED))
     check_columns(resolve_task(task(tmp_path)), "train")
     (tmp_path / "train.jsonl").write_text("\n".join(MIXED[3:]))
-    with pytest.raises(UserError, match=r"train.jsonl:1: column 'text' is int, text is needed"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: column 'text' is int, not text"):
         check_columns(resolve_task(task(tmp_path)), "train")
     with pytest.raises(UserError, match=r"has no test.jsonl"):
         check_columns(resolve_task(task(tmp_path)), "test")

@@ -216,13 +216,15 @@ def test_a_template_without_system_turns_refuses_with_the_line(model_folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     tokenizer.chat_template = refuses + TEMPLATE
-    with pytest.raises(DataError, match=r"chats.jsonl:3: the chat template refuses it \(no system turn\)"):
+    with pytest.raises(DataError, match=r"chats.jsonl:3: the chat template rejects it \(no system turn\)"):
         CausalLMPreprocessor(tokenizer, 64)(chat(CHAT))
     assert CausalLMPreprocessor(tokenizer, 64)(chat(CHAT[1:])).supervised == 3
 
 
 def test_a_chat_without_template_is_refused(model_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"chats.jsonl:3: a chat, and the model's tokenizer has no chat template"):
+    with pytest.raises(
+        DataError, match=r"chats.jsonl:3: the row is a chat, but the model's tokenizer has no chat template"
+    ):
         CausalLMPreprocessor(AutoTokenizer.from_pretrained(model_folder), 64)(chat(CHAT))
 
 

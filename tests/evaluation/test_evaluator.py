@@ -86,7 +86,7 @@ def test_samples_of_both_kinds_know_their_label(prepared: Make, encoder_folder: 
 
 def test_a_task_must_say_what_its_model_sees(prepared: Make, encoder_folder: Path, model_folder: Path) -> None:
     run = prepared(model_folder, prompt=None, texts=["sentence"])
-    with pytest.raises(ConfigError, match=r"task.prompt: not given, and .* writes"):
+    with pytest.raises(ConfigError, match=r"task.prompt: not given, and .* generates text"):
         encoded(run)
     run = prepared(encoder_folder, prompt=None, texts=["sentence"])
     assert len(encoded(run).measured[0].samples) == 12
@@ -97,5 +97,5 @@ def test_an_encoder_takes_no_more_than_a_pair(prepared: Make, encoder_folder: Pa
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     run = prepared(encoder_folder, path=str(tmp_path), prompt="{a} {b} {c}")
-    with pytest.raises(ConfigError, match=r"task.texts: not given, and .* gets a head"):
+    with pytest.raises(ConfigError, match=r"task.texts: not given, and .* too many for the head of"):
         encoded(run)

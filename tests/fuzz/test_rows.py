@@ -147,7 +147,7 @@ def test_files_of_any_bytes(tmp_path: Path, data: bytes, kind: dict, ending: str
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"[1]", "a JSON object is needed, not list"),
+        (b"[1]", "expected a JSON object, not list"),
         (b"\xff", "not UTF-8"),
         (b"[" * 100_000, "not JSON (nested too deeply)"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not JSON (Exceeds the limit"),

@@ -1,4 +1,4 @@
-"""The task registry: a new task is one file here and its name in `_FILES`."""
+"""The task registry. To add a task, write one file here and enter its name in `_FILES`."""
 
 from collections.abc import Iterator
 from importlib import import_module

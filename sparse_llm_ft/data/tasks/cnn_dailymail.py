@@ -1,5 +1,5 @@
-"""CNN/DailyMail (Hermann et al., 2015; See et al., 2017, for the texts as they are): a summary's sentences are lines of
-their own, which is what ROUGE-Lsum is for.
+"""CNN/DailyMail (Hermann et al., 2015; texts of See et al., 2017). A summary has one sentence per line, as ROUGE-Lsum
+expects.
 """
 
 from sparse_llm_ft.data.tasks.task import Task

@@ -1,4 +1,4 @@
-"""The user's own data, in a local folder; the settings say which columns are what."""
+"""The user's own data in a local folder; the settings assign the columns."""
 
 from sparse_llm_ft.data.tasks.task import Task
 

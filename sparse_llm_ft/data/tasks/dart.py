@@ -1,4 +1,4 @@
-"""DART (Nan et al., 2021): a row has a set of triples and several sentences that say them."""
+"""DART (Nan et al., 2021): a row has a set of triples and several sentences that express them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,21 +7,21 @@ from sparse_llm_ft.data.tasks.task import BadRow, Row, Task
 
 
 def flatten(row: Row) -> Iterator[Row]:
-    """A row for each sentence: ``triples`` is ``subject | relation | object ; ...``, ``text`` the sentence.
+    """Yield one row per sentence: ``triples`` is ``subject | relation | object ; ...``, ``text`` the sentence.
 
     Raises:
-        BadRow: triples or annotations of another form, or none.
+        BadRow: triples or annotations are missing or have another form.
     """
     triples = row["tripleset"]
     if not _lists_of_text(triples) or any(len(triple) != 3 for triple in triples):
-        raise BadRow("column 'tripleset' is no list of [subject, relation, object]")
+        raise BadRow("column 'tripleset' is not a list of [subject, relation, object]")
     linear = " ; ".join(" | ".join(triple) for triple in triples)
     for text in _texts(row["annotations"]):
         yield {**row, "triples": linear, "text": text}
 
 
 def _texts(annotations: Any) -> list[Any]:
-    """From a list of ``{"source", "text"}``, as published, or one such mapping of lists, as `datasets` has it."""
+    """The sentences of a list of ``{"source", "text"}`` (as published) or of a mapping of lists (as in `datasets`)."""
     if isinstance(annotations, Mapping):
         texts = annotations.get("text")
     elif isinstance(annotations, list):

@@ -1,6 +1,4 @@
-"""DialogSum (Chen et al., 2021): each dialogue of its test split has three summaries, in three rows on the hub and in
-three columns elsewhere.
-"""
+"""DialogSum (Chen et al., 2021). Test dialogues have three summaries: in three rows on the hub, or in three columns."""
 
 from sparse_llm_ft.data.tasks.task import Task
 

@@ -1,4 +1,4 @@
-"""E2E NLG Challenge (Novikova et al., 2017): each meaning representation has several references, a row each."""
+"""E2E NLG Challenge (Novikova et al., 2017): one row per reference, several per meaning representation."""
 
 from sparse_llm_ft.data.tasks.task import Task
 

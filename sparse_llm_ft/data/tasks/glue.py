@@ -1,6 +1,6 @@
-"""Tasks of GLUE (Wang et al., 2019). Its test splits have no labels: what is measured as ``test`` is validation.
+"""Tasks of GLUE (Wang et al., 2019). Its test splits have no labels, so ``test`` is the validation split.
 
-Label words stand in the order of the hub's integers.
+Label words are in the order of the hub's integers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a model learns a task: by writing, or through a head."""
+"""How a model learns a task: by generating text, or through a head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TaskMode:
     """How a model learns a task.
 
     Attributes:
-        outputs: of a classification head: one for each label, or 1 in a regression; None in other modes.
+        outputs: outputs of a classification head: one per label, or 1 in a regression; None in other modes.
     """
 
     mode: Mode = "causal_lm"
@@ -23,7 +23,7 @@ class TaskMode:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model's head belongs to the task, and is trained whole."""
+        """Whether the model has a head for the task, which is trained without an adapter."""
         return self.mode in WITH_HEAD
 
 

@@ -1,6 +1,7 @@
-"""SQuAD (Rajpurkar et al., 2016 and 2018). Neither has a public test split: what is measured as ``test`` is validation.
+"""SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016 and 2018). Neither has a public test split, so ``test`` is the validation
+split.
 
-A model that writes is asked for the first answer; all of them count as right.
+A generating model is trained on the first answer; all answers count as correct.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from sparse_llm_ft.data.tasks.task import BadRow, Row, Task
 
 UNANSWERABLE = "unanswerable"
-"""What a model that writes shall say where the text has no answer."""
+"""What a generating model must write if the text has no answer."""
 
 _PROMPT = "{context}\n\nQuestion: {question}\nAnswer:"
 _SPLITS = {"train": "train", "validation": "validation", "test": "validation"}
@@ -23,31 +24,31 @@ _EXAMPLE = {
 
 
 def answers(row: Row) -> tuple[tuple[str, int], ...]:
-    """Each answer's text and the character it starts at; () where the text has none.
+    """Each answer's text and first character; () if there is none.
 
     Raises:
-        BadRow: ``answers`` of another form than ``{"text": [...], "answer_start": [...]}``.
+        BadRow: ``answers`` does not have the form ``{"text": [...], "answer_start": [...]}``.
     """
     value: Any = row["answers"]
     texts, starts = (value.get("text"), value.get("answer_start")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise BadRow('column \'answers\' is not {"text": [...], "answer_start": [...]} with as many of both')
+        raise BadRow('column \'answers\' is not {"text": [...], "answer_start": [...]} of equal lengths')
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
-            raise BadRow(f"column 'answers' has {text!r:.60} at {start!r:.20}, a text and an integer are needed")
+            raise BadRow(f"column 'answers' has {text!r:.60} at {start!r:.20}, expected a text and an integer")
     return tuple(zip(texts, starts, strict=True))
 
 
 def flatten(row: Row) -> Iterator[Row]:
-    """The row with ``answer``, its first answer."""
+    """Yield the row with ``answer``, its first answer."""
     found = answers(row)
     if not found:
-        raise BadRow("column 'answers' is empty; a question without answer is for task squad_v2")
+        raise BadRow("column 'answers' is empty; questions without answer need task squad_v2")
     yield {**row, "answer": found[0][0]}
 
 
 def flatten_v2(row: Row) -> Iterator[Row]:
-    """The row with ``answer``, its first answer or the word for none."""
+    """Yield the row with ``answer``, its first answer or `UNANSWERABLE`."""
     found = answers(row)
     yield {**row, "answer": found[0][0] if found else UNANSWERABLE}
 

@@ -1,4 +1,4 @@
-"""What a task is: where its data lies and how a row becomes a prompt and a completion, or texts and a label."""
+"""`Task`: where the data are, and how a row becomes a prompt and a completion, or texts and a label."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Kind = Literal["classification", "regression", "extractive", "generation"]
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the text says why. Who knows its file and line makes a `DataError` of it."""
+    """A row that cannot be used, and why. The reader, who knows file and line, raises it as a `DataError`."""
 
 
 class MissingColumn(BadRow):
-    """A row without a column that the task needs: most likely none of the file's rows has it."""
+    """A row lacks a column that the task needs; probably all rows of the file do."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,31 @@ class Task:
 
     Attributes:
         name: as in ``task.name``.
-        hub_id: data set on the Hugging Face hub; None where only a local folder will do.
-        prompt, completion: templates whose ``{column}`` fields are the row's columns. None: the user gives them.
-            In a classification or regression the completion's only field is the label column, which stands for the
-            label word, or for the score in one decimal.
-        references: further columns that hold alternative completions, used in evaluation where a row has them.
-        splits: our split -> the hub's; a local folder has files of the same names.
-        hub_config: configuration of the hub's data set, where it has several.
-        labels: label words in the order of the integer labels; None where the task is no classification.
-        score: lowest and highest label of a regression; None where the task is none.
-        extractive: whether completions are spans of a text: ``texts`` are question and context, and rows have
-            ``answers`` as SQuAD has them, ``{"text": [...], "answer_start": [...]}``.
-        texts: the columns an encoder sees, one or a pair.
-        label_column: holds the integer label, the label word itself, or the score.
-        metrics: what is measured, the one that papers report first.
-        group_by: column; rows of an evaluated split with the same value are one sample with all their references.
-        further_splits: name -> (our split -> the hub's): measured beside the first, MNLI's ``mismatched``.
-        flatten: makes of a nested row of the hub the flat rows that the templates name; raises `BadRow`.
+        hub_id: data set on the Hugging Face hub; None if the task needs a local folder.
+        prompt, completion: templates with ``{column}`` fields; None if the user gives them. In a classification or
+            regression the completion's only field is the label column, filled with the label word, or the score to one
+            decimal.
+        references: columns with alternative completions, used in evaluation; a row may lack them.
+        splits: our split -> the hub's; files of a local folder have the same names.
+        hub_config: configuration of the hub's data set, if it has several.
+        labels: label words in the order of the integer labels; None unless the task is a classification.
+        score: lowest and highest label of a regression; None for other tasks.
+        extractive: whether completions are spans of a text. Then ``texts`` are question and context, and rows have
+            ``answers`` in SQuAD's form, ``{"text": [...], "answer_start": [...]}``.
+        texts: an encoder's input columns, one or a pair.
+        label_column: holds the integer label, the label word, or the score.
+        metrics: the metrics; the papers' main one comes first.
+        group_by: column; rows of an evaluated split with the same value become one sample with all references.
+        further_splits: name -> (our split -> the hub's), also evaluated: MNLI's ``mismatched``.
+        flatten: turns a nested row of the hub into flat rows with the templates' columns; raises `BadRow`.
         nested: columns that `flatten` reads.
-        no_answer: what a model that writes shall say where a question has no answer; None: every one has.
-        messages: column of a chat: a list of ``{"role": ..., "content": ...}``; its last turn is the completion.
-        hub_revision: branch of the hub's data set, where the main one holds a loading script, which `datasets` no
+        no_answer: what a generating model must write if a question has no answer; None if every question has one.
+        messages: column of a chat, a list of ``{"role": ..., "content": ...}``; the last turn is the completion.
+        hub_revision: branch of the hub's data set. Set if the main branch has a loading script, which `datasets` no
             longer runs: the hub's own conversion to parquet.
-        description, source: what it is, and the paper, for people.
-        example: a row as the hub has it, for people; of our own making.
-        path, on_bad_row, streaming: as in `TaskConfig`; `resolve_task` fills them in.
+        description, source: a short description and the paper, for display.
+        example: an invented row in the hub's format, for display.
+        path, on_bad_row, streaming: see `TaskConfig`; `resolve_task` sets them.
     """
 
     name: str
@@ -89,31 +89,31 @@ class Task:
 
     @property
     def kind(self) -> Kind:
-        """What is predicted: a label, a score, a span of a text, or a text."""
+        """The kind of prediction: a label, a score, a span of a text, or a text."""
         if self.labels is not None:
             return "classification"
         return "regression" if self.score is not None else "extractive" if self.extractive else "generation"
 
     @cached_property
-    def shown(self) -> tuple[str, ...]:
-        """Columns whose texts a model sees."""
+    def input_columns(self) -> tuple[str, ...]:
+        """Columns of the prompt and of `texts`."""
         return tuple(dict.fromkeys((*template_columns(self.prompt or ""), *self.texts)))
 
     @cached_property
-    def filled(self) -> tuple[str, ...]:
-        """Columns of the completion."""
+    def completion_columns(self) -> tuple[str, ...]:
+        """Columns of the completion's template."""
         return tuple(template_columns(self.completion or ""))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Columns that a flat row must have, in the order of the templates."""
+        """Required columns of a flat row, in the templates' order."""
         label = (self.label_column,) if self.kind in ("classification", "regression") else ()
         further = tuple(column for column in (self.messages, self.group_by) if column)
-        return tuple(dict.fromkeys((*self.shown, *self.filled, *label, *further)))
+        return tuple(dict.fromkeys((*self.input_columns, *self.completion_columns, *label, *further)))
 
     @property
     def outputs(self) -> int | None:
-        """Outputs of a head for the task: its labels, 1 for a score, 2 (start and end) for a span; None: no head."""
+        """Number of a head's outputs: one per label, 1 for a score, 2 (start and end) for a span; None without head."""
         if self.labels is not None:
             return len(self.labels)
         return 2 if self.extractive else 1 if self.score is not None else None
@@ -129,10 +129,10 @@ def require(row: Row, columns: Iterable[str]) -> None:
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns a template needs, in order."""
+    """The template's columns, in order and without repetition."""
     return list(dict.fromkeys(_FIELD.findall(template)))
 
 
 def render(template: str, row: Mapping[str, str]) -> str:
-    """Fill a template. Only whole ``{column}`` fields are replaced; texts may hold braces of their own."""
+    """Fill a template's ``{column}`` fields; other braces stay as they are."""
     return _FIELD.sub(lambda match: row[match[1]], template)
