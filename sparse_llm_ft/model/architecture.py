@@ -1,4 +1,4 @@
-"""How a model learns a task: by writing, or through a head; and what transformers and PEFT call that."""
+"""The task mode of a model (generation or a head), and its names in transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from sparse_llm_ft.errors import ConfigError
 ModelFamily = Literal["encoder", "decoder", "encoder-decoder"]
 
 HEAD_NAMES = frozenset({"score", "pre_classifier", "classifier", "classification_head", "qa_outputs"})
-"""What transformers calls the heads of its models. They are trained whole, even where a checkpoint has one."""
+"""transformers' names of heads. A head is trained in full, even if the checkpoint has one."""
 
 
 class Architecture(NamedTuple):
-    """What transformers and PEFT have for a mode."""
+    """transformers' classes and PEFT's task type for a mode."""
 
     auto: type
     classes: frozenset[str]
@@ -75,53 +75,53 @@ ARCHITECTURES: dict[Mode, Architecture] = {
 
 
 def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: str) -> TaskMode:
-    """What `task.mode` means for this model.
+    """Resolve ``task.mode`` for this model.
 
     Args:
-        settings: the model's own.
+        settings: the model's config.
         model: its name, for messages.
         wanted: ``task.mode``.
 
     Raises:
-        ConfigError: the model or the task does not go with that mode.
+        ConfigError: the model or the task does not support the mode.
     """
-    body = model_family(settings)
-    mode = _default(body, task) if wanted == "auto" else wanted
+    family = model_family(settings)
+    mode = _default(family, task) if wanted == "auto" else wanted
     if mode is None:
         raise ConfigError(
             "model.name",
             f"{model!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
             "expected a causal language model, or a task with labels",
         )
-    # T5's and BART's own heads for sequences are left out: which of their two stacks they read differs by model.
+    # T5's and BART's own sequence heads are not supported: which of the two stacks they read differs by model.
     fits: dict[str, tuple[ModelFamily, ...]] = {
         "sequence_classification": ("encoder", "decoder"),
         "question_answering": ("encoder",),
         "causal_lm": ("decoder",),
         "seq2seq_lm": ("encoder-decoder",),
     }
-    if body not in fits[mode]:
-        possible = ", ".join(name for name, bodies in fits.items() if body in bodies)
+    if family not in fits[mode]:
+        possible = ", ".join(name for name, families in fits.items() if family in families)
         raise ConfigError(
             "task.mode",
-            f"{mode}, and {model!r} is {'a' if body == 'decoder' else 'an'} {body} ({settings.model_type})",
+            f"{mode}, but {model!r} is {'a' if family == 'decoder' else 'an'} {family} ({settings.model_type})",
             f"expected {possible}",
         )
     if mode == "sequence_classification":
         if task.labels is None and task.score is None:
             raise ConfigError(
                 "task.mode",
-                f"{mode}, and task {task.name} has neither labels nor a score",
-                "expected task.labels or task.score beside it, or another mode",
+                f"{mode}, but task {task.name} has neither labels nor a score",
+                "expected task.labels or task.score too, or another mode",
             )
         return TaskMode("sequence_classification", task.outputs)
     if mode == "question_answering" and not task.extractive:
-        raise ConfigError("task.mode", f"{mode}, and task {task.name} has no answers in a text", "expected squad")
+        raise ConfigError("task.mode", f"{mode}, but task {task.name} is not extractive", "expected squad")
     return TaskMode(mode)  # type: ignore[arg-type]
 
 
 def model_family(settings: PreTrainedConfig) -> ModelFamily:
-    """What the model is, by its settings."""
+    """The model's family, from its config."""
     if getattr(settings, "is_encoder_decoder", False):
         return "encoder-decoder"
     decodes = getattr(settings, "is_decoder", False)
@@ -129,7 +129,7 @@ def model_family(settings: PreTrainedConfig) -> ModelFamily:
 
 
 def mode_of(model: nn.Module) -> Mode:
-    """The mode that a model was built for, by its class; bare or under PEFT."""
+    """The mode of a model's class, with or without PEFT around it."""
     name = type(base_of(model)).__name__
     for mode, architecture in ARCHITECTURES.items():
         if name in architecture.classes:
@@ -138,25 +138,25 @@ def mode_of(model: nn.Module) -> Mode:
 
 
 def has_head(model: nn.Module) -> bool:
-    """Whether the model, bare or under PEFT, has a head that belongs to the task."""
+    """Whether the model, with or without PEFT around it, has a task head."""
     return mode_of(model) in WITH_HEAD
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's name of what the model does; None: `PeftModel` itself, which hands every argument on."""
+    """PEFT's task type; None selects plain `PeftModel`, which passes every argument on."""
     return ARCHITECTURES[mode_of(model)].task_type
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model itself, without PEFT around it."""
+    """The model without PEFT around it."""
     bare: object = model
     return bare.get_base_model() if hasattr(bare, "get_base_model") else model  # type: ignore[attr-defined]
 
 
-def _default(body: ModelFamily, task: Task) -> Mode | None:
-    if body == "encoder-decoder":
+def _default(family: ModelFamily, task: Task) -> Mode | None:
+    if family == "encoder-decoder":
         return "seq2seq_lm"
-    if body == "decoder":
+    if family == "decoder":
         return "causal_lm"
     if task.extractive:
         return "question_answering"

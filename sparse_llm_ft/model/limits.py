@@ -1,4 +1,4 @@
-"""What a model has room for: positions, and rows of its embeddings."""
+"""A model's limits: positions and embedding rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep
 
 
 def tokenizer_for(config: ModelConfig, task_mode: TaskMode, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Before a head it also knows how long a text the model can take; many do not say.
+    """The model's tokenizer. For a model with a head, its `model_max_length` is at most the model's learned positions.
 
     Args:
         model: on any device.
 
     Raises:
-        ConfigError: none that can be used, or one with a special token that the model has no embedding for.
+        ConfigError: there is no usable tokenizer, or a special token has no embedding in the model.
     """
     tokenizer = load_tokenizer(config, task_mode)
     embeddings = model.get_input_embeddings()
@@ -33,7 +33,7 @@ def tokenizer_for(config: ModelConfig, task_mode: TaskMode, model: PreTrainedMod
         if rows is not None and isinstance(number, int) and number >= rows:
             raise ConfigError(
                 "model.name",
-                f"{config.name!r} has a tokenizer whose {name} is {number}, and embeddings for {rows} tokens",
+                f"{config.name!r} has a tokenizer whose {name} is {number}, but embeddings for {rows} tokens",
                 "expected a model whose embeddings were resized with its tokenizer",
             )
     limit = _learned_positions(model)
@@ -43,66 +43,70 @@ def tokenizer_for(config: ModelConfig, task_mode: TaskMode, model: PreTrainedMod
 
 
 def check_lengths(config: RunConfig, task: Task, task_mode: TaskMode, model: PreTrainedModel) -> None:
-    """Refuse samples, and texts that are written behind prompts, that a model has no positions for.
+    """Refuse samples and generated texts that are longer than the model's positions.
 
-    A head's texts are cut to what the model can take (`tokenizer_for`).
+    A head needs no check: its texts are truncated to the model's limit (`tokenizer_for`).
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: a setting is too large; the message names it.
     """
     _check_prompts(config, task_mode)
     if config.task.streaming and task_mode.mode == "question_answering":
-        raise ConfigError("task.streaming", "true, and a context has several windows", "expected false")
+        raise ConfigError("task.streaming", "true, but a context has several windows", "expected false")
+
+    # Samples.
     settings = model.config.get_text_config()
-    relative = hasattr(settings, "relative_attention_num_buckets")  # T5: any distance will do
+    relative = hasattr(settings, "relative_attention_num_buckets")  # T5: no limit
     limit = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None)
     if task_mode.has_head or relative or not isinstance(limit, int):
         return
     if config.task.max_length > limit:
         raise ConfigError(
             "task.max_length",
-            f"{config.task.max_length}, and {config.model.name!r} has {limit} positions",
+            f"{config.task.max_length}, but {config.model.name!r} has {limit} positions",
             f"expected at most {limit}",
         )
+
+    # Generated texts. A rotary model also computes beyond its positions, so they may be a little longer.
     if task.labels is not None or getattr(settings, "rope_parameters", None):
-        return  # beyond its positions a rotary model computes on, and the text behind a prompt may be a little longer
+        return
     prompt = config.task.max_prompt_length or usual_prompt_length(config.task.max_length)
     behind = f" behind prompts of up to {prompt} tokens"
     if task_mode.mode == "seq2seq_lm":
         prompt, behind = 1, ""  # the start token
     new = config.evaluation.max_new_tokens
-    if config.evaluation.samples and new + prompt > limit + 1:  # of the last token no position is asked
+    if config.evaluation.samples and new + prompt > limit + 1:  # the last token needs no position
         raise ConfigError(
             "evaluation.max_new_tokens",
-            f"{new}{behind}, and {config.model.name!r} has {limit} positions",
+            f"{new}{behind}, but {config.model.name!r} has {limit} positions",
             f"expected at most {limit + 1 - prompt}" + (", or a smaller task.max_prompt_length" if behind else ""),
         )
 
 
 def _check_prompts(config: RunConfig, task_mode: TaskMode) -> None:
-    prompt, most = config.task.max_prompt_length, config.task.max_length
+    prompt, limit = config.task.max_prompt_length, config.task.max_length
     if prompt is None:
         return
     if task_mode.has_head:
         raise ConfigError(
             "task.max_prompt_length",
-            f"{prompt}, and {config.model.name!r} gets a head",
+            f"{prompt}, but {config.model.name!r} gets a head",
             "expected task.max_length alone",
         )
-    if prompt > most or (prompt == most and task_mode.mode != "seq2seq_lm"):
+    if prompt > limit or (prompt == limit and task_mode.mode != "seq2seq_lm"):
         raise ConfigError(
             "task.max_prompt_length",
-            f"{prompt} leaves no room for a completion in task.max_length {most}",
+            f"{prompt} leaves no room for a completion in task.max_length {limit}",
             "expected less",
         )
 
 
 def _learned_positions(model: nn.Module) -> int | None:
-    """Tokens that a table of positions has rows for; None without one."""
+    """Number of learned positions; None if the model has none."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-            unused = int(getattr(module, "offset", 0))  # BART and OPT begin behind two rows
-            if module.padding_idx is not None:  # and RoBERTa and MPNet behind that of padding
+            unused = int(getattr(module, "offset", 0))  # BART and OPT skip two rows
+            if module.padding_idx is not None:  # RoBERTa and MPNet also skip the padding row
                 unused += module.padding_idx + 1
             return module.num_embeddings - unused
     return None

@@ -1,4 +1,4 @@
-"""The pretrained base: its tokenizer, an empty copy to plan on, and the weights, in 4 bit where asked for."""
+"""Loads the pretrained base: tokenizer, architecture without weights, and weights, optionally in 4 bit."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ _UNREADABLE = (
     *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
     *(SafetensorError, StrictDataclassError),
 )
-"""What transformers raises for a config, a tokenizer or weights that are damaged, or not what they claim to be."""
+"""transformers' exceptions for damaged or wrong configs, tokenizers and weights."""
 
 
 def find_model_task_mode(config: ModelConfig, task: Task, mode: str) -> TaskMode:
-    """What `task.mode` means for the configured model (`find_task_mode`).
+    """Resolve ``task.mode`` for the configured model (`find_task_mode`).
 
     Raises:
-        ConfigError: no such model, or one that cannot learn the task so.
+        ConfigError: the model cannot be loaded, or does not support the mode.
     """
     return find_task_mode(_settings(config), config.name, task, mode)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that are trained whole, in the model's order; none in a model that writes.
+    """Names of the modules that are trained in full, in the model's order; none without a task head.
 
-    They are the task's head and whatever else the checkpoint lacks, a pooler for instance: what `empty_model` and
-    `load_model` found missing.
+    They are the head and every module that the checkpoint lacks, such as a pooler, as found by `empty_model` and
+    `load_model`.
     """
     base = base_of(model)
     if not has_head(base):
@@ -61,10 +61,11 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def load_tokenizer(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
+    """The model's tokenizer. If it has no padding token, it pads with its end-of-sequence token.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no end-of-sequence token for a model that writes, or none to pad with.
+        ConfigError: the tokenizer cannot be loaded, or lacks a padding token or, for generation, an end-of-sequence
+            token.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
     if tokenizer.eos_token_id is None and not task_mode.has_head:
@@ -79,22 +80,22 @@ def load_tokenizer(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM) -> PreT
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.truncation_side = "right"  # a text that is too long loses its end, whatever the tokenizer was saved with
+    tokenizer.truncation_side = "right"  # overrides the saved setting
     return tokenizer
 
 
 def empty_model(
     config: ModelConfig, attn_implementation: str | None = None, task_mode: TaskMode = CAUSAL_LM
 ) -> PreTrainedModel:
-    """The architecture on the meta device: names and shapes, no weights, in about a second.
+    """The architecture on the meta device: names and shapes without weights, in about a second.
 
-    Of a checkpoint for a head the names are read, to know what it lacks (`head_modules`).
+    With a task head, the checkpoint's tensor names are read too, to find the missing ones (`head_modules`).
 
     Args:
-        attn_implementation: where the model has the choice; None takes the model's default.
+        attn_implementation: None takes the model's default.
 
     Raises:
-        ConfigError: no such model, or one that cannot learn such a task.
+        ConfigError: the model cannot be loaded, or does not support the mode.
     """
     settings = _settings(config)
     architecture = ARCHITECTURES[task_mode.mode]
@@ -122,10 +123,10 @@ def empty_model(
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Refuse a local model folder without weights that can be loaded, before anything is written.
+    """Refuse a local model folder without loadable weights, before anything is written.
 
     Raises:
-        ConfigError: naming the folder.
+        ConfigError: the folder has no safetensors file.
     """
     folder = Path(config.name)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
@@ -144,40 +145,45 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     """The frozen base with its weights, on this process's device.
 
     Args:
-        seed: of a fresh head, which is the same on every rank. Sets torch's generators.
+        seed: seeds torch's generators, so that a new head is the same on every rank.
 
     Raises:
-        ConfigError: weights that cannot be loaded.
+        ConfigError: the weights cannot be loaded.
     """
+    # How transformers loads the weights.
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
-        # What is trained whole stays as it is; None: only the output embeddings do, which transformers knows.
-        whole = list(head_modules(empty_model(config, task_mode=task_mode))) if task_mode.has_head else None
+        # Modules trained in full are not quantised; with None, transformers skips only the output embeddings.
+        unquantized = list(head_modules(empty_model(config, task_mode=task_mode))) if task_mode.has_head else None
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[config.dtype],
             bnb_4bit_quant_storage=DTYPES[config.dtype],
-            llm_int8_skip_modules=whole,
+            llm_int8_skip_modules=unquantized,
         )
     if config.quantization != "none" or torch.cuda.is_available():
-        options["device_map"] = {"": device()}  # read straight onto the device, not through every rank's host memory
+        options["device_map"] = {"": device()}  # read onto the device, not through host memory
+
+    # The weights; a missing head is drawn.
     torch.manual_seed(seed)
     model = (
         _load_with_head(config, task_mode, **options)
         if task_mode.has_head
         else _load_complete(config, task_mode, **options)
     )
-    if task_mode.has_head:  # by its padding a decoder's head finds the last token of each text
+    if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
+
+    # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
     if config.gradient_checkpointing:
-        # Non-reentrant: the reentrant kind would need inputs that require gradients, and with them the backward
-        # pass would run down to the embeddings even where only upper layers have adapters.
+        # Non-reentrant: the reentrant kind needs inputs that require gradients, so the backward pass would run down
+        # to the embeddings even if only upper layers have adapters.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     return model
@@ -189,8 +195,8 @@ def device() -> torch.device:
 
 
 def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight inside forward; under ZeRO-3 the next gather
-    brings the unpacked bytes back while the quantisation state says "packed", and the layer computes garbage.
+    """Turn off bitsandbytes' repacking of 4-bit weights in forward (on CPUs with AVX512-BF16). Under ZeRO-3 the next
+    gather restores the unpacked bytes while the quantisation state says "packed", and the layer computes garbage.
     """
     module: Any
     for module in model.modules():
@@ -199,17 +205,17 @@ def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
 
 
 _FRESH = "_sparse_llm_ft_fresh"
-"""Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading shows them."""
+"""Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading finds them."""
 
 
 def _load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
-    """A model all of whose weights are the checkpoint's; transformers would draw those that it lacks, and go on.
+    """Load a model whose checkpoint must be complete. transformers alone would draw missing weights and continue.
 
     Raises:
-        ConfigError: weights that cannot be loaded, are missing, left over or of another shape.
+        ConfigError: weights cannot be loaded, are missing, left over or of another shape.
     """
     model: PreTrainedModel
-    with _silence():  # what is wrong is said in one line
+    with _silence():  # errors below are one line
         model, report = _from_pretrained(
             ARCHITECTURES[task_mode.mode].auto,
             config,
@@ -219,7 +225,7 @@ def _load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> 
         )
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
-        ("has weights that the model has no place for", report["unexpected_keys"]),
+        ("has weights that the model lacks", report["unexpected_keys"]),
         ("has weights of another shape", {name for name, *_ in report["mismatched_keys"]}),
     ):
         if names:
@@ -229,18 +235,18 @@ def _load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> 
 
 
 def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
-    """A model with the task's head; what the checkpoint lacks is drawn from torch's generator.
+    """Load a model with the task's head; missing weights are drawn from torch's generator.
 
     Raises:
-        ConfigError: weights that cannot be loaded, or that lack more than a head.
+        ConfigError: weights cannot be loaded, or more than a head is missing.
     """
     if task_mode.outputs is not None:
         options["num_labels"] = task_mode.outputs
-    with _silence():  # transformers reports at length what is missing: the head, as it must be
+    with _silence():  # transformers reports the missing head at length
         model, report = _from_pretrained(
             ARCHITECTURES[task_mode.mode].auto,
             config,
-            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced as well
+            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced too
             output_loading_info=True,
             **options,
         )
@@ -253,14 +259,14 @@ def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) ->
             raise ConfigError(
                 "model.name",
                 f"{config.name!r} has no fitting weights for {name}",
-                "expected a checkpoint that lacks nothing but a head",
+                "expected a checkpoint that lacks only a head",
             )
     setattr(model, _FRESH, fresh)
     return model
 
 
 def _without_weights(model: nn.Module, missing: Iterable[str]) -> Iterator[str]:
-    """Names of the outermost modules all of whose parameters are `missing`, or of the one that owns a lone one."""
+    """Yield the outermost modules whose parameters are all `missing`, then the owners of other missing parameters."""
     names = {name for name, _ in model.named_parameters()}
     rest = names & set(missing)
     for name, _ in model.named_modules():
@@ -273,7 +279,7 @@ def _without_weights(model: nn.Module, missing: Iterable[str]) -> Iterator[str]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No warnings and no progress bar from transformers."""
+    """Suppress transformers' warnings and progress bar."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -291,11 +297,13 @@ def _settings(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
-    """Load without unpickling anything, and without running code from the repository unless the config says so; a
-    failure to find or read it is the user's to mend.
+    """Load without pickle, and without the repository's code unless the config allows it.
+
+    Raises:
+        ConfigError: the repository is missing, unreadable, or holds an adapter.
     """
     if (Path(config.name) / "adapter_config.json").exists():
-        # transformers would load that adapter, and the base that it names, in place of this folder.
+        # transformers would load the adapter and the base that it names instead of this folder.
         raise ConfigError("model.name", f"{config.name!r} holds an adapter", "expected a model without one")
     if kind in _WITH_WEIGHTS:
         options["use_safetensors"] = True

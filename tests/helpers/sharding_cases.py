@@ -297,7 +297,7 @@ def weights_that_do_not_fit_stop_every_rank_with_one_line() -> None:
         tensors["model.norm.weight"] = torch.ones(65)
 
     for change, message in (
-        (left_over, "no place for: model.layers.9.what.weight"),
+        (left_over, "the model lacks: model.layers.9.what.weight"),
         (lacking, "lacks weights: model.layers.1.mlp.up_proj.weight"),
         (longer, "another shape: model.norm.weight"),
     ):

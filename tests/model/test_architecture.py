@@ -99,33 +99,33 @@ def test_every_body_with_every_task_and_mode(body: str, kind: str) -> None:
             "encoder",
             "labels",
             "causal_lm",
-            "task.mode: causal_lm, and 'some/model' is an encoder (bert); "
+            "task.mode: causal_lm, but 'some/model' is an encoder (bert); "
             "expected sequence_classification, question_answering",
         ),
         (
             "decoder",
             "text",
             "seq2seq_lm",
-            "task.mode: seq2seq_lm, and 'some/model' is a decoder (llama); expected sequence_classification, causal_lm",
+            "task.mode: seq2seq_lm, but 'some/model' is a decoder (llama); expected sequence_classification, causal_lm",
         ),
         (
             "encoder-decoder",
             "labels",
             "sequence_classification",
-            "task.mode: sequence_classification, and 'some/model' is an encoder-decoder (t5); expected seq2seq_lm",
+            "task.mode: sequence_classification, but 'some/model' is an encoder-decoder (t5); expected seq2seq_lm",
         ),
         (
             "decoder",
             "text",
             "sequence_classification",
-            "task.mode: sequence_classification, and task custom has neither labels nor a score; "
-            "expected task.labels or task.score beside it, or another mode",
+            "task.mode: sequence_classification, but task custom has neither labels nor a score; "
+            "expected task.labels or task.score too, or another mode",
         ),
         (
             "encoder",
             "labels",
             "question_answering",
-            "task.mode: question_answering, and task custom has no answers in a text; expected squad",
+            "task.mode: question_answering, but task custom is not extractive; expected squad",
         ),
     ],
 )

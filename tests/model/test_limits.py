@@ -1,4 +1,4 @@
-"""What models have room for: positions of a head's texts, of written ones, and embeddings for special tokens."""
+"""What models have room for: positions of a head's texts, of written ones, but embeddings for special tokens."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_a_special_token_without_embedding_is_refused(model_folder: Path, tmp_pa
     tokenizer.add_special_tokens({"pad_token": "[MORE]"})
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    with pytest.raises(ConfigError, match=r"model.name: .* whose pad_token_id is (\d+), and embeddings for \1 tokens"):
+    with pytest.raises(ConfigError, match=r"model.name: .* whose pad_token_id is (\d+), but embeddings for \1 tokens"):
         tokenizer_for(ModelConfig(name=str(folder)), CAUSAL_LM, model)
 
 
 @pytest.mark.parametrize(
     ("task_mode", "task", "new", "message"),
     [
-        (CAUSAL_LM, {"max_length": 25}, 4, "task.max_length: 25, and .* has 24 positions; expected at most 24"),
+        (CAUSAL_LM, {"max_length": 25}, 4, "task.max_length: 25, but .* has 24 positions; expected at most 24"),
         (CAUSAL_LM, {"max_length": 24}, 8, "evaluation.max_new_tokens: 8 behind prompts of up to 18 tokens"),
         (CAUSAL_LM, {"max_length": 24}, 7, None),
         (CAUSAL_LM, {"max_length": 24, "max_prompt_length": 10}, 15, None),
@@ -82,7 +82,7 @@ def test_a_special_token_without_embedding_is_refused(model_folder: Path, tmp_pa
         (CAUSAL_LM, {"max_length": 24, "max_prompt_length": 24}, 1, "max_prompt_length: 24 leaves no room for a compl"),
         (TaskMode("seq2seq_lm"), {"max_length": 24, "max_prompt_length": 24}, 24, None),
         (HEAD, {"max_length": 99, "labels": ["a", "b"], "completion": None}, 64, None),
-        (HEAD, {"max_length": 24, "max_prompt_length": 9}, 1, "task.max_prompt_length: 9, and .* gets a head"),
+        (HEAD, {"max_length": 24, "max_prompt_length": 9}, 1, "task.max_prompt_length: 9, but .* gets a head"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(
