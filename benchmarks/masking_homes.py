@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters, find_targets
 from sparse_llm_ft.distributed.world import find_world, prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, EngineSettings, init_distributed
-from sparse_llm_ft.engine.handover import masks_of
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, Shape, uniform_plan
 
 SETTINGS = EngineSettings(2, "bfloat16", 2, 1, 1.0, 0.01, 0.0, "sgd", {})
@@ -50,7 +49,7 @@ class Timed:
     """One engine and the seconds of its steps."""
 
     def __init__(self, plan: AdapterPlan) -> None:
-        self.engine = Engine(add_adapters(base(), plan), SETTINGS, masks_of(plan))
+        self.engine = Engine(add_adapters(base(), plan), SETTINGS, plan)
         self.seconds: list[float] = []
         self.saved = 0
 

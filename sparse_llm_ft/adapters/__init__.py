@@ -9,12 +9,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from sparse_llm_ft.adapters.build import add_adapters, change_plan, save_peft_adapter
 from sparse_llm_ft.adapters.config import SparseLoraConfig, SparsePeftType
 from sparse_llm_ft.adapters.convert import (
+    base_tensors,
     is_adapter,
     is_omega,
     residual_norms,
     to_stock_lora,
     trained_parameters,
-    whole_tensors,
 )
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.model import SparseLoraModel
@@ -33,6 +33,7 @@ __all__ = [
     "SparsePeftType",
     "Tuner",
     "add_adapters",
+    "base_tensors",
     "change_plan",
     "check_plan",
     "count_parameters",
@@ -46,5 +47,4 @@ __all__ = [
     "to_stock_lora",
     "trained_parameters",
     "tuner_of",
-    "whole_tensors",
 ]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparse_llm_ft.adapters.convert import to_stock_lora
-from sparse_llm_ft.adapters.masking import clear_masked, to_whole
+from sparse_llm_ft.adapters.masking import clear_masked, to_full
 from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.plan import AdapterPlan
@@ -71,7 +71,7 @@ def save_peft_adapter(
     else:
         config = tuner.peft_config(plan).to_dict()
         config |= {"inference_mode": True, "task_type": task, "target_modules": sorted(plan.active)}
-        weights = {tuner.saved_name(name): t.contiguous() for name, t in to_whole(plan, tensors).items()}
+        weights = {tuner.saved_name(name): t.contiguous() for name, t in to_full(plan, tensors).items()}
         if plan.trained:
             config["modules_to_save"] = list(plan.trained)
     config |= {"base_model_name_or_path": base_model, "revision": revision}

@@ -85,7 +85,7 @@ def to_stock_lora(
         weights[f"base_model.model.{name}.lora_B.weight"] = b * _omega(name, plan, tensors)
     if plan.trained:
         config["modules_to_save"] = list(plan.trained)
-        weights |= {f"base_model.model.{name}": tensor for name, tensor in whole_tensors(tensors).items()}
+        weights |= {f"base_model.model.{name}": tensor for name, tensor in base_tensors(tensors).items()}
     return config, weights
 
 
@@ -98,7 +98,7 @@ def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Ten
     )
 
 
-def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
+def base_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
     """The tensors of modules trained whole, under their names in the base model."""
     return {name: tensor.contiguous() for name, tensor in tensors.items() if not is_adapter(name)}
 

@@ -33,13 +33,13 @@ def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
     return masks
 
 
-def to_kept(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def to_compact(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Only the kept columns of every A and rows of every B, of tensors that are laid out as the plan's layers."""
     return _masked(plan, tensors, RowColumnMask.select)
 
 
-def to_whole(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The reverse of `to_kept`, with zeros at masked rows and columns."""
+def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The reverse of `to_compact`, with zeros at masked rows and columns."""
     return _masked(
         plan,
         tensors,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,11 +19,23 @@ from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.strict_json_yaml import read_json
 
 Tensors = dict[str, torch.Tensor]
+"""Parameter name -> value."""
+
+Moments = dict[str, Tensors]
+"""Parameter name -> name of the moment (``exp_avg``, ``exp_avg_sq``) -> value."""
 
 STATE_VERSION = 3
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _VALUE, _CALLBACK = "value", "callback"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class EngineState(TypedDict):
+    """What of a `TrainState` lives in an engine (`Engine.state_dict`)."""
+
+    tensors: Tensors
+    moments: Moments
+    optimizer_steps: dict[str, int]
 
 
 @dataclass
@@ -41,14 +53,19 @@ class TrainState:
         record: the run's past, which resuming and the summary need.
     """
 
-    tensors: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
+    tensors: Tensors
+    moments: Moments
     optimizer_steps: dict[str, int]
     progress: Progress
     phase: dict[str, Any]
     callback: dict[str, Any] | None = None
     record: RunRecord = field(default_factory=RunRecord.empty)
-    callback_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    callback_tensors: Tensors = field(default_factory=dict)
+
+    @property
+    def engine_state(self) -> EngineState:
+        """What `Engine.load_state_dict` takes."""
+        return {"tensors": self.tensors, "moments": self.moments, "optimizer_steps": self.optimizer_steps}
 
     def fresh(self) -> TrainState:
         """The same place in the run with nothing trained: what it lacks starts from its initial value."""
@@ -147,11 +164,11 @@ def _other_version(data: Any) -> str:
     )
 
 
-def _split(flat: Tensors) -> tuple[Tensors, dict[str, Tensors], Tensors]:
+def _split(flat: Tensors) -> tuple[Tensors, Moments, Tensors]:
     """Values, moments and the callback's tensors. Raises ValueError for a tensor that is none of them."""
     tensors: Tensors = {}
     callback_tensors: Tensors = {}
-    moments: dict[str, dict[str, torch.Tensor]] = {}
+    moments: Moments = {}
     for key, tensor in flat.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{key!r:.100} is {tensor.dtype}, not float32")

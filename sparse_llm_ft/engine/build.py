@@ -12,7 +12,7 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, traine
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.engine import EngineSettings
-from sparse_llm_ft.engine.sharded_loading import load_sharded_model, whole
+from sparse_llm_ft.engine.sharded_loading import gathered_copy, load_sharded_model
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -44,7 +44,7 @@ def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
     """What the plan trains whole beside the adapters, as it was loaded: name -> float32, on the CPU. Collective."""
     if FULL_MODEL in plan.trained:
         return {}
-    return {name: whole(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
+    return {name: gathered_copy(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
 
 
 def engine_settings(config: RunConfig, phase: Phase, world_size: int) -> EngineSettings:

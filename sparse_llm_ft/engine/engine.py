@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,16 +24,16 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
+from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact, to_full
+from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.config import merge
 from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
+from sparse_llm_ft.plan import AdapterPlan
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
-
-Tensors = dict[str, torch.Tensor]
-Moments = dict[str, Tensors]
 
 
 def init_distributed() -> None:
@@ -121,25 +121,36 @@ def check_deepspeed(extra: Mapping[str, Any]) -> None:
 
 
 class Engine:
-    """DeepSpeed around a model with adapters. All ranks must call every method together.
+    """DeepSpeed around a model with adapters. Every method is a collective.
 
     Args:
-        masks: short parameter name -> which of its entries are trained, where not all are. Read once, for this rank's
-            shard alone, and not kept.
+        plan: of the model's adapters. The optimizer applies its masks, and `state_dict` holds the entries that they
+            keep. None: nothing is masked.
+        masks: short parameter name -> which of its entries are trained, in place of the plan's masks. Read once, for
+            this rank's shard alone, and not kept.
 
     Attributes:
         parameters: short name -> what is trained.
         grad_norm: of the last update's gradients before clipping, over all ranks, masked entries left out.
     """
 
-    def __init__(self, model: nn.Module, settings: EngineSettings, masks: Mapping[str, Mask] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: EngineSettings,
+        plan: AdapterPlan | None = None,
+        masks: Mapping[str, Mask] | None = None,
+    ) -> None:
         self.settings = settings
+        self._plan = plan
+        if masks is None:
+            masks = {} if plan is None else optimizer_masks(plan)
         self.parameters = trained_parameters(model)
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
         if settings.zero_stage == 3 and settings.dtype == "bfloat16":
-            zero.cast_whole(model, torch.bfloat16)
-        self._hooks_before = zero.hooks(model)
+            zero.cast_unsharded(model, torch.bfloat16)
+        self._model_hooks = zero.hooks(model)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed()
         )
@@ -153,7 +164,7 @@ class Engine:
             masters,
             {name: zero.full_shape(parameter) for name, parameter in self.parameters.items()},
             zero.shard_slices(self._wrapped, self.parameters, masters),
-            masks or {},
+            masks,
             zero.is_sharded(self._wrapped),
             self._engine.device,
         )
@@ -239,6 +250,28 @@ class Engine:
         state = self._optimizer.state
         return {group["name"]: int(state[master]["step"]) for group, master in self._shards.masters}
 
+    def state_dict(self) -> EngineState:
+        """Collective. What is trained, as a `TrainState` holds it: the kept rows and columns alone, wherever a mask is
+        applied.
+        """
+        values, moments = self.values(), self.moments()
+        if self._plan is not None:
+            values = to_compact(self._plan, values)
+            moments = {name: _converted(to_compact, self._plan, name, entry) for name, entry in moments.items()}
+        return {"tensors": values, "moments": moments, "optimizer_steps": self.optimizer_steps()}
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """Collective. Set what `state_dict` returned; a parameter or moment that it lacks keeps its value.
+
+        Raises:
+            ValueError: a name the engine does not train, or another shape.
+        """
+        values, moments = state["tensors"], state["moments"]
+        if self._plan is not None:
+            values = to_full(self._plan, values)
+            moments = {name: _converted(to_full, self._plan, name, entry) for name, entry in moments.items()}
+        self.load(values, moments, state["optimizer_steps"])
+
     def load(
         self,
         values: Mapping[str, torch.Tensor],
@@ -281,8 +314,8 @@ class Engine:
     def close(self) -> None:
         """Free the engine and its optimizer state; the model stays, its frozen base untouched."""
         self._engine.destroy()
-        zero.remove_hooks(self.module, keep=self._hooks_before)
-        zero.forget(self.module.parameters())
+        zero.remove_hooks(self.module, keep=self._model_hooks)
+        zero.detach_from_engine(self.module.parameters())
         self._optimizer.state.clear()
         self._optimizer.kept.clear()
         self._optimizer.param_groups.clear()
@@ -293,3 +326,10 @@ class Engine:
 
     def _algorithm(self, name: str) -> str:
         return self.settings.omega_algorithm if is_omega(name) else "adamw"
+
+
+def _converted(
+    convert: Callable[[AdapterPlan, Tensors], Tensors], plan: AdapterPlan, name: str, moments: Tensors
+) -> Tensors:
+    """The moments of parameter `name` in the other layout: `to_compact` or `to_full`."""
+    return {key: convert(plan, {name: moment})[name] for key, moment in moments.items()}

@@ -95,8 +95,8 @@ def load_sharded_model(
         return load_model(config, task_mode, seed)
 
 
-def whole(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of a parameter's value on the CPU, as float32, whether it is cut or not. Collective."""
+def gathered_copy(parameter: nn.Parameter) -> torch.Tensor:
+    """Collective. A full copy of a parameter on the CPU, as float32, whether or not it is sharded."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().float().cpu().clone()
 
@@ -164,7 +164,7 @@ class _SharedFile:
                 if name != "__metadata__":
                     contents[name] = entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0]
 
-        _together(look if node.reads else None)
+        _run_or_fail_together(look if node.reads else None)
         self.contents: dict[str, tuple[list[int], str, int]] = node.send_json(contents)
 
     def keys(self) -> list[str]:
@@ -205,7 +205,7 @@ class _SharedTensor:
         value = torch.empty(self.shape, dtype=dtype or modeling_utils.str_to_torch_dtype[self.type], device=device)
         if value.is_meta:
             return value
-        _together((lambda: self._read(value)) if self.file.node.reads else None)
+        _run_or_fail_together((lambda: self._read(value)) if self.file.node.reads else None)
         if value.numel():
             self.file.node.send(value)
         return value
@@ -227,7 +227,7 @@ class _SharedTensor:
         self.file.tally.tensors[self.name] += 1
 
 
-def _together(action: Callable[[], None] | None) -> None:
+def _run_or_fail_together(action: Callable[[], None] | None) -> None:
     """Run `action` where there is one; if it fails on one rank, all stop. Collective.
 
     Raises:

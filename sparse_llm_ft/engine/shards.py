@@ -41,7 +41,7 @@ class Shards:
 
     Args:
         shapes: parameter name -> its whole shape.
-        places: parameter name -> where this rank's part lies; None: it has none.
+        shard_slices: parameter name -> where this rank's part lies; None: it has none.
         masks: of the parameters that are not trained whole.
         sharded: whether every entry lies on one rank only. If not, each rank holds all of them.
         device: where collectives run.
@@ -70,7 +70,7 @@ class Shards:
     def read(self, name: str, key: str | None = None) -> torch.Tensor:
         """The parameter's value (None) or moment `key`, whole, float32; a masked entry's moment is 0."""
         place = self.shard_slices[name]
-        return self._whole(name, None if place is None else self._part(place, key))
+        return self._assemble(name, None if place is None else self._part(place, key))
 
     def write(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
         """Overwrite what `read` reads; each rank takes its part of `value`. What belongs to masked entries of a moment
@@ -94,7 +94,7 @@ class Shards:
         """Whole gradient of a parameter, float32, masked entries included; `flat` as of `norm`."""
         place = self.shard_slices[name]
         part = None if place is None else flat[place.master].reshape(-1)[place.offset : place.offset + place.length]
-        return self._whole(name, part)
+        return self._assemble(name, part)
 
     def norm(self, flat: Sequence[torch.Tensor]) -> float:
         """Euclidean norm over the trained entries of all parameters on all ranks.
@@ -149,7 +149,7 @@ class Shards:
         part[kept] = stored
         return part
 
-    def _whole(self, name: str, part: torch.Tensor | None) -> torch.Tensor:
+    def _assemble(self, name: str, part: torch.Tensor | None) -> torch.Tensor:
         """One parameter from the parts on all ranks."""
         place, shape = self.shard_slices[name], self.shapes[name]
         whole = torch.zeros(torch.Size(shape).numel(), device=self.device)

@@ -58,9 +58,9 @@ def shard_slices(
 ) -> dict[str, ShardSlice | None]:
     """Where each parameter's part on this rank lies in the masters, by DeepSpeed's own record."""
     if hasattr(wrapped, _STAGE_3):
-        return {name: _place_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
+        return {name: _slice_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
     if is_sharded(wrapped):
-        return {name: _place_at_stages_1_and_2(parameter) for name, parameter in parameters.items()}
+        return {name: _slice_at_stages_1_and_2(parameter) for name, parameter in parameters.items()}
     number = {id(parameter): i for i, parameter in enumerate(_own_of_masters(wrapped, masters))}
     return {name: ShardSlice(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
 
@@ -87,14 +87,14 @@ def flat_gradients(wrapped: Any, masters: Sequence[Master]) -> list[torch.Tensor
     return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
 
 
-def _place_at_stage_3(wrapped: Any, parameter: Any) -> ShardSlice | None:
+def _slice_at_stage_3(wrapped: Any, parameter: Any) -> ShardSlice | None:
     master, offset, size = wrapped.grad_position[wrapped.get_param_id(parameter)]
     start = size * dist.get_rank(parameter.ds_process_group)  # equal parts, the last one padded
     length = min(size, parameter.ds_numel - start)
     return ShardSlice(master, offset, start, length) if length > 0 else None
 
 
-def _place_at_stages_1_and_2(parameter: Any) -> ShardSlice | None:
+def _slice_at_stages_1_and_2(parameter: Any) -> ShardSlice | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -134,7 +134,7 @@ def copy_masters_to_model(wrapped: Any) -> None:
                 parameter.data.copy_(copy.data)
 
 
-def forget(parameters: Iterable[nn.Parameter]) -> None:
+def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:
     """Cut a destroyed engine's ties to parameters that live on.
 
     At stages 1 and 2 a parameter is a view of its group's flat buffer and would keep the whole of it alive; at stage 3
@@ -154,7 +154,7 @@ def forget(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def cast_whole(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what is not cut yet, fresh adapters; DeepSpeed does so only in a model of which nothing is cut."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):

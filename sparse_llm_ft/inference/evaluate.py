@@ -11,7 +11,6 @@ from sparse_llm_ft.data.dataset import SplitBuilder, remarks_of
 from sparse_llm_ft.distributed.collectives import coordinate, run_on_rank_zero
 from sparse_llm_ft.engine.build import build_model, engine_settings
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.engine.handover import load_state, masks_of
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.model.loading import check_weights
@@ -45,8 +44,8 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     run_on_rank_zero(world, lambda: output.mkdir(parents=True))
     settings = engine_settings(config, run.phase.with_batch(1, world.size), world.size)
     model = build_model(config, context.task_mode, run.plan, settings.to_deepspeed())
-    engine = Engine(model, settings, masks_of(run.plan))
-    load_state(engine, run.plan, run.state)
+    engine = Engine(model, settings, run.plan)
+    engine.load_state_dict(run.state.engine_state)
     metrics = context.evaluator(parts)(engine.module, output / PREDICTIONS_FILE)
     engine.close()
     result = {

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sparse_llm_ft.adapters import add_adapters, trained_parameters
-from sparse_llm_ft.adapters.masking import to_whole
+from sparse_llm_ft.adapters.masking import to_full
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid
 from sparse_llm_ft.config import RunConfig
@@ -133,7 +133,7 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
     if dequantize and settings.quantization != "none":
         base.dequantize()
     model = add_adapters(base, run.plan)
-    values = to_whole(run.plan, run.state.tensors)
+    values = to_full(run.plan, run.state.tensors)
     parameters = trained_parameters(model)
     if missing := sorted(parameters.keys() - values.keys()):
         raise UserError(f"{run.folder.path}: the newest checkpoint has no value for {missing[0]}")

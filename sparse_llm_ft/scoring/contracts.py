@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 
-def whole(module: nn.Module) -> AbstractContextManager[Any]:
+def no_gather(module: nn.Module) -> AbstractContextManager[Any]:
     """For `WorkShard.gather` where parameters are not sharded."""
     return nullcontext()
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
+def no_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """For `WorkShard.reduce` where there is one rank."""
     return tensor
 
@@ -38,8 +38,8 @@ class WorkShard:
     rank: int = 0
     size: int = 1
     lockstep: bool = False
-    gather: Callable[[nn.Module], AbstractContextManager[Any]] = whole
-    reduce: Callable[[torch.Tensor], torch.Tensor] = alone
+    gather: Callable[[nn.Module], AbstractContextManager[Any]] = no_gather
+    reduce: Callable[[torch.Tensor], torch.Tensor] = no_reduce
 
 
 ALONE = WorkShard()

@@ -15,6 +15,7 @@ from sparse_llm_ft.config.derivation import DerivationSettings, MeasureName
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.objectives.base import Objective, evaluating
+from sparse_llm_ft.scoring.ablation import AblationEvaluator
 from sparse_llm_ft.scoring.contracts import ALONE, WorkShard
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
@@ -26,7 +27,6 @@ from sparse_llm_ft.scoring.importance import (
     svd_importance,
 )
 from sparse_llm_ft.scoring.layer_search import SIDES, LayerSearch
-from sparse_llm_ft.scoring.trial import Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +154,9 @@ def derive(
         raise UserError(f"the few-shot subset has {len(samples)} samples and nothing to score; raise method.shots")
     with evaluating(model), torch.no_grad():
         batches = _batches(model, samples, objective, settings.micro_batch_size)
-        trial = Trial(model, objective, batches, settings.floor_metric)
+        evaluator = AblationEvaluator(model, objective, batches, settings.floor_metric)
         # One rank's numbers for all: a floor that differs in its last digit could send ranks different ways.
-        own = torch.tensor([trial.total("accuracy"), trial.total("loss")], dtype=torch.float64)
+        own = torch.tensor([evaluator.total("accuracy"), evaluator.total("loss")], dtype=torch.float64)
         correct, loss = shard.reduce(own if shard.rank == 0 else torch.zeros_like(own)).tolist()
         mu, majority = correct / units, objective.majority(samples)
         error = math.sqrt(max(mu * (1 - mu), 0.0) / units)
@@ -166,7 +166,7 @@ def derive(
             _check_signal(mu, error, majority, units)
         importance = _measure(model, modules, batches, objective, settings.importance, shard)
         scores = preserve_flow(importance) if settings.flow_preservation else importance
-        search = LayerSearch(model, modules, scores, trial, _floor(settings, correct, loss), shard)
+        search = LayerSearch(model, modules, scores, evaluator, _floor(settings, correct, loss), shard)
         ratios = search.run(report)
         overlaps: dict[str, dict[str, tuple[float, float]]] = {}
         if compare:

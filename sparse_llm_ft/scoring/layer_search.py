@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparse_llm_ft.scoring.ablation import AblationEvaluator, Side, zeroed
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
 from sparse_llm_ft.scoring.contracts import WorkShard
 from sparse_llm_ft.scoring.importance import Importance, ranking
 from sparse_llm_ft.scoring.search import find_crossing, most_tests
-from sparse_llm_ft.scoring.trial import Side, Trial, zeroed
 
 SIDES: tuple[Side, Side] = ("rows", "cols")
 
@@ -62,7 +62,7 @@ class LayerSearch:
     Args:
         modules: target name -> linear layer.
         scores: module -> the order in which its indices are zeroed, least important first.
-        good_enough: whether a sum of the trial's metric over D_t is above the floor.
+        good_enough: whether a sum of the evaluator's metric over D_t is above the floor.
 
     Attributes:
         notes: what was done differently than asked, one sentence each.
@@ -73,12 +73,12 @@ class LayerSearch:
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         scores: Mapping[str, Importance],
-        trial: Trial,
+        evaluator: AblationEvaluator,
         good_enough: Callable[[float], bool],
         shard: WorkShard,
     ) -> None:
         self._model, self._modules, self._scores = model, modules, scores
-        self._trial, self._good_enough, self._shard = trial, good_enough, shard
+        self._evaluator, self._good_enough, self._shard = evaluator, good_enough, shard
         self._loads = [0] * shard.size
         self.notes: tuple[str, ...] = ()
 
@@ -88,7 +88,7 @@ class LayerSearch:
         Args:
             report: called with the number of stages (numbered layers) done and of all.
         """
-        reference = self._trial.score(0, "loss")
+        reference = self._evaluator.score(0, "loss")
         stages = self._stages()
         kept = {name: [0, 0] for name in self._modules}
         for done, stage in enumerate(stages, start=1):
@@ -108,11 +108,11 @@ class LayerSearch:
         """Modules in no numbered layer first, with whole passes; then layer by layer in the order of the calls."""
         groups, whole = group_by_block(self._modules)
         blocks = find_blocks(self._model, self._modules)
-        order = self._trial.call_order(blocks)
+        order = self._evaluator.call_order(blocks)
         if order is None:
             self._note("layers are called more than once in a forward pass")
             return [Stage([], list(self._modules))]
-        self._trial.cache = PrefixCache(blocks, len(self._trial.batches))
+        self._evaluator.cache = PrefixCache(blocks, len(self._evaluator.batches))
         whole += [name for block, names in groups.items() if block not in order for name in names]
         stages = [Stage([], whole)] if whole else []
         below: list[str] = []
@@ -125,14 +125,14 @@ class LayerSearch:
 
     def _pass(self, below: Sequence[str], reference: torch.Tensor) -> None:
         """Compute the blocks `below` a last time, and see that the model gives the same without them."""
-        trial = self._trial
+        evaluator = self._evaluator
         if not below or self.notes:
             return
-        held = trial.cache.advance(below, lambda i: trial.score(i, trial.metric))
-        same = held and torch.allclose(trial.score(0, "loss"), reference, rtol=1e-3, atol=1e-4)
+        held = evaluator.cache.advance(below, lambda i: evaluator.score(i, evaluator.metric))
+        same = held and torch.allclose(evaluator.score(0, "loss"), reference, rtol=1e-3, atol=1e-4)
         # If one rank must go back to whole passes, all do: in lockstep they go through the same layers.
         if float(self._shard.reduce(torch.tensor([0.0 if same else 1.0], dtype=torch.float64))) > 0:
-            trial.cache.clear()
+            evaluator.cache.clear()
             self._note("a layer's output is used elsewhere than in the next layer")
 
     def _note(self, reason: str) -> None:
@@ -144,14 +144,14 @@ class LayerSearch:
         loads = [0] * shard.size if shard.lockstep else self._loads  # in lockstep every layer is waited for
         shares = deal(jobs, loads)
         biases = self._biases(jobs)
-        before = self._trial.forwards
+        before = self._evaluator.forwards
         for job in shares[shard.rank]:
             passes = partial(self._test, job, biases.get(job.name))
             yield job, job.size - find_crossing(passes, job.size)
         if shard.lockstep:
-            made = (self._trial.forwards - before) // len(self._trial.batches)
+            made = (self._evaluator.forwards - before) // len(self._evaluator.batches)
             for _ in range(max(loads) - made):
-                self._trial.total(self._trial.metric)
+                self._evaluator.total(self._evaluator.metric)
 
     def _biases(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
         """Copies of the modules' biases, whole."""
@@ -169,4 +169,4 @@ class LayerSearch:
         keep = torch.ones(job.size, dtype=torch.bool)
         keep[order[:k]] = False
         with zeroed(self._modules[job.name], job.side, keep, bias):
-            return self._good_enough(self._trial.total(self._trial.metric))
+            return self._good_enough(self._evaluator.total(self._evaluator.metric))

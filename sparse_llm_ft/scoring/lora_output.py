@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from sparse_llm_ft.errors import TrainingError
-from sparse_llm_ft.scoring.contracts import alone
+from sparse_llm_ft.scoring.contracts import no_reduce
 
 
 class OutputScores:
@@ -67,7 +67,7 @@ class OutputScores:
 
         return observe
 
-    def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor] = alone) -> dict[str, float]:
+    def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor] = no_reduce) -> dict[str, float]:
         """Module -> g_i over all samples of all ranks.
 
         Args:

@@ -26,7 +26,6 @@ from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
 from sparse_llm_ft.engine.engine import Engine, process_group
-from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
@@ -217,8 +216,8 @@ class Run:
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
-        engine = Engine(model, engine_settings(self.config, phase, self.world.size), masks_of(phase.plan))
-        load_state(engine, phase.plan, state)
+        engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
+        engine.load_state_dict(state.engine_state)
         if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
             # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
@@ -353,16 +352,14 @@ class Run:
         return count_parameters(plan, self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
-        tensors, moments = read_state(loop.engine, loop.phase.plan)
+        """Collective. Where the loop is, as a state that a run continues from."""
         return TrainState(
-            tensors,
-            moments,
-            loop.engine.optimizer_steps(),
-            copy.copy(loop.progress),
-            loop.phase.to_dict(),
-            loop.callback.to_dict() if loop.callback else None,
-            before.record.with_current(record),
-            loop.callback.tensors() if loop.callback else {},
+            **loop.engine.state_dict(),
+            progress=copy.copy(loop.progress),
+            phase=loop.phase.to_dict(),
+            callback=loop.callback.to_dict() if loop.callback else None,
+            record=before.record.with_current(record),
+            callback_tensors=loop.callback.tensors() if loop.callback else {},
         )
 
     def _save(self, state: TrainState) -> None:

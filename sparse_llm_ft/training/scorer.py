@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
-from sparse_llm_ft.adapters import SparseLoraLayer, whole_tensors
+from sparse_llm_ft.adapters import SparseLoraLayer, base_tensors
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
@@ -144,7 +144,7 @@ class Scorer:
             fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
             head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
-            trained = values if phase.method else whole_tensors(values)
+            trained = values if phase.method else base_tensors(values)
             head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
         return content_key(
             model=hash_model(config.model),

@@ -16,7 +16,7 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.adapters.build import change_plan
-from sparse_llm_ft.adapters.masking import optimizer_masks, to_kept, to_whole
+from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact, to_full
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, PlanError, group_name, module_kind, uniform_plan
 
 LLAMA = MODELS["llama"]
@@ -51,14 +51,14 @@ def logits(plan: AdapterPlan, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_one_state_gives_the_same_model_in_both_homes() -> None:
     compact, home = masked_plan("compact"), masked_plan()
     state = values(compact)
-    whole = to_whole(home, state)
+    whole = to_full(home, state)
     assert {n: t.shape for n, t in whole.items()} == {
         n: p.shape for n, p in trained_parameters(add_adapters(LLAMA.build(), home)).items()
     }
     torch.testing.assert_close(logits(home, whole), logits(compact, state))
-    back = to_kept(home, whole)
+    back = to_compact(home, whole)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    assert to_whole(compact, state) == state  # nothing to do
+    assert to_full(compact, state) == state  # nothing to do
 
 
 @pytest.mark.parametrize("tuner", ["sparse_lora", "lora", "rslora", "dora", "adalora"])

@@ -22,7 +22,7 @@ from sparse_llm_ft.adapters import (
     save_peft_adapter,
     trained_parameters,
 )
-from sparse_llm_ft.adapters.masking import to_kept
+from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.adapters.tuners import TensorShape, rank_settings
 from sparse_llm_ft.checkpoint.validation import Expected, check_tensors
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, uniform_plan
@@ -84,7 +84,7 @@ def test_a_new_tuner_is_one_entry(tuner: Tuner, tmp_path: Path, monkeypatch: pyt
     fresh = logits(LLAMA.build())
     assert (logits(model) - fresh).abs().max() > 1e-2
 
-    state = to_kept(plan, {name: p.detach() for name, p in trained.items()})
+    state = to_compact(plan, {name: p.detach() for name, p in trained.items()})
     check_tensors(plan, {name: tuple(t.shape) for name, t in state.items()}, Expected(targets, {}, 1))
     save_peft_adapter(tmp_path, plan, state, "base", None)
     stock = PeftModel.from_pretrained(LLAMA.build(), tmp_path)

@@ -26,10 +26,9 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.adapters.convert import full_pair
-from sparse_llm_ft.adapters.masking import to_kept
+from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.engine.handover import load_state, masks_of, read_state
 from sparse_llm_ft.methods.adalora import AdaLoraSchedule, adalora_plan
 from sparse_llm_ft.methods.method import MethodInputs
 from sparse_llm_ft.optim import EntryMask
@@ -57,13 +56,13 @@ def masked(plan: AdapterPlan, shapes: dict[str, tuple[int, int]]) -> AdapterPlan
 def train(plan: AdapterPlan, stage: int, start: TrainState, extra: dict | None = None) -> tuple:
     """Losses and gradient norms of 30 steps, and the trained state."""
     settings = replace(engine_settings(stage, 2), extra=extra or {})
-    engine = Engine(add_adapters(base_model(), plan), settings, masks_of(plan))
-    load_state(engine, plan, start)
+    engine = Engine(add_adapters(base_model(), plan), settings, plan)
+    engine.load_state_dict(start.engine_state)
     taken = list(make_loop(engine, plan, 2, Progress(), training=LONG).steps())
     assert len(taken) == LONG.max_steps
-    values, moments = read_state(engine, plan)
+    state = engine.state_dict()
     engine.close()
-    return [step.loss for step in taken], [step.grad_norm for step in taken], values, moments
+    return [step.loss for step in taken], [step.grad_norm for step in taken], state["tensors"], state["moments"]
 
 
 def start_of(plan: AdapterPlan) -> TrainState:
@@ -115,7 +114,7 @@ def masked_entries_never_change_and_have_no_moments() -> None:
     for stage, ranks in ((0, 1), (1, 2), (2, 2), (3, 2)):
         for dtype in ("float32", "bfloat16"):
             model = add_adapters(base_model(getattr(torch, dtype)), plan)
-            engine = Engine(model, engine_settings(stage, 2, dtype), masks_of(plan))
+            engine = Engine(model, engine_settings(stage, 2, dtype), plan)
             before = engine.values()
             for _ in zip(range(3), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
                 pass
@@ -135,11 +134,11 @@ def masked_entries_never_change_and_have_no_moments() -> None:
 
 
 def check_untouched(plan: AdapterPlan, before: dict, after: dict, moments: dict) -> None:
-    """Outside the kept lines: the initial values, bit for bit (weight decay is on), and no moments."""
+    """Outside the kept rows and columns: the initial values, bit for bit (weight decay is on), and no moments."""
     for name, value in after.items():
-        lines = masks_of(plan)[name]
+        mask = optimizer_masks(plan)[name]
         kept = torch.zeros(value.numel(), dtype=torch.bool)
-        kept[lines.indices(0, value.numel())] = True
+        kept[mask.indices(0, value.numel())] = True
         kept = kept.view(value.shape)
         assert torch.equal(value[~kept], before[name][~kept]) and not value[~kept].any(), name
         assert not moments[name]["exp_avg"][~kept].any() and not moments[name]["exp_avg_sq"][~kept].any()
@@ -167,7 +166,7 @@ def element_wise_masks_work_on_every_tuner_of_peft() -> None:
         expected = dense_reference(plan, start, masks)
         for stage in (0, 2) if plan.tuner != "lora" else (0, 1, 2, 3):
             entries = {name: EntryMask(mask) for name, mask in masks.items()}
-            engine = Engine(add_adapters(base_model(), plan), engine_settings(stage, 2), entries)
+            engine = Engine(add_adapters(base_model(), plan), engine_settings(stage, 2), masks=entries)
             engine.load(start)
             for _ in zip(range(5), make_loop(engine, replace(plan, options={}), 2, Progress()).steps(), strict=False):
                 pass
@@ -203,20 +202,21 @@ def a_masked_state_is_the_kept_rows_and_columns_alone() -> None:
     base = base_model()
     plan = masked(plan_for(base), find_targets(base, "all-linear"))
     start = start_of(plan)
-    engine = Engine(add_adapters(base_model(), plan), engine_settings(2, 2), masks_of(plan))
-    load_state(engine, plan, start)
+    engine = Engine(add_adapters(base_model(), plan), engine_settings(2, 2), plan)
+    engine.load_state_dict(start.engine_state)
     for _ in zip(range(4), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
         pass
-    tensors, moments = read_state(engine, plan)
+    trained = engine.state_dict()
+    tensors, moments = trained["tensors"], trained["moments"]
     assert sum(t.numel() for t in tensors.values()) == count_parameters(plan, find_targets(base, "all-linear"))
     assert all(t.shape == tensors[n].shape for n, entry in moments.items() for t in entry.values())
-    assert to_kept(plan, engine.values()).keys() == tensors.keys()
-    state = TrainState(tensors, moments, engine.optimizer_steps(), Progress(4, 32), {})
+    assert to_compact(plan, engine.values()).keys() == tensors.keys()
+    state = TrainState(**trained, progress=Progress(4, 32), phase={})
     losses = []
     for engine_plan, stage in ((plan, 2), (plan, 3), (replace(plan, masking="compact"), 1)):
         engine.close()
-        engine = Engine(add_adapters(base_model(), engine_plan), engine_settings(stage, 2), masks_of(engine_plan))
-        load_state(engine, engine_plan, state)
+        engine = Engine(add_adapters(base_model(), engine_plan), engine_settings(stage, 2), engine_plan)
+        engine.load_state_dict(state.engine_state)
         loop = make_loop(engine, engine_plan, 2, Progress(4, 32))
         losses.append([step.loss for _, step in zip(range(4), loop.steps(), strict=False)])
     engine.close()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparse_llm_ft.adapters import add_adapters, trained_parameters
-from sparse_llm_ft.adapters.masking import clear_masked, to_kept
+from sparse_llm_ft.adapters.masking import clear_masked, to_compact
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import save_checkpoint
@@ -100,7 +100,9 @@ def make_run(settings: dict, plan: AdapterPlan | None, step: int = 8) -> torch.n
     record = RunRecord(
         run=RunFolder.identity(config), samples="", micro_batch_size=2, before={"loss": 3.0}, current=current
     )
-    state = TrainState(to_kept(plan, values), {}, {}, Progress(step, 8 * step, 0, step), phase.to_dict(), None, record)
+    state = TrainState(
+        to_compact(plan, values), {}, {}, Progress(step, 8 * step, 0, step), phase.to_dict(), None, record
+    )
     folder = RunFolder(config.output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.begin(config, step)

@@ -10,8 +10,8 @@ from torch import nn
 
 from helpers.scored_models import RowObjective, bart, bert, deberta, linears, llama, rows_for
 from sparse_llm_ft.objectives.base import evaluating
+from sparse_llm_ft.scoring.ablation import AblationEvaluator, zeroed
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block, layer_of
-from sparse_llm_ft.scoring.trial import Trial, zeroed
 
 MODELS = {"llama": llama, "bert": bert, "deberta": deberta, "bart": bart}
 
@@ -85,52 +85,54 @@ def test_blocks_are_found_in_order_and_under_a_wrapper() -> None:
         find_blocks(model, ["h.layers.0.q"])
 
 
-def make_trial(model: nn.Module) -> Trial:
+def make_evaluator(model: nn.Module) -> AblationEvaluator:
     rows = rows_for(model, count=10, wrong=0)
     objective = RowObjective()
-    return Trial(model, objective, [objective.batch(rows[:7]), objective.batch(rows[7:])], "accuracy")
+    return AblationEvaluator(model, objective, [objective.batch(rows[:7]), objective.batch(rows[7:])], "accuracy")
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
 def test_passed_blocks_change_nothing_and_are_not_computed(kind: str) -> None:
     model = MODELS[kind]()
-    trial = make_trial(model)
+    evaluator = make_evaluator(model)
     names = linears(model)
     blocks = find_blocks(model, names)
-    order = trial.call_order(blocks)
+    order = evaluator.call_order(blocks)
     assert order is not None and set(order) == set(blocks)
     runs: Counter[str] = Counter()
     for name, block in blocks.items():  # counted inside: a block that is passed still runs its hooks
         next(iter(linears(block).values())).register_forward_hook(lambda *_, name=name: runs.update([name]))
-    whole = [trial.score(i, "loss") for i in range(2)]
-    trial.cache = PrefixCache(blocks, 2)
+    whole = [evaluator.score(i, "loss") for i in range(2)]
+    evaluator.cache = PrefixCache(blocks, 2)
     for passed, name in enumerate(order, start=1):
-        assert trial.cache.advance([name], lambda i: trial.score(i, "accuracy"))
-        assert trial.cache.passed == passed
+        assert evaluator.cache.advance([name], lambda i: evaluator.score(i, "accuracy"))
+        assert evaluator.cache.passed == passed
         runs.clear()
         for i in range(2):
-            assert torch.equal(trial.score(i, "loss"), whole[i])
+            assert torch.equal(evaluator.score(i, "loss"), whole[i])
         assert set(runs) == set(order[passed:])
-        held = trial.cache._outputs
+        held = evaluator.cache._outputs
         assert len(held) == len({layer_of(name).stack for name in order[:passed]})
-    trial.cache.clear()
+    evaluator.cache.clear()
     assert all("forward" not in vars(block) for block in blocks.values())
-    assert torch.equal(trial.score(0, "loss"), whole[0])
+    assert torch.equal(evaluator.score(0, "loss"), whole[0])
 
 
 @torch.no_grad()
 def test_several_blocks_are_passed_in_one_go() -> None:
     model = bart()
-    trial = make_trial(model)
+    evaluator = make_evaluator(model)
     blocks = find_blocks(model, linears(model))
-    order = trial.call_order(blocks)
-    whole = trial.score(1, "loss")
-    trial.cache = PrefixCache(blocks, 2)
-    before = trial.forwards
-    assert trial.cache.advance(order[:3], lambda i: trial.score(i, "loss"))  # both encoder layers, one of the decoder
-    assert trial.forwards - before == 2
-    assert torch.equal(trial.score(1, "loss"), whole)
+    order = evaluator.call_order(blocks)
+    whole = evaluator.score(1, "loss")
+    evaluator.cache = PrefixCache(blocks, 2)
+    before = evaluator.forwards
+    assert evaluator.cache.advance(
+        order[:3], lambda i: evaluator.score(i, "loss")
+    )  # 2 of the encoder, 1 of the decoder
+    assert evaluator.forwards - before == 2
+    assert torch.equal(evaluator.score(1, "loss"), whole)
 
 
 def test_evaluating_gives_every_module_its_mode_back() -> None:

@@ -47,7 +47,7 @@ def zeroed(module: nn.Module, side: Side, keep: torch.Tensor, bias: torch.Tensor
         handle.remove()
 
 
-class Trial:
+class AblationEvaluator:
     """Runs the model over the micro-batches of D_t; evaluation mode and `torch.no_grad` are the caller's.
 
     Attributes:
