@@ -1,4 +1,4 @@
-"""Pictures of runs, made from their folders alone. Importing it loads neither torch nor matplotlib."""
+"""The report: pictures of runs, drawn from their folders alone. The import loads neither torch nor matplotlib."""
 
 from sparse_llm_ft.report.data import RunReport
 from sparse_llm_ft.report.page import write_report

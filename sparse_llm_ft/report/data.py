@@ -1,12 +1,11 @@
 """What a run's folder says about the run: settings, logged steps, phases and summary, checked while they are read.
 
-The objects of the run's files stay mappings with the files' own keys. Tables name the values that the report needs,
-each with a function that converts the value or refuses it.
+Records of the run's files stay mappings with the files' own keys. The tables below list the keys that the report draws,
+each with a function that converts the value or raises an error.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,37 +13,27 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.plan import AdapterPlan, Shape
 
 Record = Mapping[str, Any]
-"""One object of a run's file."""
+"""One object in a file of the run."""
 Pair = tuple[float, float]
 """One value for a module's rows (outputs) and one for its columns (inputs)."""
 _Converters = Mapping[str, Callable[[Any], Any]]
 
 _INVALID = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
-"""What a converter raises for a value that it does not accept."""
+"""What a converter raises for a value that it does not accept, and a missing key."""
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is not finite")
-    return number
-
-
-def _floats(values: Record) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
-
-
-def _pairs(values: Record) -> dict[str, Pair]:
-    return {name: (float(rows), float(columns)) for name, (rows, columns) in values.items()}
-
-
-def _shapes(values: Record) -> dict[str, tuple[int, int]]:
-    return {name: (int(rows), int(columns)) for name, (rows, columns) in values.items()}
+_floats = TypeAdapter(dict[str, float]).validate_python
+_pairs = TypeAdapter(dict[str, Pair]).validate_python
+_shapes = TypeAdapter(dict[str, Shape]).validate_python
+_overlap = TypeAdapter(dict[str, dict[str, Pair]]).validate_python
+_finite = TypeAdapter(FiniteFloat).validate_python
 
 
 def _scores(scores: Record) -> dict[str, Any]:
@@ -68,7 +57,7 @@ _PHASE_END: _Converters = {"scores": _scores, "delta_norms": _floats}
 _SCORES: Mapping[str, _Converters] = {
     "lora_output": {"y": _floats, "kept": frozenset},
     "omega": {"omega": _floats},
-    "partial": {"ratios": _pairs, "overlap": lambda pairs: {pair: _pairs(values) for pair, values in pairs.items()}},
+    "partial": {"ratios": _pairs, "overlap": _overlap},
 }
 
 PHASE_NUMBERS = {
@@ -82,7 +71,7 @@ PHASE_NUMBERS = {
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }
-"""What the summary says about each phase: key -> what people call it."""
+"""A phase's numbers in the summary: key -> label."""
 
 
 class Choice(NamedTuple):
@@ -95,13 +84,13 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything the report knows of one run.
+    """Everything that the report draws of one run.
 
     Attributes:
         settings: the resolved config, flat: dotted name -> value.
         steps: the logged steps that made an update, ascending.
         phases: the files of ``phases/`` in order, with an `AdapterPlan` as plan; the phase in training may be missing.
-        totals: each phase in numbers; without what only the summary of a finished run knows before there is one.
+        totals: each phase's numbers; before the run is finished without those that only its summary has.
         before, after: metrics; empty where nothing was measured.
     """
 
@@ -120,7 +109,7 @@ class RunReport:
 
     @property
     def choice(self) -> Choice | None:
-        """The first choice among modules that the run made."""
+        """The run's first choice among modules."""
         for i, phase in enumerate(self.phases):
             scores = phase["scores"] or {}
             if "y" in scores:
@@ -141,9 +130,7 @@ class RunReport:
 
     @property
     def kept_fractions(self) -> Mapping[str, Pair] | None:
-        """The fractions of its rows and columns that each module's mask keeps; before masks are drawn, the derived
-        ones.
-        """
+        """Module -> fractions of rows and columns that its mask keeps; the derived ones before masks are drawn."""
         for phase in self.phases:
             active, shapes = phase["plan"].active, phase["shapes"]
             if any(adapter.rows or adapter.cols for adapter in active.values()):
@@ -187,7 +174,7 @@ class RunReport:
 
 
 def leaves(tree: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings with their dotted names; in a list of methods, by the methods' names."""
+    """The values of nested mappings by dotted name; items of a list of methods go by the method's name."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -199,9 +186,7 @@ def leaves(tree: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _steps(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines of updates that were made. The last line may be torn: the run may be writing it, or was killed
-    while it did.
-    """
+    """The lines of updates that were made. A torn last line is left out: the run is writing it, or was killed there."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -213,7 +198,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
         except _INVALID as error:
             if number == len(lines) and isinstance(error, ParseError):
                 return
-            raise UserError(f"{path}:{number}: not a logged step ({error})") from None
+            raise UserError(f"{path}:{number}: not a logged step ({_problem(error)})") from None
 
 
 def _phase(path: Path) -> dict[str, Any]:
@@ -226,7 +211,7 @@ def _phase(path: Path) -> dict[str, Any]:
 
 
 def _totals_so_far(steps: Sequence[Record]) -> list[Record]:
-    """What the logged steps say about the phases of a run that has no summary yet."""
+    """The phases' numbers as far as logged steps show them, for a run without summary."""
     found: list[Record] = []
     step = samples = 0
     for name, group in groupby(steps, key=lambda line: line["phase"]):
@@ -248,15 +233,22 @@ def _totals_so_far(steps: Sequence[Record]) -> list[Record]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """Give the mapping in a JSON or YAML file, and turn whatever is wrong with it into a `UserError` with its name."""
+    """Yield the mapping in a JSON or YAML file; an error in it or in reading its keys becomes a `UserError`."""
     try:
         data = read_yaml(path) if path.suffix == ".yaml" else read_json(path, constants=True)
         if not isinstance(data, dict):
             raise TypeError("expected a mapping")
         yield data
     except (OSError, *_INVALID) as error:
-        problem = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: not readable ({type(error).__name__}: {problem})") from None
+        raise UserError(f"{path}: not readable ({type(error).__name__}: {_problem(error)})") from None
+
+
+def _problem(error: Exception) -> str:
+    """The error in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        return ": ".join([*map(str, first["loc"]), first["msg"]])
+    return (str(error).splitlines() or [""])[0]
 
 
 def _converted(record: Record, required: _Converters, optional: _Converters | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All figures of a run in the order of the page, as PNG files for a light and for a dark ground."""
+"""All figures of a run in the page's order, as PNG files for light and for dark."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib import rc_context
 
 from sparse_llm_ft.report import module_figures, step_figures
 from sparse_llm_ft.report.data import RunReport
-from sparse_llm_ft.report.style import Drawing
-from sparse_llm_ft.report.theme import APPEARANCES, figure_settings
+from sparse_llm_ft.report.style import Drawing, figure_settings
+from sparse_llm_ft.report.theme import APPEARANCES
 
 FIGURES: Mapping[str, Callable[[RunReport], Drawing | None]] = {
     "loss": step_figures.loss,
@@ -24,12 +24,12 @@ FIGURES: Mapping[str, Callable[[RunReport], Drawing | None]] = {
     "overlap": module_figures.overlap,
     "residual-norms": module_figures.residual_norms,
 }
-"""File name without suffix -> what draws the figure, or gives None where the run has nothing for it."""
+"""File name without suffix -> function that draws the figure, or returns None if the run has no data for it."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing's texts (see `Drawing`), and the drawing as PNG files, one for each ground."""
+    """A drawing's texts (see `Drawing`), and the drawing as a light and a dark PNG file."""
 
     key: str
     title: str
@@ -40,7 +40,7 @@ class Picture:
 
 
 def run_pictures(report: RunReport) -> list[Picture]:
-    """Every figure that the run has something for."""
+    """Every figure that the run has data for."""
     pictures = [_picture(key, partial(draw, report)) for key, draw in FIGURES.items()]
     return [picture for picture in pictures if picture is not None]
 

@@ -1,4 +1,4 @@
-"""Where a module stands in the model: its layer and its type, read from its name."""
+"""A module's place in the model: its layer and its type, read from its name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ModuleGrid:
     """Modules as a table: layers in the model's order × types in order of first appearance.
 
     Attributes:
-        layers: what to call each layer: its number; with the stack's name where there are several stacks (encoder and
-            decoder); ``#position`` where the name has no number.
+        layers: label of each layer: its number, behind the stack's name if there are several stacks (encoder and
+            decoder); ``#position`` if the name has no number.
         kinds: module types, for instance ``q_proj``.
         places: module -> (layer index, type index).
     """
@@ -35,9 +35,9 @@ class ModuleGrid:
 def module_grid(names: Iterable[str]) -> ModuleGrid:
     """Place every module of `names`, in the model's order.
 
-    ``model.layers.3.self_attn.q_proj`` is layer 3, type ``q_proj``. A type is as many trailing parts of the name as
-    tell it from the other types (``attention.output.dense`` from ``output.dense``). Modules under no number share a
-    layer where they share a parent.
+    ``model.layers.3.self_attn.q_proj`` is layer 3, type ``q_proj``. A type is the shortest ending of the name that
+    no other type has (``attention.output.dense`` beside ``output.dense``). Modules without a number share a layer if
+    they share a parent.
     """
     split = {name: _split(name) for name in names}
     kinds = _short_kinds(dict.fromkeys(tail for _, _, tail in split.values()))
@@ -54,7 +54,7 @@ def module_grid(names: Iterable[str]) -> ModuleGrid:
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """The name's `ModuleName`. A number that ends the name is its type and no layer's."""
+    """Stack, layer number and type; a number at the name's end is the type, not a layer."""
     stack, number, rest = ModuleName.parse(name)
     return (stack, number, rest) if rest else (stack, None, str(number))
 

@@ -17,9 +17,9 @@ from sparse_llm_ft.report.grid import ModuleGrid, module_grid
 from sparse_llm_ft.report.style import Drawing, layer_axis, legend_above, line_style, new_figure
 
 _BAND = 40
-"""Most layers side by side where each cell holds a number; deeper models go on below."""
+"""Most layers in one row of panels; deeper models continue below."""
 _PANELS = 4
-"""Most phases drawn as plans; of more, the first and the last ones."""
+"""Most phases drawn as plans: the first, and the last ones."""
 _ROW = 0.24
 """Height of a module type in inches."""
 _OWN, _SHARED = "C0", "C1"
@@ -51,7 +51,7 @@ def plan(report: RunReport) -> Drawing | None:
 
 
 def importance(report: RunReport) -> Drawing | None:
-    """What LoRA-drop or WeightLoRA chose by: layer × type, with a dot on what stayed."""
+    """The scores of LoRA-drop or WeightLoRA: layer × type, with a dot on the modules that were chosen."""
     choice = report.choice
     if choice is None:
         return None
@@ -65,7 +65,7 @@ def importance(report: RunReport) -> Drawing | None:
 
 
 def kept_fraction(report: RunReport) -> Drawing | None:
-    """Partial-LoRA's rows and columns by layer."""
+    """The fractions of rows and columns that Partial-LoRA keeps, by layer."""
     fractions = report.kept_fractions
     if fractions is None:
         return None
@@ -86,7 +86,7 @@ def kept_fraction(report: RunReport) -> Drawing | None:
 
 
 def overlap(report: RunReport) -> Drawing | None:
-    """How far importance measures agree: mean over the types of a layer, with smallest and largest."""
+    """How far importance measures agree: mean, minimum and maximum over a layer's modules."""
     scores = report.partial_scores
     if scores is None or not scores["overlap"]:
         return None
@@ -117,9 +117,9 @@ def overlap(report: RunReport) -> Drawing | None:
 
 
 def residual_norms(report: RunReport) -> Drawing | None:
-    """How far training moved each module, of the last phase where that was measured.
+    """How far training moved each module, in the last phase that measured it.
 
-    Lines by layer; a heat map where many modules have no adapter and lines would be mostly gaps.
+    Lines by layer; a heat map if so many modules have no adapter that lines would be mostly gaps.
     """
     norms = report.residual_norms
     if norms is None:
@@ -143,7 +143,7 @@ def residual_norms(report: RunReport) -> Drawing | None:
 
 
 def _plan_line(phase: Record) -> str:
-    """How many modules a phase's plan trains, with which ranks and how much of them."""
+    """A phase's plan in words: modules with adapters, ranks, kept rows and columns."""
     plan = phase["plan"]
     adapters = plan.active.values()
     ranks = sorted({adapter.r for adapter in adapters})
@@ -161,12 +161,12 @@ def _plan_line(phase: Record) -> str:
 
 
 def _kept_share(adapter: ModuleAdapter, shape: Shape) -> float:
-    """Which part of an unmasked adapter's A and B the masks of `adapter` leave."""
+    """The fraction of A and B that the masks of `adapter` keep."""
     return sum(adapter.shape(shape)) / sum(shape)
 
 
 def _draw_plan(axes: Axes, phase: Record, grid: ModuleGrid, start: int) -> None:
-    """One band of layers of one phase: grey without adapter, the paler the less the masks keep."""
+    """One phase, one band of layers: grey without adapter, and paler the less the masks keep."""
     width = min(len(grid.layers), _BAND)  # the last band has cells of the same size
     image = np.full((len(grid.kinds), width, 3), to_rgb(rcParams["axes.facecolor"]))
     uniform = len({adapter.r for adapter in phase["plan"].active.values()}) == 1
@@ -197,7 +197,7 @@ def _blend(colour: str, part: float) -> tuple[float, float, float]:
 
 
 def _plan_legend(shown: Sequence[Record]) -> list[Patch]:
-    """Only what occurs."""
+    """Legend entries for what occurs."""
     adapters = [adapter for phase in shown for adapter in phase["plan"].modules.values()]
     entries = [
         ("own adapter", _blend(_OWN, 1), any(a and a.group is None for a in adapters)),
@@ -211,7 +211,7 @@ def _plan_legend(shown: Sequence[Record]) -> list[Patch]:
 def _heat_map(
     values: Mapping[str, float], label: str, kept: Collection[str] = (), names: Iterable[str] | None = None
 ) -> Figure:
-    """Layer × type, with a dot on `kept`; the ground shows through where a module of `names` has no value."""
+    """Layer × type, with a dot on `kept`. A module of `names` without a value shows the background."""
     grid = module_grid(names or values)
     image = np.full((len(grid.kinds), len(grid.layers)), np.nan)
     for name, value in values.items():
@@ -238,7 +238,7 @@ def _heat_map(
 def _layer_figure(
     height: float, grid: ModuleGrid, label: str, titles: Sequence[str] = ("",)
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with a panel for each title, one below the other, over the layers of `grid`."""
+    """A figure and its panels over the layers of `grid`: one for each title, one below the other."""
     figure = new_figure(height)
     panels = figure.subplots(len(titles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, title in zip(panels, titles, strict=True):
@@ -252,7 +252,7 @@ def _layer_figure(
 
 
 def _draw_by_layer(axes: Axes, grid: ModuleGrid, values: Mapping[str, float]) -> None:
-    """One line per type, with a gap where a layer has no value."""
+    """One line per type, with gaps at layers that have no value."""
     for i, kind in enumerate(grid.kinds):
         course = np.full(len(grid.layers), np.nan)
         for name in grid.of_kind(i):
@@ -262,7 +262,7 @@ def _draw_by_layer(axes: Axes, grid: ModuleGrid, values: Mapping[str, float]) ->
 
 
 def _label_kinds(axes: Axes, grid: ModuleGrid) -> None:
-    """Types along y, and cells parted by thin lines of the ground."""
+    """Types along y, and thin lines of the background between cells."""
     axes.set_yticks(range(len(grid.kinds)), grid.kinds)
     columns, rows = np.arange(-0.5, axes.get_xlim()[1] + 0.5), np.arange(-0.5, len(grid.kinds))
     axes.set_xticks(columns, minor=True)

@@ -1,9 +1,8 @@
-"""The report: one HTML file that needs nothing beside it, and its figures as PNG files."""
+"""The report: one self-contained HTML file, and its figures as PNG files."""
 
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,42 +12,16 @@ from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.atomic import MANIFEST, write_folder
 from sparse_llm_ft.report.data import RunReport
 from sparse_llm_ft.report.tables import comparison_table, metrics_table, phases_table, summary_table
-from sparse_llm_ft.report.theme import page_colours
+from sparse_llm_ft.report.theme import page_css
 
 if TYPE_CHECKING:
     from sparse_llm_ft.report.figures import Picture
 
 INDEX = "index.html"
 
-_CSS = """
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; margin: 2.5rem 0 .75rem; overflow-wrap: anywhere; }
-h3 { font-size: 1.05rem; margin: 0 0 .25rem; }
-figure h2 { font-size: 1.15rem; margin: 0 0 .25rem; }
-p { margin: 0 0 1rem; color: var(--muted); overflow-wrap: anywhere; }
-a { color: var(--link); }
-figure, .scroll { margin: 0 0 1.25rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; }
-figcaption { color: var(--muted); margin: 0 0 .75rem; max-width: 60rem; }
-.scroll, .picture { overflow-x: auto; }
-.picture img { display: block; width: 100%; min-width: 44rem; height: auto; }
-.tables { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: flex-start; }
-.tables .scroll { max-width: 100%; flex: 1 1 auto; }
-.tables table { width: 100%; max-width: 42rem; }
-table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0 0 .5rem; white-space: nowrap; }
-th, td { padding: .3rem .75rem .3rem 0; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
-thead th { border-top: 0; color: var(--muted); font-weight: 500; }
-th:first-child { text-align: left; font-weight: 500; }
-td { max-width: 24rem; overflow-wrap: break-word; }
-"""
-
 
 def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
-    """Make `output` hold the report of one run, or of several side by side; an older report is replaced whole.
+    """Write the report of one run, or of several side by side, into `output`. An older report is replaced whole.
 
     Args:
         folders: the runs' output_dirs; a run need not be finished.
@@ -59,7 +32,7 @@ def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
 
     Raises:
         UserError: a folder that holds no run, the same run twice, or an `output` that cannot be written or holds
-            anything but a report.
+            files of something other than a report.
     """
     _check_output(output)
     reports = _named([RunReport.read(folder) for folder in folders])
@@ -110,7 +83,7 @@ def _write(output: Path, files: dict[str, bytes]) -> None:
 
 
 def _named(reports: Sequence[RunReport]) -> list[tuple[str, RunReport]]:
-    """Every run with as many trailing parts of its path as tell it from the others."""
+    """Each run with a name: the shortest ending of its path that no other run has."""
     if not reports:
         raise UserError("no run given; expected one or more output_dirs")
     paths = [report.folder.resolve() for report in reports]
@@ -134,7 +107,7 @@ def _picture_files(pictures: Sequence[Picture], prefix: str = "") -> dict[str, b
 
 
 def _run(name: str, report: RunReport, pictures: Sequence[Picture], heading: str) -> str:
-    """A line about the run, its tables and its pictures under headings of the level `heading`."""
+    """A line about the run, its tables, and its pictures under headings of level `heading`."""
     state = ""
     if not report.finished:
         last = report.steps[-1]["step"] if report.steps else "none yet"
@@ -160,10 +133,9 @@ def _figure(picture: Picture, heading: str) -> str:
 
 
 def _page(title: str, heading: str, body: str) -> str:
-    css = re.sub(r"\s+", " ", page_colours() + _CSS).strip()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{page_css()}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{escape(heading)}</h1>\n{body}</main>\n</body>\n</html>\n"
     )

@@ -1,4 +1,4 @@
-"""Figures over optimizer steps, and of phases as a whole: loss, omega, sizes and speed."""
+"""Figures over optimizer steps and over phases: loss, omega, sizes and speed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sparse_llm_ft.report.grid import module_grid
 from sparse_llm_ft.report.style import Drawing, compact, legend_above, line_style, new_figure
 
 _FEW = 100
-"""Up to so many logged steps the losses are drawn as they are; a running mean helps only beyond."""
+"""Up to this many logged steps, losses are drawn as they are; more get a running mean."""
 _DRAWN = 400
-"""Of longer courses of omega every n-th step is drawn, so that about so many are left."""
+"""About how many steps of omega are drawn: of more, every n-th."""
 
 
 def loss(report: RunReport) -> Drawing | None:
@@ -68,7 +68,7 @@ def compare_losses(reports: Sequence[tuple[str, RunReport]]) -> Drawing | None:
 
 
 def omega(report: RunReport) -> Drawing | None:
-    """The course of every adapter's omega; survivors by module type, the others pale."""
+    """Every adapter's omega over time: survivors coloured by module type, the others pale."""
     lines = [line for line in report.steps if line["omega"]]
     if not lines:
         return None
@@ -103,7 +103,7 @@ def omega(report: RunReport) -> Drawing | None:
 
 
 def phases(report: RunReport) -> Drawing | None:
-    """Trained parameters, optimizer memory and speed, phase beside phase."""
+    """Trained parameters, optimizer memory and speed of each phase."""
     totals = report.totals
     if len(totals) < 2:
         return None
@@ -142,7 +142,7 @@ def _draw_bars(axes: Axes, names: Sequence[str], values: Sequence[float], unit: 
 
 
 def _draw_loss(axes: Axes, lines: Sequence[Record], colour: str, label: str, dash: str = "-") -> None:
-    """Every logged loss; of many, pale behind their running mean."""
+    """Every logged loss; many losses are drawn pale behind their running mean."""
     steps, values = [line["step"] for line in lines], np.array([line["loss"] for line in lines])
     if len(lines) <= _FEW:
         marker = "o" if len(lines) <= 30 else ""

@@ -11,16 +11,16 @@ from sparse_llm_ft.report.data import PHASE_NUMBERS, RunReport
 
 NONE = "–"
 _SAME_RUN = ("output_dir", "resume")
-"""Settings that say where a run is, not what it is."""
+"""Settings that do not tell runs apart."""
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
-    """One HTML table in a box that scrolls by itself; all texts are escaped here.
+    """One HTML table in a box that scrolls; all texts are escaped here.
 
     Args:
-        header: the columns' headings; none where the rows' headings say all.
+        header: the columns' headings; may be empty.
         rows: each begins with its heading.
-        links: where each row's heading leads to.
+        links: the target of each row's heading.
     """
     cells = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
     head = f"<thead><tr>{cells}</tr></thead>\n" if header else ""
@@ -36,7 +36,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], li
 
 
 def summary_table(report: RunReport) -> str:
-    """What was run, what came of it and what it took."""
+    """What was run, and what it cost."""
     rows = [
         ("method", report.method),
         ("model", report.model),
@@ -53,14 +53,14 @@ def summary_table(report: RunReport) -> str:
 
 
 def metrics_table(report: RunReport) -> str:
-    """Metrics before and after training; nothing where none were measured."""
+    """Metrics before and after training; empty if none were measured."""
     names = list(dict.fromkeys([*report.before, *report.after]))
     rows = [(name, _number(report.before.get(name)), _number(report.after.get(name))) for name in names]
     return table("Metrics", ("metric", "before", "after"), rows) if rows else ""
 
 
 def phases_table(report: RunReport) -> str:
-    """A column for each phase; nothing before the first step."""
+    """A column for each phase; empty before the first step."""
     if not report.totals:
         return ""
     header = ("phase", *(total["name"] for total in report.totals))
@@ -71,7 +71,7 @@ def phases_table(report: RunReport) -> str:
 def comparison_table(reports: Sequence[tuple[str, RunReport]]) -> str:
     """A row for each run, given with its name: the settings in which the runs differ, metrics and costs.
 
-    The row of run number i, from 1, leads to the element ``run-<i>``.
+    The row of run number i, from 1, links to the element ``run-<i>``.
     """
     settings = differing_settings([report for _, report in reports])
     metrics = list(dict.fromkeys(name for _, report in reports for name in report.after))
@@ -95,10 +95,9 @@ def comparison_table(reports: Sequence[tuple[str, RunReport]]) -> str:
 
 
 def differing_settings(reports: Sequence[RunReport]) -> list[str]:
-    """Names of settings that do not have one value in all runs.
+    """Names of settings that differ between runs.
 
-    A method's settings count only where a run sets them to something else than their default: a run of another
-    method does not have them at all.
+    A method's setting counts only if a run changes its default, because runs of other methods do not have it.
     """
     names = dict.fromkeys(name for report in reports for name in report.settings)
     found = []
@@ -119,7 +118,7 @@ def _method_default(setting: str) -> Any:
 
 
 def _known(report: RunReport, key: str) -> list[float]:
-    """The values of the phases that have one."""
+    """The value of each phase that has one."""
     return [total[key] for total in report.totals if key in total]
 
 
@@ -129,7 +128,7 @@ def _last(report: RunReport, key: str) -> str:
 
 
 def _seconds(report: RunReport) -> str:
-    """The sum over all phases, where it is known."""
+    """Seconds of all phases whose number is known."""
     return _number(sum(_known(report, "seconds")) if _known(report, "seconds") else None)
 
 

@@ -1,9 +1,8 @@
-"""The report's colours, in light and in dark: one table for the page and for its figures."""
+"""The colours of page and figures, for light and dark, and the page's CSS."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import re
 
 APPEARANCES = ("light", "dark")
 """The order of every pair of colours below."""
@@ -31,58 +30,37 @@ SERIES = (
     ("#56b4e9", "#a5dbf8"),
     ("#5c5c5c", "#c3c9d0"),
 )
-"""For lines and categories: after Okabe and Ito, so that the colour-blind tell them apart; lighter on the dark ground.
+"""Colours of lines and categories, after Okabe and Ito: colour-blind readers can tell them apart."""
+
+_CSS = """
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.35rem; margin: 2.5rem 0 .75rem; overflow-wrap: anywhere; }
+h3 { font-size: 1.05rem; margin: 0 0 .25rem; }
+figure h2 { font-size: 1.15rem; margin: 0 0 .25rem; }
+p { margin: 0 0 1rem; color: var(--muted); overflow-wrap: anywhere; }
+a { color: var(--link); }
+figure, .scroll { margin: 0 0 1.25rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; }
+figcaption { color: var(--muted); margin: 0 0 .75rem; max-width: 60rem; }
+.scroll, .picture { overflow-x: auto; }
+.picture img { display: block; width: 100%; min-width: 44rem; height: auto; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: flex-start; }
+.tables .scroll { max-width: 100%; flex: 1 1 auto; }
+.tables table { width: 100%; max-width: 42rem; }
+table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0 0 .5rem; white-space: nowrap; }
+th, td { padding: .3rem .75rem .3rem 0; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
+thead th { border-top: 0; color: var(--muted); font-weight: 500; }
+th:first-child { text-align: left; font-weight: 500; }
+td { max-width: 24rem; overflow-wrap: break-word; }
 """
 
 
-def page_colours() -> str:
-    """CSS that defines every colour as a variable, which follows the reader's preferred scheme."""
+def page_css() -> str:
+    """The page's CSS. Every colour is a variable, which follows the reader's preferred scheme."""
     light, dark = ("".join(f"--{name}: {pair[i]}; " for name, pair in COLOURS.items()) for i in range(2))
-    return (
-        f":root {{ color-scheme: light dark; {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
-    )
-
-
-@cache
-def figure_settings(appearance: str) -> dict[Any, Any]:
-    """The matplotlib settings that draw figures in ``light`` or ``dark``.
-
-    Figures name no colour of a theme: they take ``C0`` to ``C6``, `image.cmap`, and the settings below, among them
-    `patch.facecolor` for cells without an adapter.
-    """
-    from cycler import cycler
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-
-    index = APPEARANCES.index(appearance)
-    colour = {name: pair[index] for name, pair in COLOURS.items()}
-    scale = LinearSegmentedColormap.from_list(f"report-{appearance}", [colour["low"], colour["high"]])
-    colormaps.register(scale, force=True)
-    return {
-        "figure.facecolor": colour["card"],
-        "axes.facecolor": colour["card"],
-        "axes.edgecolor": colour["axis"],
-        "axes.labelcolor": colour["ink"],
-        "axes.prop_cycle": cycler(color=[pair[index] for pair in SERIES]),
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "font.family": ["DejaVu Sans"],
-        "grid.color": colour["grid"],
-        "image.cmap": scale.name,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.handlelength": 1.6,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4.5,
-        "patch.facecolor": colour["empty"],
-        "text.color": colour["ink"],
-        "xtick.color": colour["axis"],
-        "ytick.color": colour["axis"],
-        "xtick.labelcolor": colour["ink"],
-        "ytick.labelcolor": colour["ink"],
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-    }
+    scheme = f":root {{ color-scheme: light dark; {light}}} @media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
+    return re.sub(r"\s+", " ", scheme + _CSS).strip()

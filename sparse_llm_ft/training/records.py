@@ -19,23 +19,14 @@ from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
 from sparse_llm_ft.report import write_report
+from sparse_llm_ft.report.data import PHASE_NUMBERS
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import Scores
 from sparse_llm_ft.training.loop import Loop, Step
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
-
-
-_ROWS = {
-    "steps": "optimizer steps",
-    "adapters": "adapters",
-    "trainable_parameters": "trainable parameters",
-    "optimizer_bytes_per_rank": "optimizer bytes per rank",
-    "micro_batch_size": "micro-batch",
-    "global_batch_size": "global batch",
-    "tokens_per_second": "tokens/s",
-}
+_ROWS = {key: label for key, label in PHASE_NUMBERS.items() if key not in ("samples", "seconds")}
 
 
 def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, Any]:
