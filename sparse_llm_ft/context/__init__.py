@@ -1,1 +1,1 @@
-"""How every command opens a run: settings, data, architecture, tokenizer, objective, methods and first phase."""
+"""Opens a run, in the same way for every command: settings, data, architecture, tokenizer, objective, first phase."""

@@ -1,4 +1,4 @@
-"""`RunContext`: how every command opens a run. It holds whatever is known before weights and data are read."""
+"""`RunContext`: all that is known about a run before weights and data are read. Every command opens a run with it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RunContext:
     """A run whose settings, architecture and tokenizer fit together.
 
     Attributes:
-        task: the registry's, with the config's settings in place.
+        task: the registry's task with the config's settings.
         task_mode: how the model learns the task.
         empty: the base on the meta device.
         targets: every target module, in the model's order: name -> (out_features, in_features).
-        plan: the uniform plan over `targets`, which the methods start from.
+        plan: the uniform plan over `targets`, from which the methods start.
     """
 
     config: RunConfig
@@ -54,13 +54,13 @@ class RunContext:
 
     @classmethod
     def open(cls, config: RunConfig, world: World, task: Task) -> RunContext:
-        """Check everything that model and DeepSpeed can tell before weights are loaded.
+        """Check every setting that model and DeepSpeed can check before weights are loaded.
 
-        `train`, `derive`, `check` and `evaluate` all come through here, so they refuse the same settings. No
-        collective: a process that is not connected yet may call it.
+        `train`, `derive`, `check` and `evaluate` all call it, so they refuse the same settings. It is not a collective:
+        a process may call it before it joins the process group.
 
         Args:
-            task: what `preflight` returned.
+            task: the result of `preflight`.
 
         Raises:
             ConfigError: naming the setting.
@@ -72,12 +72,12 @@ class RunContext:
                 f"model.trust_remote_code is set: code that {config.model.name} brings along, at revision "
                 f"{config.model.revision or 'main'}, runs in this process"
             )
-        # Architecture: which modules get adapters, and which are trained whole.
+        # Architecture: which modules get adapters, and which are fully trained.
         task_mode = find_model_task_mode(config.model, task, config.task.mode)
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)
         heads = head_modules(empty)
         found = find_targets(empty, config.adapter.target_modules)
-        # A fresh pooler is trained whole, and gets no adapter beside that.
+        # A fresh pooler is fully trained, and so gets no adapter.
         targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, heads)
         # Text: lengths, tokenizer, loss.
@@ -92,7 +92,7 @@ class RunContext:
         return context
 
     def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
-        """What measures a model of this run on `parts`."""
+        """An evaluator of this run's models on `parts`."""
         return Evaluator(
             self.config.evaluation,
             self.task,
@@ -106,7 +106,7 @@ class RunContext:
         )
 
     def first_phase(self) -> Phase:
-        """The phase that the run begins with, as far as it does not depend on the run's length.
+        """The run's first phase, except for what depends on the run's length.
 
         Raises:
             ConfigError: a method's settings do not fit this many adapters.
@@ -115,6 +115,6 @@ class RunContext:
 
     @property
     def expected(self) -> Expected:
-        """What a checkpoint of this run must fit."""
+        """What a checkpoint of this run must match."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.empty.named_parameters()}
         return Expected(self.targets, shapes, len(self.config.method))

@@ -1,4 +1,4 @@
-"""Everything that can be wrong before torch is imported: settings, where data lie, the run folder."""
+"""Checks everything that can be checked without torch: settings, data files, the run folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from sparse_llm_ft.run_folder import RunFolder
 
 
 def preflight(config: RunConfig, world: World) -> Task:
-    """Check what a run needs besides the model. Reads the first row of each split that the run reads, and writes
-    nothing.
+    """Check everything that a run needs except the model. Reads the first row of each split, and writes nothing.
 
     Returns:
-        The task, with the config's settings in place; `RunContext.open` takes it.
+        The task with the config's settings, for `RunContext.open`.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -41,7 +40,7 @@ def preflight(config: RunConfig, world: World) -> Task:
 
 
 def check_eval_splits(config: RunConfig, task: Task) -> None:
-    """Look at the split that is measured, and at those measured beside it.
+    """Check the split that is evaluated, and those evaluated with it.
 
     Raises:
         UserError: a split does not exist, or its first row cannot be used.

@@ -1,9 +1,8 @@
-"""The base with a phase's fresh adapters; at stage 3 the base is already cut into shards when it is loaded."""
+"""Builds the base with a phase's fresh adapters. At stage 3 the base is sharded while it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,9 +18,9 @@ from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
 
 def build_model(
-    config: RunConfig, task_mode: TaskMode, plan: AdapterPlan, deepspeed_settings: Mapping[str, Any]
+    config: RunConfig, task_mode: TaskMode, plan: AdapterPlan, deepspeed_settings: Mapping[str, object]
 ) -> PeftModel:
-    """Load the base and put the plan's adapters on it, the same on every rank. Collective.
+    """Collective. Load the base and put the plan's adapters on it, the same on every rank.
 
     Args:
         deepspeed_settings: of the engine that will be built around the model.
@@ -35,20 +34,20 @@ def build_model(
 
 
 def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
-    """The model with fresh adapters of `plan` in place of those of `before`, around the same base."""
+    """Replace the adapters of `before` by fresh ones of `plan`, around the same base."""
     torch.manual_seed(config.seed)
     return change_plan(model, before, plan)
 
 
 def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
-    """What the plan trains whole beside the adapters, as it was loaded: name -> float32, on the CPU. Collective."""
+    """Collective. The fully trained modules beside the adapters as they were loaded: name -> float32, on the CPU."""
     if FULL_MODEL in plan.trained:
         return {}
     return {name: gathered_copy(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
 
 
 def engine_settings(config: RunConfig, phase: Phase, world_size: int) -> EngineSettings:
-    """What an engine for the phase, whose batch sizes are settled, is built with."""
+    """The settings of the phase's engine; the phase's batch sizes must be set."""
     return EngineSettings(
         zero_stage=config.deepspeed.zero_stage,
         dtype=config.model.dtype,

@@ -1,6 +1,6 @@
-"""DeepSpeed's engine: build one around a model, step, read and write its state, tear it down.
+"""`Engine`: build DeepSpeed around a model, step it, read and write its state, tear it down.
 
-ZeRO keeps values and moments of the trained parameters in flat float32 partitions; zero.py knows where.
+ZeRO keeps the trained parameters' values and moments in flat float32 partitions; zero.py knows where.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
+from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
 
-deepspeed.utils.logger.setLevel(logging.ERROR)  # it sets itself to notes such as "untested optimizer" on import
+deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 
 
 def init_distributed() -> None:
-    """Join the process group that the environment describes: NCCL with a GPU, gloo without."""
+    """Collective. Join the process group that the environment describes: NCCL with a GPU, gloo without."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with redirect_stdout(io.StringIO()):  # on CPUs it prints which operator it has built, on every rank
+    with redirect_stdout(io.StringIO()):  # on CPUs every rank prints which operator it built
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group, and leave it at the end; one that the caller had joined before stays. Collective.
+    """Collective. Join the process group, and leave it at the end. A group that the caller has joined stays.
 
-    After an error it stays as well: to leave it is collective, and other ranks may be waiting elsewhere.
+    It also stays after an error: leaving is a collective, and other ranks may be waiting elsewhere.
     """
     joined = not dist.is_initialized()
     if joined:
@@ -62,15 +63,15 @@ def process_group() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built with.
+    """Settings of an engine.
 
     Attributes:
-        micro_batch_size: per rank.
-        accumulation_steps: forward passes of one optimizer step.
+        micro_batch_size: samples per rank and forward pass.
+        accumulation_steps: forward passes per optimizer step.
         dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
-        omega_lr, omega_algorithm: of trained omegas.
-        extra: settings merged into DeepSpeed's own.
-        lora_b_lr_factor: learning rate of B over that of everything else (LoRA+).
+        omega_lr, omega_algorithm: learning rate and optimizer of trained omegas.
+        extra: DeepSpeed's own settings, merged into ours.
+        lora_b_lr_factor: B's learning rate divided by that of everything else (LoRA+).
     """
 
     zero_stage: int
@@ -81,12 +82,12 @@ class EngineSettings:
     weight_decay: float
     omega_lr: float
     omega_algorithm: Literal["adamw", "sgd"]
-    extra: Mapping[str, Any]
+    extra: Mapping[str, object]
     lora_b_lr_factor: float = 1.0
 
-    def to_deepspeed(self) -> dict[str, Any]:
-        """DeepSpeed's configuration."""
-        ours: dict[str, Any] = {
+    def to_deepspeed(self) -> dict[str, object]:
+        """DeepSpeed's configuration as a dict."""
+        ours = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
             "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
@@ -99,14 +100,15 @@ class EngineSettings:
         return merge(ours, self.extra)
 
 
-def check_deepspeed(extra: Mapping[str, Any]) -> None:
-    """Refuse unknown or impossible settings of ``deepspeed.zero_optimization`` before anything slow.
+def check_deepspeed(extra: Mapping[str, object]) -> None:
+    """Refuse unknown or invalid settings of ``deepspeed.zero_optimization`` before anything slow.
 
     Raises:
-        ConfigError: naming the first one.
+        ConfigError: naming the first such setting.
     """
     known = list(DeepSpeedZeroConfig.model_fields)
     given = extra.get("zero_optimization", {})
+    assert isinstance(given, Mapping), "a section of the settings"
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -130,8 +132,8 @@ class Engine:
             this rank's shard alone, and not kept.
 
     Attributes:
-        parameters: short name -> what is trained.
-        grad_norm: of the last update's gradients before clipping, over all ranks, masked entries left out.
+        parameters: short name -> trained parameter.
+        grad_norm: norm of the last update's gradients over all ranks, before clipping and without masked entries.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Engine:
         if masks is None:
             masks = {} if plan is None else optimizer_masks(plan)
         self.parameters = trained_parameters(model)
+        # Build DeepSpeed, and remember the hooks that the model had before.
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
         if settings.zero_stage == 3 and settings.dtype == "bfloat16":
@@ -156,6 +159,7 @@ class Engine:
         )
         if settings.zero_stage == 3:
             zero.gather_with_users(model)
+        # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
         self._optimizer = optimizer
         self.grad_norm = math.nan
         masters = zero.masters(self._wrapped, optimizer)
@@ -169,10 +173,10 @@ class Engine:
             self._engine.device,
         )
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups by `_group_of`; an empty one is left out (DeepSpeed cannot take it)."""
+    def _groups(self) -> list[ParamGroup]:
+        """Parameter groups by `_group_of`, without empty ones, which DeepSpeed cannot take."""
         settings = self.settings
-        groups: list[dict[str, Any]] = [
+        groups: list[ParamGroup] = [
             {"name": "adapter", "algorithm": "adamw", "weight_decay": settings.weight_decay},
             {"name": "lora_B", "algorithm": "adamw", "weight_decay": settings.weight_decay},
             {"name": "whole", "algorithm": "adamw", "weight_decay": settings.weight_decay},
@@ -183,8 +187,8 @@ class Engine:
         return [group for group in groups if group["params"]]
 
     def _group_of(self, name: str) -> str:
-        """``omega``; ``whole`` for modules of the base, whose moments outlive a change of adapters and so need a step
-        count of their own; under LoRA+ ``lora_B``; else ``adapter``.
+        """A parameter's group: ``omega``; ``whole`` for modules of the base, whose moments outlive a change of adapters
+        and so need a step count of their own; ``lora_B`` under LoRA+; else ``adapter``.
         """
         if is_omega(name):
             return "omega"
@@ -192,19 +196,19 @@ class Engine:
             return "whole"
         return "lora_B" if self.settings.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
 
-    def forward(self, **batch: Any) -> Any:
-        """The model's output for this rank's micro-batch."""
+    def forward(self, **batch: torch.Tensor | bool) -> Any:
+        """Collective at stage 3. The model's output for this rank's micro-batch."""
         return self._engine(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients. DeepSpeed averages them over ranks and divides by the accumulation steps."""
+        """Collective. Accumulate gradients; DeepSpeed averages them over ranks and accumulation steps."""
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> bool:
-        """End a micro-step; on the last of the accumulation, update with `learning_rate`.
+        """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.
 
         Returns:
-            False where the update was not made, since its gradients are not finite; nothing has changed then.
+            False if the gradients were not finite. Then no update was made, and nothing has changed.
         """
         settings = self.settings
         rates = {"omega": settings.omega_lr, "lora_B": learning_rate * settings.lora_b_lr_factor}
@@ -218,13 +222,14 @@ class Engine:
 
     @property
     def clip_factor(self) -> float:
-        """What the last update's gradients were multiplied with, so that their norm is at most `max_grad_norm`."""
+        """The factor on the last update's gradients that limits their norm to `max_grad_norm`."""
         most = self.settings.max_grad_norm
         return min(1.0, most / (self.grad_norm + 1e-6)) if most else 1.0
 
     def gradients(self) -> Tensors:
-        """float32 gradients of the optimizer step that is about to be made, before clipping, averaged over ranks,
-        unsharded, on the CPU. Between the last `backward` of an accumulation and its `step`.
+        """Collective. The coming update's gradients before clipping: means over ranks, unsharded, float32, on the CPU.
+
+        Call it between the last `backward` of an accumulation and its `step`.
         """
         flat = self._flat_gradients()
         return {name: self._shards.gradient(name, flat).cpu() for name in self.parameters}
@@ -233,12 +238,12 @@ class Engine:
         return zero.flat_gradients(self._wrapped, self._shards.masters)
 
     def values(self, names: Iterable[str] | None = None) -> Tensors:
-        """float32 values of the named parameters (None: of all), unsharded, on the CPU."""
+        """Collective. Values of the named parameters, or of all (None): unsharded, float32, on the CPU."""
         wanted = self.parameters if names is None else names
         return {name: self._shards.read(name).cpu() for name in wanted}
 
     def moments(self) -> Moments:
-        """Adam's moments of every parameter that has some, unsharded, on the CPU; 0 for masked entries."""
+        """Collective. Adam's moments of every parameter that has them: unsharded, on the CPU; 0 for masked entries."""
         return {
             name: {key: self._shards.read(name, key).cpu() for key in keys}
             for name in self.parameters
@@ -246,7 +251,7 @@ class Engine:
         }
 
     def optimizer_steps(self) -> dict[str, int]:
-        """Updates made so far per parameter group, the count in Adam's bias correction."""
+        """Updates made so far per parameter group: the count in Adam's bias correction."""
         state = self._optimizer.state
         return {group["name"]: int(state[master]["step"]) for group, master in self._shards.masters}
 
@@ -278,7 +283,8 @@ class Engine:
         moments: Mapping[str, Tensors] | None = None,
         optimizer_steps: Mapping[str, int] | None = None,
     ) -> None:
-        """Set parameters, moments and step counts; what is not given keeps its value (a fresh engine's is zero).
+        """Collective. Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh
+        engine).
 
         Raises:
             ValueError: a name the engine does not train, or another shape.
@@ -297,13 +303,13 @@ class Engine:
             for group, master in self._shards.masters:
                 self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))
 
-    def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which `module`'s own parameters are whole on every rank. Collective at stage 3."""
+    def gathered(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Collective at stage 3. A context in which every rank has `module`'s own parameters unsharded."""
         return zero.gathered(module)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of optimizer state on the rank that holds most: moments, step counts, indices of kept entries, and the
-        float32 masters that exist beside the model's own parameters.
+        """Collective. Bytes of optimizer state on the rank that holds the most: moments, step counts, indices of kept
+        entries, and the float32 masters that exist beside the model's own parameters.
         """
         own = {id(parameter) for parameter in self.parameters.values()}
         tensors = self._shards.state_tensors() + [m for _, m in self._shards.masters if id(m) not in own]
@@ -312,7 +318,7 @@ class Engine:
         return int(total)
 
     def close(self) -> None:
-        """Free the engine and its optimizer state; the model stays, its frozen base untouched."""
+        """Free the engine and its optimizer state. The model stays, and its frozen base is untouched."""
         self._engine.destroy()
         zero.remove_hooks(self.module, keep=self._model_hooks)
         zero.detach_from_engine(self.module.parameters())

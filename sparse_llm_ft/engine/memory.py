@@ -1,4 +1,4 @@
-"""Memory of a plan before anything is loaded: what a forward pass keeps for backward, traced on the meta device."""
+"""A plan's memory, before anything is loaded: activations that a forward pass saves, traced on the meta device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sparse_llm_ft.model.architecture import model_family
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
-# Beside each trained value lie, under bfloat16, its float32 master (4), sharded from stage 1 on, and the bfloat16 value
-# and its gradient (2 + 2) on every rank; so do they beside a value that the optimizer masks. A value that is really
-# trained also has two moments (8), and under a mask its index (4).
+# Bytes per value under bfloat16. Every value of an adapter, masked by the optimizer or not, has a float32 master (4),
+# sharded from stage 1 on, and on every rank a bfloat16 value and gradient (2 + 2). A trained value also has two moments
+# (8), and under a mask its index (4).
 MASTER_BYTES, MOMENT_BYTES, INDEX_BYTES, REPLICATED_BYTES = 4, 8, 4, 4
 
 
@@ -27,8 +27,8 @@ _FUSED = "sparse_llm_ft_fused"
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash-attention keeps, without computing anything: for tracing on the meta device, where torch would
-    take its plain kernel instead, which keeps length² maps that no real run with a fused kernel has.
+    """Saves what flash-attention saves, and computes nothing. On the meta device torch would trace its plain kernel,
+    whose length² maps no run with a fused kernel has.
     """
 
     @staticmethod
@@ -36,21 +36,21 @@ class _FusedAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         batch, heads, length, _ = query.shape
-        # Laid out as the kernels do it, so that the caller's transpose needs no copy.
+        # In the kernels' layout: the caller's transpose then needs no copy.
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        # transformers adds the mask to T5's position biases anew in every layer, and the kernel keeps the sum.
+        # transformers adds the mask to T5's position biases in every layer, and the kernel saves each sum.
         biases = [] if bias is None else [torch.empty_like(bias)]
         ctx.save_for_backward(query, key, value, output, log_sum_exp, *biases)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
         raise NotImplementedError("for tracing only")
 
 
 def _fused_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
     apply: Any = _FusedAttention.apply
@@ -61,19 +61,20 @@ AttentionInterface.register(_FUSED, _fused_attention)
 
 
 def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_mode: TaskMode = CAUSAL_LM) -> int:
-    """Bytes that the forward pass of one sample keeps for its backward pass under `plan`.
+    """Bytes that one sample's forward pass saves for its backward pass under `plan`.
 
-    Counted are all tensors that autograd saves, each storage once, parameters left out, with every position
-    supervised and a complete attention mask. Attention counts as a fused kernel does it (query, key, value, output,
-    log-sum-exp, and T5's position biases), unless `attn_implementation` is ``eager``, which keeps its heads × length²
-    maps. Under gradient checkpointing it is the inputs of the layers and what lies outside them.
+    Counts every tensor that autograd saves, each storage once and parameters excluded, with every position supervised
+    and a complete attention mask. Attention counts as a fused kernel saves it (query, key, value, output, log-sum-exp,
+    and T5's position biases), unless `attn_implementation` is ``eager``, which saves its heads × length² maps. Under
+    gradient checkpointing, counts the layers' inputs and everything outside the layers.
 
     Args:
         length: tokens of the sample.
     """
+    # Build the model on the meta device as the run would.
     plain = config.attn_implementation == "eager"
-    model: Any = empty_model(config, "eager" if plain else _FUSED, task_mode)
-    model.to(DTYPES[config.dtype])
+    model = empty_model(config, "eager" if plain else _FUSED, task_mode)
+    nn.Module.to(model, DTYPES[config.dtype])  # transformers' own `to` has no types
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -81,7 +82,9 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
         DTYPES[config.dtype]
     )
     peft_model.train()
-    kept: dict[int, torch.Tensor] = {}  # storage -> one tensor of it, which keeps its address from being used again
+
+    # Record the storage of each saved tensor; the tensor itself is kept so that its address is not reused.
+    kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         owner = tensor if tensor._base is None else tensor._base
@@ -89,11 +92,12 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    # Run one forward pass and the loss. The mask is complete: transformers would read the values of any other one, and
+    # meta tensors have none.
     tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
-    # A mask that is complete: transformers would look at the values of any other, and there are none.
     mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+        inputs = {"input_ids": tokens, "attention_mask": mask}
         if model_family(model.config) == "encoder-decoder":
             inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
         options = {} if model_family(model.config) == "encoder" else {"use_cache": False}
@@ -105,11 +109,11 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
 
 
 def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int) -> int:
-    """Gradient checkpointing holds each layer's input by itself, out of the hooks' sight."""
+    """Bytes of the layers' inputs under gradient checkpointing, which saves them out of the hooks' sight."""
     if not config.gradient_checkpointing:
         return 0
     settings = model.config.get_text_config()
-    # An encoder-decoder has layers in both stacks, and its settings count those of one.
+    # An encoder-decoder has two stacks of layers; its settings count one of them.
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     return (layers or settings.num_hidden_layers) * length * settings.hidden_size * DTYPES[config.dtype].itemsize
 
@@ -123,10 +127,10 @@ def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, wo
 
 
 def grown_micro_batch(micro_batch_size: int, before: int, after: int, freed_state: int) -> int:
-    """How many samples fit where `micro_batch_size` did, never fewer.
+    """How many samples fit into the memory of `micro_batch_size` before, at least as many.
 
     Args:
         before, after: `activation_bytes` of one sample under the old and the new plan.
-        freed_state: `state_bytes` that the new plan does without.
+        freed_state: `state_bytes` that the new plan saves.
     """
     return max(micro_batch_size, (micro_batch_size * before + freed_state) // max(after, 1))

@@ -1,14 +1,14 @@
-"""ZeRO stage 3: read a base so that no rank ever holds more than its shard and the module that is being read.
+"""ZeRO stage 3: load a base so that no rank ever holds more than its shard and the module that is being read.
 
-transformers shards a base while it loads it only where nothing is quantised, and there rank 0 first reads all of it; a
-4-bit base is loaded whole by every rank (peft#1844). Here transformers' own loader goes through the checkpoint, tensor
-by tensor, with its renamings, conversions, quantiser, tied and fresh weights. Two things differ:
+transformers shards a base during loading only if nothing is quantised, and even then rank 0 first reads all of it. A
+4-bit base is loaded in full by every rank (peft#1844). Here transformers' own loader runs through the checkpoint,
+tensor by tensor, with its renamings, conversions, quantiser, tied and fresh weights. Two things differ:
 
-    what it reads   a tensor of a file is read, in slices, by the first rank of each node, and sent to the others
-    what it sets    a parameter is cut by DeepSpeed at once; the whole of it is freed before the next is read
+    reading   the first rank of each node reads a tensor, in slices, and sends it to the node's other ranks
+    setting   DeepSpeed shards a parameter at once; the full one is freed before the next is read
 
-So a value is what it is without sharding, bit by bit. The scales of a 4-bit weight (one byte for 64 values), which
-bitsandbytes keeps beside the weight, become a parameter of the layer, cut and gathered like the weight itself.
+So every value is bit by bit what it is without sharding. bitsandbytes keeps the scales of a 4-bit weight (one byte for
+64 values) beside the weight. They become a parameter of the layer, sharded and gathered like the weight itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,17 +42,21 @@ from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.loading import device, load_model
 
 SLICE_BYTES = 16 * 2**20
-"""Of a tensor, this much is read at a time: all that host memory holds of it where it goes to a GPU. On a CPU this
-much is used at a time for quantising.
+"""Bytes of a tensor that are read at a time. Host memory holds no more of a tensor that goes to a GPU. Quantising on a
+CPU also uses this much at a time.
 """
+
+
+_Contents = dict[str, tuple[list[int], str, int]]
+"""Tensor name -> its sizes, its type's name, and where it begins in the file."""
 
 
 @dataclass
 class Reads:
-    """What this process has read from files.
+    """Counts what this process reads from files.
 
     Attributes:
-        tensors: name -> how often.
+        tensors: name -> number of reads.
     """
 
     tensors: Counter[str] = field(default_factory=Counter)
@@ -60,20 +65,20 @@ class Reads:
 
 def load_sharded_model(
     config: ModelConfig,
-    deepspeed_settings: Mapping[str, Any],
+    deepspeed_settings: Mapping[str, object],
     task_mode: TaskMode = CAUSAL_LM,
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
 ) -> PreTrainedModel:
-    """`load_model`, with every parameter that the checkpoint has already cut into shards. Collective.
+    """Collective. `load_model`, with every parameter of the checkpoint already sharded.
 
-    Forward passes need the hooks of an engine. Weights that are no safetensors files are read by every rank.
+    Forward passes need an engine's hooks. Every rank reads weights that are not safetensors files.
 
     Args:
         deepspeed_settings: of the engine that will be built around the model.
-        node: which processes share one reading of the files; None: those of one host.
-        reads: is told what this process reads.
+        node: processes with the same name share one reading of the files; None: those of one host.
+        reads: counts what this process reads.
 
     Raises:
         ConfigError: weights that cannot be loaded, on this rank or another.
@@ -85,11 +90,11 @@ def load_sharded_model(
             ("caching_allocator_warmup", lambda *_: None),  # it would allocate the whole model on every rank
         ):
             stack.enter_context(mock.patch.object(modeling_utils, name, replacement))
-        # Every release of transformers asks it whether weights that shall be tied have one value.
+        # Every release of transformers calls it to check that tied weights have one value.
         stack.enter_context(mock.patch.object(torch, "equal", partial(_shards_are_equal, torch.equal)))
         in_slices = partial(_quantize_in_slices, bitsandbytes.functional.quantize_4bit)
         stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
-        # One tensor after the other and in this thread: reading is a collective.
+        # Reading is a collective: one tensor after the other, in this thread.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(_shard_what_is_set(deepspeed_settings))
         return load_model(config, task_mode, seed)
@@ -103,9 +108,9 @@ def gathered_copy(parameter: nn.Parameter) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Node:
-    """The processes that share one reading: their group (None: all there are) and the rank of the one that reads."""
+    """The processes that share one reading: their group (None: all processes) and the rank that reads."""
 
-    group: Any
+    group: dist.ProcessGroup | None
     reader: int
 
     @property
@@ -113,11 +118,11 @@ class _Node:
         return dist.get_rank() == self.reader
 
     def send(self, value: torch.Tensor) -> None:
-        """Fill `value` with the reader's."""
+        """Collective. Fill `value` with the reader's."""
         dist.broadcast(value.view(torch.uint8), self.reader, group=self.group)
 
-    def send_json(self, value: Any) -> Any:
-        """The reader's value on every rank. Not as an object collective: those unpickle what they get."""
+    def send_json(self, value: _Contents) -> _Contents:
+        """Collective. The reader's value on every rank. No object collective: those unpickle what they receive."""
         data = json.dumps(value).encode() if self.reads else b""
         length = torch.tensor([len(data)], device=device())
         dist.broadcast(length, self.reader, group=self.group)
@@ -146,18 +151,18 @@ def _node(name: str) -> Iterator[_Node]:
 
 
 class _SharedFile:
-    """As `safetensors.safe_open`, as far as transformers uses it; only the node's reader opens the file. Collective."""
+    """Collective. The part of `safetensors.safe_open` that transformers uses; only the node's reader opens the file."""
 
     def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads) -> None:
         self.node, self.tally = node, reads
-        self.file: Any = None
-        contents: dict[str, Any] = {}
+        self.file: FileIO | None = None
+        contents: _Contents = {}
 
         def look() -> None:
-            with safe_open(path, framework="pt"):  # checks that header and length of the file fit
+            with safe_open(path, framework="pt"):  # checks that the file's header and length fit
                 pass
-            # Not read by safetensors: of its map, what was read stays resident until the file is closed, and without
-            # a map it reads a tensor whole for each slice of it.
+            # safetensors does not do the reading: what it has read of a memory map stays resident until the file is
+            # closed, and without a map it reads the full tensor for each slice.
             self.file = Path(path).open("rb", buffering=0)  # noqa: SIM115  (closed in __exit__)
             length = int.from_bytes(self.file.read(8), "little")
             for name, entry in json.loads(self.file.read(length)).items():
@@ -165,14 +170,14 @@ class _SharedFile:
                     contents[name] = entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0]
 
         _run_or_fail_together(look if node.reads else None)
-        self.contents: dict[str, tuple[list[int], str, int]] = node.send_json(contents)
+        self.contents = node.send_json(contents)
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
         return list(self.contents)
 
     def get_slice(self, name: str) -> _SharedTensor:
-        """A tensor that is not read yet."""
+        """A handle on a tensor that is not read yet."""
         return _SharedTensor(self, name)
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -181,27 +186,27 @@ class _SharedFile:
 
 
 class _SharedTensor:
-    """A tensor of a file. transformers asks for all of it, ``[...]``, and then where to and in which type."""
+    """A tensor of a file. transformers asks for all of it, ``[...]``, and then for a device and a type."""
 
     def __init__(self, file: _SharedFile, name: str) -> None:
         self.file, self.name = file, name
         self.shape, self.type, self.start = file.contents[name]
 
     def get_shape(self) -> list[int]:
-        """As safetensors says it."""
+        """Sizes, as safetensors returns them."""
         return self.shape
 
     def get_dtype(self) -> str:
-        """As safetensors says it: ``BF16``."""
+        """The type's name, as safetensors returns it: ``BF16``."""
         return self.type
 
-    def __getitem__(self, index: Any) -> _SharedTensor:
+    def __getitem__(self, index: object) -> _SharedTensor:
         if index is not Ellipsis:
             raise NotImplementedError(f"{self.name}: only whole tensors can be read sharded, not [{index}]")
         return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read it, on the node's reader, and send it to the others. Collective."""
+        """Collective. The node's reader reads the tensor and sends it to the others."""
         value = torch.empty(self.shape, dtype=dtype or modeling_utils.str_to_torch_dtype[self.type], device=device)
         if value.is_meta:
             return value
@@ -211,27 +216,28 @@ class _SharedTensor:
         return value
 
     def _read(self, value: torch.Tensor) -> None:
-        """From the file into `value`, slice by slice."""
+        """Read the file into `value`, slice by slice."""
+        file = self.file.file
+        assert file is not None, "only the reader reads"
         stored, flat = modeling_utils.str_to_torch_dtype[self.type], value.view(-1)
-        self.file.file.seek(self.start)
+        file.seek(self.start)
         for part in flat.split(SLICE_BYTES // stored.itemsize):
             piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
-            buffer: Any = piece.numpy()
-            rest = memoryview(buffer)
+            rest = memoryview(piece.numpy())  # type: ignore[arg-type]
             while rest:
-                count = self.file.file.readinto(rest)
+                count = file.readinto(rest)
                 if not count:
-                    raise OSError(f"{self.file.file.name} ends within {self.name}")
+                    raise OSError(f"{file.name!s} ends within {self.name}")
                 rest, self.file.tally.bytes = rest[count:], self.file.tally.bytes + count
             part.copy_(piece.view(stored))
         self.file.tally.tensors[self.name] += 1
 
 
 def _run_or_fail_together(action: Callable[[], None] | None) -> None:
-    """Run `action` where there is one; if it fails on one rank, all stop. Collective.
+    """Collective. Run `action` on the ranks that have one; if it fails on one rank, all raise.
 
     Raises:
-        OSError: with the reason, where it is known.
+        OSError: with the reason, on ranks that know it.
     """
     failure: Exception | None = None
     try:
@@ -246,23 +252,25 @@ def _run_or_fail_together(action: Callable[[], None] | None) -> None:
 
 
 @contextmanager
-def _shard_what_is_set(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, a parameter that any module is given, off the meta device, is cut into shards. Collective."""
-    first: Any = nn.Parameter(torch.zeros(1))
+def _shard_what_is_set(settings: Mapping[str, object]) -> Iterator[None]:
+    """Collective. A context in which every parameter set on a module is sharded, unless it is on the meta device."""
+    first = nn.Parameter(torch.zeros(1))
     deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=dict(settings))
 
     def shard(parameter: nn.Parameter) -> None:
         memory = parameter.data.untyped_storage()
         alone = memory.nbytes() == parameter.data.nbytes
-        first.convert_to_zero_parameters(param_list=[parameter])
-        if alone:  # whoever still refers to it: transformers' loop does, until it has read the next
+        first.convert_to_zero_parameters(  # type: ignore[attr-defined]
+            param_list=[parameter]
+        )
+        if alone:  # transformers' loop refers to it until it has read the next one
             memory.resize_(0)
 
     def on_set(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.is_meta or hasattr(parameter, "ds_id"):
             return
         if not getattr(parameter, "_is_hf_initialized", False):
-            return  # the checkpoint lacks it: transformers draws its values next, all of them, and the engine cuts it
+            return  # the checkpoint lacks it: transformers draws all its values next, and the engine shards it
         shard(parameter)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -278,7 +286,7 @@ def _shard_what_is_set(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
-    """bitsandbytes' `quantize_4bit`, bit by bit; on a CPU slice by slice, for there it uses 14 bytes for each value."""
+    """The same bits as bitsandbytes' `quantize_4bit`; slice by slice on a CPU, where it uses 14 bytes per value."""
     size = max(1, SLICE_BYTES // 16 // options["blocksize"]) * options["blocksize"]
     if values.device.type != "cpu" or values.numel() <= size:
         return quantize(values, **options)  # type: ignore[no-any-return]
@@ -293,8 +301,10 @@ def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **op
     return codes, state
 
 
-def _shards_are_equal(equal: Callable[[Any, Any], bool], one: Any, other: Any) -> bool:
-    """`torch.equal`, which of two parameters that are cut would compare what stands in their place. Collective then."""
+def _shards_are_equal(
+    equal: Callable[[torch.Tensor, torch.Tensor], bool], one: torch.Tensor, other: torch.Tensor
+) -> bool:
+    """Collective for sharded parameters. `torch.equal` would compare the empty tensors that stand in their place."""
     if not (hasattr(one, "ds_tensor") and hasattr(other, "ds_tensor")):
         return equal(one, other)
     flag = torch.tensor([equal(one.ds_tensor, other.ds_tensor)], dtype=torch.int32, device=device())

@@ -1,14 +1,14 @@
-"""Where DeepSpeed keeps the float32 masters and the moments of the trained parameters, stage by stage.
+"""Where DeepSpeed keeps the trained parameters' float32 masters and moments at each ZeRO stage.
 
-Together with engine.py the only place that knows DeepSpeed's private parts:
+Only this file and engine.py use DeepSpeed's private attributes:
 
     stage 0, float32   no wrapper: the model's own parameters are what the optimizer updates
     stage 0, bfloat16  FP16_UnfusedOptimizer: one float32 copy per parameter
-    stages 1, 2        one flat float32 partition per parameter group and rank; a parameter's `_hp_mapping` says
-                       which part of it lies here (None: none)
-    stage 3            one flat float32 partition per sub-group and rank, every parameter cut into equal shards
+    stages 1, 2        one flat float32 partition per parameter group and rank; a parameter's `_hp_mapping`
+                       locates its slice on this rank (None: it has none)
+    stage 3            one flat float32 partition per sub-group and rank, every parameter in equal shards
 
-Written against deepspeed 0.19; tests/distributed/cases.py reads and writes through it at each stage.
+Written against deepspeed 0.19; tests/launches/cases.py reads and writes through it at each stage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -27,22 +27,28 @@ from torch import nn
 from sparse_llm_ft.engine.shards import Master, ShardSlice
 from sparse_llm_ft.optim import AdapterOptimizer
 
+Wrapped: TypeAlias = Any
+"""The optimizer that `deepspeed.initialize` returns: one of four classes without types, or the one it was given."""
+
+DeepSpeedParameter: TypeAlias = Any
+"""An `nn.Parameter` with the attributes that DeepSpeed sets on it."""
+
 _STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
 _LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "_external_params", "ds_external_parameters", "all_parameters")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The parameter's shape, also where stage 3 has left an empty tensor in its place."""
+    """The parameter's unsharded shape; stage 3 leaves an empty tensor in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[Master]:
+def masters(wrapped: Wrapped, optimizer: AdapterOptimizer) -> list[Master]:
     """The tensors on this rank that the optimizer updates, each with its parameter group.
 
     Args:
-        wrapped: what `deepspeed.initialize` returned as optimizer.
-        optimizer: the one it was given.
+        wrapped: the optimizer that `deepspeed.initialize` returned.
+        optimizer: the one that it was given.
     """
     groups = optimizer.param_groups
     if hasattr(wrapped, _STAGE_3):
@@ -54,9 +60,9 @@ def masters(wrapped: Any, optimizer: AdapterOptimizer) -> list[Master]:
 
 
 def shard_slices(
-    wrapped: Any, parameters: Mapping[str, Any], masters: Sequence[Master]
+    wrapped: Wrapped, parameters: Mapping[str, DeepSpeedParameter], masters: Sequence[Master]
 ) -> dict[str, ShardSlice | None]:
-    """Where each parameter's part on this rank lies in the masters, by DeepSpeed's own record."""
+    """Parameter name -> its slice in this rank's masters, as DeepSpeed records it; None: it has none here."""
     if hasattr(wrapped, _STAGE_3):
         return {name: _slice_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
     if is_sharded(wrapped):
@@ -65,15 +71,15 @@ def shard_slices(
     return {name: ShardSlice(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
 
 
-def is_sharded(wrapped: Any) -> bool:
-    """Whether each rank holds a part of the masters (stages 1 to 3)."""
+def is_sharded(wrapped: Wrapped) -> bool:
+    """Whether each rank holds only a part of the masters (stages 1 to 3)."""
     return hasattr(wrapped, _STAGES_1_AND_2) or hasattr(wrapped, _STAGE_3)
 
 
-def flat_gradients(wrapped: Any, masters: Sequence[Master]) -> list[torch.Tensor]:
-    """Each master's gradients of the optimizer step that is about to be made: averaged over ranks, not yet clipped.
+def flat_gradients(wrapped: Wrapped, masters: Sequence[Master]) -> list[torch.Tensor]:
+    """Each master's gradients of the coming update: averaged over ranks, not yet clipped.
 
-    Between the last `backward` of an accumulation and its `step`.
+    Call it between the last `backward` of an accumulation and its `step`.
     """
     if not is_sharded(wrapped):
         own = _own_of_masters(wrapped, masters)
@@ -87,14 +93,14 @@ def flat_gradients(wrapped: Any, masters: Sequence[Master]) -> list[torch.Tensor
     return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
 
 
-def _slice_at_stage_3(wrapped: Any, parameter: Any) -> ShardSlice | None:
+def _slice_at_stage_3(wrapped: Wrapped, parameter: DeepSpeedParameter) -> ShardSlice | None:
     master, offset, size = wrapped.grad_position[wrapped.get_param_id(parameter)]
-    start = size * dist.get_rank(parameter.ds_process_group)  # equal parts, the last one padded
+    start = size * dist.get_rank(parameter.ds_process_group)  # equal shards, the last one padded
     length = min(size, parameter.ds_numel - start)
     return ShardSlice(master, offset, start, length) if length > 0 else None
 
 
-def _slice_at_stages_1_and_2(parameter: Any) -> ShardSlice | None:
+def _slice_at_stages_1_and_2(parameter: DeepSpeedParameter) -> ShardSlice | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -102,8 +108,8 @@ def _slice_at_stages_1_and_2(parameter: Any) -> ShardSlice | None:
     return ShardSlice(mapping.param_group_index, here.start, of_parameter.start, of_parameter.numel)
 
 
-def _own_of_masters(wrapped: Any, masters: Sequence[Master]) -> list[Any]:
-    """Stage 0: the model's own parameter of each master, which under float32 is the master."""
+def _own_of_masters(wrapped: Wrapped, masters: Sequence[Master]) -> list[DeepSpeedParameter]:
+    """Stage 0: each master's parameter in the model; under float32 the two are one."""
     if not hasattr(wrapped, "fp16_groups"):
         return [master for _, master in masters]
     copies = zip(wrapped.fp32_groups, wrapped.fp16_groups, strict=True)
@@ -111,15 +117,15 @@ def _own_of_masters(wrapped: Any, masters: Sequence[Master]) -> list[Any]:
     return [own[id(master)] for _, master in masters]
 
 
-def gathered(module: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which the module's own parameters are whole; nothing to do but at stage 3. Collective there."""
+def gathered(module: nn.Module) -> AbstractContextManager[object]:
+    """Collective at stage 3. A context in which the module's own parameters are unsharded."""
     sharded = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
     return GatheredParameters(sharded) if sharded else nullcontext()
 
 
 @torch.no_grad()
-def copy_masters_to_model(wrapped: Any) -> None:
-    """After masters were overwritten: bring the model's own copies in line, as the end of a step does. Collective."""
+def copy_masters_to_model(wrapped: Wrapped) -> None:
+    """Collective. Copy overwritten masters to the model's parameters, as the end of a step does."""
     if hasattr(wrapped, _STAGE_3):
         wrapped._partition_all_parameters()
         for i in range(len(wrapped.fp32_partitioned_groups_flat)):
@@ -135,15 +141,15 @@ def copy_masters_to_model(wrapped: Any) -> None:
 
 
 def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:
-    """Cut a destroyed engine's ties to parameters that live on.
+    """Remove a destroyed engine's references from parameters that stay.
 
-    At stages 1 and 2 a parameter is a view of its group's flat buffer and would keep the whole of it alive; at stage 3
-    every parameter, frozen ones included, refers to the optimizer.
+    At stages 1 and 2 a parameter is a view of its group's flat buffer and would keep all of it alive. At stage 3 every
+    parameter, frozen ones included, refers to the optimizer.
     """
-    # A cache on a method, keyed by its object: it would keep stage 3's coordinator, and every parameter it traced.
-    decorated: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    # This method's cache is keyed by its object: it would keep stage 3's coordinator and every parameter it traced.
+    decorated = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
-    parameter: Any
+    parameter: DeepSpeedParameter
     for parameter in parameters:
         for attribute in ("_z3_optimizer", "_zero_optimizer"):
             if hasattr(parameter, attribute):
@@ -155,18 +161,17 @@ def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is not cut yet, fresh adapters; DeepSpeed does so only in a model of which nothing is cut."""
+    """Cast unsharded parameters (fresh adapters). DeepSpeed casts only in models without sharded ones."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
 
 
 def gather_with_users(model: nn.Module) -> None:
-    """Stage 3: what lies in a `ParameterDict`, as omegas and VeRA's vectors do, is gathered for the module that holds
-    the dict and reads it.
+    """Stage 3: gather the parameters of a `ParameterDict` (omegas, VeRA's vectors) with the module that holds the dict.
 
-    DeepSpeed finds such a parameter out in a forward pass of the whole model; one that begins further inside, as
-    generation does, would read it empty.
+    DeepSpeed detects such parameters in a forward pass of the whole model. A pass that begins further inside, as in
+    generation, would read them empty.
     """
     for module in model.modules():
         for child in module.children():
@@ -176,7 +181,7 @@ def gather_with_users(model: nn.Module) -> None:
 
 
 def hooks(model: nn.Module) -> set[tuple[int, str, int]]:
-    """The hooks registered on the model's modules, to tell later which ones an engine added."""
+    """The hooks on the model's modules as (id of the module, kind, key), to tell later which ones an engine added."""
     return {(id(m), kind, key) for m in model.modules() for kind in _HOOK_KINDS for key in getattr(m, kind)}
 
 
@@ -184,10 +189,10 @@ def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
     """Remove all hooks but those in `keep`.
 
     `DeepSpeedEngine.destroy` leaves its hooks on the module it wrapped (deepspeed 0.19.8; cf. DeepSpeed issues 4856 and
-    7204): they would hold the old engine and its optimizer state in memory, and run in the next engine's forward. At
-    stage 3 it also leaves functions on every module that call back into the old engine during backward, and that the
-    next engine would take for its own; and the list of parameters that a module uses without owning them, in which
-    those of adapters that are gone would stay alive.
+    7204). They would keep the old engine and its optimizer state in memory, and run in the next engine's forward. At
+    stage 3 it also leaves two things on every module: functions that call the old engine during backward, which the
+    next engine would take for its own; and the list of parameters that a module uses without owning them, which would
+    keep removed adapters alive.
     """
     for module in model.modules():
         for left_over in _LEFT_ON_MODULES:

@@ -1,17 +1,16 @@
-"""StoIHT on omega: after a gradient step keep the K largest, set the others to 0 (WeightLoRA, section 3.3)."""
+"""StoIHT on omega: keep the K largest after a gradient step, set the others to 0 (WeightLoRA, section 3.3)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sparse_llm_ft.phase import CutRule
 
 
 def keep_largest(omega: Mapping[str, float], k: int) -> set[str]:
-    """The names of the k largest values, signed; among equals the earlier name in the mapping wins."""
+    """Names of the k largest signed values; among equals the earlier name wins."""
     return set(sorted(omega, key=lambda name: -omega[name])[:k])
 
 
@@ -23,10 +22,9 @@ START = 1.0
 class StoIHT:
     """Applies a `CutRule` step by step.
 
-    With B = 0 the first gradient of every omega is exactly 0, and an adapter that is cut while its B is still 0 can
-    never come back. Therefore nothing is cut before every omega has moved, that is, before each has had a non-zero
-    gradient (omega has no weight decay). Only the last cut, after step T, does not wait: an adapter that has had no
-    gradient by then ranks below all others.
+    While B is 0, omega's gradient is exactly 0, and an adapter that is cut then can never come back. So nothing is cut
+    before every omega has moved, that is, before each has had a non-zero gradient (omega has no weight decay). Only the
+    last cut, after step T, does not wait: an adapter without a gradient by then ranks below all others.
 
     Attributes:
         moved: names of the omegas that have had a non-zero gradient.
@@ -38,14 +36,14 @@ class StoIHT:
     kept: set[str] = field(default_factory=set)
 
     def after_step(self, step: int, omega: Mapping[str, float]) -> tuple[dict[str, float], int]:
-        """What to do after optimizer step `step` (from 1) of the phase.
+        """Cut omega, if a cut is due, after optimizer step `step` (from 1) of the phase.
 
         Args:
             omega: name -> value after the gradient step; every omega began at 1.
 
         Returns:
-            The omegas to overwrite, name -> 0.0 (empty where nothing is cut), and the number of adapters that this
-            cut brought back, swapping out as many.
+            The omegas to overwrite, name -> 0.0 (empty without a cut), and how many adapters this cut swapped in, in
+            place of as many others.
         """
         self.moved |= {name for name, value in omega.items() if value != START}
         if not self._due(step, omega):
@@ -67,11 +65,11 @@ class StoIHT:
         gone = min(omega.values()) - 1.0
         return keep_largest({n: v if n in self.moved else gone for n, v in omega.items()}, self.rule.keep)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the rule."""
+    def to_dict(self) -> dict[str, list[str]]:
+        """A checkpoint's part of it, besides the rule: ``moved`` and ``kept``."""
         return {"moved": sorted(self.moved), "kept": sorted(self.kept)}
 
     @classmethod
-    def from_dict(cls, rule: CutRule, data: Mapping[str, Any] | None) -> StoIHT:
-        """Continue from `to_dict`; None starts anew."""
+    def from_dict(cls, rule: CutRule, data: Mapping[str, Iterable[str]] | None) -> StoIHT:
+        """Continue from `to_dict`; None: begin anew."""
         return cls(rule) if data is None else cls(rule, set(data["moved"]), set(data["kept"]))

@@ -1,4 +1,4 @@
-"""Masks of trained entries, as the sharded optimizer reads them."""
+"""Masks of trained entries, in the form that the sharded optimizer reads."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Mask(Protocol):
     """Which entries of a parameter are trained."""
 
     def indices(self, start: int, stop: int) -> torch.Tensor:
-        """The kept ones of the flattened parameter's entries `start` to `stop`, ascending, counted from `start`."""
+        """The kept entries among `start` to `stop` of the flattened parameter: ascending, counted from `start`."""
         ...
 
 
 @dataclass(frozen=True)
 class EntryMask:
-    """An element-wise mask: bool, of the parameter's shape."""
+    """An element-wise mask: a bool tensor of the parameter's shape."""
 
     entries: torch.Tensor
 
@@ -38,7 +38,7 @@ class RowColumnMask:
     width: int
 
     def indices(self, start: int, stop: int) -> torch.Tensor:
-        """See `Mask`. Costs memory for the entries in question, not for the parameter."""
+        """See `Mask`. Needs memory for entries `start` to `stop`, not for the parameter."""
         if start >= stop:
             return torch.zeros(0, dtype=torch.long)
         first, last = start // self.width, (stop - 1) // self.width
@@ -51,5 +51,5 @@ class RowColumnMask:
         return flat[(flat >= start) & (flat < stop)] - start
 
     def select(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The kept rows or columns of a whole matrix."""
+        """The kept rows or columns of a full matrix."""
         return matrix.index_select(self.dimension, torch.tensor(self.kept.indices, device=matrix.device))

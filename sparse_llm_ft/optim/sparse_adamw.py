@@ -1,26 +1,30 @@
-"""AdamW that has moments for, and changes, only the kept entries of a parameter."""
+"""AdamW that keeps moments for, and changes, only the kept entries of a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+ParamGroup = dict[str, Any]
+"""A parameter group of torch: ``params``, and settings by name."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, 2019; decoupled weight decay) over a part of each parameter's entries.
+    """AdamW (Loshchilov & Hutter, 2019; decoupled weight decay) over some of each parameter's entries.
 
     The arithmetic is torch's own, on the kept entries gathered into one vector. All other entries stay exactly as they
-    were: no update, no weight decay. State of a parameter, allocated when the optimizer is built: ``step`` (a float32
-    scalar), ``exp_avg`` and ``exp_avg_sq`` (one value for each kept entry; shaped as the parameter where all are kept).
-    Masks are no part of `state_dict`: load one into an optimizer that was built with the same masks.
+    are: no update, no weight decay. A parameter's state is allocated when the optimizer is built: ``step`` (a float32
+    scalar), ``exp_avg`` and ``exp_avg_sq`` (one value per kept entry; shaped as the parameter where all are kept).
+    `state_dict` holds no masks: load one into an optimizer that was built with the same masks.
 
     Args:
-        params: parameters or parameter groups, as of any torch optimizer; parameters must be contiguous.
-        kept: parameter -> which of its entries are trained: a bool tensor of its shape, or ascending flat indices. A
-            parameter that is not in it is trained whole.
+        params: parameters or parameter groups, as in any torch optimizer; parameters must be contiguous.
+        kept: parameter -> its trained entries: a bool tensor of its shape, or ascending flat indices. All entries of a
+            parameter that is not in it are trained.
 
     Raises:
         ValueError: a mask that does not fit its parameter, or belongs to none.
@@ -28,13 +32,13 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         kept: Mapping[torch.Tensor, torch.Tensor] | None = None,
-        **defaults: Any,
+        **defaults: object,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | defaults)
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
@@ -50,7 +54,7 @@ class SparseAdamW(torch.optim.Optimizer):
                 self.allocate(parameter, None if mask is None else flat_indices(mask, parameter))
 
     def allocate(self, parameter: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-        """Zero state for `parameter`; what was there is dropped.
+        """Allocate zero state for `parameter` in place of what it had.
 
         Args:
             kept: ascending flat indices of the entries to train, int32 or int64, on its device; None: all.
@@ -63,7 +67,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self.state[parameter] = {"step": torch.tensor(0.0)} | moments
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the kept entries of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -75,13 +79,13 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+    def _update(self, group: ParamGroup, params: list[torch.Tensor]) -> None:
         values = [self.kept_entries(p, p) for p in params]
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
             values,
-            [self.kept_entries(p, p.grad) for p in params],
+            [self.kept_entries(p, p.grad) for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -98,15 +102,15 @@ class SparseAdamW(torch.optim.Optimizer):
             if parameter in self.kept:
                 parameter.view(-1)[self.kept[parameter]] = value
 
-    def kept_entries(self, parameter: torch.Tensor, values: Any) -> torch.Tensor:
-        """Of `values`, laid out as `parameter`: those that are trained; itself where all are."""
+    def kept_entries(self, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The trained entries of `values`, which is shaped as `parameter`; `values` itself where all are trained."""
         kept: torch.Tensor | None = self.kept.get(parameter)
         entries: torch.Tensor = values if kept is None else values.reshape(-1).index_select(0, kept)
         return entries
 
 
 def flat_indices(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Ascending flat indices, as small integers as the parameter allows, of a mask in either form of `SparseAdamW`.
+    """A mask in either form of `SparseAdamW` as ascending flat indices of the smallest sufficient integer type.
 
     Raises:
         ValueError: a mask that does not fit the parameter.
@@ -123,5 +127,5 @@ def flat_indices(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def index_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """The smallest integers that torch indexes with and that reach every entry."""
+    """The smallest integer type that torch indexes with and that reaches every entry."""
     return torch.int32 if parameter.numel() < 2**31 else torch.int64

@@ -1,1 +1,1 @@
-"""Runs: preparation without torch, the phase runner, the loop, and the run folder."""
+"""Trains: the run over its phases, the loop of a phase, callbacks, scores and records."""

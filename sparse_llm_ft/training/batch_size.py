@@ -1,4 +1,4 @@
-"""Batch sizes of a phase: what the config says, what freed memory allows, what the number of ranks divides."""
+"""A phase's batch sizes, from the settings, the freed memory and the number of ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparse_llm_ft.plan import Shape
 
 
 def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> int:
-    """The largest micro-batch of at most `limit` with which `world_size` ranks share the global batch equally.
+    """The largest micro-batch, at most `limit`, that divides the global batch equally among `world_size` ranks.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no micro-batch does.
     """
     for size in range(limit, 0, -1):
         if global_batch_size % (size * world_size) == 0:
@@ -27,10 +27,10 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
 
 
 def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
-    """Refuse batch growth for a model whose memory cannot be traced: now, not after `method.steps` steps.
+    """Refuse batch growth, before training begins, for a model whose memory cannot be traced.
 
     Raises:
-        ConfigError: naming the reason.
+        ConfigError: with the reason.
     """
     if not any(method.grows_batch for method in config.method):
         return
@@ -44,15 +44,15 @@ def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
 
 
 def first_batch(phase: Phase, config: RunConfig) -> Phase:
-    """The first phase runs with the configured sizes."""
+    """The first phase with the configured batch sizes."""
     return phase.with_batch(config.training.micro_batch_size, config.training.global_batch_size)
 
 
 def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Phase:
-    """A phase from a checkpoint, possibly on another number of ranks: the global batch stays what it was.
+    """A phase from a checkpoint, with its global batch, for the present number of ranks.
 
     Args:
-        limit: a micro-batch that the user has set anew since the checkpoint; None keeps the phase's own.
+        limit: a micro-batch that the user has set since the checkpoint; None: the phase's own.
     """
     micro = largest_micro_batch(phase.global_batch_size, world_size, limit or phase.micro_batch_size)
     return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)
@@ -67,15 +67,16 @@ def grown_batch(
     world_size: int,
     task_mode: TaskMode,
 ) -> Phase:
-    """The phase after a change of plan, its micro-batch grown into the freed memory as `batch_growth` says.
+    """The next phase, with a micro-batch that grows into the freed memory as its `batch_growth` says.
 
     Args:
-        before: the phase that just ended.
-        length: tokens of the longest training sample; memory is compared at that length.
+        before: the phase that has just ended.
+        length: tokens of the longest training sample, for which memory is computed.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor)
+    # How many samples fit into the memory that the old plan needed?
     stage = config.deepspeed.zero_stage
     freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
     old, new = (activation_bytes(config.model, plan, length, task_mode) for plan in (before.plan, phase.plan))

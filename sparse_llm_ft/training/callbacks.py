@@ -1,4 +1,4 @@
-"""What happens to a phase's parameters between optimizer steps: cuts of omega, AdaLoRA's pruning."""
+"""Callbacks change a phase's parameters after an optimizer step: they cut omega or prune AdaLoRA's ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from peft import AdaLoraConfig
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, tuner_of
 from sparse_llm_ft.checkpoint.state import TrainState
@@ -18,24 +19,28 @@ Gradients = Mapping[str, torch.Tensor]
 
 
 class Callback(Protocol):
-    """Reads parameters by name after each step and overwrites some of them. All ranks call it together."""
+    """Reads parameters by name after each step and overwrites some. Methods that take an engine are collectives.
+
+    Attributes:
+        needs_gradients: whether `after_step` reads the gradients of the update.
+    """
 
     needs_gradients: bool
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, Any]:
-        """Act after update `step` (from 1) of the phase; returns what metrics.jsonl shall say."""
+    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
+        """Collective. Act after update `step` (from 1) of the phase. Returns further entries for metrics.jsonl."""
         ...
 
     def active_adapters(self, engine: Engine) -> int:
-        """How many adapters change the output now."""
+        """Collective. How many adapters change the output now."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides `tensors`."""
+        """A checkpoint's part of it, besides `tensors`: JSON values."""
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors that a checkpoint must hold."""
+        """The tensors that a checkpoint holds of it, by name."""
         ...
 
 
@@ -47,17 +52,17 @@ class OmegaPruning:
     def __init__(self, cut: StoIHT, names: list[str]) -> None:
         self.cut, self.names = cut, names
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, Any]:
-        """Cut omega if a cut is due; logs every omega, and once there was a cut how many adapters it swapped."""
+    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
+        """Collective. Cut omega if a cut is due. Logs every omega, and from the first cut on the number of swaps."""
         omega = {name: float(value) for name, value in engine.values(self.names).items()}
         zeroed, swaps = self.cut.after_step(step, omega)
         if zeroed:
             engine.load({name: torch.tensor([value]) for name, value in zeroed.items()})
-        logged: dict[str, Any] = {"swaps": swaps} if self.cut.kept else {}
+        logged: dict[str, object] = {"swaps": swaps} if self.cut.kept else {}
         return logged | {"omega": {name.rpartition(".")[0]: value for name, value in (omega | zeroed).items()}}
 
     def active_adapters(self, engine: Engine) -> int:
-        """Those with omega > 0."""
+        """Collective. The number of adapters with omega > 0."""
         return sum(float(value) > 0 for value in engine.values(self.names).values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,20 +70,20 @@ class OmegaPruning:
         return self.cut.to_dict()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """None."""
+        """An empty dict: omega is a trained parameter."""
         return {}
 
 
 class AdaLoraRankAllocation:
-    """AdaLoRA's rank allocation."""
+    """AdaLoRA's rank allocation, run on unsharded copies."""
 
     needs_gradients = True
 
     def __init__(self, allocation: RankAllocation, names: list[str], adapters: int) -> None:
         self.allocation, self.names, self.adapters = allocation, names, adapters
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, Any]:
-        """Prune as the schedule says; logs how many singular values are left."""
+    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
+        """Collective. Prune on AdaLoRA's schedule. Logs how many singular values are left."""
         values = engine.values(self.names)
         pruned = self.allocation.after_step(step, values, {name: gradients[name] for name in self.names})
         if pruned:
@@ -87,7 +92,7 @@ class AdaLoraRankAllocation:
         return {} if pattern is None else {"ranks": sum(sum(row) for row in pattern.values())}
 
     def active_adapters(self, engine: Engine) -> int:
-        """All: AdaLoRA prunes ranks."""
+        """The number of all adapters: AdaLoRA prunes ranks, not adapters."""
         return self.adapters
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,13 +105,14 @@ class AdaLoraRankAllocation:
 
 
 def build_callback(phase: Phase, state: TrainState, engine: Engine) -> Callback | None:
-    """The phase's rule, going on from `state`; None where it has none."""
+    """Collective. The phase's callback, continuing from `state`; None if the phase has none."""
     if phase.cut is not None:
         return OmegaPruning(StoIHT.from_dict(phase.cut, state.callback), [n for n in engine.parameters if is_omega(n)])
     tuner = tuner_of(phase.plan)
     if tuner.allocates_ranks:
         names = [name for name in engine.parameters if is_adapter(name)]
-        config: Any = tuner.peft_config(phase.plan)
+        config = tuner.peft_config(phase.plan)
+        assert isinstance(config, AdaLoraConfig), "only AdaLoRA allocates ranks"
         allocation = RankAllocation(config, engine.values(names))
         allocation.restore(state.callback, state.callback_tensors)
         return AdaLoraRankAllocation(allocation, names, len(phase.plan.active))

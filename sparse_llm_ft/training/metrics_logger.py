@@ -1,18 +1,17 @@
-"""Where numbers of a step go: metrics.jsonl and TensorBoard events."""
+"""Logs the numbers of each step to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sparse_llm_ft.run_folder import RunFolder
 
 
 class MetricsLogger:
-    """Writes on rank 0, is silent elsewhere.
+    """Writes on rank 0; does nothing on other ranks.
 
     Args:
-        step: the last step done; TensorBoard forgets later ones, which a resumed run does again.
+        step: the last step done. TensorBoard drops later ones, which a resumed run repeats.
     """
 
     def __init__(self, folder: RunFolder, rank: int, step: int) -> None:
@@ -23,15 +22,15 @@ class MetricsLogger:
         """Begin a file of events.
 
         Raises:
-            OSError: it cannot be written. So do `write` and `close`.
+            OSError: the file cannot be written; `write` and `close` raise the same.
         """
         if self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # only rank 0 needs it
 
             self.events = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.step + 1)
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """One logged step; ``step`` and ``phase`` are its place, the numbers are drawn."""
+    def write(self, line: Mapping[str, object]) -> None:
+        """Log one step. Every number becomes a TensorBoard curve, except ``step`` and ``phase``."""
         if self.folder is None:
             return
         self.folder.log(line)

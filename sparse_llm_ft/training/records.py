@@ -1,4 +1,4 @@
-"""What a run writes about itself: phases/*.json, summary.json, and the table that a run ends with."""
+"""A run's records: phases/*.json, summary.json, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ROWS = {key: label for key, label in PHASE_NUMBERS.items() if key not in ("samp
 
 
 def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, Any]:
-    """A step of the phase as one object of metrics.jsonl; a skipped step has neither loss nor norm."""
+    """A step as one object of metrics.jsonl. A skipped step has neither loss nor gradient norm."""
     return {
         "step": loop.progress.step,
         "phase": record.name,
@@ -53,11 +53,11 @@ def summarize(
     after: Mapping[str, float] | None,
     samples: Mapping[str, int],
 ) -> dict[str, Any]:
-    """summary.json as plain values.
+    """The content of summary.json.
 
     Args:
-        record: of the last state; its current phase is the run's last one.
-        samples: split -> how many were used; 0 where nobody knows, of a stream.
+        record: that of the last state; its current phase is the run's last one.
+        samples: split -> number of samples used; 0 for a stream, whose number is unknown.
     """
     assert record.current is not None, "the last phase was trained"
     finished = [_totals(phase) | {"measured": phase.measured} for phase in record.phases]
@@ -79,12 +79,12 @@ def summarize(
 
 
 def _totals(phase: PhaseRecord) -> dict[str, Any]:
-    """A phase as the summary has it."""
+    """A phase's entry in the summary."""
     return phase.model_dump(exclude={"measured"}) | {"tokens_per_second": phase.tokens_per_second}
 
 
 def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console) -> None:
-    """The table a run ends with, on rank 0."""
+    """Print the tables at the end of a run, on rank 0."""
     if not console.enabled:
         return
     before, after = summary["metrics"]["before"], summary["metrics"]["after"]
@@ -98,7 +98,7 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
     processes = f"{summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"
     table = Table(title=f"phases, {processes}, ZeRO-{summary['zero_stage']}")
     table.add_column("")
-    for phase in summary["phases"]:  # a column each, so that the table fits a narrow terminal
+    for phase in summary["phases"]:  # a column per phase, so that the table fits a narrow terminal
         table.add_column(phase["name"], justify="right")
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
@@ -115,7 +115,7 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
 
 
 def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -> tuple[str, dict[str, Any]]:
-    """Name and content of a phase's file when it begins."""
+    """Name and content of a phase's file when the phase begins."""
     content = {
         "index": progress.phase,
         "name": phase.name,
@@ -131,10 +131,10 @@ def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -
 def finished_phase_file(
     phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None, targets: Mapping[str, Shape]
 ) -> tuple[str, dict[str, Any]]:
-    """Name and content of a phase's file when it is over.
+    """Name and content of a phase's file when the phase has ended.
 
     Args:
-        following: the next phase's plan, if there is one.
+        following: the next phase's plan, if any.
     """
     name, content = phase_file(phase, state.progress, targets)
     content["scores"] = describe_scores(phase, state, scores, following)
@@ -145,7 +145,7 @@ def finished_phase_file(
 def describe_scores(
     phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None
 ) -> dict[str, Any] | None:
-    """What was measured, as JSON values; None: nothing."""
+    """The phase's scores as JSON values; None without scores."""
     if isinstance(scores, Derivation):
         return scores.summary() | {"head_fitted": phase.target_plan is not None}
     if scores is not None:
@@ -155,8 +155,8 @@ def describe_scores(
     return {"kind": "omega", "omega": omega} if omega else None
 
 
-def in_brief(scores: Scores, phase: Phase) -> str | None:
-    """What was measured, in a line for the run's summary."""
+def describe_measurement(scores: Scores, phase: Phase) -> str | None:
+    """The phase's scores in a line for the summary; None without scores."""
     if isinstance(scores, Derivation):
         how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
@@ -164,7 +164,7 @@ def in_brief(scores: Scores, phase: Phase) -> str | None:
 
 
 def draw_report(folder: RunFolder, console: Console) -> None:
-    """Draw the report from what is written. The run is complete without it, so a failure is only logged."""
+    """Draw the report from the run's files. The run is complete without it, so a failure is only logged."""
     try:
         write_report([folder.path], folder.report)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A run: a sequence of phases, each trained from the state the method made of the one before."""
+"""`Run`: a sequence of phases. Each one starts from the state that the method made of the phase before."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.records import (
+    describe_measurement,
     draw_report,
     finished_phase_file,
-    in_brief,
     phase_file,
     show_summary,
     step_line,
@@ -52,15 +52,15 @@ from sparse_llm_ft.training.scorer import Scorer
 
 
 def train(context: RunContext) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint if there is one, and return the summary (summary.json). Collective.
+    """Collective. Train to the end, from the newest checkpoint if there is one, and return the summary (summary.json).
 
-    A run that is already complete only shows its summary again.
+    A run that is already complete only prints its summary again.
 
     Raises:
-        UserError: the data cannot be used or do not fit the settings; a folder that cannot be written or is in use;
-            checkpoints that are all damaged.
-        TrainingError: too many losses that are not finite, or no adapter left.
-        PreemptionRequested: a signal asked for it; what was trained is saved.
+        UserError: the data cannot be used or do not fit the settings; the folder cannot be written or is in use; all
+            checkpoints are damaged.
+        TrainingError: too many losses are not finite, or no adapter is left.
+        PreemptionRequested: a signal asked the run to stop; its state is saved.
     """
     folder, console, world = context.folder, context.console, context.world
     with process_group():
@@ -69,7 +69,7 @@ def train(context: RunContext) -> dict[str, Any]:
             return run.train()
         console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
-        # A run may have been killed between its end and its pictures.
+        # The run may have been killed after its end, before its report.
         if context.config.report and world.rank == 0 and not folder.report.is_dir():
             draw_report(folder, console)
         show_summary(summary, folder, console)
@@ -77,10 +77,10 @@ def train(context: RunContext) -> dict[str, Any]:
 
 
 def derive(context: RunContext) -> None:
-    """Derive Partial-LoRA's ratios alone; the result stays in the cache. Writes no run folder. Collective.
+    """Collective. Only derive Partial-LoRA's ratios, into the cache. Writes no run folder.
 
     Raises:
-        UserError: as `train`; or the run derives nothing.
+        UserError: as in `train`; or the run derives nothing.
     """
     scoring = context.first_phase().scoring
     if scoring is None or scoring.kind != "derivation":
@@ -93,7 +93,7 @@ def derive(context: RunContext) -> None:
 
 
 def _prepared(context: RunContext) -> Run:
-    """The run, with its data read. Collective."""
+    """Collective. The run, with its data read."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     return Run.prepare(context, coordinate(context.world, "reading and tokenising the data"))
 
@@ -102,7 +102,7 @@ class Run:
     """A run that is about to start: its context, its data, its methods and its first phase.
 
     Attributes:
-        first: the phase that the run begins with.
+        first: the run's first phase.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Run:
 
     @classmethod
     def prepare(cls, context: RunContext, ranks: Coordination = ALONE) -> Run:
-        """Read the data, or find them in the cache, and plan the first phase. Collective, as `ranks` says.
+        """Collective, as `ranks` says. Read the data, or find them in the cache, and plan the first phase.
 
         Raises:
-            UserError: a base without weights; rows that cannot be used; settings that do not fit the run's length;
-                batch growth for a model whose memory cannot be planned.
+            UserError: the base has no weights; rows cannot be used; settings do not fit the run's length; batch growth
+                is set for a model whose memory cannot be traced.
         """
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
@@ -134,7 +134,7 @@ class Run:
         return cls(context, splits, data, schedule, methods, first)
 
     def describe(self) -> list[str]:
-        """For people: the data, the run's length, what was shortened or left out, the first phase and its size."""
+        """Lines for people: the data, the run's length, samples shortened or left out, the first phase and its size."""
         plan = self.first.plan
         kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
         adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
@@ -148,50 +148,53 @@ class Run:
         ]
 
     def train(self) -> dict[str, Any]:
-        """All phases, then the final measurement, the adapter and the summary."""
+        """Collective. Train all phases, evaluate, export the adapter, and return the summary."""
         state, phase = self._begin(self.first)
         model = self._build_model(phase)
-        if state is None:
-            record = RunRecord(
-                run=RunFolder.identity(self.config),
-                samples=self.splits.key,
-                micro_batch_size=self.config.training.micro_batch_size,
-            )
+        if state is None:  # a new run: nothing is trained yet
+            run, size = RunFolder.identity(self.config), self.config.training.micro_batch_size
+            record = RunRecord(run=run, samples=self.splits.key, micro_batch_size=size)
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
+            # Train the phase and take its scores; the method makes the next phase from them.
             engine, state = self._train_phase(model, phase, state)
             scores = self.scorer(engine, phase, self.data.subset(phase.subset), state.tensors)
             following = self.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
                 return self._finish(engine, phase, state)
+            # Replace the adapters by the next plan's, around the same base.
             engine.close()
-            model, phase, state = self._change_phase(model, phase, *following, in_brief(scores, phase))
+            model, phase, state = self._change_phase(model, phase, *following, describe_measurement(scores, phase))
 
     def derive(self) -> None:
-        """Fit the head if the first phase does, measure, and show the ratios."""
+        """Collective. Derive the ratios of the first phase and print them."""
+        # Build the model as a run would, but without a run folder.
         phase = self._with_steps(self.first)
         model = self._build_model(phase)
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
+        # Fit the head, if the phase trains one; then derive.
         for _ in loop.steps():
             exit_if_preempted()
         scores = self.scorer(engine, phase, self.data.subset(phase.subset), engine.values())
         engine.close()
-        self.console.show_ratios(in_brief(scores, phase), getattr(scores, "ratios", {}))
+        self.console.show_ratios(describe_measurement(scores, phase), getattr(scores, "ratios", {}))
 
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
-        """Take the folder, find where to begin, and write what a folder holds from the start."""
+        """Collective. Take the folder, find the state and phase to begin with, and write the folder's first files."""
+        # Find the newest checkpoint; only this process may use the folder from here on.
         run_on_rank_zero(self.world, self.folder.lock)
         run = RunFolder.identity(self.config)
         state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
         if state is not None:
+            # Resume its phase, for the present number of ranks and with the settings that have changed since.
             self._check_samples(state.record)
             configured = self.config.training.micro_batch_size
-            anew = configured if configured != state.record.micro_batch_size else None
+            changed = configured if configured != state.record.micro_batch_size else None
             state.record.micro_batch_size = configured
-            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, anew)
+            phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, changed)
             phase = self.methods.resumed(phase)
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
@@ -201,11 +204,11 @@ class Run:
         return state, phase
 
     def _check_samples(self, record: RunRecord) -> None:
-        """Refuse to go on with other samples: the place in those to train on is a number, and would mean others, and
-        what is measured at the end would not be what was measured at the beginning.
+        """Refuse to resume with other samples. The run's place in its data is a number, which would mean other samples,
+        and the metrics after training would not be comparable with those before.
 
         Raises:
-            ConfigError: rows, tokenizer or package are not those that the run began with.
+            ConfigError: rows, tokenizer or package differ from those that the run began with.
         """
         if record.samples != self.splits.key:
             raise ConfigError(
@@ -215,13 +218,14 @@ class Run:
             )
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
-        """Train one phase to its end; returns its engine and the state there, which is also its last checkpoint."""
+        """Collective. Train one phase to its end; returns its engine and its last state, which is also saved."""
         engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
         engine.load_state_dict(state.engine_state)
         if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
-            # Not before there is an engine: at stage 3 no rank has the weights whole until its hooks gather them.
+            # The first evaluation needs the engine: at stage 3 its hooks gather the weights.
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
             state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
+        # Open the phase's loop, record and logs.
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(
@@ -231,15 +235,18 @@ class Run:
         run_on_rank_zero(self.world, writer.open)
         exit_if_preempted()
         self.console.begin(phase.name, progress.step, self._last_step(loop))
+
+        # Train. After each step: count it, log it, and save a checkpoint where one is due.
         for step in loop.steps():
             record.add(phase.global_batch_size, step.tokens, step.seconds)
-            if loop.preempted_by:  # before a validation that may take longer than whoever asked will wait
+            if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
                 self._save(self._read_state(loop, record, state))
             self._after_step(step, loop, record, writer)
             if loop.preempted_by:
-                self._leave(loop, writer)
+                self._stop(loop, writer)
             if self._due(self.config.training.save_every, progress.step) and not loop.over():
                 self._save(self._read_state(loop, record, state))
+        # Save the state at the phase's end: if the run is killed during the phase change, it repeats the change.
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
         state = self._read_state(loop, record, state)
@@ -247,7 +254,7 @@ class Run:
         return engine, state
 
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
-        """The phase's loop, going on from `state`."""
+        """Collective. The phase's loop, continuing from `state`."""
         samples, schedule = self.data.sequences(phase.subset), self.schedule
         if phase.is_warmup:
             schedule = schedule.for_warmup(phase.steps or 0, len(samples), phase.learning_rate)
@@ -267,13 +274,15 @@ class Run:
     def _change_phase(
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState, measured: str | None
     ) -> tuple[PeftModel, Phase, TrainState]:
-        """Put the new plan on the model, around the same frozen base."""
+        """Collective. Put the next phase's plan on the model, around the same frozen base."""
+        # Set the phase's batch sizes, and build its adapters.
         length = self.data.longest
         phase = self._with_steps(
             grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.context.task_mode)
         )
         grown = phase.micro_batch_size > before.micro_batch_size
         model = rebuild_model(self.config, model, before.plan, phase.plan)
+        # Record that the phase before has ended. The data begin anew after a warmup phase.
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
         if before.is_warmup:
             progress = replace(progress, start_step=progress.step, start_samples=progress.samples)
@@ -285,11 +294,12 @@ class Run:
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
             + (" (no larger micro-batch both fits and divides)" if phase.batch_growth != "none" and not grown else "")
         )
-        tensors = self.head | state.tensors  # a method that starts anew leaves the head out: it begins as it was loaded
+        # A method that starts afresh leaves the head out of its state: the head is then as it was loaded.
+        tensors = self.head | state.tensors
         return model, phase, replace(state, tensors=tensors, progress=progress, phase=phase.to_dict(), record=record)
 
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
-        """Measure what was trained, export it, write the summary and the report."""
+        """Collective. Evaluate the trained model, export it, write the summary and the report, return the summary."""
         after = None
         if self.evaluator.parts:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
@@ -314,45 +324,43 @@ class Run:
         return summary
 
     def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsLogger) -> None:
+        """Collective. Log the step, with the validation loss where it is due."""
         training, at = self.config.training, loop.progress.step
         line = step_line(record, step, loop)
-        # In the run's own steps, so that a pilot does not shift them; a pilot's loss says nothing of the run.
+        # Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
         if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
+            size, world = self.config.evaluation.micro_batch_size, self.world
             line["validation_loss"] = mean_loss(
-                loop.engine.module,
-                self.splits.validation,
-                self.context.objective,
-                self.config.evaluation.micro_batch_size,
-                self.world.rank,
-                self.world.size,
+                loop.engine.module, self.splits.validation, self.context.objective, size, world.rank, world.size
             )
         if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
             run_on_rank_zero(self.world, lambda: writer.write(line))
             self.console.step(line, self._last_step(loop))
 
-    def _leave(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
+    def _stop(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
+        """Collective. Close the logs and raise `PreemptionRequested`."""
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
         raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
 
     def _last_step(self, loop: Loop) -> int:
-        """The step that the phase's part of the run ends with."""
+        """The last step of the phase's schedule."""
         return loop.schedule.last_step(loop.progress, loop.phase.global_batch_size)
 
     def _with_steps(self, phase: Phase) -> Phase:
-        """The phase with the steps that its passes over its subset make."""
+        """The phase with `steps` computed from its `epochs`."""
         if phase.epochs is None:
             return phase
         samples = phase.epochs * len(self.data.sequences(phase.subset))
         return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
-        """Number of trained values: the adapters', without what a mask holds at zero, and modules trained whole."""
+        """Collective. Number of trained values, without masked ones: adapters and fully trained modules."""
         whole = [name for name in engine.parameters if not is_adapter(name)]
         return count_parameters(plan, self.targets) + sum(map(torch.numel, engine.values(whole).values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
-        """Collective. Where the loop is, as a state that a run continues from."""
+        """Collective. The loop's present state, from which a run can continue."""
         return TrainState(
             **loop.engine.state_dict(),
             progress=copy.copy(loop.progress),
@@ -363,11 +371,12 @@ class Run:
         )
 
     def _save(self, state: TrainState) -> None:
+        """Collective. Write the state as a checkpoint."""
         keep = self.config.training.keep_checkpoints
         run_on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
-        """What a phase is, when it begins."""
+        """Collective. Write the plan and the phase's file when a phase begins."""
         run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN_FILE, phase.plan.to_dict()))
         self._write(phase_file(phase, progress, self.targets))
 
@@ -375,6 +384,7 @@ class Run:
         run_on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, phase: Phase) -> PeftModel:
+        """Collective. Load the base with the phase's adapters, and remember its fresh head."""
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()

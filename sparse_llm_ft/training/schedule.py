@@ -1,4 +1,4 @@
-"""How long a run is, and its learning rate along the way."""
+"""A run's length and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sparse_llm_ft.config import TrainingConfig
 class Schedule:
     """Length and learning rate of a run over a training set.
 
-    With `max_steps` the run is measured in optimizer steps; otherwise in samples, so that a global batch that grows
-    on the way shortens the rest of the run and does not bend the curve. A sample-measured position is expressed in
-    steps of the initial global batch. What precedes the counted part of a run has a schedule of its own (`is_warmup`).
+    With `max_steps` a run is measured in optimizer steps, otherwise in samples: then a growing global batch shortens
+    the rest of the run and leaves the curve as it is. A position in samples is converted to steps of the initial global
+    batch. A warmup phase (`Phase.is_warmup`) has a schedule of its own.
     """
 
     settings: TrainingConfig
@@ -29,7 +29,7 @@ class Schedule:
         return math.ceil(self._total_samples / self.settings.global_batch_size)
 
     def last_step(self, progress: Progress, global_batch_size: int) -> int:
-        """The step that the run ends with, if it goes on with this global batch."""
+        """The run's last step, if it continues with this global batch."""
         if self.settings.max_steps is not None:
             return progress.start_step + self.settings.max_steps
         return progress.step + math.ceil(max(0, self._total_samples - progress.position) / global_batch_size)
@@ -41,8 +41,8 @@ class Schedule:
         return progress.position >= self._total_samples
 
     def learning_rate(self, progress: Progress) -> float:
-        """Rate of the next step: a linear rise over the first `warmup_steps`, the last of which has the full rate;
-        then constant, or falling linearly, or as half a cosine, towards 0 at the end.
+        """Learning rate of the next step. It rises linearly over `warmup_steps`, the last of which has the full rate.
+        Then it stays constant, or falls towards 0 linearly or as half a cosine.
         """
         settings = self.settings
         counted = settings.max_steps is not None
@@ -58,10 +58,10 @@ class Schedule:
         return settings.learning_rate * factor
 
     def for_warmup(self, steps: int, samples: int, learning_rate: float | None) -> Schedule:
-        """The schedule of `steps` steps on `samples` samples before the counted part: the same course, in small.
+        """The same schedule scaled down to a warmup phase of `steps` steps on `samples` samples.
 
         Args:
-            learning_rate: None: the run's.
+            learning_rate: None: that of the run.
         """
         settings = self.settings
         update = {

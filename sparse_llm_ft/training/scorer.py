@@ -1,4 +1,4 @@
-"""What a phase measures at its end: LoRA outputs, or the importance and ratios of a Partial-LoRA derivation."""
+"""`Scorer`: the scores of a phase, either LoRA outputs or a Partial-LoRA derivation (importance and ratios)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -37,10 +38,10 @@ from sparse_llm_ft.scoring.scores import Scores
 
 
 class Scorer:
-    """Measures the model as an engine has it: whole, in 4 bit, or sharded over ranks. Its methods are collective.
+    """Scores an engine's model at a phase's end, also in 4 bit and sharded over ranks.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         objective: how samples become a loss and right answers.
     """
 
@@ -48,7 +49,7 @@ class Scorer:
         self.config, self.world, self.objective, self.console = config, world, objective, console
 
     def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
-        """Collective. The phase's measurement on `samples`.
+        """Collective. The scores that the phase asks for, on `samples`; None if it asks for none.
 
         Args:
             values: the trained parameters at the phase's end.
@@ -86,10 +87,10 @@ class Scorer:
         samples: Sequence[Any],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
-        """Collective. Importance and ratios of the base's weights, from the cache where they were derived before.
+        """Collective. Importance and ratios of the base's weights, from the cache if they were derived before.
 
-        The model is measured as it stands. At the start of a run, where every B is zero, it is the pretrained one.
-        After another method it is what that method trained: its head would be worth nothing without its adapters.
+        The model is scored as it is. At the start of a run, where every B is zero, it is the pretrained one. After
+        another method it is the model that this method trained: the head is worth nothing without its adapters.
         """
         names = list((phase.target_plan or phase.plan).active)
         folder = derivations_folder(spec.cache_dir)
@@ -112,8 +113,9 @@ class Scorer:
             self.console.log(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
 
     def _derive(self, engine: Engine, spec: ScoringSpec, names: list[str], samples: Sequence[Any]) -> Derivation:
-        model: Any = engine.module
-        base = model.get_base_model()
+        """Collective. Derive on this engine's model, without the cache."""
+        model = engine.module
+        base = _base_model(model)
         samples = sorted(samples, key=self.objective.tokens)  # little padding in a micro-batch
         modules = {name: _base_layer(base.get_submodule(name)) for name in names}
         size = self.world.size
@@ -121,7 +123,7 @@ class Scorer:
             self.world.rank, size, engine.settings.zero_stage == 3 and size > 1, engine.gathered, self._sum
         )
         settings = spec.derivation
-        # Nothing trains here: without this, gradients for snip would flow down to the lowest adapter in every pass.
+        # Nothing is trained here. Otherwise snip's gradients would flow down to the lowest adapter in every pass.
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
         try:
@@ -137,12 +139,12 @@ class Scorer:
         exit_if_preempted()
 
     def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
-        """By content: the base's files, D_t, the head, and every setting that ratios depend on. Only on rank 0."""
+        """The cache key: a hash of the base's files, D_t, the head, and every setting that ratios depend on."""
         config, spec, training = self.config, phase.scoring, self.config.training
         assert spec is not None
-        if phase.target_plan is not None:  # what fits the head: its values differ in the last bits from run to run
+        if phase.target_plan is not None:  # how the head is fitted: its values differ in the last bits from run to run
             fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
-            head: Any = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
+            head: object = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
             trained = values if phase.method else base_tensors(values)
             head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
@@ -161,8 +163,8 @@ class Scorer:
     def _from_cache(
         self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
     ) -> tuple[str, Derivation | None]:
-        """Collective. The key, on rank 0, and what is stored under it. Rank 0 looks and sends what it finds to the
-        others, whose nodes need not share its cache.
+        """Collective. The key (empty except on rank 0) and the derivation stored under it. Rank 0 looks and sends what
+        it finds to the others, whose nodes need not share its cache.
         """
         key, data = "", b""
 
@@ -177,7 +179,7 @@ class Scorer:
         return key, from_bytes(data) if data else None
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over ranks; on the process group's device."""
+        """Collective. The sum over ranks, computed on the process group's device."""
         if self.world.size > 1:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             moved = tensor.to(device)
@@ -187,16 +189,22 @@ class Scorer:
 
 
 _CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates")
-"""Settings of training that change nothing that is computed."""
+"""Settings of training that change no result."""
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    assert isinstance(model, PeftModel)
+    return model.get_base_model()
 
 
 def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
-    base: Any = model
-    layer = base.get_base_model().get_submodule(name)
+    layer = _base_model(model).get_submodule(name)
     assert isinstance(layer, SparseLoraLayer)
     return layer
 
 
-def _base_layer(module: Any) -> nn.Module:
-    """The linear layer itself, without adapters around it."""
-    return getattr(module, "base_layer", module)
+def _base_layer(module: nn.Module) -> nn.Module:
+    """The linear layer without adapters around it."""
+    layer = getattr(module, "base_layer", module)
+    assert isinstance(layer, nn.Module)
+    return layer

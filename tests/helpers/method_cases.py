@@ -185,7 +185,7 @@ def gradients_before_a_step_are_the_global_ones() -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(start[name])
-    chosen = [SAMPLES[loop.stream.index(i)] for i in range(8)]
+    chosen = [SAMPLES[loop.sampler.index(i)] for i in range(8)]
     (OBJECTIVE.loss(model, OBJECTIVE.batch(chosen)) / sum(s.supervised for s in chosen)).backward()
     for stage, gradients in found.items():
         for name, parameter in parameters.items():
