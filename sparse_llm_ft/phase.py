@@ -1,61 +1,65 @@
-"""`Phase`: one stretch of training with one plan, as plain values."""
+"""`Phase`: a part of a run that trains one plan, as plain values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_type_hints
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.config.types import MAX_BATCH
-from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
+from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape, check_fields
 
 BatchGrowth = Literal["none", "keep_global", "grow_global"]
 LrScaling = Literal["none", "sqrt", "linear"]
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, lt=2**63)]
+
 
 @dataclass(frozen=True)
 class CutRule:
-    """How omega is cut; plain values, so that a phase can be saved.
+    """How omega is cut.
 
     Attributes:
         keep: K.
-        steps: T; the last cut is made after this step of the phase, whatever `every` says.
+        steps: T; the last cut comes after this step of the phase, whatever `every` says.
         every, after: optimizer steps between cuts, and before the first.
         choose: ``omega`` or, for RLoRA, ``random``.
         seed: of the random choice.
     """
 
-    keep: int
-    steps: int
-    every: int = 1
-    after: int = 0
+    keep: Count
+    steps: Count
+    every: Count = 1
+    after: Count = 0
     choose: Literal["omega", "random"] = "omega"
-    seed: int = 0
+    seed: Count = 0
 
 
 @dataclass(frozen=True)
 class Subset:
     """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class."""
 
-    fraction: float | None
-    shots: int | None
-    seed: int
+    fraction: Amount | None
+    shots: Count | None
+    seed: Count
 
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What is measured at a phase's end, on its subset.
+    """What is scored at a phase's end, on its subset.
 
     Attributes:
         kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
-        derivation: how a derivation is made.
-        search: whether ratios are searched for (Algorithm 1), or only importance is measured.
-        compare: also measure the other importances, to see how far they agree.
-        cache_dir: where derivations are kept; None: the user's cache folder.
+        derivation: settings of a derivation.
+        search: whether to search for ratios (Algorithm 1), or only to compute importance.
+        compare: also compute the other importances, to see how far they agree.
+        cache_dir: folder of cached derivations; None: the user's cache folder.
     """
 
     kind: Literal["lora_output", "derivation"]
@@ -67,62 +71,62 @@ class ScoringSpec:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase, as plain values: a checkpoint holds it, so that a resumed run need not derive it again.
+    """A phase as plain values. A checkpoint holds it, so that a resumed run need not derive it again.
 
     Attributes:
-        name: for people, and for the method to know its own phases by.
+        name: for people, and for the method to recognise its own phases.
         plan: what is trained.
-        steps: optimizer steps of the phase; None: `epochs` decides, or it goes to the end of the run.
+        steps: optimizer steps of the phase; None: `epochs` decides, or the phase lasts to the end of the run.
         epochs: passes over `subset`.
-        target_plan: the plan that the phase prepares, if its own lacks the adapters (a head is fitted alone).
-        method: which of the run's methods the phase belongs to, from 0.
+        target_plan: the plan that the phase prepares, if its own plan lacks the adapters (when only a head is fitted).
+        method: index of the run's method that the phase belongs to.
         subset: the part of the training set that is used; None: all of it.
         is_warmup: whether the phase precedes the counted part of the run. It has a schedule of its own, and neither
             its steps nor its samples count towards the run's length.
-        scoring: what is measured at its end.
+        scoring: what is scored at its end.
         learning_rate: of a warmup phase; None: the run's.
-        cut: how omega is cut after each step, if it is.
-        omega_lr, omega_algorithm: step rule of trained omegas, constant over the phase.
-        lora_b_lr_factor: learning rate of B over that of A (LoRA+).
-        batch_growth: what the memory freed since the phase before is used for.
+        cut: how omega is cut after each step; None: it is not.
+        omega_lr, omega_algorithm: learning rate and optimizer of trained omegas, constant over the phase.
+        lora_b_lr_factor: B's learning rate divided by A's (LoRA+).
+        batch_growth: how the batch uses memory freed since the phase before.
         lr_scaling: how the learning rate follows a grown global batch.
-        micro_batch_size, global_batch_size: filled in when the phase begins.
-        lr_factor: multiplies the schedule's learning rate; filled in when the phase begins.
+        micro_batch_size, global_batch_size: set when the phase begins.
+        lr_factor: multiplies the schedule's learning rate; set when the phase begins.
     """
 
     name: str
     plan: AdapterPlan
-    steps: int | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    epochs: Amount | None = None
     target_plan: AdapterPlan | None = None
-    method: int = 0
+    method: Count = 0
     subset: Subset | None = None
     is_warmup: bool = False
     scoring: ScoringSpec | None = None
-    learning_rate: float | None = None
+    learning_rate: Amount | None = None
     cut: CutRule | None = None
-    omega_lr: float = 0.0
+    omega_lr: Amount = 0.0
     omega_algorithm: Literal["adamw", "sgd"] = "sgd"
-    lora_b_lr_factor: float = 1.0
+    lora_b_lr_factor: Amount = 1.0
     batch_growth: BatchGrowth = "none"
     lr_scaling: LrScaling = "none"
-    micro_batch_size: int = 0
-    global_batch_size: int = 0
-    lr_factor: float = 1.0
+    micro_batch_size: Count = 0
+    global_batch_size: Count = 0
+    lr_factor: Amount = 1.0
 
     @property
     def open_ended(self) -> bool:
-        """Whether it goes to the end of the run: where the next method of a chain takes over."""
+        """Whether it lasts to the end of the run. Such a phase is taken over by the next method of a chain."""
         return self.steps is None and self.epochs is None
 
     def with_batch(self, micro_batch_size: int, global_batch_size: int, lr_factor: float = 1.0) -> Phase:
-        """The phase with its batch sizes settled."""
+        """The phase with these batch sizes."""
         return replace(
             self, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, lr_factor=lr_factor
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives the same phase back."""
+        """JSON values, from which `from_dict` makes the same phase."""
         parts = {name: (part := getattr(self, name)) and TypeAdapter(type(part)).dump_python(part) for name in _PARTS}
         return (
             vars(self)
@@ -138,34 +142,38 @@ class Phase:
             shapes: as in `AdapterPlan.from_dict`.
 
         Raises:
-            PlanError: a missing or unknown key, a wrong type, a number out of range, a name that is none.
+            PlanError: a missing or unknown key, a wrong type, a number out of range, a name with other characters.
         """
-        _check_fields(cls, data, but=("plan", "target_plan", *_PARTS))
-        if not _NAME.fullmatch(data["name"]):
-            raise PlanError(f"phase name {data['name']!r:.60}; expected letters, digits, _ and -")
-        if not 0 <= data["micro_batch_size"] <= data["global_batch_size"] <= MAX_BATCH:
-            raise PlanError(f"micro-batch {data['micro_batch_size']}, global batch {data['global_batch_size']}")
-        parts: dict[str, Any] = {}
-        for name, kind in _PARTS.items():
-            if data[name] is not None:
-                parts[name] = _read_part(kind, data[name])
-        plan = AdapterPlan.from_dict(data["plan"], shapes)
-        target_plan = None if data["target_plan"] is None else AdapterPlan.from_dict(data["target_plan"], shapes)
-        return cls(**{**data, **parts, "plan": plan, "target_plan": target_plan})
+        plan = partial(AdapterPlan.from_dict, shapes=shapes)
+        readers: dict[str, Callable[[Any], object]] = {"plan": plan, "target_plan": plan}
+        readers |= {name: partial(_read_part, kind) for name, kind in _PARTS.items()}
+        values = dict(data) if isinstance(data, Mapping) else {}
+        for name, read in readers.items():
+            if values.get(name) is not None:
+                values[name] = read(values[name])
+        check_fields(cls, values)
+        phase = cls(**values)
+        if not _NAME.fullmatch(phase.name):
+            raise PlanError(f"phase name {phase.name!r:.60}; expected letters, digits, _ and -")
+        if not 0 <= phase.micro_batch_size <= phase.global_batch_size <= MAX_BATCH:
+            raise PlanError(f"micro-batch {phase.micro_batch_size}, global batch {phase.global_batch_size}")
+        return phase
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-"""A phase's file is called after it."""
+"""A phase's file has its name."""
 
-_PARTS: dict[str, type[Any]] = {"cut": CutRule, "subset": Subset, "scoring": ScoringSpec}
-
-
-def _read_part(kind: type[Any], data: Any) -> Any:
-    _check_fields(kind, data, but=("derivation",))
-    return kind(**data | {"derivation": _read_settings(data["derivation"])}) if "derivation" in data else kind(**data)
+_PARTS: dict[str, type[CutRule | Subset | ScoringSpec]] = {"cut": CutRule, "subset": Subset, "scoring": ScoringSpec}
 
 
-def _read_settings(data: Any) -> DerivationSettings:
+def _read_part(kind: type[CutRule | Subset | ScoringSpec], data: Any) -> CutRule | Subset | ScoringSpec:
+    if isinstance(data, Mapping) and "derivation" in data:
+        data = {**data, "derivation": _read_settings(data["derivation"])}
+    check_fields(kind, data)
+    return kind(**data)
+
+
+def _read_settings(data: object) -> DerivationSettings:
     keys = DerivationSettings.model_fields.keys()
     if not isinstance(data, Mapping) or data.keys() != keys:
         raise PlanError(f"derivation is an object with the keys {', '.join(keys)}")
@@ -174,22 +182,3 @@ def _read_settings(data: Any) -> DerivationSettings:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise PlanError(f"{problem['loc'][0]} is {problem['input']!r:.60}") from None
-
-
-def _check_fields(kind: type[Any], data: Any, but: Collection[str] = ()) -> None:
-    """Refuse an object that has not exactly the fields of a dataclass, of their types; numbers are 0 to 2**63.
-
-    Raises:
-        PlanError: naming the field.
-    """
-    hints = get_type_hints(kind)
-    if not isinstance(data, Mapping) or set(data) != set(hints):
-        raise PlanError(f"{kind.__name__} is an object with the keys {', '.join(hints)}")
-    for name in hints.keys() - set(but):
-        value = data[name]
-        try:
-            TypeAdapter(hints[name]).validate_python(value, strict=True)
-        except ValidationError:
-            raise PlanError(f"{name} is {value!r:.60}") from None
-        if isinstance(value, int | float) and not 0 <= value < 2**63:  # which NaN is not
-            raise PlanError(f"{name} is {value!r:.60}, which is out of range")

@@ -1,13 +1,15 @@
-"""`AdapterPlan`: which target module has which adapter. Methods write it; tuner, engine, export and report read it."""
+"""`AdapterPlan`: which module has which adapter. Methods write plans; tuners, engine, export and report read them."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from functools import cache
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from sparse_llm_ft.errors import one_line
 
@@ -17,26 +19,61 @@ Shape = tuple[int, int]
 PLAN_VERSION = 3
 
 Masking = Literal["compact", "optimizer"]
-"""Where masks live: in the layers, whose A and B have only the kept rows and columns, or in the sharded optimizer."""
+"""Where masks are applied: in the layers, whose A and B have only the kept rows and columns, or in the optimizer."""
 
 FULL_MODEL = ""
 """In `AdapterPlan.trained`: the base model itself, which is full fine-tuning."""
 
-
 MAX_RANK = 2**16
-"""More than any adapter needs, and little enough to be allocated where a plan claims it."""
+"""More than any adapter needs, and little enough to allocate if a plan from outside claims it."""
+
+MAX_KEYS = 10_000
 
 
 class PlanError(ValueError):
-    """A plan that contradicts itself or the model it is applied to; said in one line."""
+    """A plan contradicts itself or its model; the message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
+def check_fields(kind: type, data: object) -> None:
+    """Refuse a mapping that has not exactly the fields of dataclass `kind`, strictly of their types.
+
+    Raises:
+        PlanError: naming the field.
+    """
+    types = _field_types(kind)
+    if not isinstance(data, Mapping) or data.keys() != types.keys():
+        raise PlanError(f"{kind.__name__} is an object with the keys {', '.join(types)}")
+    for name, known in types.items():
+        try:
+            known.validate_python(data[name], strict=True)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False)[0]
+            path, message = ".".join(map(str, (name, *problem["loc"]))), problem["msg"]
+            raise PlanError(f"{path:.60} is {problem['input']!r:.40}; {message[:1].lower()}{message[1:]}") from None
+
+
+@cache
+def _field_types(kind: type) -> dict[str, TypeAdapter[object]]:
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+def _few(value: object) -> object:
+    """Refuse a dict of very many keys before each wrong value in it becomes an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise ValueError(f"more than {MAX_KEYS:,} keys")
+    return value
+
+
+FEW_KEYS = BeforeValidator(_few)
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class IndexMask:
-    """Which rows of B, or columns of A, exist: ascending indices out of `size`.
+    """The kept rows of B, or columns of A: ascending indices out of `size`.
 
     Attributes:
         size: out_features (rows) or in_features (columns) of the module.
@@ -55,25 +92,25 @@ class IndexMask:
 
     @classmethod
     def of(cls, size: int, indices: Sequence[int]) -> IndexMask | None:
-        """None, that is no mask, where all are kept."""
+        """A mask that keeps `indices`, or None where these are all."""
         return None if len(indices) == size else cls(size, tuple(indices))
 
-    def to_dict(self) -> dict[str, Any]:
-        """One bit an index, packed: plans of large models are read and written at every phase."""
+    def to_dict(self) -> dict[str, object]:
+        """JSON values, with one bit per index: plans of large models are read and written at every phase."""
         bits = bytearray((self.size + 7) // 8)
         for index in self.indices:
             bits[index // 8] |= 1 << index % 8
         return {"size": self.size, "bits": base64.b64encode(bits).decode()}
 
     @classmethod
-    def from_dict(cls, data: Any, side: int | None = None) -> IndexMask:
-        """Read what `to_dict` wrote. A size is believed only as far as there are bits for it.
+    def from_dict(cls, data: object, side: int | None = None) -> IndexMask:
+        """Read what `to_dict` wrote. The bits must be as many as the size claims.
 
         Args:
-            side: the size that it must have; None: any.
+            side: the required size; None: any.
 
         Raises:
-            PlanError: it is something else.
+            PlanError: it is no such mask.
         """
         if not isinstance(data, dict) or set(data) != {"size", "bits"} or type(data["size"]) is not int:
             raise PlanError(f"{data!r:.60} is no mask")
@@ -96,31 +133,23 @@ class ModuleAdapter:
     Attributes:
         r: rank; A has shape ``(r, kept columns)``, B ``(kept rows, r)``.
         lora_alpha: numerator of the scaling.
-        omega: the adapter's weight. Its start value where `train_omega`, else a constant of the forward pass.
+        omega: the adapter's weight: the initial value if `train_omega`, else a constant of the forward pass.
         train_omega: whether omega is a trained parameter (WeightLoRA, eq. 3).
-        group: modules of one group share one A and one B (LoRA-drop); None: its own.
+        group: modules of one group share one A and one B (LoRA-drop); a name without dots. None: the module has its
+            own.
         rows, cols: which outputs the adapter writes and which inputs it reads (Partial-LoRA, eq. 6); None: all.
     """
 
-    r: int
-    lora_alpha: float
-    omega: float = 1.0
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    lora_alpha: Finite
+    omega: Finite = 1.0
     train_omega: bool = False
-    group: str | None = None
+    group: Annotated[str, Field(pattern=r"^[^.]+$")] | None = None
     rows: IndexMask | None = None
     cols: IndexMask | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
-            raise PlanError(f"r is {self.r!r:.40}; a module's rank must be an integer of 1 to {MAX_RANK:,}")
-        for name in ("lora_alpha", "omega"):
-            value = getattr(self, name)
-            if not _is_finite(value):
-                raise PlanError(f"{name} is {value!r:.40}; it must be a finite number")
-        if not isinstance(self.train_omega, bool):
-            raise PlanError(f"train_omega is {self.train_omega!r:.40}; it must be true or false")
-        if self.group is not None and (not isinstance(self.group, str) or not self.group or "." in self.group):
-            raise PlanError(f"group is {self.group!r:.40}; it must be a name without dots")
+        check_fields(type(self), vars(self))
 
     @property
     def scaling(self) -> float:
@@ -141,41 +170,33 @@ class ModuleAdapter:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """For every target module its own adapter, a shared one, or None where the base layer stays untouched.
+    """An adapter of its own, a shared one, or none (None) for every target module.
 
     Attributes:
         modules: full module name in the base model -> its adapter. The order is the model's.
         lora_dropout: dropout probability on the adapters' input.
         tuner: name of the layers that carry the adapters: this package's own, or PEFT's (adapters/tuners.py).
         options: further numbers that the tuner needs (AdaLoRA's schedule).
-        trained: modules of the base that are trained whole beside the adapters: a fresh classification head, or
+        trained: modules of the base that are fully trained beside the adapters: a fresh classification head, or
             `FULL_MODEL`.
-        masking: where the masks of the adapters live.
+        masking: where masks are applied.
     """
 
     modules: Mapping[str, ModuleAdapter | None]
-    lora_dropout: float = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tuner: str = "sparse_lora"
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Annotated[Mapping[str, Finite], FEW_KEYS] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     masking: Masking = "compact"
 
     def __post_init__(self) -> None:
+        check_fields(type(self), vars(self))
         if not any(self.modules.values()) and not self.trained:
             raise PlanError("a plan needs at least one module with an adapter, or one trained whole")
-        if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise PlanError(f"lora_dropout is {self.lora_dropout!r:.40}; it must lie in [0, 1)")
-        if not isinstance(self.tuner, str):
-            raise PlanError(f"tuner is {self.tuner!r:.40}; it must be a name")
-        for key, value in self.options.items():
-            if not _is_finite(value):
-                raise PlanError(f"option {key!r:.40} is {value!r:.40}; it must be a finite number")
-        if self.masking not in get_args(Masking):
-            raise PlanError(f"masking is {self.masking!r:.40}; known: {', '.join(get_args(Masking))}")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """All members of a group have the same adapter, but for omega, which is each module's own."""
+        """Refuse a group whose members have different adapters; only omega is each module's own."""
         for group, names in self.groups.items():
             alike = {(a.r, a.lora_alpha, a.rows, a.cols) for name in names if (a := self.modules[name]) is not None}
             if len(alike) > 1:
@@ -188,7 +209,7 @@ class AdapterPlan:
 
     @property
     def layers(self) -> dict[str, ModuleAdapter]:
-        """The active adapters as their layers are built: whole ones where masks live in the optimizer."""
+        """The active adapters as their layers are built: without masks if the optimizer applies them."""
         if self.masking == "compact":
             return self.active
         return {name: replace(adapter, rows=None, cols=None) for name, adapter in self.active.items()}
@@ -204,11 +225,11 @@ class AdapterPlan:
 
     @property
     def owners(self) -> dict[str, str]:
-        """Active module -> under whose name its A and B are kept: its own, or its group's (``shared.<group>``)."""
+        """Active module -> the name of its A and B: its own, or its group's (``shared.<group>``)."""
         return {name: name if a.group is None else f"{SHARED}.{a.group}" for name, a in self.active.items()}
 
     def matrix_owners(self) -> dict[str, str]:
-        """Each pair of A and B once: owner -> the first module that uses it."""
+        """Every pair of A and B once: its name (`owners`) -> the first module that uses it."""
         first: dict[str, str] = {}
         for name, owner in self.owners.items():
             first.setdefault(owner, name)
@@ -224,8 +245,8 @@ class AdapterPlan:
             return ", ".join(self.trained)
         return f"{own} own and {shared} shared adapters" if shared else f"{own} adapters"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives the same plan back."""
+    def to_dict(self) -> dict[str, object]:
+        """JSON values, from which `from_dict` makes the same plan."""
         return {
             "version": PLAN_VERSION,
             "lora_dropout": self.lora_dropout,
@@ -237,12 +258,12 @@ class AdapterPlan:
         }
 
     @classmethod
-    def from_dict(cls, data: Any, shapes: Mapping[str, Shape] | None = None) -> AdapterPlan:
+    def from_dict(cls, data: object, shapes: Mapping[str, Shape] | None = None) -> AdapterPlan:
         """Read what `to_dict` wrote.
 
         Args:
-            shapes: of the modules there are: masks must be of their sizes, so that none is built at a size that is only
-                claimed. None: any names and sizes.
+            shapes: module -> (out_features, in_features) of the real modules, whose sizes masks must have: no mask is
+                built at a size that is only claimed. None: any names and sizes.
 
         Raises:
             PlanError: a missing or unknown key, a wrong type, or another version, naming the module.
@@ -254,15 +275,11 @@ class AdapterPlan:
             raise PlanError(f"plan version {data['version']!r:.40} is not supported; this release reads {PLAN_VERSION}")
         if set(data) != keys:
             raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
-        if not isinstance(data["modules"], dict) or not isinstance(data["options"], dict):
-            raise PlanError("a plan's modules and options must be objects")
-        if not isinstance(data["trained"], list) or not all(isinstance(name, str) for name in data["trained"]):
-            raise PlanError("a plan's trained must be a list of module names")
-        if not _is_finite(data["lora_dropout"]):
-            raise PlanError(f"a plan's lora_dropout is {data['lora_dropout']!r:.40}; it must be a number")
+        if not isinstance(data["modules"], dict) or not isinstance(data["trained"], list):
+            raise PlanError("a plan's modules must be an object, and its trained a list of module names")
         return cls(
             {name: _module_from_dict(name, value, shapes) for name, value in data["modules"].items()},
-            float(data["lora_dropout"]),
+            data["lora_dropout"],
             data["tuner"],
             data["options"],
             tuple(data["trained"]),
@@ -271,24 +288,15 @@ class AdapterPlan:
 
 
 SHARED = "shared"
-"""First part of the names of parameters that a group shares."""
+"""First part of the names of a group's shared parameters."""
 
 
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
-        return False
-
-
-def _module_to_dict(adapter: ModuleAdapter) -> dict[str, Any]:
+def _module_to_dict(adapter: ModuleAdapter) -> dict[str, object]:
     masks = {name: kept.to_dict() for name in ("rows", "cols") if (kept := getattr(adapter, name)) is not None}
     return {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
 
 
-def _module_from_dict(name: str, value: Any, shapes: Mapping[str, Shape] | None) -> ModuleAdapter | None:
+def _module_from_dict(name: str, value: object, shapes: Mapping[str, Shape] | None) -> ModuleAdapter | None:
     if shapes is not None and name not in shapes:
         raise PlanError(f"the plan names module {name!r:.60}, which is no target module of the model")
     if value is None:
@@ -310,13 +318,13 @@ def _module_from_dict(name: str, value: Any, shapes: Mapping[str, Shape] | None)
 def uniform_plan(
     targets: Mapping[str, Shape], r: int, lora_alpha: float, lora_dropout: float = 0.0, trained: tuple[str, ...] = ()
 ) -> AdapterPlan:
-    """The same adapter on every target; the rank is cut to the smaller side of a smaller matrix.
+    """The same adapter on every target. A rank never exceeds the smaller side of its matrix.
 
-    A cut rank keeps the scaling ``lora_alpha / r`` of the others.
+    A reduced rank keeps the scaling ``lora_alpha / r`` of the others.
 
     Args:
         targets: module name -> (out_features, in_features).
-        trained: as in `AdapterPlan`.
+        trained: see `AdapterPlan`.
     """
     modules = {}
     for name, shape in targets.items():
@@ -332,8 +340,9 @@ def with_omega(plan: AdapterPlan) -> AdapterPlan:
 
 
 class ModuleName(NamedTuple):
-    """The parts of a module's name: ``model.layers.3.self_attn.q_proj`` is stack ``model.layers``, number 3, rest
-    ``self_attn.q_proj``. The outermost number counts. A name without number is its parent, None and its last part.
+    """The parts of a module's name: ``model.layers.3.self_attn.q_proj`` has stack ``model.layers``, number 3 and rest
+    ``self_attn.q_proj``. The outermost number counts. A name without a number has its parent as stack, number None and
+    its last part as rest.
     """
 
     stack: str
@@ -356,12 +365,12 @@ class ModuleName(NamedTuple):
 
 
 def module_kind(name: str) -> str:
-    """What a module is in its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``. Further numbers, an
-    expert's for instance, are left out.
+    """A module's name within its layer: ``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``. Further numbers,
+    such as an expert's, are left out.
     """
     return ".".join(part for part in ModuleName.parse(name).rest.split(".") if not part.isdecimal()) or name
 
 
 def group_name(kind: str, shape: Shape) -> str:
-    """The group in which modules of one kind share: only those of equal shape can."""
+    """The group of modules of one kind and shape; only modules of equal shape can share."""
     return f"{kind.replace('.', '-')}-{shape[0]}x{shape[1]}"

@@ -1,1 +1,1 @@
-"""`TrainState` as files: its format, what makes one valid, and a run's store of them."""
+"""`TrainState` as files: its format, its validation, and a run's store of them."""

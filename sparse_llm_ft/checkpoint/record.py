@@ -1,40 +1,29 @@
-"""What a run has done so far, phase by phase. A checkpoint holds it, and the summary is written from it."""
+"""`RunRecord`: what a run has done, phase by phase. Checkpoints hold it, and the summary is written from it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from sparse_llm_ft.phase import Phase
-
-_MANY_KEYS = 10_000
-
-
-def _few(value: Any) -> Any:
-    """Refuse an object of very many keys before each wrong value in it becomes an error of its own."""
-    if isinstance(value, dict) and len(value) > _MANY_KEYS:
-        raise ValueError(f"more than {_MANY_KEYS:,} keys")
-    return value
-
-
-FEW_KEYS = BeforeValidator(_few)
+from sparse_llm_ft.plan import FEW_KEYS
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-"""Below 2**62: more steps or samples than any run has, and little enough for a torch integer."""
+"""Below 2**62: more than any run's steps or samples, and within torch's integers."""
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PhaseRecord(BaseModel):
-    """What is reported of a phase.
+    """The numbers of one phase for checkpoint and summary.
 
     Attributes:
         adapters: modules with an adapter.
-        trainable_parameters: trained values, without those that a mask holds at zero.
+        trainable_parameters: trained values, without masked ones.
         steps, samples, tokens: of the optimizer steps done.
-        seconds: of the optimizer steps, without evaluation or saving.
-        measured: what was measured at the phase's end, in a line; None before, or where nothing was.
+        seconds: in optimizer steps, without evaluation or saving.
+        measured: the scores at the phase's end, in a line; None before it, or without scores.
     """
 
     model_config = ConfigDict(strict=True)
@@ -56,7 +45,7 @@ class PhaseRecord(BaseModel):
         """The record of a phase that begins.
 
         Args:
-            before: its record in the checkpoint from which it continues; the counts go on from there.
+            before: its record in the checkpoint from which it continues; counting continues from there.
         """
         counted = {} if before is None else before.model_dump(include={"steps", "samples", "tokens", "seconds"})
         return cls(
@@ -78,7 +67,7 @@ class PhaseRecord(BaseModel):
 
     @property
     def tokens_per_second(self) -> float:
-        """0 before the first step."""
+        """Mean over the phase; 0 before the first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -88,10 +77,10 @@ class RunRecord(BaseModel):
     Attributes:
         run: `RunFolder.identity` of the settings that the run began with.
         samples: `Splits.key` of the samples that it began with.
-        micro_batch_size: that of the settings when the run was started last.
-        before: metrics before training; None where nothing was measured.
+        micro_batch_size: the configured one when the run was last started.
+        before: metrics before training; None without evaluation.
         phases: the finished phases.
-        current: the phase that is being trained; None between two phases.
+        current: the phase in training; None between two phases.
     """
 
     model_config = ConfigDict(strict=True)
@@ -105,18 +94,18 @@ class RunRecord(BaseModel):
 
     @classmethod
     def empty(cls) -> RunRecord:
-        """That of a state which belongs to no run."""
+        """The record of a state that belongs to no run."""
         return cls(run="", samples="", micro_batch_size=0)
 
     def with_current(self, current: PhaseRecord) -> RunRecord:
-        """The record with a copy of `current`, which may count on."""
+        """The record with a copy of `current`, which continues to count."""
         return self.model_copy(update={"current": current.model_copy()})
 
     def next_phase(self, measured: str | None) -> RunRecord:
-        """The record once the current phase has ended.
+        """The record after the end of the current phase.
 
         Args:
-            measured: at its end.
+            measured: its scores in a line.
         """
         assert self.current is not None, "a phase has been trained"
         finished = self.current.model_copy(update={"measured": measured})
@@ -124,7 +113,7 @@ class RunRecord(BaseModel):
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of the errors, in one line: the dotted name, and the value that is wrong."""
+    """The first error in one line: the dotted name and the wrong value."""
     problem = error.errors(include_url=False, include_context=False)[0]
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":

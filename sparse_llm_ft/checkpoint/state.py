@@ -1,4 +1,4 @@
-"""`TrainState`: all that training is, by name and unsharded. Checkpoint, phase hand-over, resume and export are it."""
+"""`TrainState`: the whole state of training, by name and unsharded, for checkpoint, phase change, resume and export."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparse_llm_ft import __version__
-from sparse_llm_ft.checkpoint.record import FEW_KEYS, Count, RunRecord, first_problem
+from sparse_llm_ft.checkpoint.record import Count, RunRecord, first_problem
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.strict_json_yaml import read_json
+from sparse_llm_ft.plan import FEW_KEYS
 
 Tensors = dict[str, torch.Tensor]
 """Parameter name -> value."""
@@ -40,17 +41,17 @@ class EngineState(TypedDict):
 
 @dataclass
 class TrainState:
-    """Every trainable tensor with its moments, and what else the next step depends on.
+    """Every trained tensor with its moments, and everything else that the next step depends on.
 
-    Random numbers need no place here: each step seeds its generators from (seed, samples, rank).
+    It holds no generators: each step seeds them from (seed, samples, rank).
 
     Attributes:
         tensors: parameter name -> value, float32, unsharded, on the CPU.
         moments: parameter name -> {"exp_avg": ..., "exp_avg_sq": ...} of the same shape; absent under SGD.
         optimizer_steps: parameter group name -> updates made, for Adam's bias correction.
         phase: the current phase as plain values (`Phase.to_dict`).
-        callback, callback_tensors: state of the phase's callback (omega's cuts, AdaLoRA's ranks), if it has one.
-        record: the run's past, which resuming and the summary need.
+        callback, callback_tensors: state of the phase's callback (omega's cuts, AdaLoRA's ranks), if any.
+        record: the run's past, for resume and summary.
     """
 
     tensors: Tensors
@@ -68,11 +69,11 @@ class TrainState:
         return {"tensors": self.tensors, "moments": self.moments, "optimizer_steps": self.optimizer_steps}
 
     def fresh(self) -> TrainState:
-        """The same place in the run with nothing trained: what it lacks starts from its initial value."""
+        """The same place in the run with nothing trained: every parameter starts from its initial value."""
         return replace(self, tensors={}, moments={}, optimizer_steps={}, callback=None, callback_tensors={})
 
     def save(self, folder: Path) -> None:
-        """Write the state as safetensors and JSON; atomically, with checksums (`write_folder`)."""
+        """Write the state as safetensors and JSON, atomically and with checksums (`write_folder`)."""
 
         def fill(temporary: Path) -> None:
             flat = {f"{_VALUE}/{name}": tensor for name, tensor in self.tensors.items()}
@@ -85,7 +86,7 @@ class TrainState:
         write_folder(folder, fill)
 
     def is_saved(self, folder: Path) -> bool:
-        """Whether the folder holds a whole checkpoint of this state: all but the tensors' values is compared."""
+        """Whether the folder holds an intact checkpoint of this state. Compares everything but the tensors' values."""
         try:
             verify_folder(folder, (TENSORS, STATE))
             return (folder / STATE).read_text(encoding="utf-8") == self._text()
@@ -93,7 +94,7 @@ class TrainState:
             return False
 
     def _text(self) -> str:
-        """state.json: everything but the tensors."""
+        """The text of state.json: everything but the tensors."""
         data = {
             "version": STATE_VERSION,
             "written_by": __version__,
@@ -110,8 +111,8 @@ class TrainState:
         """Read and verify a checkpoint.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or not of this format; there are other files or links; a tensor
-                is not float32 or not finite.
+            CheckpointError: a file is missing, damaged, or not of this format; the folder holds other files or links; a
+                tensor is not float32 or not finite.
         """
         verify_folder(folder, (TENSORS, STATE))
         try:
@@ -141,7 +142,7 @@ class TrainState:
 
 
 class _Contents(BaseModel):
-    """state.json as it is read; `Phase.from_dict` and `validate_state` look into phase and callback."""
+    """state.json as it is read. `Phase.from_dict` and `validate_state` check phase and callback."""
 
     model_config = ConfigDict(strict=True)
 
@@ -152,8 +153,8 @@ class _Contents(BaseModel):
     record: RunRecord
 
 
-def _other_version(data: Any) -> str:
-    """Which release wrote a state that this one does not read."""
+def _other_version(data: object) -> str:
+    """A line about the release that wrote a state of another format."""
     found = data if isinstance(data, dict) else {}
     author = "an unknown release"
     if "written_by" in found or found.get("version") in (1, 2):  # releases before 0.2 did not name themselves
@@ -165,7 +166,7 @@ def _other_version(data: Any) -> str:
 
 
 def _split(flat: Tensors) -> tuple[Tensors, Moments, Tensors]:
-    """Values, moments and the callback's tensors. Raises ValueError for a tensor that is none of them."""
+    """Values, moments and the callback's tensors. Raises ValueError for any other tensor."""
     tensors: Tensors = {}
     callback_tensors: Tensors = {}
     moments: Moments = {}
@@ -191,16 +192,16 @@ def _split(flat: Tensors) -> tuple[Tensors, Moments, Tensors]:
 
 @dataclass
 class Progress:
-    """Counters of a run. A checkpoint holds them.
+    """A run's counters.
 
     Attributes:
         step: optimizer steps done.
         samples: samples consumed.
-        phase: number of the current phase, from 0.
+        phase: index of the current phase.
         phase_step: optimizer steps done in the current phase.
-        phase_skipped: those of them whose update was skipped.
-        start_step, start_samples: where the counted part of the run began: what precedes it (a pilot) has a length
-            and a schedule of its own, and the data begin anew after it.
+        phase_skipped: how many of these updates were skipped.
+        start_step, start_samples: where the counted part of the run began. A warmup phase before it has its own length
+            and schedule, and the data begin anew after it.
     """
 
     step: int = 0
@@ -213,15 +214,15 @@ class Progress:
 
     @property
     def phase_updates(self) -> int:
-        """Updates made in the current phase. Its length and its callback count these, so that no last cut is missed."""
+        """Updates made in the current phase. Its length and its callback count them, so no last cut is missed."""
         return self.phase_step - self.phase_skipped
 
     @property
     def counted_steps(self) -> int:
-        """Steps done of the part that counts."""
+        """Optimizer steps done in the counted part of the run."""
         return self.step - self.start_step
 
     @property
     def position(self) -> int:
-        """Samples consumed of the part that counts: the place in the data."""
+        """Samples consumed in the counted part of the run: its place in the data."""
         return self.samples - self.start_samples

@@ -117,5 +117,5 @@ def test_what_is_counted_and_what_is_stored() -> None:
 def test_plans_remember_where_masks_live() -> None:
     plan = masked_plan()
     assert AdapterPlan.from_dict(plan.to_dict()) == plan
-    with pytest.raises(PlanError, match="masking is 'gpu'; known: compact, optimizer"):
+    with pytest.raises(PlanError, match="masking is 'gpu'; input should be 'compact' or 'optimizer'"):
         replace(plan, masking="gpu")
