@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what is logged. Imports no torch, so that a wrong folder is said at once."""
+"""`RunFolder`: a run's files, and whose run a folder holds. Imports no torch: a wrong folder is refused at once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json,
 CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
 LOCK_FILE = ".lock"
 
-# Settings that change how a run is carried out, not what it computes: a resumed run may differ in them. Those of a
-# method are `MethodSettings.free`.
+# Settings that change how a run is executed, not what it computes. A resumed run may differ in them. A method's own are
+# in `MethodSettings.free`.
 _FREE = {
     "resume",
     "report",
@@ -43,7 +43,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths and files of one run. Only rank 0 writes."""
+    """A run's paths and files. Only rank 0 writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -54,11 +54,12 @@ class RunFolder:
         self.report = self.path / "report"
 
     def check(self, config: RunConfig) -> None:
-        """Refuse a folder that this run must not write into. Changes nothing.
+        """Refuse a folder into which this run must not write. Changes nothing.
 
         Raises:
-            ConfigError: the folder holds another run, or any run under ``resume: never``, or files of no run.
+            ConfigError: the folder holds another run, any run under ``resume: never``, or other files.
         """
+        # The folder must be a folder that can be written.
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
         existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
@@ -67,10 +68,11 @@ class RunFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         link = next((entry for entry in self.path.iterdir() if entry.is_symlink()), None)
-        if link is not None:  # what is written there would be written elsewhere
+        if link is not None:  # files written through it would lie elsewhere
             raise ConfigError(
                 "output_dir", f"{str(link)!r} is a link", "expected plain files and folders (output_dir may be a link)"
             )
+        # If it is not empty, it must hold a run that this one may resume.
         if not (self.path / CONFIG_FILE).is_file():
             if all(entry.name == LOCK_FILE or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config
@@ -81,6 +83,7 @@ class RunFolder:
                 f"{str(self.path)!r} holds a run and resume is never",
                 "choose another folder, or resume=auto",
             )
+        # Both runs must agree in all settings that change results.
         try:
             old = read_yaml(self.path / CONFIG_FILE)
         except (OSError, ParseError):
@@ -101,11 +104,11 @@ class RunFolder:
 
     @staticmethod
     def identity(config: RunConfig) -> str:
-        """The same for two configs if and only if a run with the one may go on from a checkpoint of the other."""
+        """A hash that two configs share if and only if a run with one may resume from a checkpoint of the other."""
         return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
 
     def lock(self) -> None:
-        """Hold the folder until this process ends, however it ends; the lock is the kernel's, on ``.lock``.
+        """Hold the folder until this process ends, in whatever way: a kernel lock on ``.lock``.
 
         Raises:
             ConfigError: another process holds it.
@@ -128,20 +131,20 @@ class RunFolder:
             ) from None
 
     def begin(self, config: RunConfig, step: int) -> None:
-        """Write the resolved config and drop logged lines of steps after `step`: they will be done again."""
-        write_file(self.path / CONFIG_FILE, dump_config(config))  # first: it is what makes the folder a run's
+        """Write the resolved config, and drop logged lines after `step`, whose steps will be repeated."""
+        write_file(self.path / CONFIG_FILE, dump_config(config))  # first: it marks the folder as a run's
         self.checkpoints.mkdir(exist_ok=True)
         for left_over in (*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")):
             shutil.rmtree(left_over)  # of a process that was killed while writing
         kept = [line for line in self._metric_lines() if line["step"] <= step]
         write_file(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl."""
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, data: Mapping[str, object]) -> None:
         """Replace one JSON file of the run.
 
         Raises:
@@ -152,7 +155,7 @@ class RunFolder:
         write_file(self.path / name, json.dumps(data, indent=2) + "\n")
 
     def is_complete(self) -> bool:
-        """Whether the run is over and its adapter, or model, is there."""
+        """Whether the run has ended and its adapter or model is there."""
         return (self.path / SUMMARY_FILE).is_file() and (self.adapter.is_dir() or self.model.is_dir())
 
     def has_checkpoints(self) -> bool:
@@ -160,7 +163,7 @@ class RunFolder:
         return any(self.checkpoints.glob("step-*"))
 
     def config(self) -> RunConfig:
-        """The settings that the run began with; paths in them need not exist.
+        """The settings that the run began with. Paths in them need not exist.
 
         Raises:
             UserError: they cannot be read.
@@ -183,7 +186,7 @@ class RunFolder:
         """The summary of a finished run.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none that can be read.
         """
         path = self.path / SUMMARY_FILE
         if not path.is_file():
@@ -210,10 +213,10 @@ class RunFolder:
 
 
 def open_run(path: str) -> RunFolder:
-    """The folder of a run.
+    """The folder of a run at `path`.
 
     Raises:
-        UserError: it is none, or nothing has been saved in it.
+        UserError: it is not a run's folder, or holds no checkpoint.
     """
     folder = RunFolder(path)
     if not (folder.path / CONFIG_FILE).is_file():
@@ -223,14 +226,14 @@ def open_run(path: str) -> RunFolder:
     return folder
 
 
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run may not differ in, by their dotted names."""
+def _fixed(config: Mapping[str, object]) -> dict[str, object]:
+    """Dotted name -> value of the settings in which a resumed run must not differ."""
     free = _FREE | _free_of_methods(config.get("method"))
     return {key: value for key, value in _leaves(config) if key not in free and not key.startswith("deepspeed.")}
 
 
-def _free_of_methods(methods: Any) -> set[str]:
-    """Dotted names of the settings that the config's methods declare as free."""
+def _free_of_methods(methods: object) -> set[str]:
+    """Dotted names of the settings that the config's methods declare free."""
     sections = {f"method.{i}.": section for i, section in enumerate(methods)} if isinstance(methods, list) else {}
     if isinstance(methods, Mapping):
         sections = {"method.": methods}
@@ -242,7 +245,8 @@ def _free_of_methods(methods: Any) -> set[str]:
     return {prefix + key for prefix, name in known.items() for key in find_settings(name).free}
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted name and value of every setting."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")

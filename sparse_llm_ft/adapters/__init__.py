@@ -1,7 +1,7 @@
-"""The adapter tuner, registered in PEFT: importing this package makes `get_peft_model`, `PeftModel.from_pretrained`
-and the rest know `SparseLoraConfig`.
+"""The adapter tuner. Importing this package registers it in PEFT, so that `get_peft_model` and
+`PeftModel.from_pretrained` know `SparseLoraConfig`.
 
-PEFT's `register_peft_method` refuses names outside its own enum, so the mappings it fills are filled here.
+PEFT's `register_peft_method` refuses names outside its own enum, so this file fills the same mappings itself.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -1,11 +1,10 @@
-"""A plan's adapters on a base model, whosever tuner carries them; and the files that stock PEFT loads again."""
+"""Puts a plan's adapters on a base model with any tuner, and writes the files that stock PEFT loads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -19,15 +18,15 @@ from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.plan import AdapterPlan
 
 
-def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftModel:
-    """`get_peft_model` with the plan's tuner; the modules that the plan trains whole require gradients.
+def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> PeftModel:
+    """`get_peft_model` with the plan's tuner; fully trained modules require gradients.
 
     Args:
-        options: passed on to `get_peft_model`.
+        options: further arguments of `get_peft_model`.
     """
     tuner = tuner_of(plan)
     config = tuner.peft_config(plan)
-    # For classification PEFT would copy the head, which is trained in place here.
+    # PEFT would copy the head for classification; here it is trained in place.
     config.task_type = None if plan.trained else task_type(model)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     peft_model = get_peft_model(model, config, **options)
@@ -40,12 +39,12 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: Any) -> PeftMod
 
 
 def change_plan(model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
-    """The model with `plan` in place of `before`, around the same base; all adapters are built anew."""
+    """Replace the adapters of `before` by fresh ones of `plan`, around the same base."""
     if tuner_of(before).own_layers and tuner_of(plan).own_layers:
         model.base_model.set_plan(plan, fresh=True)
         clear_masked(model, plan)
         return model
-    base: Any = model.unload()
+    base = model.unload()
     base.requires_grad_(False)
     return add_adapters(base, plan)
 
@@ -60,10 +59,10 @@ def save_peft_adapter(
 ) -> None:
     """Write trained adapters as ``adapter_config.json`` and ``adapter_model.safetensors`` for `PeftModel`.
 
-    Where ΔW is a scaled product of A and B the adapter becomes a LoRA (`to_stock_lora`); else it is what it is.
+    If ΔW is a scaled product of A and B, the adapter becomes a LoRA (`to_stock_lora`); else it keeps its tuner.
 
     Args:
-        task: PEFT's name of what the model does, see `task_type`.
+        task: PEFT's task type, see `task_type`.
     """
     tuner = tuner_of(plan)
     if tuner.is_product:

@@ -1,4 +1,4 @@
-"""The tuner's PEFT configuration: an `AdapterPlan`, or what to make a uniform one from."""
+"""The tuner's PEFT configuration: an `AdapterPlan`, or the settings of a uniform one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from peft.config import PeftConfig
 from sparse_llm_ft.plan import AdapterPlan
 
 
-class SparsePeftType(str, Enum):  # noqa: UP042 (PEFT's own is of this kind; StrEnum prints differently)
-    """Our entry beside PEFT's own `PeftType`. PEFT reads `.value` and compares as a string."""
+class SparsePeftType(str, Enum):  # noqa: UP042 (as PEFT's own; StrEnum prints differently)
+    """Our addition to PEFT's `PeftType`. PEFT reads `.value` and compares it as a string."""
 
     SPARSE_LORA = "SPARSE_LORA"
 
@@ -21,13 +21,13 @@ class SparsePeftType(str, Enum):  # noqa: UP042 (PEFT's own is of this kind; Str
 class SparseLoraConfig(PeftConfig):
     """Configuration of `SparseLoraModel`.
 
-    Give a `plan` (then it alone decides), or `r`, `lora_alpha`, `lora_dropout`, `train_omega` and
-    `target_modules`, from which a uniform plan is made when the model is known.
+    Give either a `plan`, which then decides alone, or `r`, `lora_alpha`, `lora_dropout`, `train_omega` and
+    `target_modules`: they become a uniform plan once the model is known.
 
     Attributes:
         plan: an `AdapterPlan`, or its `to_dict()`; saved in ``adapter_config.json``.
         target_modules: ``all-linear``, a list of name endings, or a regular expression.
-        modules_to_save: modules trained and saved whole beside the adapters, as in PEFT.
+        modules_to_save: modules that are fully trained and saved beside the adapters, as in PEFT.
     """
 
     plan: AdapterPlan | dict[str, Any] | None = None
@@ -45,9 +45,9 @@ class SparseLoraConfig(PeftConfig):
             self.plan = AdapterPlan.from_dict(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only, so that PEFT can save it."""
+        """The configuration as JSON values, which PEFT saves."""
         plan = self.plan
-        self.plan = None  # dataclasses.asdict would take the plan apart field by field
+        self.plan = None  # dataclasses.asdict would convert the plan field by field
         try:
             data: dict[str, Any] = super().to_dict()
         finally:

@@ -1,4 +1,4 @@
-"""Names of trained parameters, and conversion of trained adapters to what stock PEFT or transformers load."""
+"""Names of trained parameters, and conversion of trained adapters for stock PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def trained_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, in the model's order, under short names that outlive wrappers.
+    """The parameters that require gradients, in the model's order, under short names without wrappers.
 
-    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,); those of a group once,
-    as ``shared.<group>.lora_A`` and ``shared.<group>.lora_B``; those of PEFT's own tuners likewise
-    (``<module>.lora_magnitude_vector``, ...); a parameter of the base under its own name.
+    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,). A group's parameters
+    appear once, as ``shared.<group>.lora_A`` and ``shared.<group>.lora_B``. PEFT's own tuners follow the same pattern
+    (``<module>.lora_magnitude_vector``, ...). A parameter of the base has its own name.
     """
     return {short_name(name, adapter_name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def short_name(name: str, adapter_name: str = "default") -> str:
-    """A parameter's name in a `PeftModel` without wrapper, adapter name and what follows it."""
+    """A parameter's name in a `PeftModel` without the wrapper, the adapter name and anything after it."""
     name = name.removeprefix("base_model.model.")
     name = name.replace(f"base_model.lora_shared.{adapter_name}.", f"{SHARED}.")
     for marker in (f".{adapter_name}.", f".{adapter_name}"):
@@ -37,12 +37,12 @@ def short_name(name: str, adapter_name: str = "default") -> str:
 
 
 def is_omega(name: str) -> bool:
-    """Whether a short parameter name is that of an omega."""
+    """Whether a short parameter name belongs to an omega."""
     return name.endswith(".lora_omega")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a short parameter name is that of an adapter, and not of a module of the base that is trained whole."""
+    """Whether a short parameter name belongs to an adapter, and not to a fully trained module of the base."""
     return name.rpartition(".")[2].startswith(_prefixes())
 
 
@@ -55,15 +55,15 @@ def to_stock_lora(
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """A LoRA that PEFT loads without this package: its ``adapter_config.json`` and its tensors.
 
-    omega is folded into B; masked rows and columns are zero; a shared pair is written for each of its modules. PEFT
-    computes ``lora_alpha / r`` from one pair and per-module exceptions (``rank_pattern``, ``alpha_pattern``); the most
-    frequent pair becomes the general one. A trained omega <= 0 and a module without adapter are left out. Modules
-    trained whole become ``modules_to_save``.
+    omega is folded into B, masked rows and columns are zero, and a shared pair is written for each of its modules. PEFT
+    computes ``lora_alpha / r`` from one general pair and per-module exceptions (``rank_pattern``, ``alpha_pattern``);
+    the most frequent pair becomes the general one. Adapters with a trained omega <= 0 are left out. Fully trained
+    modules become ``modules_to_save``.
 
     Args:
         plan: the plan that was trained.
         tensors: short parameter name -> value, float32.
-        task: PEFT's name of what the model does.
+        task: PEFT's task type.
     """
     kept = {name: a for name, a in plan.active.items() if _omega(name, plan, tensors) > 0}
     if not kept:
@@ -81,7 +81,7 @@ def to_stock_lora(
     weights = {}
     for name in kept:
         a, b = full_pair(name, plan, tensors)
-        weights[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # a shared pair is written more than once
+        weights[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # a copy: a shared pair is written more than once
         weights[f"base_model.model.{name}.lora_B.weight"] = b * _omega(name, plan, tensors)
     if plan.trained:
         config["modules_to_save"] = list(plan.trained)
@@ -90,7 +90,7 @@ def to_stock_lora(
 
 
 def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, d_in) and B (d_out, r) of one module, with zeros where the plan masks."""
+    """A (r, d_in) and B (d_out, r) of one module, with zeros at masked rows and columns."""
     adapter, owner = plan.active[name], plan.owners[name]
     return (
         scatter(tensors[f"{owner}.lora_A"], None, adapter.cols),
@@ -99,13 +99,13 @@ def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Ten
 
 
 def base_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors of modules trained whole, under their names in the base model."""
+    """The tensors of fully trained modules, under their names in the base model."""
     return {name: tensor.contiguous() for name, tensor in tensors.items() if not is_adapter(name)}
 
 
 def residual_norms(plan: AdapterPlan, tensors: Tensors) -> dict[str, float]:
-    """Frobenius norm of every module's residual omega * scaling * B A, without forming it:
-    ||B A||² = sum((BᵀB) * (A Aᵀ)). Empty for tuners whose residual is not that product.
+    """Module -> Frobenius norm of its ΔW = omega * scaling * B A, without computing the product:
+    ||B A||² = sum((BᵀB) * (A Aᵀ)). Empty for tuners whose ΔW is not that product.
     """
     tuner = tuner_of(plan)
     if not tuner.is_product:

@@ -25,14 +25,14 @@ from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 def gate(omega: torch.Tensor) -> torch.Tensor:
     """max(omega, 0), with the gradient of the identity.
 
-    An adapter with omega <= 0 is off (WeightLoRA, section 3.3), yet its omega goes on receiving a gradient, so that
-    it can come back before step T.
+    An adapter with omega <= 0 is off (WeightLoRA, section 3.3). Its omega still receives a gradient, so the adapter can
+    come back before step T.
     """
     return omega + (omega.clamp(min=0) - omega).detach()
 
 
 def scatter(matrix: torch.Tensor, rows: IndexMask | None, cols: IndexMask | None) -> torch.Tensor:
-    """A matrix over kept rows and columns at its place in the full one, which is zero elsewhere; None: all kept."""
+    """The full matrix with `matrix` at the kept rows and columns, and zero elsewhere. None: all are kept."""
     for dimension, kept in enumerate((rows, cols)):
         if kept is not None:
             sides = [*matrix.shape]
@@ -43,16 +43,16 @@ def scatter(matrix: torch.Tensor, rows: IndexMask | None, cols: IndexMask | None
 
 
 class Pair(nn.Module):
-    """A and B of one adapter, for a module of (out_features, in_features); fresh, so that it changes nothing.
+    """Fresh A and B of one adapter, for a module of (out_features, in_features).
 
-    A is drawn as PEFT's LoRA draws it, at full width and then cut to the kept columns, so that a mask changes no
-    entry that it keeps. B is zero.
+    A is drawn as in PEFT's LoRA, at full width, and then reduced to the kept columns, so a mask changes no entry that
+    it keeps. B is zero, so the adapter changes nothing.
     """
 
     def __init__(self, out_features: int, in_features: int, adapter: ModuleAdapter) -> None:
         super().__init__()
         rows, columns = adapter.shape((out_features, in_features))
-        with torch.random.fork_rng(devices=[]):  # their own draws depend on the mask, and would shift all later ones
+        with torch.random.fork_rng(devices=[]):  # their draws depend on the mask, and would shift all later ones
             self.lora_A = nn.Linear(columns, adapter.r, bias=False)
             self.lora_B = nn.Linear(adapter.r, rows, bias=False)
         weight = nn.init.kaiming_uniform_(torch.empty(adapter.r, in_features), a=math.sqrt(5))
@@ -64,7 +64,7 @@ class Pair(nn.Module):
 
 
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
-    """Wraps an `nn.Linear` or a bitsandbytes `Linear4bit`; several named adapters may sit on it, as PEFT allows."""
+    """Wraps an `nn.Linear` or a bitsandbytes `Linear4bit`, with one or several named adapters, as PEFT allows."""
 
     # Typed here, since nn.Module's attributes are "Tensor or Module" to a type checker.
     base_layer: Any
@@ -85,7 +85,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("adapters", "lora_dropout", "_scale", "_shared", "lora_rows", "lora_cols")
 
     observe: Callable[[torch.Tensor], None] | None = None
-    """Sees every adapter's output, (..., kept rows), scaled; for scores that are taken during forward passes."""
+    """Called with every adapter's scaled output, (..., kept rows); for scores taken during forward passes."""
 
     def __init__(
         self,
@@ -102,12 +102,12 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
         self.adapters: dict[str, ModuleAdapter] = {}
         self._scale: dict[str, float] = {}  # a factor that users may set, 1 otherwise
-        self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers them, once for all their modules
+        self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers each pair once
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_omega = nn.ParameterDict()
-        # Indices as buffers: they follow the module to its device, and are no part of the saved state.
+        # Indices are buffers: they move to devices with the module, and are not saved.
         self.lora_rows, self.lora_cols = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -122,18 +122,19 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         inference_mode: bool = False,
         shared: Pair | None = None,
     ) -> None:
-        """Add the adapter, or build it anew (`Pair`).
+        """Add the adapter, or replace it by a fresh one (`Pair`).
 
         Args:
-            shared: the pair of the adapter's group; None: a pair of its own.
+            shared: the pair of the adapter's group; None: the adapter has its own.
         """
+        # Remove what is there under this name.
         self.adapters[adapter_name] = adapter
         self._scale[adapter_name] = 1.0
         self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        parts: Any
         for parts in (self.lora_A, self.lora_B, self._shared, self.lora_rows, self.lora_cols):
             if adapter_name in parts:
                 del parts[adapter_name]
+        # Build A and B, the indices of kept rows and columns, and omega.
         if shared is None:
             pair = Pair(self.out_features, self.in_features, adapter)
             self.lora_A[adapter_name], self.lora_B[adapter_name] = pair.lora_A, pair.lora_B
@@ -157,20 +158,20 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             self.lora_omega[adapter_name].data = self.lora_omega[adapter_name].data.to(dtype)
 
     def pair(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
-        """A and B, its own or its group's."""
+        """The adapter's A and B: its own, or its group's."""
         if adapter_name in self._shared:
             shared = self._shared[adapter_name]
             return shared.lora_A, shared.lora_B
         return self.lora_A[adapter_name], self.lora_B[adapter_name]
 
     def omega(self, adapter_name: str) -> torch.Tensor | float:
-        """The factor of this adapter's output: a one-element tensor where it is trained, else a number."""
+        """The factor on this adapter's output: a one-element tensor if it is trained, else a number."""
         if adapter_name in self.lora_omega:
             return gate(self.lora_omega[adapter_name])
         return max(self.adapters[adapter_name].omega, 0.0)
 
     def get_scaling(self, adapter_name: str) -> float:
-        """``lora_alpha / r``, times what `scale_layer` or `set_scale` set."""
+        """``lora_alpha / r`` times the factor of `scale_layer` and `set_scale`."""
         return self.adapters[adapter_name].scaling * self._scale[adapter_name]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
@@ -179,7 +180,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             self._scale[adapter_name] = scale
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT: activate the adapters, and let gradients flow to them and no others; shared pairs included."""
+        """As in PEFT: activate these adapters, and require gradients for them alone; shared pairs included."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name, pair in self._shared.items():
             pair.requires_grad_(name in self.active_adapters and not inference_mode)
@@ -197,11 +198,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             self._scale[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)`; None undoes all of it."""
+        """Undo `scale_layer(scale)`; None undoes every scale."""
         for name in self._present(self.active_adapters):
             self._scale[name] = 1.0 if scale is None else self._scale[name] / scale
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Args: x of shape (..., d_in). Returns: (..., d_out) in the base layer's dtype."""
         if self.disable_adapters:
             if self.merged:
@@ -223,7 +224,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if name in self.lora_cols:
             x = x.index_select(-1, self.lora_cols[name])
         hidden = down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype)))  # (..., r)
-        # The factor goes onto the r-wide tensor, not onto the d_out-wide one: fewer bytes kept for backward.
+        # Scale the r-wide tensor, not the d_out-wide one: fewer bytes are saved for backward.
         return up(hidden * (self.omega(name) * self.get_scaling(name)))
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -239,9 +240,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """Add the adapters' weights to the base weight.
 
         Args:
-            safe_merge: refuse to add an adapter whose sum with the weight is not finite; those before it in
-                `adapter_names` are merged by then, as in PEFT.
-            adapter_names: None merges the active ones.
+            safe_merge: refuse an adapter whose sum with the weight is not finite; as in PEFT, those before it in
+                `adapter_names` are merged by then.
+            adapter_names: None: the active ones.
         """
         for name in self._present(check_adapters_to_merge(self, adapter_names)):
             weight = self.get_base_weight()
@@ -253,7 +254,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtract what `merge` added (exact up to rounding in the base's dtype)."""
+        """Subtract what `merge` added; exact up to rounding in the base's dtype."""
         if not self.merged:
             warnings.warn("nothing is merged", stacklevel=2)
         while self.merged_adapters:
@@ -263,7 +264,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight((weight.float() - self.get_delta_weight(name)).to(weight.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is a low-rank product, and PEFT's LoRA can hold it."""
+        """True: ΔW is a low-rank product, which PEFT's LoRA can represent."""
         return True
 
     def _present(self, names: list[str]) -> list[str]:

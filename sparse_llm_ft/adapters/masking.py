@@ -1,8 +1,8 @@
-"""Row and column masks of a plan that live in the optimizer: which entries of which parameter, and the two layouts.
+"""A plan's row and column masks in the optimizer: which entries of which parameter, and the two layouts of tensors.
 
-Under ``masking: optimizer`` the layers' A and B are whole, their masked entries are 0 and stay so, and only the
-optimizer knows the masks. A state (checkpoint, hand-over between phases) always holds the kept rows and columns alone,
-so methods, checkpoints and export do not depend on where masks live.
+Under ``masking: optimizer`` the layers' A and B are full, their masked entries are and stay 0, and only the optimizer
+knows the masks. A `TrainState` always holds the kept rows and columns alone (compact layout), so methods, checkpoints
+and export need not know where a mask is applied.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
-    """What the optimizer has to mask: short parameter name -> its mask; nothing where layers are compact.
+    """The optimizer's masks: short parameter name -> mask; empty if layers are compact.
 
-    Beside A and B it is what the tuner trains for each row (`Tuner.masked_vectors`).
+    Beside A and B, they cover vectors with one entry per row (`Tuner.masked_vectors`).
     """
     masks = _matrices(plan)
     if plan.masking == "optimizer":
@@ -34,12 +34,12 @@ def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
 
 
 def to_compact(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Only the kept columns of every A and rows of every B, of tensors that are laid out as the plan's layers."""
+    """From the layers' layout to the compact one: only the kept columns of every A and rows of every B."""
     return _masked(plan, tensors, RowColumnMask.select)
 
 
 def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The reverse of `to_compact`, with zeros at masked rows and columns."""
+    """The inverse of `to_compact`, with zeros at masked rows and columns."""
     return _masked(
         plan,
         tensors,
@@ -49,7 +49,7 @@ def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 @torch.no_grad()
 def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
-    """Set the masked columns of every A, and rows of every B, to 0: what never trains must add nothing."""
+    """Set the masked columns of every A and rows of every B to 0: entries that are never trained must add nothing."""
     matrices = _matrices(plan)
     for name, parameter in trained_parameters(model).items():
         if name in matrices:
@@ -61,7 +61,7 @@ def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
 
 
 def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
-    """Of A and B, where masks live in the optimizer."""
+    """The masks of A and B that the optimizer applies."""
     found: dict[str, RowColumnMask] = {}
     if plan.masking == "optimizer":
         for owner, name in plan.matrix_owners().items():

@@ -1,9 +1,9 @@
-"""The tuner: puts a plan's adapters on a model, and a later plan's in place of them."""
+"""The tuner: puts a plan's adapters on a model, and later replaces them by another plan's."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -18,11 +18,11 @@ from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_pl
 
 
 class SparseLoraModel(BaseTuner):
-    """PEFT tuner driven by an `AdapterPlan`. A module without adapter in the plan is the untouched base layer.
+    """PEFT tuner driven by an `AdapterPlan`. A module without an adapter in the plan stays the base layer.
 
     Attributes:
-        lora_shared: adapter name -> group -> the pair that the group's modules share. They refer to it without
-            registering it, so it is one parameter in state dict, optimizer and ZeRO's bookkeeping.
+        lora_shared: adapter name -> group -> the pair that the group's modules share. Only the tuner registers it, so
+            it is one parameter in state dict, optimizer and ZeRO.
     """
 
     lora_shared: nn.ModuleDict
@@ -32,13 +32,13 @@ class SparseLoraModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _pre_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
-        # Ours is completed with this model's plan; the caller's may serve for another model.
+        # A copy, completed with this model's plan: the caller may use the original for another model.
         self.peft_config[adapter_name] = copy.copy(config)
         if "lora_shared" not in self._modules:
             self.lora_shared = nn.ModuleDict()
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
-        """Complete the config's plan and check it against the model, before anything is changed."""
+        """Complete the config's plan and check that it fits the model, before anything changes."""
         if peft_config.plan is None:
             targets = find_targets(model, peft_config.target_modules or "all-linear")
             peft_config.plan = uniform_plan(targets, peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout)
@@ -46,10 +46,10 @@ class SparseLoraModel(BaseTuner):
                 peft_config.plan = with_omega(peft_config.plan)
         else:
             plan = _plan(peft_config)
-            if plan.tuner != SPARSE_LORA:  # another tuner's ranks are bounded by no matrix
+            if plan.tuner != SPARSE_LORA:  # other tuners have ranks larger than a matrix
                 raise PlanError(f"the plan is for tuner {plan.tuner}; expected {SPARSE_LORA}")
             check_plan(model, plan)
-        # PEFT wants target modules to be there; the plan decides (see _check_target_module_exists).
+        # PEFT requires target modules; the plan decides (see _check_target_module_exists).
         peft_config.target_modules = sorted(_plan(peft_config).active) or DUMMY_TARGET_MODULES
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
@@ -69,7 +69,7 @@ class SparseLoraModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
-        **optional_kwargs: Any,
+        **optional_kwargs: object,
     ) -> None:
         plan = _plan(peft_config)
         adapter = plan.layers[current_key]
@@ -79,21 +79,25 @@ class SparseLoraModel(BaseTuner):
             return
         layer = SparseLoraLayer(target, adapter_name, adapter, plan.lora_dropout, shared)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained until it is activated
+            layer.requires_grad_(False)  # a second adapter is not trained before it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: Any) -> Pair | None:
-        """The pair of the adapter's group, made by the first module that needs it; None for an adapter of its own."""
+    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: nn.Module) -> Pair | None:
+        """The pair of the adapter's group, built by the first module that needs it; None without a group."""
         if adapter.group is None:
             return None
         if adapter_name not in self.lora_shared:
             self.lora_shared[adapter_name] = nn.ModuleDict()
-        groups: Any = self.lora_shared[adapter_name]
+        groups = self.lora_shared[adapter_name]
+        assert isinstance(groups, nn.ModuleDict)
         if adapter.group not in groups:
             base = target.base_layer if isinstance(target, SparseLoraLayer) else target
+            assert isinstance(base, nn.Linear)
             pair = Pair(base.out_features, base.in_features, adapter)
             groups[adapter.group] = pair.to(base.weight.device)
-        return groups[adapter.group]
+        shared = groups[adapter.group]
+        assert isinstance(shared, Pair)
+        return shared
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; shared pairs included."""
@@ -104,13 +108,13 @@ class SparseLoraModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(
         cls,
-        model: Any,
-        config: Any,
+        model: nn.Module,
+        config: SparseLoraConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: Any,
+        unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """Beside the adapters, each shared pair once, the modules trained whole."""
+        """The adapters, each shared pair once, and fully trained modules."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         whole = tuple(f"base_model.model.{name}." for name in _plan(config).trained)
         return found | {key: value for key, value in state_dict.items() if key.startswith(whole)}
@@ -123,17 +127,17 @@ class SparseLoraModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     def set_plan(self, plan: AdapterPlan, adapter_name: str = "default", fresh: bool = False) -> None:
-        """Change the model to `plan`: disconnect the adapters it lacks, build those that differ anew, leave the rest.
+        """Change the model to `plan`: remove the adapters that it lacks, rebuild those that differ, keep the rest.
+
+        A module without an adapter becomes its base layer again, without a wrapper. A rebuilt adapter has fresh
+        weights in the type of the adapters before. Active adapters and training or evaluation mode stay.
 
         Args:
-            fresh: build all of them anew.
-
-        A disconnected module is its base layer again, without wrapper; a rebuilt adapter has fresh weights, in the
-        type of the adapters there were. Which adapters are active, and training or evaluation mode, stay.
+            fresh: rebuild all adapters.
 
         Raises:
-            PlanError: the plan names a module the model lacks, or a rank that does not fit.
-            ValueError: adapters are merged; their base weights cannot be had back exactly.
+            PlanError: the plan names a module that the model lacks, or a rank that does not fit.
+            ValueError: adapters are merged; the base weights cannot be restored exactly.
         """
         check_plan(self.model, plan)
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SparseLoraLayer)}
@@ -145,11 +149,13 @@ class SparseLoraModel(BaseTuner):
         dtype = self._adapter_dtype(adapter_name)
         if not stays and adapter_name in self.lora_shared:
             del self.lora_shared[adapter_name]
+        # Remove the adapters that the plan lacks.
         for name, layer in layers.items():
             if adapter_name in layer.adapters and name not in active:
                 layer.delete_adapter(adapter_name)
                 if not layer.adapters:
                     self._put(name, layer.base_layer)
+        # Build those that differ.
         for name, adapter in active.items():
             module = self.model.get_submodule(name)
             if isinstance(module, SparseLoraLayer):
@@ -163,6 +169,7 @@ class SparseLoraModel(BaseTuner):
                 self._put(name, module)
             module.cast_adapter(adapter_name, dtype)
             module.train(self.training)
+        # Update fully trained modules, the configuration and PEFT's list of targets.
         for whole in set(_plan(config).trained) - set(plan.trained):
             self.model.get_submodule(whole).requires_grad_(False)
         config.plan, config.target_modules = plan, sorted(active) or DUMMY_TARGET_MODULES
@@ -172,7 +179,7 @@ class SparseLoraModel(BaseTuner):
         _train_whole(self.model, plan)
 
     def _adapter_dtype(self, adapter_name: str) -> torch.dtype:
-        """The type of the adapters there are; where there are none, of what else is trained."""
+        """The type of the present adapters, or else of other trained parameters."""
         for layer in self.model.modules():
             if isinstance(layer, SparseLoraLayer) and adapter_name in layer.adapters:
                 return layer.pair(adapter_name)[0].weight.dtype

@@ -18,10 +18,10 @@ ALL_LINEAR = "all-linear"
 
 
 def linear_modules(model: nn.Module) -> dict[str, Shape]:
-    """Every linear layer (bitsandbytes' 4-bit ones included) but output heads: name -> (out_features, in_features).
+    """Every linear layer, 4-bit ones included, except heads: name -> (out_features, in_features).
 
-    A layer that already carries adapters counts under its own name. Heads are the model's output embeddings and the
-    task heads of transformers' classification models: they are trained whole or not at all.
+    A layer that already carries adapters has its own name. Heads are the model's output embeddings and the task heads
+    of transformers' classification models; they are fully trained or not at all.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules())
@@ -34,7 +34,7 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
         if name.startswith(wrappers) and not name.endswith(".base_layer"):
             continue  # an adapter's own matrices
         if name.startswith(saved):
-            continue  # PEFT's modules_to_save: trained whole
+            continue  # PEFT's modules_to_save: fully trained
         found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
     return found
 
@@ -43,11 +43,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
     """The modules that get adapters, in the model's order: name -> (out_features, in_features).
 
     Args:
-        model: the base model; one on the meta device will do.
+        model: the base model, which may be on the meta device.
         target_modules: ``all-linear``, a list of name endings, or a regular expression for whole names.
 
     Raises:
-        ConfigError: nothing matches, or an ending of the list matches nothing; it says what is there.
+        ConfigError: nothing matches, or an ending of the list matches nothing; it lists the endings that exist.
     """
     linear = linear_modules(model)
     if target_modules == ALL_LINEAR:
@@ -74,7 +74,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
 
 
 def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
-    """Refuse a plan that names modules the model lacks, or ranks and masks that do not fit their matrices.
+    """Refuse a plan with modules that the model lacks, or ranks and masks that do not fit their matrices.
 
     Raises:
         PlanError: naming the first such module.
@@ -89,7 +89,7 @@ def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
 
 
 _ANY_GROUPS = nn.ModuleDict()
-"""Groups are kept in one; its own attributes cannot be names of groups."""
+"""Groups are the keys of one, so they cannot have the names of its own attributes."""
 
 
 def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
@@ -99,7 +99,7 @@ def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
 
 
 def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:
-    """Refuse a plan with an unknown tuner, modules that are no targets, or ranks and masks that do not fit.
+    """Refuse a plan with an unknown tuner, modules that are not targets, or ranks and masks that do not fit.
 
     Raises:
         PlanError: naming the tuner or the first such module.

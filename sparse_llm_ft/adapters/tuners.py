@@ -1,7 +1,7 @@
-"""The tuners: all that differs between the layers which can carry a plan's adapters.
+"""The tuners: one object for each kind of layer that can carry a plan's adapters.
 
-`AdapterPlan.tuner` names one of `TUNERS`. A new tuner of PEFT is one class here and its instance in `TUNERS`; a method
-then puts its name into a plan.
+`AdapterPlan.tuner` names one of `TUNERS`. A new PEFT tuner is one class here and its instance in `TUNERS`. A method
+then puts the name into a plan.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, Shape
 TensorShape = tuple[int, ...]
 
 VERA_PROJECTION_SEED = 0
-"""VeRA's frozen projections are drawn from it; it is saved instead of them."""
+"""The seed of VeRA's frozen projections, which is saved in place of them."""
 
 
 class Tuner:
@@ -31,21 +31,21 @@ class Tuner:
 
     Attributes:
         name: what plans call the tuner.
-        prefix: what the last part of its trained tensors' names begins with, as in PEFT.
-        lora_options: arguments of PEFT's `LoraConfig`, beside ranks and scalings, that make the tuner what it is.
-        options: names of the further numbers that a plan gives it (`AdapterPlan.options`).
+        prefix: the beginning of its tensors' last name part, as in PEFT.
+        lora_options: its arguments of PEFT's `LoraConfig`, beside ranks and scalings.
+        options: names of the numbers that a plan gives it (`AdapterPlan.options`).
         own_layers: whether its layers are this package's. Groups, omega and compact masks need those.
         is_product: whether a module's ΔW is its scaling times B A. Then an adapter is exported as a LoRA, at one rank
             for all modules on request and in this package's own form, and the norm of its ΔW is known.
         bounded_rank: whether a rank may not exceed the smaller side of its matrix.
         allocates_ranks: whether AdaLoRA's `RankAllocation` acts after every step.
-        masked_vectors: last name parts of trained vectors with one entry for each row of W. A mask of rows holds for
-            them too: an output that no adapter writes keeps its pretrained weights.
+        masked_vectors: last name parts of trained vectors with one entry per row of W. Masks of rows apply to them
+            too: an output that no adapter writes keeps its pretrained weights.
     """
 
     name: ClassVar[str] = "lora"
     prefix: ClassVar[str] = "lora_"
-    lora_options: ClassVar[Mapping[str, Any]] = {}
+    lora_options: ClassVar[Mapping[str, object]] = {}
     options: ClassVar[frozenset[str]] = frozenset()
     own_layers: ClassVar[bool] = False
     is_product: ClassVar[bool] = True
@@ -54,11 +54,11 @@ class Tuner:
     masked_vectors: ClassVar[tuple[str, ...]] = ()
 
     def scaling(self, adapter: ModuleAdapter) -> float:
-        """The factor of B A, without omega."""
+        """The factor on B A, without omega."""
         return adapter.scaling
 
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
-        """What PEFT builds the plan's adapters from."""
+        """The configuration from which PEFT builds the plan's adapters."""
         return LoraConfig(
             lora_dropout=plan.lora_dropout,
             target_modules=sorted(plan.active),
@@ -67,16 +67,15 @@ class Tuner:
         )
 
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Correct what PEFT has just put on `model`, whose weights are of `dtype`."""
+        """Correct the layers that PEFT has just put on `model`, whose weights have `dtype`."""
 
     def vectors(self, adapter: ModuleAdapter, shape: Shape) -> dict[str, TensorShape]:
-        """Last name part -> shape of what a module of `shape` trains beside A, B and omega."""
+        """Last name part -> shape of the tensors that a module of `shape` trains beside A, B and omega."""
         return {}
 
     def shapes(self, plan: AdapterPlan, targets: Mapping[str, Shape]) -> dict[str, TensorShape]:
-        """Short name -> shape of every trained tensor of the plan's adapters, as a state holds it.
-
-        A state holds kept rows and columns alone, wherever masks live.
+        """Short name -> shape of every trained tensor of the plan's adapters in a `TrainState`: kept rows and columns
+        alone, wherever a mask is applied.
         """
         found: dict[str, TensorShape] = {}
         active = plan.active
@@ -88,11 +87,11 @@ class Tuner:
         return found | {f"{name}.lora_omega": (1,) for name, adapter in active.items() if adapter.train_omega}
 
     def saved_name(self, name: str) -> str:
-        """The name of a trained tensor, given its short one, in PEFT's adapter file. LoRA's A and B are modules."""
+        """A trained tensor's name in PEFT's adapter file, from its short name. LoRA's A and B are modules."""
         return f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
     def penalty(self, plan: AdapterPlan, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
-        """What the loss of every micro-batch has in addition, given the trained parameters by short name."""
+        """A term added to the loss of every micro-batch, from the trained parameters by short name."""
         return 0.0
 
 
@@ -103,7 +102,7 @@ class SparseLora(Tuner):
     own_layers = True
 
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
-        """The plan itself."""
+        """A configuration that holds the plan."""
         return SparseLoraConfig(plan=plan)
 
 
@@ -111,10 +110,10 @@ class RsLora(Tuner):
     """Rank-stabilised LoRA (Kalajdzievski, 2023): B A is scaled by ``lora_alpha / sqrt(r)``."""
 
     name = "rslora"
-    lora_options: ClassVar[Mapping[str, Any]] = {"use_rslora": True}
+    lora_options: ClassVar[Mapping[str, object]] = {"use_rslora": True}
 
     def scaling(self, adapter: ModuleAdapter) -> float:
-        """The factor with which neither outputs nor gradients shrink as the rank grows."""
+        """``lora_alpha / sqrt(r)``: outputs and gradients do not shrink as the rank grows."""
         return adapter.lora_alpha / math.sqrt(adapter.r)
 
 
@@ -122,12 +121,12 @@ class Dora(Tuner):
     """DoRA (Liu et al., 2024): the magnitude of every row of W is trained beside A and B."""
 
     name = "dora"
-    lora_options: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    lora_options: ClassVar[Mapping[str, object]] = {"use_dora": True}
     is_product = False
     masked_vectors = ("lora_magnitude_vector",)
 
     def vectors(self, adapter: ModuleAdapter, shape: Shape) -> dict[str, TensorShape]:
-        """The magnitudes."""
+        """The magnitudes: (d_out,)."""
         return {"lora_magnitude_vector": (shape[0],)}
 
 
@@ -141,7 +140,7 @@ class AdaLora(Tuner):
     allocates_ranks = True
 
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
-        """The most frequent rank and scaling everywhere, and the schedule."""
+        """The most frequent rank and scaling, for all modules, and the schedule."""
         settings = rank_settings(plan.active)
         return AdaLoraConfig(
             init_r=settings["r"],
@@ -162,15 +161,15 @@ class AdaLora(Tuner):
                 parameter.requires_grad_(False)
 
     def vectors(self, adapter: ModuleAdapter, shape: Shape) -> dict[str, TensorShape]:
-        """The singular values."""
+        """The singular values: (r, 1)."""
         return {"lora_E": (adapter.r, 1)}
 
     def saved_name(self, name: str) -> str:
-        """AdaLoRA's matrices are parameters, and no modules."""
+        """Without ``.weight``: AdaLoRA's matrices are parameters, not modules."""
         return f"base_model.model.{name}"
 
     def penalty(self, plan: AdapterPlan, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
-        """The orthogonality penalty. On every micro-batch: the average over them is the penalty once."""
+        """The orthogonality penalty, in every micro-batch: its mean over them is the penalty."""
         weight = plan.options.get("orth_reg_weight", 0.0)
         return weight * orthogonality(parameters) if weight else 0.0
 
@@ -184,7 +183,7 @@ class Vera(Tuner):
     bounded_rank = False
 
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
-        """The most frequent rank; the projections are drawn again where an adapter is loaded."""
+        """The most frequent rank. Loading an adapter draws the projections again from the seed."""
         return VeraConfig(
             r=rank_settings(plan.active)["r"],
             vera_dropout=plan.lora_dropout,
@@ -204,7 +203,7 @@ class Vera(Tuner):
                 tensor.data = tensor.data.to(dtype)
 
     def shapes(self, plan: AdapterPlan, targets: Mapping[str, Shape]) -> dict[str, TensorShape]:
-        """Two vectors for each module."""
+        """Two vectors per module: (r,) and (d_out,)."""
         found: dict[str, TensorShape] = {}
         for name, adapter in plan.active.items():
             found |= {f"{name}.vera_lambda_d": (adapter.r,), f"{name}.vera_lambda_b": (targets[name][0],)}
@@ -219,7 +218,7 @@ def tuner_of(plan: AdapterPlan) -> Tuner:
     """The tuner that a plan names.
 
     Raises:
-        PlanError: there is no such tuner, or it does not take one of the plan's options.
+        PlanError: there is no such tuner, or it has no such option.
     """
     tuner = TUNERS.get(plan.tuner)
     if tuner is None:
@@ -231,7 +230,7 @@ def tuner_of(plan: AdapterPlan) -> Tuner:
 
 
 def count_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> int:
-    """Number of values that the plan's adapters train. Masked entries and `AdapterPlan.trained` are not counted."""
+    """Number of values that the plan's adapters train, without masked entries and `AdapterPlan.trained`."""
     tuner = tuner_of(plan)
     masked_rows = sum(targets[name][0] - a.shape(targets[name])[0] for name, a in plan.active.items())
     whole = sum(math.prod(shape) for shape in tuner.shapes(plan, targets).values())
@@ -239,12 +238,12 @@ def count_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> int:
 
 
 def count_stored_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> int:
-    """As `count_parameters`, but what the layers hold: masked entries count where masks live in the optimizer."""
+    """Number of values in the adapters' layers: as `count_parameters`, with entries that the optimizer masks."""
     return count_parameters(replace(plan, modules={**plan.modules, **plan.layers}), targets)
 
 
 def native_plan(plan: AdapterPlan) -> AdapterPlan:
-    """The plan of the same ΔW in this package's layers; for tuners whose ΔW is a product."""
+    """A plan with the same ΔW in this package's layers, for tuners whose ΔW is a product."""
     tuner = tuner_of(plan)
     modules = {
         name: a and replace(a, lora_alpha=a.lora_alpha * (tuner.scaling(a) / a.scaling))

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which is the newest that can be trusted, and how many stay."""
+"""A run's checkpoints: finds the newest valid one, and removes old ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"step-[0-9]{8}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was verified and read: its state, and the phase that the state is in."""
+    """A verified checkpoint: its state and the state's phase."""
 
     folder: Path
     state: TrainState
@@ -43,14 +43,14 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def newest_first(checkpoints: Path) -> Iterator[Path]:
-    """The checkpoint folders, the one with the most steps first."""
+    """The checkpoint folders; the one with the most steps comes first."""
     yield from sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def newest_valid(
     checkpoints: Path, real: Expected | None = None, run: str | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be used, as it was read, and a line about each newer one that cannot.
+    """The newest checkpoint that can be used, and a line about each newer one that cannot.
 
     Args:
         real, run: as in `load_checkpoint`.
@@ -68,12 +68,12 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
     """Verify and read one checkpoint.
 
     Args:
-        real: what the model has; every claim of the checkpoint is held against it before anything is built. None where
-            no model is at hand: then only what the checkpoint says of itself is checked.
-        run: the only run, by `RunFolder.identity`, whose checkpoint it may be; None: any.
+        real: the model's modules and shapes; the checkpoint is compared with them before anything is built. None
+            without a model: then the checkpoint is only checked against itself.
+        run: `RunFolder.identity` of the run that must have written it; None: any run.
 
     Raises:
-        CheckpointError: anything about the folder that keeps a run from going on from it.
+        CheckpointError: with the reason why no run can continue from it.
     """
     state = TrainState.load(folder)
     if run is not None and state.record.run != run:
@@ -90,9 +90,9 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
 
 
 def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
-    """Write the state as a checkpoint, unless it is there already, and drop all but the newest `keep`.
+    """Write the state as a checkpoint, unless it is already there, and remove all but the newest `keep`.
 
-    A folder of a later step was found damaged when the run was resumed; it neither counts as kept nor is it removed.
+    Folders of later steps, found damaged when the run was resumed, are neither counted nor removed.
 
     Raises:
         TrainingError: a value is not finite; nothing is written.
@@ -104,7 +104,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
     if keep is not None:
         for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
             if old.is_symlink():
-                old.unlink()  # what it leads to is not ours
+                old.unlink()  # its target is not ours
             else:
                 shutil.rmtree(old)
 

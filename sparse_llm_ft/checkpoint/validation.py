@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sparse_llm_ft.adapters.targets import check_modules
 from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
@@ -16,12 +15,12 @@ from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, PlanError, Shape
 
 @dataclass(frozen=True)
 class Expected:
-    """What model and run really have.
+    """The real model and run, with which a checkpoint is compared.
 
     Attributes:
         targets: linear layers that may carry adapters -> (out_features, in_features).
         parameters: parameters of the base -> their shapes.
-        methods: how many the run applies.
+        methods: how many methods the run has.
     """
 
     targets: Mapping[str, Shape]
@@ -30,13 +29,14 @@ class Expected:
 
 
 def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Expected) -> None:
-    """Refuse tensors that are not those of the plan: all of its adapters', and else only of what it trains whole.
+    """Refuse tensors that do not fit the plan: all tensors of its adapters must be there, and beside them only tensors
+    of fully trained modules.
 
     Args:
         shapes: short parameter name -> shape.
 
     Raises:
-        PlanError: naming the first tensor that is missing, of another shape, or of nothing that the plan trains.
+        PlanError: naming the first tensor that is missing, has another shape, or belongs to nothing that is trained.
     """
     expected = tuner_of(plan).shapes(plan, real.targets)
     for name in expected:
@@ -57,7 +57,7 @@ def validate_state(state: TrainState, phase: Phase, real: Expected) -> None:
     """Refuse a state that this run could not have written.
 
     Raises:
-        PlanError: naming the claim.
+        PlanError: naming the value that does not fit.
     """
     if phase.method >= real.methods:
         raise PlanError(f"method number {phase.method}; the run has {real.methods}")
@@ -89,5 +89,5 @@ def _check_callback(state: TrainState, phase: Phase, real: Expected) -> None:
         raise PlanError(f"the state of its callback is {state.callback!r:.60}")
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
