@@ -1,1 +1,1 @@
-"""A trained run as files: a PEFT adapter, whole weights, an upload with its model card."""
+"""Exports a trained run: as PEFT adapter, as merged weights, or as upload with a model card."""

@@ -1,4 +1,4 @@
-"""What a run leaves: an adapter that stock PEFT loads, or after full fine-tuning a model that transformers loads."""
+"""A run's own output: an adapter that stock PEFT loads or, after full fine-tuning, a transformers model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export(
 
     Args:
         empty: the base, from `empty_model`.
-        tensors: short parameter name -> value, float32.
+        tensors: short parameter name -> float32 value.
     """
 
     def fill(path: Path) -> None:
@@ -45,10 +45,10 @@ def export(
 
 
 def _generation_settings(model: ModelConfig) -> Path | None:
-    """The base's file of them, without which the trained model would end, or BART begin, its texts in another way."""
+    """The base's generation config, which decides how texts begin (BART) and end."""
     name = "generation_config.json"
     if Path(model.name).is_dir():
         path = Path(model.name) / name
         return path if path.is_file() else None
-    cached = try_to_load_from_cache(model.name, name, revision=model.revision)  # loading the base has fetched it
+    cached = try_to_load_from_cache(model.name, name, revision=model.revision)  # cached when the base was loaded
     return Path(cached) if isinstance(cached, str) else None

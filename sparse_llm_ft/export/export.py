@@ -1,4 +1,4 @@
-"""What a run trained, as files: a stock PEFT adapter, this package's own, or whole weights with the adapter merged."""
+"""Exports a run as stock PEFT adapter, as this package's own adapter, or as merged weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
     """Write the export into the new folder `output`, atomically.
 
     Raises:
-        UserError: `output` exists or cannot be written, or the run has no such form.
+        UserError: `output` exists or cannot be written, or the run does not have this form.
     """
     refuse_existing(output)
     check_form(run, options)
@@ -37,7 +37,7 @@ def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
 
 
 def write_new_folder(output: Path, fill: Callable[[Path], None]) -> None:
-    """`write_folder`; raises UserError where the disk is full or the place is none to write to."""
+    """`write_folder`, but a full disk or an unwritable place is a `UserError`."""
     try:
         write_folder(output, fill)
     except (OSError, SafetensorError) as error:
@@ -46,10 +46,10 @@ def write_new_folder(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_form(run: TrainedRun, options: ExportOptions) -> None:
-    """Refuse a form that this run cannot be brought into, before anything is written.
+    """Refuse a form that this run does not have, before anything is written.
 
     Raises:
-        UserError: saying why.
+        UserError: the run does not have this form; the message says why.
     """
     tuner, where = tuner_of(run.plan), run.folder.path
     if run.full and options.to != "merged":
@@ -60,8 +60,8 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
         raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner.name}; expected a LoRA")
     if options.to != "merged" and not run.plan.active:
         raise UserError(
-            f"--to {options.to}: phase {run.phase.name} of {where}, in which its newest checkpoint was written, has "
-            "no adapters; use --to merged, or let the run go on"
+            f"--to {options.to}: the newest checkpoint of {where} is from phase {run.phase.name}, which has no "
+            "adapters; use --to merged, or let the run continue"
         )
     off = [float(value) <= 0 for name, value in run.state.tensors.items() if is_omega(name)]
     if options.to == "peft" and len(off) == len(run.plan.active) and all(off):
@@ -69,10 +69,10 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
 
 
 def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> None:
-    """Write the files into `folder`, which exists and is empty.
+    """Write the files into the empty folder `folder`.
 
     Args:
-        base: what an adapter's config calls its base model.
+        base: the base model's name in the adapter's config.
     """
     if options.to == "merged":
         _write_merged(folder, run, options.max_shard_size)
@@ -86,7 +86,7 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
     model = merge_adapters(load_trained(run, dequantize=True))
-    model.config.use_cache = run.empty.config.use_cache  # training has no use for it, and turned it off
+    model.config.use_cache = run.empty.config.use_cache  # training turned it off
     if run.task.labels is not None and model.config.num_labels == len(run.task.labels):
         model.config.id2label = dict(enumerate(run.task.labels))
         model.config.label2id = {word: i for i, word in enumerate(run.task.labels)}
@@ -95,7 +95,7 @@ def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
 
 
 def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
-    """Kept rows and columns alone, groups once, omega where it is trained."""
+    """Write kept rows and columns only, each group once, and ω if it is trained."""
     plan = native_plan(run.plan)
     config = SparseLoraConfig(
         plan=plan,
@@ -111,7 +111,7 @@ def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
 
 
 def _native_name(name: str) -> str:
-    """The name of a trained parameter, given its short one, in a saved adapter of this package's tuner."""
+    """Short parameter name -> name in a saved adapter of this package's tuner."""
     if not is_adapter(name):
         return f"base_model.model.{name}"
     prefix = "base_model.lora_shared." if name.startswith(f"{SHARED}.") else "base_model.model."

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: whether a repository may be written, and the upload; what it answers is said in one line.
+"""Uploads to the Hugging Face hub, with its errors in one line each.
 
-The token is huggingface_hub's: of the environment (``HF_TOKEN``) or of `hf auth login`. It is never read here.
+huggingface_hub finds the token in ``HF_TOKEN`` or from `hf auth login`; this module never reads it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.atomic import MANIFEST
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_LOG_IN = "log in with `hf auth login`, or put a token that may write into HF_TOKEN"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
 
 def check_name(repo_id: str) -> None:
-    """Raises UserError for what is no ``NAMESPACE/NAME``."""
+    """Raise UserError unless `repo_id` has the form ``NAMESPACE/NAME``."""
     if not _NAME.fullmatch(repo_id) or len(repo_id) > 96 or "--" in repo_id or ".." in repo_id:
-        raise UserError(f"{repo_id}: no name of a repository; expected NAMESPACE/NAME, such as your-name/your-model")
+        raise UserError(f"{repo_id}: not a repository name; expected NAMESPACE/NAME, such as your-name/your-model")
 
 
 def check_repository(repo_id: str, update: bool) -> None:
-    """Find out before a long export what can be known about the upload.
+    """Check token and repository before a long export.
 
     Raises:
-        UserError: no token, no hub, or a repository that exists without `update`.
+        UserError: there is no token, the hub is unreachable, or the repository exists and `update` is not given.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -41,10 +41,10 @@ def check_repository(repo_id: str, update: bool) -> None:
 
 
 def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
-    """Create the repository and upload the folder, all but its checksums; the address of the repository.
+    """Create the repository and upload the folder without its manifest. Returns the repository's URL.
 
     Raises:
-        UserError: the hub refuses, or cannot be reached.
+        UserError: the hub refuses or is unreachable.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -53,7 +53,7 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
     api = HfApi()
     with _one_line(repo_id):
         url = api.create_repo(repo_id, private=private or None, exist_ok=update)
-    with _one_line(repo_id, " (it is created; --update tries again)"):
+    with _one_line(repo_id, " (the repository exists now; retry with --update)"):
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload the trained model", ignore_patterns=[MANIFEST]
         )
@@ -62,20 +62,20 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
 
 @contextmanager
 def _one_line(repo_id: str, hint: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises for an answer, or for none, into a `UserError`."""
+    """Turn huggingface_hub's errors into a `UserError`."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = " ".join((error.server_message or str(error)).split())[:200]
+        answer = " ".join((error.server_message or str(error)).split())[:200]
         reason = {
             401: f"the hub does not accept the access token; {_LOG_IN}",
-            403: f"the access token may not write there ({said}); {_LOG_IN}",
+            403: f"the access token has no write access there ({answer}); {_LOG_IN}",
             409: "exists; choose another name, or give --update to upload into it",
-        }.get(status, f"the hub answered {status} ({said})")
+        }.get(status, f"the hub answered {status} ({answer})")
         raise UserError(f"{repo_id}: {reason}{hint}") from error
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the last two of uploads that are refused
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the last two: refused uploads
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{repo_id}: the hub cannot be used ({type(error).__name__}: {reason}){hint}") from error

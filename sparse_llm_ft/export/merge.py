@@ -1,4 +1,4 @@
-"""Adapters added to the weights they stand on: W + ΔW, for a model that nothing but transformers is needed for."""
+"""Merges adapters into the base's weights, W + ΔW; the result needs only transformers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def merge_adapters(model: PeftModel) -> PreTrainedModel:
-    """The base with every adapter merged and no wrapper left; `model` is used up.
+    """The base with all adapters merged and wrappers removed. `model` must not be used afterwards.
 
-    Each layer is merged in float32 and rounded to its own type once: ``round(W + ΔW)``, while PEFT would compute
-    ``round(W + round(ΔW))``. Weights must not be quantised (`load_trained` with ``dequantize``).
+    Each layer is merged in float32 and rounded once, ``round(W + ΔW)``; PEFT would compute ``round(W + round(ΔW))``.
+    Weights must not be quantised (`load_trained` with ``dequantize``).
 
     Raises:
         ValueError: a layer is quantised, or a merged weight is not finite.

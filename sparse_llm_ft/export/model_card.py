@@ -1,8 +1,10 @@
-"""The model card of an upload: README.md with metadata for the hub, written from what the run's folder says."""
+"""The model card of an upload: README.md with the hub's metadata, filled in from the run's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
@@ -16,32 +18,65 @@ from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
 from sparse_llm_ft.run_folder import SUMMARY_FILE
 
+_CARD = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+
+_ADAPTERS = """
+## Adapters
+
+The rank of each module's adapter; – means that the module has none. All modules marked as shared in a column use one A
+and B. After the colon of a masked adapter: its kept rows (outputs) and columns (inputs).
+"""
+
+_FORMS = {
+    "peft": "A stock PEFT adapter for",
+    "native": "An adapter of sparse-llm-ft's own tuner for",
+    "merged": "Merged weights of",
+}
+
 _VERSIONS = ("python", "sparse-llm-ft", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 
 def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
-    """The card's text. It names no folder of this machine, and leaves license and language to its reader."""
+    """The card's text. It names no local folder, and leaves license and language to the uploader."""
+    config, task, progress = run.config, run.task, run.state.progress
     summary = run.folder.summary() if (run.folder.path / SUMMARY_FILE).is_file() else {}
-    parts = [
-        f"# {repo_id.partition('/')[2]}",
-        _opening(run, options),
-        "## How to load it",
-        _loading(run, repo_id, options),
-        "## Method",
-        _method(run),
-        *(["## Adapters", _plan_map(run)] if run.plan.active else []),
-        "## Data",
-        _data(run, summary),
-        "## Results",
-        _results(run, summary),
-        "## Making it again",
-        _again(run, summary),
-    ]
-    return str(ModelCard(f"---\n{metadata_of(run, options).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+    base = public_name(config.model.name)
+    quantization = ""
+    if config.model.quantization != "none":
+        merged = ", which were dequantised and merged with the adapter" if options.to == "merged" else ""
+        quantization = f" Training saw the base's weights in 4 bit ({config.model.quantization}){merged}."
+    hub = " / ".join(part for part in (task.hub_id, task.hub_config) if part)
+    tree = public_settings(config)
+    sizes, versions, processes = summary.get("samples", {}), summary.get("versions", {}), summary.get("world_size")
+    card = _CARD.substitute(
+        metadata=metadata_of(run, options).to_yaml(),
+        title=repo_id.partition("/")[2],
+        form=_FORMS[options.to],
+        base=base + (" (a local model)" if is_local(config.model.name) else ""),
+        task=config.task.name,
+        method=config.method_name,
+        quantization=quantization,
+        loading=_loading(run, base, repo_id, options),
+        plan=run.plan.describe(),
+        steps=f"{progress.step:,}",
+        phase=run.phase.name,
+        settings=yaml.safe_dump(
+            {key: tree[key] for key in ("method", "adapter", "training")}, sort_keys=False
+        ).rstrip(),
+        adapters=_ADAPTERS + _adapter_table(run) if run.plan.active else "",
+        source=f": {hub} on the Hugging Face hub" if config.task.path is None else ", from a local folder",
+        sizes=_table(("split", "samples used"), [[split, f"{count:,}"] for split, count in sizes.items() if count]),
+        results=_results(run, summary.get("metrics", {})),
+        launcher="deepspeed" if processes is None else f"deepspeed --num_gpus {processes}",
+        versions=_table(
+            ("package", "version"), [[name, str(versions[name])] for name in _VERSIONS if name in versions]
+        ),
+    )
+    return str(ModelCard(card))
 
 
 def metadata_of(run: TrainedRun, options: ExportOptions) -> ModelCardData:
-    """What the hub reads: base and data set where they are the hub's, library, tags."""
+    """The hub's metadata: library, tags, and base and data set if they are from the hub."""
     config, task = run.config, run.task
     methods = [method.name.replace("_", "-") for method in config.method]
     return ModelCardData(
@@ -52,62 +87,29 @@ def metadata_of(run: TrainedRun, options: ExportOptions) -> ModelCardData:
     )
 
 
-def _opening(run: TrainedRun, options: ExportOptions) -> str:
-    config = run.config
-    what = {
-        "peft": "A stock PEFT adapter for",
-        "native": "An adapter of sparse-llm-ft's own tuner for",
-        "merged": "Whole weights:",
-    }[options.to]
-    base = public_name(config.model.name) + (" (a local model)" if is_local(config.model.name) else "")
-    bits = ""
-    if config.model.quantization != "none":
-        merged = ", which were dequantised and merged with the adapter" if options.to == "merged" else ""
-        bits = f" Training saw the base's weights in 4 bit ({config.model.quantization}){merged}."
-    return f"{what} {base}, fine-tuned on {config.task.name} with {config.method_name}.{bits}"
-
-
-def _loading(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
+def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -> str:
+    """The Python lines that load the uploaded model."""
     auto = ARCHITECTURES[run.task_mode.mode].auto.__name__
-    base = public_name(run.config.model.name)
-    outputs = f", num_labels={run.task_mode.outputs}" if run.task_mode.outputs else ""
     if options.to == "merged":
-        lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo_id}")']
-    else:
-        lines = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            *(["", "import sparse_llm_ft.adapters  # makes PEFT know the tuner"] if options.to == "native" else []),
-            "",
-            f'base = {auto}.from_pretrained("{base}"{outputs})',
-            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
-        ]
-    return "\n".join(["```python", *lines, "```"])
+        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
+    native = "\nimport sparse_llm_ft.adapters  # registers the tuner with PEFT\n" if options.to == "native" else ""
+    outputs = f", num_labels={run.task_mode.outputs}" if run.task_mode.outputs else ""
+    return f"""\
+from peft import PeftModel
+from transformers import {auto}
+{native}
+base = {auto}.from_pretrained("{base}"{outputs})
+model = PeftModel.from_pretrained(base, "{repo_id}")"""
 
 
-def _method(run: TrainedRun) -> str:
-    tree = public_settings(run.config)
-    shown = yaml.safe_dump({key: tree[key] for key in ("method", "adapter", "training")}, sort_keys=False)
-    state = run.state.progress
-    return (
-        f"{run.config.method_name}: {run.plan.describe()} after {state.step:,} optimizer steps "
-        f"(phase {run.phase.name}); all settings are in config.yaml.\n\n```yaml\n{shown}```"
-    )
-
-
-def _plan_map(run: TrainedRun) -> str:
+def _adapter_table(run: TrainedRun) -> str:
     """A row for each layer, a column for each type of module."""
     grid = module_grid(run.plan.modules)
     cells = [["–"] * len(grid.kinds) for _ in grid.layers]
     for name, adapter in run.plan.active.items():
         row, column = grid.places[name]
         cells[row][column] = _cell(adapter)
-    table = _table(["layer", *grid.kinds], [[layer, *row] for layer, row in zip(grid.layers, cells, strict=True)])
-    return (
-        "The rank of every module's adapter; – has none. Shared ones are one A and B for all that are marked so in a "
-        "column; after the colon stands the kept part of rows (outputs) and columns (inputs), where masks leave some "
-        f"out.\n\n{table}"
-    )
+    return _table(("layer", *grid.kinds), [[layer, *row] for layer, row in zip(grid.layers, cells, strict=True)])
 
 
 def _cell(adapter: ModuleAdapter) -> str:
@@ -118,29 +120,17 @@ def _cell(adapter: ModuleAdapter) -> str:
     return f"{text}: {kept[0]:.0%} × {kept[1]:.0%}"
 
 
-def _data(run: TrainedRun, summary: dict[str, Any]) -> str:
-    config, task = run.config, run.task
-    if config.task.path is None:
-        parts = [part for part in (task.hub_id, task.hub_config) if part]
-        text = f"Task {task.name}: {' / '.join(parts)} on the Hugging Face hub."
-    else:
-        text = f"Task {task.name}, from a local folder."
-    sizes = [[split, f"{count:,}"] for split, count in summary.get("samples", {}).items() if count]
-    return f"{text}\n\n{_table(['split', 'samples used'], sizes)}" if sizes else text
-
-
-def _results(run: TrainedRun, summary: dict[str, Any]) -> str:
+def _results(run: TrainedRun, metrics: Mapping[str, Any]) -> str:
     evaluation = run.config.evaluation
-    metrics = summary.get("metrics", {})
-    before, after = metrics.get("before") or run.state.record.before, metrics.get("after")
+    before, after = metrics.get("before") or run.state.record.before, metrics.get("after") or {}
     if not before:
-        return "Nothing was measured."
-    names = list(after or before)
-    rows = [[name, _number(before.get(name)), _number((after or {}).get(name))] for name in names]
-    note = "" if after else "\n\nTraining had not ended when this was uploaded."
+        return "The model was not evaluated.\n"
+    rows = [[name, _number(before.get(name)), _number(after.get(name))] for name in after or before]
+    note = "" if after else "\nTraining had not ended when this was uploaded.\n"
+    table = _table(("metric", "before", "after"), rows)
     return (
-        f"On the first {evaluation.samples:,} samples of the {evaluation.split} split, before and after training:\n\n"
-        f"{_table(['metric', 'before', 'after'], rows)}{note}"
+        f"Before and after training, on the first {evaluation.samples:,} samples of the {evaluation.split} split:\n"
+        f"{table}{note}"
     )
 
 
@@ -148,18 +138,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _again(run: TrainedRun, summary: dict[str, Any]) -> str:
-    processes = summary.get("world_size")
-    start = "deepspeed" if processes is None else f"deepspeed --num_gpus {processes}"
-    text = (
-        "With [config.yaml](config.yaml) of this repository, in which local folders are shortened to their last "
-        f"names, and a checkout of sparse-llm-ft:\n\n```\n{start} launch/train.py --config config.yaml\n```"
-    )
-    versions = summary.get("versions", {})
-    rows = [[name, str(versions[name])] for name in _VERSIONS if name in versions]
-    return f"{text}\n\n{_table(['package', 'version'], rows)}" if rows else text
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table between newlines, or nothing without rows."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return f"\n{text}" if rows else ""

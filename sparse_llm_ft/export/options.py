@@ -1,4 +1,4 @@
-"""What can be wrong with a command before torch is imported: the run's folder, the form of an export, its place."""
+"""Checks an export's options before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SHARD_SIZE = re.compile(r"[1-9][0-9]*(KB|MB|GB|TB)")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export.
+    """The form of an export.
 
     Attributes:
         to: ``peft``, ``merged`` or ``native``.
-        uniform_rank: of a ``peft`` export: one rank and one lora_alpha for all modules.
-        max_shard_size: of a ``merged`` export: largest file of weights, such as ``5GB`` (10⁹ bytes each).
+        uniform_rank: for ``peft``: one rank and one lora_alpha for all modules.
+        max_shard_size: for ``merged``: largest weight file, such as ``5GB`` (5 · 10⁹ bytes).
     """
 
     to: Form = "peft"
@@ -31,10 +31,10 @@ class ExportOptions:
 
     @classmethod
     def parse(cls, to: str, uniform_rank: bool, max_shard_size: str) -> ExportOptions:
-        """The options that were typed.
+        """The options of the command line.
 
         Raises:
-            UserError: an unknown value, or two that do not go together.
+            UserError: a value is unknown, or two contradict each other.
         """
         if to not in _FORMS:
             raise UserError(f"--to {to}: expected {', '.join(_FORMS)}")
@@ -46,6 +46,6 @@ class ExportOptions:
 
 
 def refuse_existing(output: Path) -> None:
-    """Raises UserError where something is in the way of a new folder."""
+    """Raise UserError if `output` exists."""
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: exists; choose a new folder")

@@ -1,4 +1,4 @@
-"""A run's settings without what belongs to the machine it ran on: local folders become their last name."""
+"""A run's settings without machine-specific values: local folders are reduced to their last name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from sparse_llm_ft.config import RunConfig
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-"""Sections of DeepSpeed that say where, and under whose name, a run was watched."""
+"""DeepSpeed's monitoring sections, which name places and accounts."""
 
 
 def public_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings as plain values; ``model.name``, ``task.path`` and ``output_dir`` shortened by `public_name`."""
+    """The settings as plain values; local paths are reduced to their last name."""
     tree = config.model_dump(mode="json")
     tree["model"]["name"] = public_name(config.model.name)
     if config.task.path is not None:
@@ -24,12 +24,12 @@ def public_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; the last name of a local folder."""
+    """A hub id unchanged, or a local folder's last name."""
     return _last(name) if is_local(name) else name
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's or data set's name is a folder's, which it is also where the folder is no longer there."""
+    """Whether a model's or data set's name is a local folder, which need not exist any more."""
     return name.startswith(("/", "~", ".")) or name.count("/") > 1 or Path(name).exists()
 
 
@@ -38,7 +38,7 @@ def _last(path: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """The tree with every absolute path in it shortened."""
+    """The tree with every absolute path reduced to its last name."""
     if isinstance(value, dict):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, list):

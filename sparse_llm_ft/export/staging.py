@@ -1,4 +1,4 @@
-"""The folder that is uploaded: an export, a model card and the run's settings, with nothing of this machine in it."""
+"""Writes the folder to upload: an export, a model card and the run's settings, without local paths and secrets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CARD = "README.md"
 
 
 def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -> dict[str, int]:
-    """Write all that is uploaded into the new folder `output`, atomically: file name -> bytes.
+    """Write everything to upload into the new folder `output`, atomically. Returns file name -> bytes.
 
     Raises:
-        UserError: `output` exists or cannot be written, the run has no such form, or a file would give away a local
-            path or an access token.
+        UserError: `output` exists or cannot be written, the run does not have this form, or a file would reveal a
+            local path or an access token.
     """
     refuse_existing(output)
     check_form(run, options)
@@ -45,7 +45,7 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
 
 @contextmanager
 def staged(run: TrainedRun, repo_id: str, options: ExportOptions) -> Iterator[Path]:
-    """As `stage`, in a folder inside the run's that is gone afterwards."""
+    """`stage` into a temporary folder inside the run's."""
     try:
         temporary = tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".tmp-push-")
     except OSError as error:
@@ -56,7 +56,7 @@ def staged(run: TrainedRun, repo_id: str, options: ExportOptions) -> Iterator[Pa
 
 
 def _check_private(folder: Path, run: TrainedRun) -> None:
-    """Refuse texts with a path of this machine or a token; a tokenizer's vocabulary is not ours to judge."""
+    """Refuse settings, card and configs with a local path or a token. Vocabularies are not checked."""
     config = run.config
     local = [Path(name).absolute() for name in (config.model.name, config.task.path) if name and Path(name).exists()]
     paths = {str(path) for path in (*local, run.folder.path.absolute(), Path(config.output_dir).absolute())}
@@ -64,6 +64,6 @@ def _check_private(folder: Path, run: TrainedRun) -> None:
         path = folder / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if holds_token(text):
-            raise UserError(f"{name} would hold an access token; remove it from the run's settings")
+            raise UserError(f"{name} would contain an access token; remove it from the run's settings")
         if found := next((local for local in sorted(paths) if len(local) > 1 and local in text), None):
-            raise UserError(f"{name} would hold the local path {found}; nothing is uploaded")
+            raise UserError(f"{name} would contain the local path {found}; nothing is uploaded")

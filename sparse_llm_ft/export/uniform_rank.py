@@ -1,4 +1,4 @@
-"""A LoRA of one rank and one scaling, for servers that read neither ``rank_pattern`` nor ``alpha_pattern``."""
+"""Converts a LoRA to one rank and one scaling, for servers without ``rank_pattern`` and ``alpha_pattern``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def to_uniform_rank(
     config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], plan: AdapterPlan
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The same ΔW of every module with the largest rank R and scaling 1 everywhere.
+    """Give every module the largest rank R and scaling 1; no ΔW changes.
 
-    Rows of zeros are added to A (r, d_in) and columns of zeros to B (d_out, r); the scaling goes into B.
+    A (r, d_in) gets rows of zeros, B (d_out, r) columns of zeros; the scaling is multiplied into B.
 
     Args:
         config: ``adapter_config.json`` of the plan's stock LoRA.
         weights: its tensors.
 
     Returns:
-        Config with ``r == lora_alpha == R`` and empty patterns, and tensors of that rank.
+        The config with ``r == lora_alpha == R`` and empty patterns, and the tensors of rank R.
     """
     tuner, active = tuner_of(plan), plan.active
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(A))

@@ -187,7 +187,7 @@ def test_a_path_in_a_prompt_is_not_uploaded(settings: dict, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["push", settings["output_dir"], "me/tiny", "--dry-run"])
     assert stop.value.code == 2
-    assert "config.yaml would hold the local path" in capsys.readouterr().err
+    assert "config.yaml would contain the local path" in capsys.readouterr().err
     assert not (Path(settings["output_dir"]) / "push-peft").exists()
 
 
@@ -208,14 +208,14 @@ def test_an_existing_repository_needs_update(here: Hub, settings: dict, capsys) 
     ("path", "status", "said", "message"),
     [
         ("/api/repos/create", 401, "Invalid credentials", "the hub does not accept the access token; log in"),
-        ("/api/repos/create", 403, "no rights", r"the access token may not write there \(.*no rights.*\)"),
+        ("/api/repos/create", 403, "no rights", r"the access token has no write access there \(.*no rights.*\)"),
         ("/api/repos/create", 409, "You already created it", "exists; choose another name"),
         ("/api/repos/create", 500, "broken", r"the hub answered 500 \(.*broken.*\)"),
         (
             "/api/models/me/tiny/preupload",
             403,
             "read only",
-            r"the access token may not write .*created; --update tries",
+            r"the access token has no write access .*exists now; retry with --update",
         ),
         ("/api/models/me/tiny/commit", 400, "bad file", r"the hub answered 400 .*bad file"),
     ],
@@ -255,7 +255,7 @@ def test_no_network_is_one_line(here: Hub, monkeypatch) -> None:
     "name", ["tiny", "me/", "/tiny", "me/ti ny", "me/tiny/more", "../tiny", "me/--", "me/" + "x" * 99]
 )
 def test_a_name_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no name of a repository; expected NAMESPACE/NAME"):
+    with pytest.raises(UserError, match="not a repository name; expected NAMESPACE/NAME"):
         check_name(name)
 
 
