@@ -139,12 +139,12 @@ def _with_settings(path: Path, settings: Sequence[str]) -> RunConfig:
 def _generate(options: argparse.Namespace) -> None:
     given = _columns(options.column)
     config = _generation(open_run(options.run).config(), options)
-    from sparse_llm_ft.inference.generate import answer, make_rows, shown_columns
+    from sparse_llm_ft.inference.generate import answer, input_columns, make_rows
     from sparse_llm_ft.inference.trained_run import in_one_process
 
     run = _read(options, in_one_process(config))
     texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in options.texts]
-    rows = make_rows(shown_columns(run), texts, given)
+    rows = make_rows(input_columns(run), texts, given)
     for text in answer(run, rows):
         print(text)
 

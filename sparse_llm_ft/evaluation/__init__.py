@@ -1,1 +1,1 @@
-"""What a model is worth: its loss, labels chosen, texts generated, spans found, and their metrics."""
+"""Evaluates a model: loss, predicted labels, generated texts, spans, and their metrics."""

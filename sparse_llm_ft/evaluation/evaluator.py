@@ -1,4 +1,4 @@
-"""How good the model is as it is, with the predictions written beside what is right."""
+"""`Evaluator`: metrics of the current model, and a file of its predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.collectives import run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation.generation import generate
-from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
+from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.evaluation.metrics import score
 from sparse_llm_ft.evaluation.spans import choose_spans
 from sparse_llm_ft.io.atomic import write_file
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The fixed subset that is measured before and after training, and by `sparse-llm-ft evaluate`."""
+    """Evaluates a fixed subset: before and after training, and in `sparse-llm-ft evaluate`."""
 
     settings: EvaluationConfig
     task: Task
@@ -46,15 +46,15 @@ class Evaluator:
 
     @property
     def count(self) -> int:
-        """How many samples all parts have."""
+        """Number of samples of all parts."""
         return sum(len(part.examples) for part in self.parts)
 
     def __call__(self, model: nn.Module, predictions: Path) -> dict[str, float]:
-        """Collective. ``loss`` (mean per unit) and the task's metrics; those of a further split end in its name, as in
+        """Collective. ``loss`` (mean per unit) and the task's metrics; a further split's name is appended, e.g.
         ``accuracy_mismatched``.
 
         Args:
-            predictions: file that rank 0 writes prompts, predictions and what is right into, as JSON lines.
+            predictions: rank 0 writes prompts, predictions and targets to this file as JSON lines.
         """
         metrics: dict[str, float] = {}
         lines = []
@@ -68,8 +68,8 @@ class Evaluator:
         return metrics
 
     def predict(self, model: nn.Module, part: EvalSplit) -> tuple[list[Any], float | None]:
-        """Collective. For every example, in order, on every rank: a text, the number of a label, or a score; and the
-        mean loss, where the same forward passes give it.
+        """Collective. Every rank gets all predictions, in order: texts, label indices, or scores; and the mean loss, or
+        None if the forward passes do not compute it.
         """
         ranks = self.world.rank, self.world.size
         size = self.settings.micro_batch_size
@@ -77,9 +77,9 @@ class Evaluator:
             unanswerable = self.task.no_answer is not None
             spans = choose_spans(model, part.examples, part.samples, self.objective, size, *ranks, unanswerable)
             return spans, None
-        if self._chooses:
-            loss, chosen = choose_labels(model, part.samples, self.objective, size, *ranks)
-            return (chosen if self.task.labels is None else [int(choice) for choice in chosen]), loss
+        if self._has_labels:
+            loss, values = predict_labels(model, part.samples, self.objective, size, *ranks)
+            return (values if self.task.labels is None else [int(value) for value in values]), loss
         texts = generate(
             model,
             part.samples,
@@ -93,18 +93,18 @@ class Evaluator:
         return texts, None
 
     @property
-    def _chooses(self) -> bool:
-        """Labels or scores come from the objective's judgement, no text is written."""
+    def _has_labels(self) -> bool:
+        """Whether the objective predicts labels or scores, so that no text is generated."""
         return not isinstance(self.objective, SpanObjective) and (
             self.task_mode.has_head or self.task.labels is not None
         )
 
     def _part(self, model: nn.Module, part: EvalSplit) -> tuple[dict[str, float], Rows]:
         predictions, loss = self.predict(model, part)
-        metrics, rows = (self._judge_choices if self._chooses else self._judge_texts)(part, predictions)
+        metrics, rows = (self._score_labels if self._has_labels else self._score_texts)(part, predictions)
         return {"loss": self._loss(model, part) if loss is None else loss} | metrics, rows
 
-    def _judge_texts(self, part: EvalSplit, texts: list[str]) -> tuple[dict[str, float], Rows]:
+    def _score_texts(self, part: EvalSplit, texts: list[str]) -> tuple[dict[str, float], Rows]:
         spans = isinstance(self.objective, SpanObjective)
         rows: Rows = [
             ({"question": example.texts[0]} if spans else {"prompt": example.prompt})
@@ -118,20 +118,20 @@ class Evaluator:
         return score(self.task.metrics, answers, [example.references for example in part.examples]), rows
 
     def _answer(self, text: str) -> str:
-        """The text; of a question that may have no answer, the words that say so are the empty one."""
+        """The text, with `task.no_answer` replaced by the empty answer."""
         return "" if self.task.no_answer and text.strip() == self.task.no_answer else text
 
-    def _judge_choices(self, part: EvalSplit, chosen: list[Any]) -> tuple[dict[str, float], Rows]:
-        right, words = [sample.label for sample in part.samples], self.task.labels
+    def _score_labels(self, part: EvalSplit, predictions: list[Any]) -> tuple[dict[str, float], Rows]:
+        targets = [sample.label for sample in part.samples]
         rows: Rows = [
-            {"prompt": example.prompt, "prediction": self.shown(choice), "label": self.shown(label)}
-            for example, choice, label in zip(part.examples, chosen, right, strict=True)
+            {"prompt": example.prompt, "prediction": self.readable(prediction), "label": self.readable(target)}
+            for example, prediction, target in zip(part.examples, predictions, targets, strict=True)
         ]
-        return score(self.task.metrics, chosen, right, len(words or ())), rows
+        return score(self.task.metrics, predictions, targets, len(self.task.labels or ())), rows
 
-    def shown(self, prediction: Any) -> Any:
-        """What `predict` has found as people read it: labels by their words."""
-        return self.task.labels[prediction] if self._chooses and self.task.labels is not None else prediction
+    def readable(self, prediction: Any) -> Any:
+        """A prediction of `predict`, with label indices replaced by label words."""
+        return self.task.labels[prediction] if self._has_labels and self.task.labels is not None else prediction
 
     def _loss(self, model: nn.Module, part: EvalSplit) -> float:
         world, size = self.world, self.settings.micro_batch_size
@@ -139,6 +139,6 @@ class Evaluator:
 
 
 def as_score(text: str, limits: tuple[float, float]) -> float:
-    """The first number of a text, held within the limits; the lowest score where it has none."""
+    """The first number in a text, clamped to the limits; the lower limit if there is none."""
     found = _NUMBER.search(text)
     return min(max(float(found[0]), limits[0]), limits[1]) if found else limits[0]

@@ -1,4 +1,4 @@
-"""Texts that a model writes: greedily, by beam search, or sampled; over all ranks."""
+"""Text generation over all ranks: greedy, beam search, or sampling."""
 
 from __future__ import annotations
 
@@ -38,20 +38,19 @@ def generate(
     seed: int = 0,
     seq2seq: bool = False,
 ) -> list[str]:
-    """Collective. The text that the model writes after every sample's prompt, in order, on every rank.
+    """Collective. Every rank gets the generated text of every sample, in order.
 
-    A text ends before the first token that ends sequences: the tokenizer's, or one that the checkpoint's generation
-    settings name, as those of chat models do. Nothing else of the checkpoint's generation settings counts, but for the
-    first token that an encoder-decoder is made to write. Neither batches nor ranks change a text, sampled ones
-    included (`GumbelNoise`).
+    A text ends before the first end-of-sequence token, the tokenizer's or one of the checkpoint's generation config
+    (chat models have several). Other values of that config are ignored, except an encoder-decoder's forced first token.
+    Texts, also sampled ones (`GumbelNoise`), do not depend on batches or ranks.
 
     Args:
         settings: ``num_beams`` and ``length_penalty``; ``temperature`` (above 0: samples) and ``top_p``;
-            ``max_new_tokens`` and ``micro_batch_size``. Beams are searched until none that is unfinished is likely to
-            become better than the best finished one (transformers' ``early_stopping=False``).
-        synced: ZeRO-3, where ranks must make equally many forward passes.
-        seed: of sampling.
-        seq2seq: an encoder reads the prompt, and a decoder writes from its start token on.
+            ``max_new_tokens`` and ``micro_batch_size``. Beam search stops when no unfinished beam is likely to beat the
+            best finished one (transformers' ``early_stopping=False``).
+        synced: ZeRO-3, under which ranks must make equally many forward passes.
+        seed: seed of sampling.
+        seq2seq: an encoder reads the prompt; the decoder generates from its start token on.
     """
     tokens = rank_tokens(model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq)
     if world_size > 1:
@@ -71,12 +70,13 @@ def rank_tokens(
     seed: int,
     seq2seq: bool,
 ) -> torch.Tensor:
-    """Collective. What this rank writes, see `generate`.
+    """Collective. The tokens that this rank generates, see `generate`.
 
     Returns:
-        (samples, max_new_tokens) int64 on the model's device: each token's id plus 1, and 0 where nothing was
-        written, or by another rank: the sum over ranks is everybody's, and no text has to be sent.
+        (samples, max_new_tokens) int64 on the model's device: token id plus 1; 0 behind a text's end and in other
+        ranks' rows, so that an all-reduce collects all texts.
     """
+    # Settings, and room for the result.
     bare: Any = model
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer made sure"
     device = next(model.parameters()).device
@@ -85,6 +85,8 @@ def rank_tokens(
     tokens = torch.zeros((len(samples), settings.max_new_tokens), dtype=torch.long, device=device)
     collate = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id, side="right" if seq2seq else "left")
     lengths = [len(sample.prompt_ids) for sample in samples]
+
+    # Each batch's new tokens, up to the first stop token.
     with (
         _without_own_settings(model),
         evaluation_batches(model, samples, lengths, collate, settings.micro_batch_size, rank, world_size) as batches,
@@ -98,28 +100,28 @@ def rank_tokens(
                 synced_gpus=synced,
             )
             for row, i in zip(output[:, begin:], indices, strict=False):
-                written = row[: int((~torch.isin(row, stops)).long().cumprod(0).sum())]
-                tokens[i, : len(written)] = written + 1
+                text = row[: int((~torch.isin(row, stops)).long().cumprod(0).sum())]
+                tokens[i, : len(text)] = text + 1
     return tokens
 
 
 class GumbelNoise(LogitsProcessor):
-    """Makes of greedy decoding an exact sampling: argmax_v (s_v + g_v), with g_v = -log(-log u_v) and u_v uniform in
+    """Turns greedy decoding into exact sampling: argmax_v (s_v + g_v), with g_v = -log(-log u_v) and u_v uniform in
     (0, 1), is distributed as softmax(s) (Gumbel-max; Maddison et al., 2014, https://arxiv.org/abs/1411.0030).
 
-    The noise of the token at place t of sample i depends on (seed, i, t) alone. So a text does not depend on who shares
-    its batch or its rank, and nobody else's random numbers are used up.
+    The noise for token t of sample i depends only on (seed, i, t). So a text does not depend on its batch or rank, and
+    no global random state is consumed.
 
     Args:
-        indices: (batch,) which samples the rows are.
-        begin: how many tokens precede the first written one.
+        indices: (batch,) sample indices of the rows.
+        begin: number of tokens before the first generated one.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], begin: int) -> None:
         self._seed, self._indices, self._begin = seed, tuple(indices), begin
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (batch, vocabulary) with noise."""
+        """(batch, vocabulary) scores with noise added."""
         place = input_ids.shape[1] - self._begin
         noise = [np.random.default_rng((self._seed, i, place)).gumbel(size=scores.shape[1]) for i in self._indices]
         noisy: Any = scores + torch.from_numpy(np.stack(noise)).to(scores)
@@ -127,7 +129,7 @@ class GumbelNoise(LogitsProcessor):
 
 
 def _sampling(settings: EvaluationConfig, seed: int, indices: Sequence[int], begin: int) -> LogitsProcessorList:
-    """What turns greedy decoding into the sampling asked for; nothing at temperature 0."""
+    """Processors that turn greedy decoding into sampling; none at temperature 0."""
     processors = LogitsProcessorList()
     if settings.temperature > 0:
         processors.append(TemperatureLogitsWarper(settings.temperature))
@@ -140,7 +142,7 @@ def _sampling(settings: EvaluationConfig, seed: int, indices: Sequence[int], beg
 def _options(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, seq2seq: bool
 ) -> GenerationConfig:
-    """All of generation's settings; the tokens that end a text are a list."""
+    """The complete generation config; `eos_token_id` is a list."""
     base: Any = base_of(model)
     own = base.generation_config.eos_token_id
     stops = [tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])]
@@ -148,7 +150,7 @@ def _options(
     if seq2seq:
         start = getattr(base.config, "decoder_start_token_id", None)
         options["decoder_start_token_id"] = base.generation_config.decoder_start_token_id if start is None else start
-        # BART's first token, or the language that mBART writes. transformers moves it here from the model's config.
+        # BART's first token, or mBART's language. transformers moves it here from the model's config.
         options["forced_bos_token_id"] = base.generation_config.forced_bos_token_id
     return GenerationConfig(
         do_sample=False,
@@ -164,7 +166,7 @@ def _options(
 
 @contextmanager
 def _without_own_settings(model: nn.Module) -> Iterator[None]:
-    """Hide the checkpoint's generation settings, from which transformers would fill whatever `_options` leaves open."""
+    """Hide the checkpoint's generation config, from which transformers would fill values that `_options` leaves out."""
     base: Any = base_of(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()

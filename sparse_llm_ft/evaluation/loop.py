@@ -1,4 +1,4 @@
-"""Forward passes over samples that are dealt to all ranks: the mean loss, and the labels chosen."""
+"""Forward passes over samples split among ranks: mean loss and predicted labels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
 
 S = TypeVar("S")
 IndexedBatch = tuple[list[int], Batch]
-"""The indices of the samples in a batch, and their tensors."""
+"""A batch's sample indices, and its tensors."""
 
 
 def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Indices 0..count-1 dealt to ranks and cut into batches; every rank gets as many batches.
+    """Split indices 0..count-1 among ranks and into batches; every rank gets equally many batches.
 
-    Under ZeRO-3 a forward pass is a collective, so a rank without samples left must still take part: it gets an
-    empty batch.
+    Under ZeRO-3 a forward pass is a collective, so a rank without samples left must take part: it gets an empty batch.
     """
     mine = list(range(rank, count, world_size))
-    most = -(-count // world_size)
-    return [mine[i : i + batch_size] for i in range(0, most, batch_size)]
+    largest = -(-count // world_size)
+    return [mine[i : i + batch_size] for i in range(0, largest, batch_size)]
 
 
 @contextmanager
@@ -42,22 +41,22 @@ def evaluation_batches(
     world_size: int,
     preemptible: bool = True,
 ) -> Iterator[Iterator[IndexedBatch]]:
-    """Collective. Yield this rank's batches on the model's device, for forward passes in evaluation mode without
-    gradients. Every module gets its own mode back at the end, also after an error.
+    """Collective. This rank's batches on the model's device, in evaluation mode without gradients. Each module's own
+    mode is restored at the end, also after an error.
 
-    A batch holds samples of like length. A rank that has no samples left gets no indices and the first sample, for a
-    forward pass whose result nobody counts.
+    A batch has samples of similar length. A rank without samples left gets an empty list of indices and the first
+    sample, for a forward pass whose result is ignored.
 
     Args:
-        lengths: (samples,) tokens of each.
-        preemptible: whether a signal ends the run after a batch; else it waits until the caller looks.
+        lengths: (samples,), the tokens of each sample.
+        preemptible: whether a signal ends the run after a batch; otherwise the caller handles it.
 
     Raises:
-        PreemptionRequested: on every rank, while the batches are read.
+        PreemptionRequested: on every rank, while the batches are consumed.
     """
     with evaluating(model), torch.no_grad():
         device = next(model.parameters()).device
-        order = np.argsort(lengths, kind="stable").tolist()  # little padding in a batch
+        order = np.argsort(lengths, kind="stable").tolist()  # saves padding
         places = rank_batches(len(samples), batch_size, rank, world_size)
         yield _collated([[order[place] for place in row] for row in places], samples, collate, device, preemptible)
 
@@ -79,9 +78,9 @@ def _collated(
 def mean_loss(
     model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
 ) -> float:
-    """Collective. Mean loss per unit over all `samples`, each counted once whatever the world size.
+    """Collective. Mean loss per unit over all `samples`; each counts once whatever the world size.
 
-    A signal waits: the training loop, which calls this between two steps, saves before it stops.
+    Signals are not handled here: the training loop, which calls this between steps, saves before it stops.
     """
     total = torch.zeros(2, dtype=torch.float64)
     lengths = lengths_of(samples, objective)
@@ -99,26 +98,26 @@ def mean_loss(
     return float(total[0] / total[1])
 
 
-def choose_labels(
+def predict_labels(
     model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
 ) -> tuple[float, list[float]]:
-    """Collective. The mean loss per unit, as by `mean_loss`, and for every sample, in order, on every rank, the label
-    chosen or, in a regression, the score.
+    """Collective. Every rank gets the mean loss per unit (see `mean_loss`) and every sample's predicted label index or
+    score, in order.
     """
     device = next(model.parameters()).device
-    # The rank that judged a sample fills in its values; their sum over ranks is everybody's.
+    # Each rank fills in its own samples; the all-reduce collects them.
     losses = torch.zeros(len(samples), dtype=torch.float64, device=device)
-    choices = torch.zeros(len(samples), dtype=torch.float64, device=device)
+    predictions = torch.zeros(len(samples), dtype=torch.float64, device=device)
     units = torch.zeros((), dtype=torch.float64, device=device)
     lengths = lengths_of(samples, objective)
     with evaluation_batches(model, samples, lengths, objective.batch, batch_size, rank, world_size) as batches:
         for indices, batch in batches:
-            loss, choice = objective.judge(model, batch)
+            loss, predicted = objective.losses_and_predictions(model, batch)
             losses[indices] = loss[: len(indices)].double()
             units += sum(objective.units(samples[i]) for i in indices)
-            choices[indices] = choice[: len(indices)].double()
+            predictions[indices] = predicted[: len(indices)].double()
     if world_size > 1:
         dist.all_reduce(losses)
-        dist.all_reduce(choices)
+        dist.all_reduce(predictions)
         dist.all_reduce(units)
-    return float(losses.sum()) / float(units), choices.tolist()
+    return float(losses.sum()) / float(units), predictions.tolist()

@@ -1,8 +1,7 @@
-"""What papers report: accuracy, F1, correlations, ROUGE, BLEU, and exact match and F1 of answers; all in percent.
+"""The papers' metrics, all in percent: accuracy, F1, correlations, ROUGE, BLEU, and exact match and F1 of answers.
 
-A metric takes predictions and references, one of each per sample, in any order of samples: classes (int), scores
-(float), or a text and the texts that count as right. The libraries are imported where they are used: each takes up to
-a second, and a run needs one of them.
+A metric takes one prediction and one reference per sample: classes (int), scores (float), or a text and its reference
+texts. Libraries are imported inside the functions: each import takes up to a second, and a run needs one of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from sparse_llm_ft.config.schema import Metric
 
 Compute = Callable[..., dict[str, float]]
-"""Of predictions and references; `_f1` is told the number of labels, too."""
+"""(predictions, references) -> numbers by name; `_f1` also takes the number of labels."""
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -27,16 +26,16 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score(
     names: Iterable[Metric], predictions: Sequence[Any], references: Sequence[Any], labels: int = 2
 ) -> dict[str, float]:
-    """All numbers of the named metrics, in the order of the names.
+    """The numbers of the named metrics, in their order.
 
     Args:
         predictions: (samples,) ints for ``accuracy``, ``f1`` and ``matthews``; floats for ``pearson`` and
             ``spearman``; texts for ``rouge``, ``bleu`` and ``squad``.
-        references: (samples,) ints, floats, or for texts sequences of reference texts, not all equally many.
-        labels: how many the task has; for ``f1``.
+        references: (samples,) ints, floats, or for texts sequences of reference texts of any length.
+        labels: number of labels, for ``f1``.
 
     Raises:
-        ValueError: no predictions, not as many references, or a text without reference where it needs one.
+        ValueError: there are no predictions, the numbers differ, or a text lacks a reference.
     """
     if not len(predictions) or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions and {len(references)} references")
@@ -47,14 +46,14 @@ def score(
 
 
 def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Percentage of predictions that are the right class."""
+    """Percentage of correct predictions."""
     right = sum(prediction == label for prediction, label in zip(predictions, references, strict=True))
     return {"accuracy": 100 * right / len(references)}
 
 
 def _f1(predictions: Sequence[int], references: Sequence[int], labels: int) -> dict[str, float]:
-    """F1 of class 1, as GLUE reports MRPC and QQP; of more than two classes the mean of their F1 (macro), as
-    SuperGLUE reports CB: of the classes that are there or predicted, which is scikit-learn's choice.
+    """F1 of class 1, as in GLUE's MRPC and QQP; with more than two classes macro F1, as in SuperGLUE's CB, over the
+    classes that occur in predictions or references (scikit-learn's choice).
     """
     from sklearn.metrics import f1_score
 
@@ -63,8 +62,8 @@ def _f1(predictions: Sequence[int], references: Sequence[int], labels: int) -> d
 
 
 def _matthews(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Matthews' correlation coefficient, for more classes Gorodkin's R_K (2004). 0 where all predictions or all
-    references are the same: it is not defined there, and a model that always says the same has learned nothing.
+    """Matthews' correlation coefficient; for more than two classes Gorodkin's R_K (2004). Constant predictions or
+    references, for which it is undefined, give 0.
     """
     from sklearn.metrics import matthews_corrcoef
 
@@ -73,14 +72,14 @@ def _matthews(predictions: Sequence[int], references: Sequence[int]) -> dict[str
 
 
 def _pearson(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """Pearson's correlation; 0 where it is not defined, as `_matthews`."""
+    """Pearson's correlation; 0 for constant values, for which it is undefined."""
     from scipy.stats import pearsonr
 
     return {"pearson": _correlation(pearsonr, predictions, references)}
 
 
 def _spearman(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """Pearson's correlation of the ranks, equal values sharing the mean of theirs; 0 where it is not defined."""
+    """Pearson's correlation of the ranks, with mean ranks for ties; 0 for constant values."""
     from scipy.stats import spearmanr
 
     return {"spearman": _correlation(spearmanr, predictions, references)}
@@ -98,8 +97,8 @@ def _constant(values: Sequence[float]) -> bool:
 def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Mean F1 of ROUGE-1, 2, L and Lsum by Google's rouge-score, with Porter stemming.
 
-    Of several references the best-matching one counts, for each of the four on its own. Lsum takes lines as
-    sentences; of texts of one line it is L.
+    With several references, the best-matching one counts, separately for each of the four. Lsum treats lines as
+    sentences; for single-line texts it equals L.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -110,20 +109,20 @@ def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> d
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Corpus BLEU by sacreBLEU with its defaults: case kept, 13a tokens, exponential smoothing, and for the brevity
-    penalty the reference whose length is closest.
+    """Corpus BLEU by sacreBLEU with its defaults: case-sensitive, 13a tokens, exponential smoothing, and the closest
+    reference length for the brevity penalty.
     """
     import sacrebleu
 
     _check_references(references)
     streams = list(zip_longest(*references))  # the first references, the second ones or None, ...
-    # force: no warning about predictions that end in " .", as those of lower-cased data sets do.
+    # force: no warning about tokenised predictions, which end in " ." in lower-cased data sets.
     return {"bleu": float(sacrebleu.corpus_bleu(predictions, streams, force=True).score)}
 
 
 def _squad(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and token F1 as SQuAD 2's evaluation script: texts without case, punctuation, articles and
-    superfluous space, and the best over the references. A question without references has the empty answer.
+    """Exact match and token F1 of SQuAD 2's evaluation script: texts without case, punctuation, articles and extra
+    space; the best reference counts. A question without references has the empty answer.
 
     Source: Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250, and 2018, https://arxiv.org/abs/1806.03822.
     """
@@ -163,5 +162,5 @@ METRICS: Mapping[Metric, Compute] = {
     "bleu": _bleu,
     "squad": _squad,
 }
-"""Each metric by name. The numbers it gives bear its name, but for ``rouge`` (``rouge1``, ``rouge2``, ``rougeL``,
+"""Metric -> function. Each returns one number of its own name, except ``rouge`` (``rouge1``, ``rouge2``, ``rougeL``,
 ``rougeLsum``) and ``squad`` (``exact_match``, ``f1``)."""

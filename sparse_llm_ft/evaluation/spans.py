@@ -1,6 +1,6 @@
-"""Answers as spans of a context: what is learned about them, and which one an encoder chooses.
+"""Chooses an encoder's answer spans in extractive question answering.
 
-Source: Devlin et al., 2019, https://arxiv.org/abs/1810.04805, section 4.2 and 4.3, and its script for SQuAD.
+Source: Devlin et al., 2019, https://arxiv.org/abs/1810.04805, sections 4.2 and 4.3, and its SQuAD script.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sparse_llm_ft.objectives.base import lengths_of
 from sparse_llm_ft.objectives.spans import SpanObjective
 
 LONGEST = 30
-"""Most tokens of an answer."""
+"""Maximum tokens of an answer."""
 
 BEST = 20
-"""How many of the most probable starts, and ends, of a window are tried."""
+"""Number of most probable starts, and of ends, that are combined per window."""
 
 
 def choose_spans(
@@ -34,16 +34,15 @@ def choose_spans(
     world_size: int,
     unanswerable: bool,
 ) -> list[str]:
-    """Collective. The answer chosen for every example, in order, on every rank: a piece of its context.
+    """Collective. Every rank gets every example's answer, in order: a span of its context.
 
     The span has the largest sum of start and end logit over all windows of an example. It has at most `LONGEST` tokens
-    of the context, and comes from the `BEST` starts and ends of each window.
+    and combines one of the `BEST` starts with one of the `BEST` ends of a window.
 
     Args:
         samples: all windows of the examples.
-        unanswerable: whether questions may have no answer: "" where the least sum of the classification token's two
-            logits, over the windows of an example, is larger than the best span's. Without, "" stands only where no
-            span can be formed.
+        unanswerable: whether questions may have no answer. Then the answer is "" if the classification token's two
+            logits have a larger sum in every window than the best span. Otherwise it is "" only if no span is possible.
     """
     scores, spans = rank_spans(model, samples, objective, batch_size, rank, world_size)
     if world_size > 1:
@@ -60,11 +59,11 @@ def rank_spans(
     rank: int,
     world_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collective. What this rank finds in its windows, see `choose_spans`.
+    """Collective. The best spans of this rank's windows, see `choose_spans`.
 
     Returns:
-        (windows, 2) float64, the score of the best span (-inf: there is none) and of no answer; and (windows, 2)
-        int64, that span's first and last token. 0 where another rank judges: the sum over ranks is everybody's.
+        (windows, 2) float64, the scores of the best span (-inf if there is none) and of no answer; and (windows, 2)
+        int64, that span's first and last token. Other ranks' rows are 0, so that an all-reduce collects all windows.
     """
     device = next(model.parameters()).device
     scores = torch.zeros((len(samples), 2), dtype=torch.float64, device=device)
@@ -82,7 +81,7 @@ def rank_spans(
 
 
 def _best_span(starts: torch.Tensor, ends: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best score (-inf: there is none) and its (2,) first and last token, from logits (tokens,)."""
+    """The best score (-inf if no span is possible) and its (2,) first and last token, from logits (tokens,)."""
     count = min(BEST, len(starts))
     (a, first), (b, last) = starts.topk(count), ends.topk(count)
     first, last = first[:, None], last[None, :]
@@ -98,7 +97,7 @@ def spans_of(
     spans: torch.Tensor,
     unanswerable: bool,
 ) -> list[str]:
-    """The texts of `choose_spans` from what all ranks found, see `rank_spans`."""
+    """The texts of `choose_spans`, from all ranks' results of `rank_spans`."""
     best, null, texts = [-torch.inf] * len(examples), [torch.inf] * len(examples), [""] * len(examples)
     for sample, (score, no_answer), (start, end) in zip(samples, scores.tolist(), spans.tolist(), strict=True):
         i = sample.example

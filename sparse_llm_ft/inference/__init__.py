@@ -1,1 +1,1 @@
-"""A trained run used again: read from its folder, evaluated, or asked for predictions."""
+"""Uses a trained run: reads its folder, evaluates it, generates predictions."""

@@ -1,4 +1,4 @@
-"""A trained run measured again: on other samples or splits, other ranks, another ZeRO stage."""
+"""Evaluates a trained run: possibly on other samples, ranks or another ZeRO stage."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
 
 
 def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
-    """Measure the run's newest checkpoint as training measures it, with an engine around the same model. Collective.
+    """Collective. Evaluate the run's newest checkpoint with the same engine and model as in training.
 
     Processes must be connected (`process_group`).
 
     Args:
-        run: opened with the settings that say what is measured, and how.
-        output: folder that rank 0 makes, for ``metrics.json`` and ``predictions.jsonl``.
+        run: opened with the evaluation's settings.
+        output: folder that rank 0 creates for ``metrics.json`` and ``predictions.jsonl``.
 
     Returns:
-        What ``metrics.json`` holds: ``metrics``, ``split``, ``samples`` of each part, ``step``, and the settings that
-        the numbers depend on.
+        The contents of ``metrics.json``: ``metrics``, ``split``, ``samples`` of each part, ``step``, and the settings
+        that the numbers depend on.
 
     Raises:
-        UserError: data or weights that cannot be used, or a folder that exists.
+        UserError: data or weights cannot be used, or the folder exists.
     """
+    # Data.
     context = run.context
     config, world = context.config, context.world
     check_weights(config.model)
@@ -42,10 +43,14 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     for line in remarks_of(parts, config.task):
         context.console.log(line)
     run_on_rank_zero(world, lambda: output.mkdir(parents=True))
+
+    # The model with the checkpoint's state in an engine.
     settings = engine_settings(config, run.phase.with_batch(1, world.size), world.size)
     model = build_model(config, context.task_mode, run.plan, settings.to_deepspeed())
     engine = Engine(model, settings, run.plan)
     engine.load_state_dict(run.state.engine_state)
+
+    # Metrics.
     metrics = context.evaluator(parts)(engine.module, output / PREDICTIONS_FILE)
     engine.close()
     result = {
@@ -62,7 +67,7 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
 
 
 def free_folder(run: Path) -> Path:
-    """``RUN/evaluation-1``, or with the next number that is free."""
+    """``RUN/evaluation-N`` with the smallest free number N."""
     number = 1
     while (run / f"evaluation-{number}").exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Texts in, the trained model's answers out, in one process."""
+"""Predictions of a trained model for given texts, in one process."""
 
 from __future__ import annotations
 
@@ -17,58 +17,57 @@ def answer(run: TrainedRun, rows: Sequence[Row]) -> list[str]:
     """Predict each row in this process: a completion, a label word, or a score.
 
     Args:
-        run: opened with the evaluation settings and the seed that generation takes, `in_one_process`.
-        rows: the columns of `shown_columns`.
+        run: opened `in_one_process` with the settings and the seed of generation.
+        rows: texts by column, see `input_columns`.
 
     Raises:
-        UserError: a prompt is empty, or the task's answers exist in evaluation only.
+        UserError: a text is empty.
     """
     context = run.context
-    examples = [unanswered(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
+    examples = [unlabeled_example(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
     builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
     samples = list(builder.samples_of(examples))
     model = load_trained(run)
     evaluator = context.evaluator(())
     predictions, _ = evaluator.predict(model, EvalSplit("", examples, samples))
-    shown = [evaluator.shown(prediction) for prediction in predictions]
-    return [value if isinstance(value, str) else f"{value:.3f}" for value in shown]
+    values = [evaluator.readable(prediction) for prediction in predictions]
+    return [value if isinstance(value, str) else f"{value:.3f}" for value in values]
 
 
-def shown_columns(run: TrainedRun) -> list[str]:
-    """The columns of a row that the model sees, in order."""
+def input_columns(run: TrainedRun) -> list[str]:
+    """The columns that the model takes as input, in order."""
     if run.task_mode.has_head:
         return list(run.task.texts)
     return [run.task.messages] if run.task.messages is not None else template_columns(run.task.prompt or "")
 
 
 def make_rows(columns: Sequence[str], texts: Sequence[str], given: Row) -> list[Row]:
-    """A row for each of `texts`, which fills the one column that is not `given`; without texts the row given.
+    """One row per text: the text fills the only column that is not `given`. Without texts, the given row.
 
     Raises:
-        UserError: a column that the task has not, or columns without a text.
+        UserError: the task does not have a given column, or a column has no text.
     """
     for name in given:
         if name not in columns:
-            raise UserError(f"--column {name}: the task shows the model {', '.join(columns)}")
+            raise UserError(f"--column {name}: the task's input columns are {', '.join(columns)}")
     missing = [name for name in columns if name not in given]
     if not texts and not missing:
         return [given]
     if not texts or len(missing) != 1:
         wanted = " ".join(f"--column {name}=TEXT" for name in missing) if len(missing) > 1 else "a text"
         raise UserError(
-            f"expected {wanted}: the task shows the model {', '.join(columns)}"
+            f"expected {wanted}: the task's input columns are {', '.join(columns)}"
             if missing
-            else f"{texts[0]!r:.60}: every column is given by --column, and no text is left to fill"
+            else f"{texts[0]!r:.60}: --column gives every column, so no text is expected"
         )
     return [{**given, missing[0]: text} for text in texts]
 
 
-def unanswered(task: Task, row: Row, source: str) -> Example:
-    """The row as an example whose answer is unknown: the completion is empty; a label or a score, which samples
-    cannot be without, is the task's first or lowest, and says nothing.
+def unlabeled_example(task: Task, row: Row, source: str) -> Example:
+    """The row as an example without target: an empty completion, or the first label or lowest score as a placeholder.
 
     Raises:
-        UserError: a text is empty, or none.
+        UserError: a text is empty or not text.
     """
     for column in row:
         try:
@@ -77,6 +76,8 @@ def unanswered(task: Task, row: Row, source: str) -> Example:
             raise UserError(f"{source}: {error}") from None
         if empty:
             raise UserError(f"{source}: column {column} is empty")
+
+    # Placeholders for the target, which samples must have.
     label: int | float | None = None
     completion = ""
     if task.labels is not None:
@@ -84,12 +85,14 @@ def unanswered(task: Task, row: Row, source: str) -> Example:
         completion = render(task.completion or f"{{{task.label_column}}}", {task.label_column: task.labels[0]})
     elif task.score is not None:
         label = task.score[0]
+
+    # The inputs: a chat's turn, or prompt and texts.
     if task.messages is not None:
         turn = {"role": "user", "content": row[task.messages]}
         return Example(turn["content"], completion, (), source, messages=(turn,))
     texts = tuple(row.get(column, "") for column in task.texts)
     needed = template_columns(task.prompt or "")
-    # A model with a head sees the texts alone, and a row for it need not have what the prompt shows.
+    # A head sees only the texts, so its row may lack columns of the prompt.
     prompt = render(task.prompt, row) if task.prompt and all(name in row for name in needed) else "\n".join(texts)
     answers = () if task.extractive else None
     return Example(prompt, completion, (), source, label=label, texts=texts, answers=answers)

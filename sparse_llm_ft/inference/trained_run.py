@@ -1,4 +1,4 @@
-"""A run read from its folder, finished or not: what its newest checkpoint trained, and the model with it."""
+"""Reads a run from its folder, finished or not: its newest checkpoint and the trained model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from sparse_llm_ft.run_folder import RunFolder, open_run
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run and the newest of its checkpoints that can be used.
+    """A run and its newest usable checkpoint.
 
     Attributes:
-        config: the settings that the run began with; data and relative paths need not be where they were.
-        context: the run, opened again.
-        phase, state: of the checkpoint; the state's tensors are float32 and hold kept rows and columns alone.
+        config: the run's original settings; data and relative paths may have moved.
+        context: the run's context, opened again.
+        phase, state: from the checkpoint; the state's tensors are float32 and have kept rows and columns only.
         complaints: a line about each newer checkpoint that cannot be used.
     """
 
@@ -47,12 +47,12 @@ class TrainedRun:
 
     @property
     def task(self) -> Task:
-        """The task, with the settings in place."""
+        """The resolved task."""
         return self.context.task
 
     @property
     def task_mode(self) -> TaskMode:
-        """How the model learned the task."""
+        """The task mode of training."""
         return self.context.task_mode
 
     @property
@@ -62,12 +62,12 @@ class TrainedRun:
 
     @property
     def plan(self) -> AdapterPlan:
-        """What the checkpoint's phase trains."""
+        """The plan of the checkpoint's phase."""
         return self.phase.plan
 
     @property
     def full(self) -> bool:
-        """Whether the base itself was trained, so that there is no adapter."""
+        """Whether the base itself was trained, without adapters."""
         return FULL_MODEL in self.plan.trained
 
 
@@ -76,33 +76,33 @@ def read_run(
     config: RunConfig | None = None,
     world: World = ONE_PROCESS,
     trust_remote_code: bool = False,
-    agree: Callable[[int], int] = int,
+    broadcast: Callable[[int], int] = int,
 ) -> TrainedRun:
     """Open the run in `path` and find its newest usable checkpoint. Reads no weights of the base.
 
     Args:
-        config: the run's settings with others in their place; None: `in_one_process` of them.
-        trust_remote_code: whether code that the base brings along may run here. The folder's own config.yaml cannot
-            allow it: the folder may be a stranger's.
-        agree: makes of this process's newest step the one that all of several processes take.
+        config: replaces the run's settings; None means `in_one_process` of them.
+        trust_remote_code: whether the base's own code may run. The folder's config.yaml cannot allow it, since the
+            folder is untrusted.
+        broadcast: returns rank 0's value, so that all processes load the same step.
 
     Raises:
-        UserError: no run, no checkpoint, a base that is not there, or one whose code nobody here has allowed.
+        UserError: there is no run, no checkpoint or no base, or the base's code is not allowed.
     """
     folder = open_run(path)
     stored = folder.config()
     config = in_one_process(stored) if config is None else config
     if config.model.trust_remote_code and not trust_remote_code:
         raise UserError(
-            f"{path}: its config.yaml sets model.trust_remote_code, so code that {config.model.name} brings along "
-            "would run here; give --trust-remote-code if you trust it"
+            f"{path}: its config.yaml sets model.trust_remote_code, which would run code of {config.model.name} here; "
+            "give --trust-remote-code if you trust it"
         )
     context = RunContext.open(config, world, resolve_task(config.task))
     found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
     if found is None:
-        raise UserError("; ".join((*complaints, f"{path}: no checkpoint can be used")))
-    step = agree(found.step)
-    if step != found.step:  # the run continues, and has saved another checkpoint meanwhile
+        raise UserError("; ".join((*complaints, f"{path}: no usable checkpoint")))
+    step = broadcast(found.step)
+    if step != found.step:  # the run is still training and has saved another checkpoint
         try:
             found = load_checkpoint(checkpoint_folder(folder.checkpoints, step), context.expected)
         except CheckpointError as error:
@@ -111,19 +111,18 @@ def read_run(
 
 
 def in_one_process(config: RunConfig) -> RunConfig:
-    """The settings without what one process here may lack: no DeepSpeed, and the model's default attention."""
+    """The settings for one process: no DeepSpeed, and the model's default attention."""
     model = config.model.model_copy(update={"gradient_checkpointing": False, "attn_implementation": None})
     return config.model_copy(update={"model": model, "deepspeed": DeepSpeedConfig(zero_stage=0)})
 
 
 def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
-    """The base with the run's adapters and heads on it, in evaluation mode, on this process's device.
+    """The base with the run's adapters and head, in evaluation mode, on this process's device.
 
-    The adapters are built from the checkpoint's plan, so any phase and any tuner will do.
+    The checkpoint's plan determines the adapters, so every phase and tuner works.
 
     Args:
-        dequantize: turn a base that was trained on in 4 bit into ``W = dequantise(quantise(W))`` in `model.dtype`, the
-            weights that training saw.
+        dequantize: turn a 4-bit base into ``dequantise(quantise(W))`` in ``model.dtype``, the weights of training.
 
     Raises:
         UserError: the base cannot be loaded, or the checkpoint lacks a trained tensor.

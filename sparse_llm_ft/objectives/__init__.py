@@ -1,1 +1,1 @@
-"""How samples become a loss: one objective for each way that a model learns a task."""
+"""How samples become a loss: one objective per task mode."""

@@ -1,4 +1,4 @@
-"""What is learned: the loss of a batch, who is right in it, and in what units both are counted."""
+"""`Objective`: the loss of a batch, its correct predictions, and the units of both."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import nn
 from sparse_llm_ft.data.collate import Batch
 
 Forward = Callable[..., Any]
-"""The model, bare or under PEFT, or an engine around it; called with the tensors of a batch by name."""
+"""The model, with or without PEFT or an engine around it; takes a batch's tensors by name."""
 
 S = TypeVar("S", contravariant=True)
 
 
 class Objective(Protocol[S]):
-    """How samples become a loss. Everything about a batch is computed from its tensors: a caller may repeat them along
+    """How samples become a loss. All results depend on the batch's tensors alone, so a caller may repeat them along
     dimension 0.
     """
 
     def batch(self, samples: Sequence[S]) -> Batch:
-        """The samples' tensors on the CPU; each has the batch as dimension 0."""
+        """The samples' tensors on the CPU; dimension 0 is the batch."""
         ...
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -37,33 +37,33 @@ class Objective(Protocol[S]):
         ...
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: how many of each sample's scored units are right."""
+        """(batch,) int64: each sample's correct units, of the `scored` ones."""
         ...
 
-    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """From one forward pass, `losses` and (batch,) int64 the labels chosen; for tasks with labels only."""
+    def losses_and_predictions(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`losses`, and (batch,) predicted labels (int64) or scores (float32), from one forward pass."""
         ...
 
     def units(self, sample: S) -> int:
-        """Units of the loss: what a mean loss is a mean over."""
+        """Number of loss units; a mean loss is a mean over them."""
         ...
 
     def scored(self, sample: S) -> int:
-        """Units that `correct` counts."""
+        """Number of units that `correct` checks."""
         ...
 
     def tokens(self, sample: S) -> int:
-        """All tokens that the model sees."""
+        """Number of tokens that the model sees."""
         ...
 
     def majority(self, samples: Iterable[S]) -> float:
-        """Share of the most frequent right answer among all scored units: what always giving it would reach."""
+        """Accuracy of always predicting the most frequent target, 0 to 1."""
         ...
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode; every module gets its own mode back at the end, also after an error."""
+    """Evaluation mode inside the context; each module's own mode is restored at the end, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -80,6 +80,6 @@ def largest_share(answers: Iterable[Any]) -> float:
 
 
 def lengths_of(samples: Sequence[Any], objective: Objective[Any]) -> np.ndarray:
-    """(samples,) int32: each sample's tokens; a cached dataset knows them without building its samples."""
+    """(samples,) int32, the tokens of each sample; a cached dataset has them stored."""
     known = getattr(samples, "lengths", None)
     return np.array([objective.tokens(sample) for sample in samples], dtype=np.int32) if known is None else known

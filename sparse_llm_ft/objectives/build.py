@@ -1,4 +1,4 @@
-"""Which objective a task has on a model."""
+"""Chooses the objective for a task and a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sparse_llm_ft.objectives.spans import SpanObjective
 
 
 def build_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Objective[Any]:
-    """The objective of `task` on `model`, of which only class and settings are looked at: an empty one will do.
+    """The objective of `task` on `model`. Reads the model's class and config only, so `empty_model` suffices.
 
     Raises:
-        ConfigError: label words that cannot be told by one token.
+        ConfigError: one token does not distinguish all label words.
     """
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer made sure"
     pad, mode, base = tokenizer.pad_token_id, mode_of(model), base_of(model)
@@ -42,16 +42,16 @@ def build_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, 
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Refuse `task.packing` where samples in one sequence would see each other.
+    """Refuse ``task.packing`` if packed samples would attend to each other.
 
-    transformers keeps them apart by their positions, where a model makes its attention's mask from them, its attention
-    uses that mask, and no layer carries a state along.
+    transformers separates them by their positions if the model derives its attention mask from them, its attention
+    implementation uses that mask, and no layer carries a state from token to token.
 
     Args:
-        model: an empty one will do.
+        model: `empty_model` suffices.
 
     Raises:
-        ConfigError: naming the reason.
+        ConfigError: the model cannot separate packed samples; the message says why.
     """
     settings: Any = model.config.get_text_config()
     kind, attention = settings.model_type, settings._attn_implementation
@@ -59,45 +59,45 @@ def check_packing(model: PreTrainedModel) -> None:
     others = [layer for layer in layers if "attention" not in layer or layer == "linear_attention"]
     reason = None
     if mode_of(model) != "causal_lm":
-        reason = "the model is no decoder that writes"
+        reason = "the model is not a causal language model"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
-        reason = f"a {kind} model takes no positions"
+        reason = f"a {kind} model does not take positions"
     elif others or model._is_stateful:
-        reason = f"a {kind} model has layers that carry a state along"
+        reason = f"a {kind} model has stateful layers"
     elif attention not in ("sdpa", "eager") and "flash" not in attention:  # for flash attention see `packs_in_one_row`
-        reason = f"attention in {attention!r} lets samples in one sequence see each other"
+        reason = f"{attention!r} attention lets packed samples attend to each other"
     elif not _masks_by_positions(model):
-        reason = f"a {kind} model lets samples in one sequence see each other"
+        reason = f"a {kind} model lets packed samples attend to each other"
     if reason:
         raise ConfigError("task.packing", f"true, but {reason}", "expected false")
 
 
-class _Asked(Exception):
-    """Samples are looked for in positions."""
+class _PackingDetected(Exception):
+    """transformers has looked for packed samples."""
 
 
 def _masks_by_positions(model: PreTrainedModel) -> bool:
-    """Whether the model's forward pass, up to its first layer, asks transformers to tell samples apart by positions:
-    OPT and gpt-oss, for instance, take positions and make their masks without them.
+    """Whether the model's forward pass calls transformers' search for packed samples before its first layer. OPT and
+    gpt-oss, for instance, take positions but ignore them in their masks.
     """
 
-    def asked(position_ids: torch.Tensor) -> NoReturn:
-        raise _Asked
+    def detected(position_ids: torch.Tensor) -> NoReturn:
+        raise _PackingDetected
 
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-    with patch.object(masking_utils, "find_packed_sequence_indices", asked), torch.no_grad():
-        try:  # not by their ids, which GPT-2 looks at the values of
+    with patch.object(masking_utils, "find_packed_sequence_indices", detected), torch.no_grad():
+        try:  # embeddings, since GPT-2 reads the values of token ids
             embedded = model.get_input_embeddings()(ids)
             model(inputs_embeds=embedded, position_ids=torch.zeros_like(ids), use_cache=False)
-        except _Asked:
+        except _PackingDetected:
             return True
-        except Exception:  # whatever an empty model cannot do is behind the mask that it has made
+        except Exception:  # an empty model fails only after it has built its mask
             return False
     return False
 
 
 def _label_words(tokenizer: PreTrainedTokenizerBase, task: Task, is_target: bool) -> LabelWords | None:
-    """Each label's token where the completions of all labels differ first, as they stand in the samples."""
+    """Each label's token at the first position where the labels' completions differ."""
     if task.labels is None:
         return None
     assert task.completion, "resolve_task made sure"
@@ -110,8 +110,8 @@ def _label_words(tokenizer: PreTrainedTokenizerBase, task: Task, is_target: bool
         if token in tokens:
             raise ConfigError(
                 "task.labels",
-                f"{tokens[token]!r} and {word!r} both go on with the token {tokenizer.decode([token])!r}",
-                "expected words, written by task.completion, that differ where the first two do",
+                f"{tokens[token]!r} and {word!r} both continue with the token {tokenizer.decode([token])!r}",
+                "expected label words whose completions all differ at one token",
             )
         tokens[token] = word
     return LabelWords(torch.tensor(list(tokens)), position)

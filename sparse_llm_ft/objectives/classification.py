@@ -1,4 +1,4 @@
-"""Learning through a classification head: labels by cross-entropy, scores by squared error."""
+"""Objectives of a head: cross-entropy for labels, squared error for scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ClassificationObjective:
     pad_token_id: int
 
     def batch(self, samples: Sequence[TextSample]) -> Batch:
-        """The samples' tensors, as `collate_classification` lays them out."""
+        """The tensors of `collate_classification`."""
         return collate_classification(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -32,24 +32,24 @@ class ClassificationObjective:
         return F.cross_entropy(_outputs(forward, batch), batch["labels"], reduction="none")
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 1 where the sample is right, else 0."""
+        """(batch,) int64: 1 if the predicted label is correct, else 0."""
         return (_outputs(forward, batch).argmax(-1) == batch["labels"]).long()
 
-    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch,) losses and (batch,) labels chosen."""
+    def losses_and_predictions(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch,) losses and (batch,) predicted labels."""
         logits = _outputs(forward, batch)
         return F.cross_entropy(logits, batch["labels"], reduction="none"), logits.argmax(-1)
 
     def units(self, sample: TextSample) -> int:
-        """One: the loss is counted by samples."""
+        """Always 1: the unit is a sample."""
         return 1
 
     def scored(self, sample: TextSample) -> int:
-        """One: a sample is right or wrong as a whole."""
+        """Always 1: the unit is a sample."""
         return 1
 
     def tokens(self, sample: TextSample) -> int:
-        """Tokens of the text or the pair."""
+        """Number of tokens of the text or the pair."""
         return sample.length
 
     def majority(self, samples: Iterable[TextSample]) -> float:
@@ -61,29 +61,29 @@ class ClassificationObjective:
 class RegressionObjective(ClassificationObjective):
     """Squared error of a head with one output; a unit is a sample.
 
-    A sample is right if its output is within a quarter of its score. Papers report no such accuracy, but a derivation
-    needs one to set its floor.
+    A sample counts as correct if its output is within 0.25 of its score. Papers do not report this accuracy; a
+    derivation needs it for its floor.
     """
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """(batch,) float32: each sample's loss."""
-        return self.judge(forward, batch)[0]
+        return self.losses_and_predictions(forward, batch)[0]
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 1 where the sample is right, else 0."""
+        """(batch,) int64: 1 if the output is within 0.25 of the score, else 0."""
         outputs = _outputs(forward, batch).squeeze(-1)
         return ((outputs - batch["labels"]).abs() <= 0.25).long()
 
-    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses_and_predictions(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch,) losses and (batch,) outputs."""
         outputs = _outputs(forward, batch).squeeze(-1)
         return (outputs - batch["labels"]).square(), outputs
 
     def majority(self, samples: Iterable[TextSample]) -> float:
-        """Share of the samples whose score lies within a quarter of the most frequent one."""
+        """Share of the most frequent score, rounded to 0.5."""
         return largest_share(round(2 * sample.label) for sample in samples)
 
 
 def _outputs(forward: Forward, batch: Batch) -> torch.Tensor:
-    """Logits (batch, outputs) float32. The model does not get the labels, from which it would compute its own loss."""
+    """(batch, outputs) float32 logits. Labels are withheld, or the model would compute its own loss."""
     return forward(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()

@@ -1,4 +1,4 @@
-"""Learning to write: cross-entropy of a completion, by a decoder or an encoder-decoder."""
+"""Objectives of generating models: cross-entropy of a completion, for decoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from sparse_llm_ft.objectives.base import Forward, largest_share
 
 @dataclass(frozen=True, eq=False)
 class LabelWords:
-    """Where the words of a classification's labels differ, token by token.
+    """The token by which the label words of a classification differ.
 
     Attributes:
-        tokens: (labels,) int64: each word's token at `position` of the completion, before which all are alike.
+        tokens: (labels,) int64, each word's token at `position`.
+        position: the completion's first token that differs between labels.
     """
 
     tokens: torch.Tensor
@@ -30,15 +31,15 @@ class LabelWords:
 class CompletionObjective:
     """Cross-entropy of the completion; a unit is a token of it.
 
-    With label words, a sample is right if its own word has the largest logit among the words where they first differ.
-    Without, every token of the completion is right that has the largest logit given all tokens before it.
+    With label words, a sample is correct if its own word has the largest logit among all words at the token where they
+    differ. Without, each completion token is correct that has the largest logit given all tokens before it.
 
     Args:
         keeps_logits: whether the model takes ``logits_to_keep``; then it computes logits only at positions that
             some sample of the batch supervises.
-        label_words: None where the task has no labels.
-        packs_in_one_row: whether packs are laid behind each other: transformers' flash attention looks for samples by
-            their positions only in a batch of one row.
+        label_words: None if the task has no labels.
+        packs_in_one_row: whether to concatenate packs: transformers' flash attention separates samples by their
+            positions only in a batch of one row.
     """
 
     pad_token_id: int
@@ -47,7 +48,7 @@ class CompletionObjective:
     packs_in_one_row: bool = False
 
     def batch(self, samples: Sequence[Sample] | Sequence[Pack]) -> Batch:
-        """The tensors of samples, as `collate_causal_lm` lays them out, or of packs, as `collate_packed` does."""
+        """The tensors of `collate_causal_lm` for samples, of `collate_packed` for packs."""
         if samples and isinstance(samples[0], Pack):
             return collate_packed(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
         return collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
@@ -62,29 +63,29 @@ class CompletionObjective:
         return _summed(*self._predict(forward, batch))
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 0 or 1 with label words, else the number of right tokens."""
+        """(batch,) int64: 0 or 1 with label words, else the number of correct tokens."""
         logits, targets = self._predict(forward, batch)
         if self.label_words is None:
             return (logits.argmax(-1) == targets).sum(1)  # IGNORE_INDEX equals no token
-        choices, right = _choose(logits, targets, self.label_words)
-        return (choices == right).long()
+        predicted, target = _predict_labels(logits, targets, self.label_words)
+        return (predicted == target).long()
 
-    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch,) losses and (batch,) labels chosen."""
+    def losses_and_predictions(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch,) losses and (batch,) predicted labels."""
         assert self.label_words is not None, "the task has no labels to choose from"
         logits, targets = self._predict(forward, batch)
-        return _summed(logits, targets), _choose(logits, targets, self.label_words)[0]
+        return _summed(logits, targets), _predict_labels(logits, targets, self.label_words)[0]
 
     def units(self, sample: Sample | Pack) -> int:
-        """Number of tokens in the completion."""
+        """Number of completion tokens."""
         return sample.supervised
 
     def scored(self, sample: Sample | Pack) -> int:
-        """1 with label words, else the tokens of the completion."""
+        """1 with label words, else the number of completion tokens."""
         return sample.supervised if self.label_words is None else 1
 
     def tokens(self, sample: Sample | Pack) -> int:
-        """Tokens of prompt and completion."""
+        """Number of tokens of prompt and completion."""
         return sample.length
 
     def majority(self, samples: Iterable[Sample]) -> float:
@@ -99,7 +100,7 @@ class CompletionObjective:
         # The logits at position t predict the token at t + 1.
         positions = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
-        # Without a mask, transformers tells packed samples apart by their positions.
+        # Without a mask, transformers separates packed samples by their positions.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
         output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
         logits = output.logits if self.keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
@@ -111,13 +112,13 @@ class Seq2SeqObjective(CompletionObjective):
     """`CompletionObjective` of an encoder-decoder, whose decoder predicts every token of the completion.
 
     Args:
-        start_token_id: what the decoder begins with.
+        start_token_id: the decoder's first input token.
     """
 
     start_token_id: int = 0
 
     def batch(self, samples: Sequence[Any]) -> Batch:
-        """The samples' tensors, as `collate_seq2seq` lays them out."""
+        """The tensors of `collate_seq2seq`."""
         return collate_seq2seq(samples, self.pad_token_id, self.start_token_id)
 
     def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,14 +126,16 @@ class Seq2SeqObjective(CompletionObjective):
         return forward(**inputs, use_cache=False).logits.float(), batch["labels"]
 
 
-def _choose(logits: torch.Tensor, targets: torch.Tensor, words: LabelWords) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) the label chosen and (B,) the right one, both read off where the words differ first."""
+def _predict_labels(
+    logits: torch.Tensor, targets: torch.Tensor, words: LabelWords
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) predicted and (B,) target labels, from logits (B, P, V) and targets (B, P) where the words differ."""
     tokens = words.tokens.to(logits.device)
     rows = torch.arange(len(targets), device=logits.device)
     place = (targets != IGNORE_INDEX).int().argmax(1) + words.position  # Shape: (B,)
-    choices = logits[rows, place][:, tokens].argmax(-1)
-    right = (targets[rows, place].unsqueeze(1) == tokens).int().argmax(1)
-    return choices, right
+    predicted = logits[rows, place][:, tokens].argmax(-1)
+    target = (targets[rows, place].unsqueeze(1) == tokens).int().argmax(1)
+    return predicted, target
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

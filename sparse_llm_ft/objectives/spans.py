@@ -1,11 +1,10 @@
-"""Answers as spans of a context: the loss of their first and last token.
+"""The objective of extractive question answering: cross-entropy of the answer's first and last token.
 
-Source: Devlin et al., 2019, https://arxiv.org/abs/1810.04805, section 4.2 and 4.3, and its script for SQuAD.
+Source: Devlin et al., 2019, https://arxiv.org/abs/1810.04805, sections 4.2 and 4.3, and its SQuAD script.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,20 +13,20 @@ import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.spans import SpanSample, collate_spans
-from sparse_llm_ft.objectives.base import Forward
+from sparse_llm_ft.objectives.base import Forward, largest_share
 
 
 @dataclass(frozen=True)
 class SpanObjective:
-    """Cross-entropy of the answer's first and last token, their mean; a unit is a window of a context.
+    """Mean cross-entropy of the answer's first and last token; a unit is a window of a context.
 
-    Padding has no probability, so that a window's loss does not depend on what else is in its batch.
+    Padding has probability 0, so a window's loss does not depend on its batch.
     """
 
     pad_token_id: int
 
     def batch(self, samples: Sequence[SpanSample]) -> Batch:
-        """The windows' tensors, as `collate_spans` lays them out."""
+        """The tensors of `collate_spans`."""
         return collate_spans(samples, self.pad_token_id)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -41,39 +40,38 @@ class SpanObjective:
         return (start_losses + F.cross_entropy(ends, batch["end_positions"], reduction="none")) / 2
 
     def correct(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(batch,) int64: 1 where both the most probable start and the most probable end are right."""
+        """(batch,) int64: 1 if the most probable start and end are both correct, else 0."""
         starts, ends = self.logits(forward, batch)
         right = (starts.argmax(-1) == batch["start_positions"]) & (ends.argmax(-1) == batch["end_positions"])
         return right.long()
 
-    def judge(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Spans are no labels: see `choose_spans`.
+    def losses_and_predictions(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not available for spans: use `choose_spans`.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("spans are no labels; choose_spans finds them")
+        raise TypeError("spans are not labels; use choose_spans")
 
     def units(self, sample: SpanSample) -> int:
-        """One: the loss is counted by windows."""
+        """Always 1: the unit is a window."""
         return 1
 
     def scored(self, sample: SpanSample) -> int:
-        """One: a window is right or wrong as a whole."""
+        """Always 1: the unit is a window."""
         return 1
 
     def tokens(self, sample: SpanSample) -> int:
-        """Tokens of question and window."""
+        """Number of tokens of question and window."""
         return len(sample.ids)
 
     def majority(self, samples: Iterable[SpanSample]) -> float:
-        """Share of the most frequent place, which is most often that of no answer."""
-        places = Counter((sample.start, sample.end) for sample in samples)
-        return max(places.values()) / places.total()
+        """Share of the most frequent span, usually "no answer"."""
+        return largest_share((sample.start, sample.end) for sample in samples)
 
     def logits(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, longest) float32 of starts and of ends; -inf at padding. The model does not get the positions, from
-        which it would compute its own loss.
+        """Logits of starts and of ends, each (batch, longest) float32, -inf at padding. The target positions are
+        withheld, or the model would compute its own loss.
         """
         inputs = {name: value for name, value in batch.items() if not name.endswith("_positions")}
         output = forward(**inputs)

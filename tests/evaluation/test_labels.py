@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_llm_ft.data.tokenization import TextSample
-from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
+from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.objectives.classification import ClassificationObjective
 
 
@@ -17,7 +17,7 @@ def test_choices_come_in_order_with_the_mean_loss(process_group, encoder) -> Non
     assert len(set(expected)) > 1
     encoder.train()
     for batch_size in (1, 3, 7):
-        loss, choices = choose_labels(encoder, samples, objective, batch_size, 0, 1)
+        loss, choices = predict_labels(encoder, samples, objective, batch_size, 0, 1)
         assert choices == expected
         assert loss == pytest.approx(mean_loss(encoder, samples, objective, batch_size, 0, 1), rel=1e-6)
     assert encoder.training

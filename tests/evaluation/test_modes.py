@@ -18,7 +18,7 @@ from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanSample
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation.generation import rank_tokens
-from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
+from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.evaluation.spans import rank_spans
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.objectives.classification import ClassificationObjective
@@ -65,7 +65,7 @@ def written(case: Case) -> object:
 
 LOOPS: dict[str, Callable[[Case], object]] = {
     "mean loss": lambda case: mean_loss(case.model, TEXTS, CLASSES, 1, 0, 1),
-    "labels": lambda case: choose_labels(case.model, TEXTS, CLASSES, 1, 0, 1),
+    "labels": lambda case: predict_labels(case.model, TEXTS, CLASSES, 1, 0, 1),
     "spans": lambda case: rank_spans(case.model, WINDOWS, SPANS, 1, 0, 1),
     "texts": written,
     "scores": lambda case: case.scorer.lora_output(case.model, case.targets, TEXTS),

@@ -204,8 +204,8 @@ def test_units_are_windows_and_the_majority_is_the_commonest_place(tokenizer) ->
     nowhere = sum(sample.start == sample.null for sample in samples)
     assert nowhere > 1
     assert OBJECTIVE.majority(samples) == nowhere / len(samples)
-    with pytest.raises(TypeError, match="spans are no labels"):
-        OBJECTIVE.judge(encoder(tokenizer), OBJECTIVE.batch(samples))
+    with pytest.raises(TypeError, match="spans are not labels"):
+        OBJECTIVE.losses_and_predictions(encoder(tokenizer), OBJECTIVE.batch(samples))
 
 
 def test_an_encoder_learns_four_questions(tokenizer) -> None:

@@ -17,7 +17,7 @@ from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import evaluator
-from sparse_llm_ft.inference.generate import make_rows, unanswered
+from sparse_llm_ft.inference.generate import make_rows, unlabeled_example
 
 TEXTS = ["anna meets tom", "the red cake"]
 
@@ -143,12 +143,12 @@ def test_sampling_follows_its_settings(settings: dict, capsys, monkeypatch) -> N
     [
         (["tom", "--top-p", "2"], "evaluation.top_p"),
         (["tom", "--max-new-tokens", "0"], "evaluation.max_new_tokens"),
-        ([], "expected a text: the task shows the model text"),
+        ([], "expected a text: the task's input columns are text"),
         (["  "], "text 1: column text is empty"),
         (["tom", "\udcff"], "text 2: column 'text' holds half of a surrogate pair, which is no text"),
-        (["tom", "--column", "answer=x"], "--column answer: the task shows the model text"),
+        (["tom", "--column", "answer=x"], "--column answer: the task's input columns are text"),
         (["tom", "--column", "text"], "--column text: expected NAME=TEXT"),
-        (["tom", "--column", "text=anna"], "'tom': every column is given by --column"),
+        (["tom", "--column", "text=anna"], "'tom': --column gives every column"),
     ],
 )
 def test_wrong_inputs_are_one_line(arguments: list[str], message: str, settings: dict, capsys) -> None:
@@ -170,13 +170,13 @@ def test_rows_are_made_of_texts_and_columns() -> None:
 
 def test_an_example_without_answer_shows_what_training_shows() -> None:
     labelled = Task("t", None, "Q: {q}", " {label}", labels=("no", "yes"), texts=("q",))
-    example = unanswered(labelled, {"q": "why"}, "text 1")
+    example = unlabeled_example(labelled, {"q": "why"}, "text 1")
     assert (example.prompt, example.texts, example.completion) == ("Q: why", ("why",), " no")
-    written = unanswered(Task("t", None, "Q: {q}", "{a}"), {"q": "why"}, "text 1")
+    written = unlabeled_example(Task("t", None, "Q: {q}", "{a}"), {"q": "why"}, "text 1")
     assert (written.prompt, written.completion, written.label) == ("Q: why", "", None)
-    scored = unanswered(
+    scored = unlabeled_example(
         Task("t", None, "{a} {b}", " {s}", score=(0.0, 5.0), texts=("a", "b")), {"a": "1", "b": "2"}, ""
     )
     assert (scored.prompt, scored.texts, scored.label) == ("1 2", ("1", "2"), 0.0)
-    chat = unanswered(Task("t", None, None, None, messages="turns"), {"turns": "hello"}, "text 1")
+    chat = unlabeled_example(Task("t", None, None, None, messages="turns"), {"turns": "hello"}, "text 1")
     assert chat.messages == ({"role": "user", "content": "hello"},)

@@ -51,7 +51,7 @@ from sparse_llm_ft.data.tokenization import Sample
 from sparse_llm_ft.distributed.world import prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, init_distributed
 from sparse_llm_ft.evaluation.generation import generate
-from sparse_llm_ft.evaluation.loop import choose_labels, mean_loss
+from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.objectives.language_modeling import LabelWords, Seq2SeqObjective
@@ -389,7 +389,7 @@ def labels_chosen_do_not_depend_on_ranks_or_batches() -> None:
     with torch.no_grad():
         logits = [model(torch.tensor([sample.prompt_ids])).logits[0, -1, words] for sample in samples]
     for batch_size in (1, 2, 5):
-        loss, choices = choose_labels(model, samples, objective, batch_size, WORLD.rank, WORLD.size)
+        loss, choices = predict_labels(model, samples, objective, batch_size, WORLD.rank, WORLD.size)
         assert choices == [int(row.argmax()) for row in logits]
         assert abs(loss - mean_loss_alone(model)) < 1e-5
 

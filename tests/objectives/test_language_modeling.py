@@ -72,7 +72,7 @@ def test_a_label_is_chosen_by_the_first_token_of_its_word(causal, keeps_logits: 
     expected = [max(range(3), key=lambda k: by_hand(causal, s)[0, WORDS[k]]) for s in samples]
     assert len(set(expected)) > 1
     batch = objective.batch(samples)
-    losses, choices = objective.judge(causal, batch)
+    losses, choices = objective.losses_and_predictions(causal, batch)
     assert choices.tolist() == expected
     assert objective.correct(causal, batch).tolist() == [int(c == i % 3) for i, c in enumerate(expected)]
     assert torch.equal(losses, objective.losses(causal, batch))
@@ -92,7 +92,7 @@ def test_a_heads_loss_is_the_sum_over_samples(encoder) -> None:
     assert float(objective.loss(encoder, batch)) == pytest.approx(4 * float(encoder(**batch).loss), rel=1e-5)
     choices = [int(row.argmax()) for row in rows]
     assert len(set(choices)) > 1
-    assert objective.judge(encoder, batch)[1].tolist() == choices
+    assert objective.losses_and_predictions(encoder, batch)[1].tolist() == choices
     assert objective.correct(encoder, batch).tolist() == [
         int(c == s.label) for c, s in zip(choices, TEXTS, strict=True)
     ]
@@ -142,9 +142,9 @@ def test_the_objective_follows_from_model_and_task(causal, encoder, model_folder
 
 def test_label_words_with_the_same_first_token_are_refused(causal, model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both go on with the token 'red'"):
+    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both continue with the token 'red'"):
         build_objective(causal, tokenizer, labelled("blue", "red cake", "red book"))
-    with pytest.raises(ConfigError, match=r"task.labels: 'dog' and 'cat' both go on with the token '<unk>'"):
+    with pytest.raises(ConfigError, match=r"task.labels: 'dog' and 'cat' both continue with the token '<unk>'"):
         build_objective(causal, tokenizer, labelled("dog", "cat"))
 
 
@@ -159,9 +159,9 @@ def test_label_words_may_have_the_same_beginning(causal, model_folder: Path) -> 
     prompts = [(1, *range(3, 3 + n)) for n in range(1, 9)]
     long, short = ([Sample(p, c) for p in prompts] for c in ((a, blue, 2), (blue, 2)))
     short = [Sample((*s.prompt_ids, a), s.completion_ids) for s in short]
-    chosen = objective.judge(causal, objective.batch(long))[1].tolist()
+    chosen = objective.losses_and_predictions(causal, objective.batch(long))[1].tolist()
     assert len(set(chosen)) == 2
-    assert chosen == first.judge(causal, first.batch(short))[1].tolist()
+    assert chosen == first.losses_and_predictions(causal, first.batch(short))[1].tolist()
 
 
 def test_the_majority_is_the_largest_class_or_the_most_frequent_token() -> None:

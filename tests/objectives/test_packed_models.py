@@ -166,10 +166,10 @@ def test_further_families_that_may_be_packed(name: str) -> None:
         assert float(objective.loss(model, objective.batch(PACKS))) == pytest.approx(expected, rel=1e-5)
 
 
-STATEFUL = "has layers that carry a state along"
-LEAKS = "lets samples in one sequence see each other"
+STATEFUL = "has stateful layers"
+LEAKS = "lets packed samples attend to each other"
 REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
-    "mamba": (lambda: MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2), "takes no positions"),
+    "mamba": (lambda: MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2), "does not take positions"),
     "jamba": (lambda: JambaConfig(**GROUPED, num_experts=2), STATEFUL),
     "qwen3_next": (lambda: Qwen3NextConfig(**GROUPED, num_experts=4), STATEFUL),
     "deepseek_v4": (
@@ -210,7 +210,7 @@ def test_encoders_and_encoder_decoders_are_refused() -> None:
             BertForSequenceClassification(BertConfig(**SIZES)),
         ]
     for model in models:
-        with pytest.raises(ConfigError, match="true, but the model is no decoder that writes"):
+        with pytest.raises(ConfigError, match="true, but the model is not a causal language model"):
             check_packing(model)
 
 
@@ -218,7 +218,7 @@ def test_attention_that_makes_no_mask_is_refused_and_flash_gets_one_row() -> Non
     """As transformers asks for: it looks for samples in positions, in a batch of one, where there is no mask."""
     model = build(LlamaConfig(**GROUPED))
     model.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(ConfigError, match=r"true, but attention in 'paged\|sdpa' lets samples"):
+    with pytest.raises(ConfigError, match=r"true, but 'paged\|sdpa' attention lets packed samples"):
         check_packing(model)
     packs = [Pack((Sample((5, 6), (7, 2)), Sample((8,), (9, 2)))), Pack((Sample((4, 4, 4), (3, 2)),))]
     batch = CompletionObjective(0, True, packs_in_one_row=True).batch(packs)

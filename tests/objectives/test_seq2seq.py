@@ -26,7 +26,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.data.tokenization import ClassificationPreprocessor, Seq2SeqPreprocessor
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.evaluation.loop import choose_labels
+from sparse_llm_ft.evaluation.loop import predict_labels
 from sparse_llm_ft.model.loading import load_model, load_tokenizer
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
@@ -141,19 +141,19 @@ def test_a_label_is_chosen_where_the_words_differ_behind_the_token_that_texts_be
     expected = [int(next_tokens(model, sample)[begin, tokens].argmax()) for sample in samples]
     assert len(set(expected)) > 1
     batch = objective.batch(samples)
-    losses, chosen = objective.judge(model, batch)
+    losses, chosen = objective.losses_and_predictions(model, batch)
     assert chosen.tolist() == expected
     assert losses.tolist() == pytest.approx([own_loss(model, sample) for sample in samples], rel=1e-5)
     assert objective.correct(model, batch).tolist() == [int(c == i % 3) for i, c in enumerate(expected)]
     assert objective.majority(samples) == pytest.approx(1 / 3) and objective.scored(samples[0]) == 1
-    loss, again = choose_labels(model, samples, objective, 5, 0, 1)
+    loss, again = predict_labels(model, samples, objective, 5, 0, 1)
     assert again == expected and loss == pytest.approx(
         float(losses.sum()) / sum(len(sample.completion_ids) for sample in samples), rel=1e-6
     )
 
 
 def test_label_words_with_the_same_token_are_refused(writer) -> None:
-    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both go on with the token 'red'"):
+    with pytest.raises(ConfigError, match=r"task.labels: 'red cake' and 'red book' both continue with the token 'red'"):
         build_objective(*writer, labelled("blue", "red cake", "red book"))
 
 
@@ -176,7 +176,7 @@ def test_a_regressions_loss_is_transformers_mean_squared_error(encoder_folder: P
     assert batch["labels"].dtype == torch.float32
     assert objective.losses(model, batch).tolist() == pytest.approx([float(o.loss) for o in alone], rel=1e-4)
     assert float(objective.loss(model, batch)) == pytest.approx(3 * float(model(**batch).loss), rel=1e-5)
-    losses, outputs = objective.judge(model, batch)
+    losses, outputs = objective.losses_and_predictions(model, batch)
     assert outputs.tolist() == pytest.approx([float(o.logits) for o in alone], rel=1e-4)
     assert torch.equal(losses, objective.losses(model, batch))
 
@@ -184,7 +184,7 @@ def test_a_regressions_loss_is_transformers_mean_squared_error(encoder_folder: P
 def test_a_score_is_right_within_a_quarter(encoder_folder: Path) -> None:
     model = loud(AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=1))
     objective = RegressionObjective(0)
-    outputs = objective.judge(model, objective.batch(SCORED))[1].tolist()
+    outputs = objective.losses_and_predictions(model, objective.batch(SCORED))[1].tolist()
     near = [replace(s, label=o + d) for s, o, d in zip(SCORED, outputs, (0.24, -0.26, 0.0), strict=True)]
     assert objective.correct(model, objective.batch(near)).tolist() == [1, 0, 1]
     assert objective.majority([replace(SCORED[0], label=x) for x in (1.0, 1.2, 0.9, 3.0)]) == 0.75
