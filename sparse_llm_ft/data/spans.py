@@ -93,11 +93,13 @@ def _windows(
 ) -> list[SpanSample]:
     assert example.answers is not None, "the task is extractive"
     question, context = example.texts
-    asked = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
-    room = length - asked - tokenizer.num_special_tokens_to_add(pair=True)
+    question_length = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    room = length - question_length - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 1:
         raise DataError(
-            example.source, example.line, f"a question of {asked} tokens leaves no room in task.max_length {length}"
+            example.source,
+            example.line,
+            f"a question of {question_length} tokens leaves no room in task.max_length {length}",
         )
     encoded = tokenizer(
         question,

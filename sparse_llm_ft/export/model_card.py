@@ -41,6 +41,8 @@ def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
     config, task, progress = run.config, run.task, run.state.progress
     summary = run.folder.summary() if (run.folder.path / SUMMARY_FILE).is_file() else {}
     base = public_name(config.model.name)
+
+    # Parts that depend on the form or on where things are from.
     quantization = ""
     if config.model.quantization != "none":
         merged = ", which were dequantised and merged with the adapter" if options.to == "merged" else ""
@@ -48,6 +50,8 @@ def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
     hub = " / ".join(part for part in (task.hub_id, task.hub_config) if part)
     tree = public_settings(config)
     sizes, versions, processes = summary.get("samples", {}), summary.get("versions", {}), summary.get("world_size")
+
+    # The card.
     card = _CARD.substitute(
         metadata=metadata_of(run, options).to_yaml(),
         title=repo_id.partition("/")[2],

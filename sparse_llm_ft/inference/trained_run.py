@@ -89,6 +89,7 @@ def read_run(
     Raises:
         UserError: there is no run, no checkpoint or no base, or the base's code is not allowed.
     """
+    # The settings.
     folder = open_run(path)
     stored = folder.config()
     config = in_one_process(stored) if config is None else config
@@ -97,6 +98,8 @@ def read_run(
             f"{path}: its config.yaml sets model.trust_remote_code, which would run code of {config.model.name} here; "
             "give --trust-remote-code if you trust it"
         )
+
+    # The checkpoint: every process loads rank 0's step.
     context = RunContext.open(config, world, resolve_task(config.task))
     found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
     if found is None:

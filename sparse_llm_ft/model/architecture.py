@@ -85,6 +85,7 @@ def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: s
     Raises:
         ConfigError: the model or the task does not support the mode.
     """
+    # The mode, by default that of the model's family.
     family = model_family(settings)
     mode = _default(family, task) if wanted == "auto" else wanted
     if mode is None:
@@ -93,7 +94,8 @@ def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: s
             f"{model!r} is an encoder ({settings.model_type}): it would see the completion it has to predict",
             "expected a causal language model, or a task with labels",
         )
-    # T5's and BART's own sequence heads are not supported: which of the two stacks they read differs by model.
+
+    # Family and mode. T5's and BART's own sequence heads are not supported: which of the two stacks they read differs by model.
     fits: dict[str, tuple[ModelFamily, ...]] = {
         "sequence_classification": ("encoder", "decoder"),
         "question_answering": ("encoder",),
@@ -107,6 +109,8 @@ def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: s
             f"{mode}, but {model!r} is {'a' if family == 'decoder' else 'an'} {family} ({settings.model_type})",
             f"expected {possible}",
         )
+
+    # Task and mode.
     if mode == "sequence_classification":
         if task.labels is None and task.score is None:
             raise ConfigError(
