@@ -95,7 +95,7 @@ def find_task_mode(settings: PreTrainedConfig, model: str, task: Task, wanted: s
             "expected a causal language model, or a task with labels",
         )
 
-    # Family and mode. T5's and BART's own sequence heads are not supported: which of the two stacks they read differs by model.
+    # Family and mode. T5's and BART's own sequence heads are left out, since they differ in the stack that they read.
     fits: dict[str, tuple[ModelFamily, ...]] = {
         "sequence_classification": ("encoder", "decoder"),
         "question_answering": ("encoder",),
