@@ -1,4 +1,4 @@
-"""`sparse-llm-ft`: what one does before and after a run. Training itself is `deepspeed launch/train.py`."""
+"""`sparse-llm-ft`: commands for before and after a run. `deepspeed launch/train.py` trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_llm_ft.run_folder import RunFolder
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Only these are started by launchers; the others may run anywhere, an allocation's shell included.
+    # Launchers start only these two; the others may run anywhere, also in the shell of an allocation.
     world = find_world() if {"derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
     with one_line_errors(world):
         options = _parse(arguments)
@@ -62,7 +62,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and (takes is None or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes is not None:
-        takes += rest  # argparse takes none behind an option
+        takes += rest  # argparse takes no positional argument behind an option
     return options
 
 

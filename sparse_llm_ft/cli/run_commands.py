@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
-    export = commands.add_parser("export", help="write what a run's newest checkpoint trained, in one of three forms")
+    export = commands.add_parser("export", help="write a run's newest checkpoint in one of three forms")
     _add_run(export)
     export.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/export-FORM")
     _add_form(export)
@@ -46,15 +46,15 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--output", metavar="FOLDER", help="must not exist yet; default: RUN/evaluation-NUMBER")
     evaluate.set_defaults(command=_evaluate, rest="settings")
 
-    generate = commands.add_parser("generate", help="show what a run's newest checkpoint makes of a text")
+    generate = commands.add_parser("generate", help="print the answer of a run's newest checkpoint to a text")
     _add_run(generate)
-    generate.add_argument("texts", nargs="*", metavar="TEXT", help="for the task's prompt; - reads standard input")
+    generate.add_argument("texts", nargs="*", metavar="TEXT", help="fills the task's prompt; - reads standard input")
     generate.add_argument(
         "--column",
         action="append",
         default=[],
         metavar="NAME=TEXT",
-        help="a column of a prompt that has several",
+        help="a column, if the prompt has several",
     )
     generate.add_argument("--max-new-tokens", type=int, metavar="N")
     generate.add_argument("--num-beams", type=int, metavar="N", help="width of a beam search")
@@ -76,9 +76,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help=_RUN)
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="let code that the run's base model brings along run here"
-    )
+    command.add_argument("--trust-remote-code", action="store_true", help="let code of the run's base model run here")
 
 
 def _add_form(command: argparse.ArgumentParser) -> None:
@@ -129,7 +127,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _with_settings(path: Path, settings: Sequence[str]) -> RunConfig:
-    """The run's settings with those typed over them; only of sections that do not make it another run."""
+    """The run's settings, overridden by those given; only sections that do not make it another run are allowed."""
     for setting in settings:
         if not setting.startswith(_MEASURING):
             raise UserError(f"{setting}: expected a setting of {', '.join(_MEASURING)}")
@@ -180,7 +178,7 @@ def _read(
     agree: Callable[[int], int] = int,
 ) -> TrainedRun:
     """Open the run, and print a line on standard error about each of its checkpoints that cannot be used."""
-    open_run(options.run)  # what is wrong with it is printed before anything slow is imported
+    open_run(options.run)  # reports what is wrong with it before anything slow is imported
     import transformers
 
     from sparse_llm_ft.inference.trained_run import read_run
@@ -204,10 +202,10 @@ def _columns(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _generation(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """The run's settings with the generation options in their place, checked as settings are."""
+    """The run's settings, overridden by the generation options and checked."""
     names = ("max_new_tokens", "num_beams", "temperature", "top_p")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    # No data are read: their folder need not exist.
+    # The command reads no data: their folder need not exist.
     tree = merge(config.model_dump(mode="json"), {"evaluation": given, "task": {"path": None}})
     if options.seed is not None:
         tree["seed"] = options.seed

@@ -1,4 +1,4 @@
-"""What tasks there are, and what one is, for people. Imports no torch."""
+"""The list of tasks, and one task in detail, as text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST = 1200
 
 
 def list_tasks() -> str:
-    """A line for each task: name, metrics, the hub's data set, what it is."""
+    """A line for each task: name, metrics, the hub's data set, description."""
     rows = [(task.name, ", ".join(task.metrics), _hub(task), task.description) for _, task in sorted(TASKS.items())]
     rows = [("task", "metrics", "data set", "what it is"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -26,10 +26,10 @@ def list_tasks() -> str:
 
 
 def show_task(name: str, path: str | None = None) -> str:
-    """All about one task, with an example.
+    """One task in detail, with an example.
 
     Args:
-        path: folder whose first split the example is from; without it, it is an invented row.
+        path: folder with the example's data (its first split); None: the example is an invented row.
 
     Raises:
         UserError: an unknown name, or data that cannot be used.
@@ -72,7 +72,7 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
 
 
 def _example(task: Task, path: str | None) -> tuple[Example | None, str]:
-    """An example, and where it is from."""
+    """An example, and its source."""
     if path is None:
         if task.example is None:
             return None, ""
@@ -103,7 +103,7 @@ def _splits(splits: Mapping[str, str]) -> str:
 
 
 def _short(text: str) -> str:
-    """The text with what a terminal would obey made visible, and its middle left out where it is long."""
+    """The text with control characters made visible; a long one is truncated in the middle."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 300]} [...] {text[-300:]}"
     return ("\n" + " " * 14).join(one_line(line).rstrip() for line in text.splitlines())

@@ -10,7 +10,6 @@ from sparse_llm_ft.config.load import (
     split_arguments,
 )
 from sparse_llm_ft.config.schema import (
-    DeepSpeedConfig,
     EvaluationConfig,
     ModelConfig,
     RunConfig,
@@ -19,7 +18,6 @@ from sparse_llm_ft.config.schema import (
 )
 
 __all__ = [
-    "DeepSpeedConfig",
     "EvaluationConfig",
     "ModelConfig",
     "RunConfig",

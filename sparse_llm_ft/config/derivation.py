@@ -1,4 +1,4 @@
-"""How Partial-LoRA's ratios are derived. Method, phase and scoring take these settings from here."""
+"""Settings that derive Partial-LoRA's ratios. Method, phase and scoring take them from here."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class DerivationSettings(ForwardPasses):
     """Algorithm 1 of Partial-LoRA (Damirchi et al., 2024).
 
     Attributes:
-        importance: what ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
+        importance: the measure that ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
         accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
-        floor_metric: ``loss`` stops where the mean loss exceeds the base's / accuracy_floor instead; for bases that
+        floor_metric: ``loss`` stops when the mean loss exceeds the base's / accuracy_floor instead, for bases that
             cannot do the task yet.
         flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
     """

@@ -44,7 +44,7 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfi
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell config files from overrides: what has a "=" is an override, unless there is a file of that name."""
+    """Separate config files from overrides: an argument with "=" is an override, unless a file has that name."""
     files = [argument for argument in arguments if "=" not in argument or is_file(argument)]
     return files, [argument for argument in arguments if argument not in files]
 
@@ -113,7 +113,7 @@ def _parse_override(text: str) -> Tree:
 
 
 def _check_tree(value: Any, where: str = "", depth: int = 0) -> None:
-    """Refuse what no setting is, and access tokens, which config.yaml, log and report would show. Never says a token.
+    """Refuse values that no setting can have, and access tokens, which config.yaml, log and report would show.
 
     Raises:
         ConfigError: naming the setting.
@@ -191,7 +191,7 @@ def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
 
 
 def _check_together(config: RunConfig) -> None:
-    """What no single value shows."""
+    """Checks that need more than one value, or a folder."""
     training = config.training
     if training.global_batch_size % training.micro_batch_size:
         raise ConfigError(
@@ -249,7 +249,7 @@ def _check_deepspeed(config: DeepSpeedConfig) -> None:
 
 
 def check_steps(config: RunConfig, total_steps: int | None) -> None:
-    """Refuse what does not fit the run's length; None as long as that is not known."""
+    """Refuse settings that do not fit the run's length. `total_steps` is None while the length is unknown."""
     warmup_steps = config.training.warmup_steps
     if total_steps is not None and warmup_steps > total_steps:
         raise ConfigError(

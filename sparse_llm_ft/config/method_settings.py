@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class MethodSettings(Section):
-    """The keys of a ``method`` section, and what the method asks of the rest of the config.
+    """The keys of a ``method`` section, and what the method requires of the rest of the config.
 
-    Each method's settings are a subclass, in the file of its rule. Nothing here or in a subclass needs torch, so that a
-    wrong setting is reported within a second.
+    Each method's settings are a subclass, in the file of its rule. Neither this class nor a subclass needs torch, so
+    the run reports a wrong setting within a second.
 
     Attributes:
-        name: which method it is.
+        name: the method's name.
         composes: ``shares`` adapters between modules, ``masks`` rows and columns, ``weighs`` adapters with omega:
-            methods of different kinds can follow each other, see `check_chain`. ``alone`` can follow none.
-        why_alone: completes "<name> ..." where `composes` is ``alone``.
-        free: keys that change how a run is carried out and not what it computes: a resumed run may differ in them.
+            methods of different kinds can follow each other, see `check_chain`. ``alone`` composes with none.
+        why_alone: completes "<name> ..." if `composes` is ``alone``.
+        free: keys that change how a run is carried out and not what it computes; a resumed run may differ in them.
     """
 
     composes: ClassVar[Literal["alone", "shares", "masks", "weighs"]] = "alone"
@@ -32,7 +32,7 @@ class MethodSettings(Section):
 
     @property
     def alone(self) -> str | None:
-        """Why these settings compose with no other method, to follow the name; None where they do."""
+        """Why these settings compose with no other method, as text behind the name; None if they compose."""
         return self.why_alone if self.composes == "alone" else None
 
     @property
@@ -56,7 +56,7 @@ class MethodSettings(Section):
         """
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse what the method excludes in other sections.
+        """Refuse settings of other sections that the method excludes.
 
         Raises:
             ConfigError: naming the setting.

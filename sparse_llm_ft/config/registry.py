@@ -1,6 +1,6 @@
-"""Which methods there are, and how a ``method`` section becomes the settings of one.
+"""The methods by name, and how a ``method`` section becomes a method's settings.
 
-A method's file is imported when its name is used, so that settings are checked without torch.
+A method's file is imported when its name is used, so settings are checked without torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS: dict[str, str] = {
 }
 
 GROUP = "sparse_llm_ft.methods"
-"""Entry points of this group add the methods of other installed packages. They cannot replace one of `METHODS`."""
+"""Entry points of this group add methods of other installed packages. They cannot replace one of `METHODS`."""
 
 
 def method_names() -> list[str]:
@@ -49,7 +49,7 @@ def find_method(name: str) -> type[Any]:
 
     Raises:
         KeyError: there is no such method.
-        ConfigError: the installed package that names it cannot be loaded.
+        ConfigError: the installed package that provides it cannot be loaded.
     """
     if name in METHODS:
         module, _, attribute = METHODS[name].partition(":")
@@ -108,4 +108,4 @@ def _as_list(value: Any) -> Any:
 Methods = Annotated[
     tuple[Annotated[MethodSettings, BeforeValidator(_parse)], ...], BeforeValidator(_as_list), Field(min_length=1)
 ]
-"""The method, or several that are applied one after the other."""
+"""One method, or several that are applied one after the other."""

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: a config that still has one is accepted with a warning, if the key changes nothing."""
+"""Keys of earlier versions. A config with one is accepted with a warning if the key changes nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparse_llm_ft.errors import ConfigError, one_line
 
 @dataclass(frozen=True)
 class Removed:
-    """A key that is gone.
+    """A removed key.
 
     Attributes:
-        harmless: the value that asked for what happens anyway.
+        harmless: the value that requests what happens anyway.
         why: completes "was removed, ...".
     """
 
@@ -27,14 +27,14 @@ class Removed:
 OLD_KEYS: dict[str, str | Removed] = {
     "method.candidates_per_forward": Removed(1, "since one candidate at a time computes least"),
 }
-"""``section.key`` -> its new name in the same section, or why it is gone. Every method of a list is a section."""
+"""``section.key`` -> its new name in the same section, or why it was removed. Each method of a list is a section."""
 
 
 def replace_old_keys(tree: Mapping[str, Any], strict: bool = True) -> dict[str, Any]:
-    """The tree of settings with today's keys. Rank 0 warns of each old one.
+    """The tree of settings with the current keys. Rank 0 warns of each old key.
 
     Args:
-        strict: false for what an earlier version wrote itself: old keys are replaced or dropped silently.
+        strict: false for a file that an earlier version wrote: it replaces or drops old keys silently.
 
     Raises:
         ConfigError: a removed key has a value that would change the run.
@@ -66,5 +66,5 @@ def _replaced(section: Any, old: str, key: str, new: str | Removed, strict: bool
 
 def _warn(text: str, strict: bool) -> None:
     if strict and os.environ.get("RANK", "0") == "0":
-        # Not `warn`: it would add a line of source code, which says nothing about the user's settings.
+        # `warn` would add a line of source code that has nothing to do with the user's settings.
         warnings.warn_explicit(one_line(text), UserWarning, filename="settings", lineno=0)

@@ -1,6 +1,6 @@
 """The settings of a run, typed. Every section is a contract with the YAML files; unknown keys are errors.
 
-Imports no torch: a wrong setting is said within a second.
+Imports no torch, so the run reports a wrong setting within a second.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class ModelConfig(Section):
         name: a hub id or a local folder in Hugging Face layout.
         revision: branch, tag or commit on the hub.
         dtype: type of the base's weights and of the computation.
-        quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation
-            in `dtype`).
-        trust_remote_code: whether code that the model's repository or folder brings along may run in this process.
+        quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation in
+            `dtype`).
+        trust_remote_code: whether code from the model's repository or folder may run in this process.
     """
 
     name: FilePath = Field(min_length=1)
@@ -39,33 +39,33 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    """What is learned.
+    """The task and its data.
 
     Attributes:
         name: an entry of the task registry (`sparse-llm-ft tasks` lists them).
         path: local folder with a file for each split (``train.jsonl``, ``validation.csv``, ...); without it the
             task's data set is loaded from the hub.
-        mode: how the model learns the task; ``auto`` takes a head for an encoder (that of a classification, or for
-            spans), ``seq2seq_lm`` for an encoder-decoder, ``causal_lm`` for a decoder.
+        mode: how the model learns the task; ``auto`` chooses a head for an encoder (for labels or for spans),
+            ``seq2seq_lm`` for an encoder-decoder, ``causal_lm`` for a decoder.
         max_length: most tokens of prompt and completion together. In ``seq2seq_lm`` each of the two may be as long.
-            What a head sees loses its end.
-        max_prompt_length: most tokens of a prompt; a longer one loses its middle. None: three quarters of
+            Texts for a head are truncated at their end.
+        max_prompt_length: most tokens of a prompt; longer prompts are truncated in the middle. None: three quarters of
             `max_length`; with labels or scores, what the longest of them leaves; in ``seq2seq_lm`` all of it. A
-            completion that is longer than the rest takes its room from its own prompt, and loses nothing.
+            completion that is longer than the rest takes the room from its own prompt and is never truncated.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
-        messages: column of chats, lists of ``{role, content}``, in place of `prompt` and `completion`.
+        messages: column of chats, lists of ``{role, content}``, instead of `prompt` and `completion`.
         labels: makes the task a classification: the label words in the order of the integer labels.
         score: makes the task a regression: lowest and highest score.
         texts: columns an encoder sees, one or a pair; None takes the task's own, or those of its prompt.
         label_column: holds the integer label, the label word, or the score; None takes the task's own.
         references: further columns with completions that count as right.
-        metrics: what is measured; None takes the task's own.
-        on_bad_row: whether a row that cannot be used ends the run or is left out and counted.
-        packing: lay several short samples into one sequence of at most `max_length` tokens; batch sizes then count
+        metrics: the measured metrics; None takes the task's own.
+        on_bad_row: whether a bad row ends the run, or is skipped and counted.
+        packing: put several short samples into one sequence of at most `max_length` tokens; batch sizes then count
             sequences.
         streaming: read training rows as they are needed, in file order through a shuffle buffer, for data that fit
             neither memory nor the disk's cache; needs `training.max_steps`.
-        shuffle_buffer: rows that streaming draws the next one from.
+        shuffle_buffer: number of rows among which streaming draws the next one.
     """
 
     name: str
@@ -89,7 +89,7 @@ class TaskConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Size and place of the adapters that a method starts from.
+    """Size and place of a method's first adapters.
 
     Attributes:
         target_modules: ``all-linear`` (every linear layer but the output head), a list of name endings as in PEFT,
@@ -103,18 +103,18 @@ class AdapterConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The loop.
+    """Training: batches, learning rate, steps, checkpoints.
 
     Attributes:
         micro_batch_size: samples a rank sees in one forward pass.
         global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
         epochs: passes over the training set; unused when `max_steps` is given.
         max_steps: optimizer steps of the whole run.
-        schedule: course of the learning rate after `warmup_steps` (linear rise from the first step on).
-        save_every, eval_every: optimizer steps between checkpoints, between validations; None: only at phase ends,
-            never.
-        keep_checkpoints: how many of the newest checkpoints stay; None keeps all.
-        max_skipped_updates: how many updates in a row may be left out because loss or gradients are not finite; one
+        schedule: the learning rate after `warmup_steps` (a linear rise from the first step on).
+        save_every: optimizer steps between checkpoints; None saves only at the end of phases.
+        eval_every: optimizer steps between validations; None never validates.
+        keep_checkpoints: how many of the newest checkpoints are kept; None keeps all.
+        max_skipped_updates: how many updates in a row may be skipped because loss or gradients are not finite; one
             more ends the run.
     """
 
@@ -135,17 +135,17 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured before and after training.
+    """Measurements before and after training.
 
     Attributes:
-        split: which split ``metrics.before`` and ``metrics.after`` are measured on.
-        samples: how many of its first samples; 0 measures nothing.
-        max_new_tokens: length limit of a generated completion.
+        split: the split of ``metrics.before`` and ``metrics.after``.
+        samples: how many of the split's first samples; 0 measures nothing.
+        max_new_tokens: most tokens of a generated completion.
         micro_batch_size: samples a rank evaluates at once.
         num_beams: width of the beam search; 1 is greedy.
         length_penalty: exponent of the length that a beam's score is divided by.
-        temperature: above 0, completions are sampled from the softmax of logits divided by it, each from its own
-            seed, so that neither batch nor ranks matter; 0 takes the most probable ones.
+        temperature: above 0, completions are sampled from the softmax of the logits divided by it. Each has its own
+            seed, so neither batch nor ranks matter. 0 takes the most probable tokens.
         top_p: least probability mass that sampling draws from.
     """
 
@@ -160,9 +160,9 @@ class EvaluationConfig(Section):
 
 
 class DeepSpeedConfig(BaseModel):
-    """`zero_stage`, and any DeepSpeed setting, merged into what the engine gets.
+    """`zero_stage`, and any DeepSpeed setting, which is merged into DeepSpeed's configuration.
 
-    Settings that follow from other sections are refused here, see `MANAGED`.
+    Settings that other sections own are errors here, see `MANAGED`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
@@ -171,7 +171,7 @@ class DeepSpeedConfig(BaseModel):
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What is merged into DeepSpeed's own configuration."""
+        """The settings that are merged into DeepSpeed's configuration."""
         return dict(self.model_extra or {})
 
 
@@ -210,8 +210,8 @@ PASSED_THROUGH = frozenset(
         "zero_optimization",
     ]
 )
-"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key without a word, so a
-misspelt one has to be caught here."""
+"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key silently, so a
+misspelt one must be caught here."""
 
 MANAGED = {
     "train_batch_size": "training.global_batch_size",
@@ -223,11 +223,11 @@ MANAGED = {
     "optimizer": "training.learning_rate and method",
     "scheduler": "training.schedule",
 }
-"""DeepSpeed settings that other sections own, and where."""
+"""DeepSpeed setting -> the setting of another section that owns it."""
 
 
 class RunConfig(Section):
-    """Everything that one run needs to know."""
+    """All settings of one run."""
 
     model: ModelConfig
     task: TaskConfig
@@ -243,7 +243,7 @@ class RunConfig(Section):
 
     @field_serializer("method")
     def _as_written(self, methods: Methods) -> Any:
-        """A single method is a mapping again, not a list of one."""
+        """A mapping for one method, a list for several."""
         dumped = [method.model_dump(mode="json") for method in methods]
         return dumped[0] if len(dumped) == 1 else dumped
 

@@ -1,4 +1,4 @@
-"""What all settings share: their base class, numbers that are not booleans, and paths that the system can take."""
+"""What all settings share: their base class, numbers that are not booleans, and valid paths."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_BATCH = 2**20
-"""Samples of one optimizer step: more than any run has, and few enough to be listed where a checkpoint claims them."""
+"""Most samples of one optimizer step: more than any run has, few enough to list them if a checkpoint claims them."""
 
 
 class Section(BaseModel):
-    """Base of every section: it is immutable, and an unknown key is an error."""
+    """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 def _no_bool(value: Any) -> Any:
-    """YAML's true would otherwise pass as the number 1."""
+    """Refuse YAML's true, which would pass as the number 1."""
     if isinstance(value, bool):
         raise ValueError("a number, not true or false")
     return value
@@ -50,7 +50,7 @@ FilePath = Annotated[str, AfterValidator(_expand)]
 
 
 def is_file(text: str) -> bool:
-    """Whether there is a file of that name; False for what cannot be a name."""
+    """Whether a file of that name exists; False if the text cannot be a name."""
     try:
         return Path(text).is_file()
     except OSError:  # a name that is too long

@@ -1,4 +1,4 @@
-"""Which methods can follow each other, and what a run's data and methods exclude in other sections."""
+"""Checks across sections: which methods compose, and which ways of passing the data exclude each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_llm_ft.errors import ConfigError
 def check_chain(methods: tuple[MethodSettings, ...]) -> None:
     """Refuse methods that cannot follow each other, with the reason.
 
-    A method that shares adapters can come before one that masks them; one that weighs them before or after it.
+    A method that shares adapters can precede one that masks them; one that weighs them can precede or follow it.
 
     Raises:
         ConfigError: naming the methods.
@@ -40,7 +40,7 @@ def _refusal(names: list[str], reason: str) -> ConfigError:
 
 
 def check_data_path(config: RunConfig) -> None:
-    """Refuse ways to pass the data that exclude each other, or that a method cannot work with.
+    """Refuse ways of passing the data that exclude each other, or that a method cannot use.
 
     Raises:
         ConfigError: naming the setting.
