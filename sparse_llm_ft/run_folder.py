@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +17,10 @@ from sparse_llm_ft.config.registry import find_settings, method_names
 from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
 CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
-LOCK_FILE = ".lock"
 
 # Settings that change how a run is executed, not what it computes. A resumed run may differ in them. A method's own are
 # in `MethodSettings.free`.
@@ -40,6 +39,7 @@ _FREE = {
     "model.trust_remote_code",
     "model.attn_implementation",
 }
+_PATHS = ("model.name", "task.path")
 
 
 class RunFolder:
@@ -74,7 +74,7 @@ class RunFolder:
             )
         # If it is not empty, it must hold a run that this one may resume.
         if not (self.path / CONFIG_FILE).is_file():
-            if all(entry.name == LOCK_FILE or entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+            if all(entry.name.startswith((LOCK_FILE, ".tmp-")) for entry in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config
             raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
         if config.resume == "never":
@@ -94,7 +94,7 @@ class RunFolder:
             )
         mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(replace_old_keys(old, strict=False))
         for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
+            if mine.get(key) != theirs.get(key) and not _is_same_folder(key, mine.get(key), theirs.get(key)):
                 raise ConfigError(
                     "output_dir",
                     f"{str(self.path)!r} holds another run "
@@ -105,30 +105,41 @@ class RunFolder:
     @staticmethod
     def identity(config: RunConfig) -> str:
         """A hash that two configs share if and only if a run with one may resume from a checkpoint of the other."""
-        return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+        return _hash(_fixed(config.model_dump(mode="json")))
+
+    @staticmethod
+    def identities(config: RunConfig) -> tuple[str, ...]:
+        """The hashes that checkpoints of such a run may hold.
+
+        Release 0.1 kept local paths as they were typed, mostly relative to the working directory.
+        """
+        fixed = _fixed(config.model_dump(mode="json"))
+        paths = {key: fixed[key] for key in _PATHS}
+        typed = {
+            key: os.path.relpath(path) for key, path in paths.items() if isinstance(path, str) and Path(path).is_dir()
+        }
+        return RunFolder.identity(config), _hash(fixed | typed)
 
     def lock(self) -> None:
-        """Hold the folder until this process ends, in whatever way: a kernel lock on ``.lock``.
+        """Hold the folder until this process ends, in whatever way.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds it, or it cannot be written.
         """
+        self._lock = FolderLock(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            self._lock = os.fdopen(descriptor, "w")
-        except OSError as error:
-            raise ConfigError(
-                "output_dir", f"{str(self.path)!r} cannot be written ({error.strerror})", "choose a folder that can"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.acquire()
         except BlockingIOError:
             raise ConfigError(
                 "output_dir",
                 f"{str(self.path)!r} is in use by another process",
                 "wait for it, or choose another folder",
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                "output_dir", f"{str(self.path)!r} cannot be written ({error.strerror})", "choose a folder that can"
+            ) from error
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Write the resolved config, and drop logged lines after `step`, whose steps will be repeated."""
@@ -224,6 +235,16 @@ def open_run(path: str) -> RunFolder:
     if not folder.has_checkpoints():
         raise UserError(f"{path}: no checkpoint yet")
     return folder
+
+
+def _is_same_folder(key: str, one: object, other: object) -> bool:
+    """Whether the setting is a path, and both values lead to one folder."""
+    paths = [value for value in (one, other) if isinstance(value, str) and Path(value).is_dir()]
+    return key in _PATHS and len(paths) == 2 and Path(paths[0]).samefile(paths[1])
+
+
+def _hash(settings: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _fixed(config: Mapping[str, object]) -> dict[str, object]:

@@ -26,6 +26,7 @@ FLOORS = (
     ("export",),
     ("training",),
     ("cli",),
+    ("__main__",),
 )
 """Lowest first, as docs/architecture.md draws them. Rooms of one floor do not import each other."""
 

@@ -75,7 +75,7 @@ def test_a_folder_in_use_is_refused_and_free_after_the_process(settings: dict) -
     folder.lock()
     with pytest.raises(ConfigError, match="is in use by another process"):
         other.lock()
-    folder._lock.close()  # as the kernel does when the process ends
+    folder._lock.release()  # as the kernel does when the process ends
     other.lock()
 
 

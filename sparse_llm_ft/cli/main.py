@@ -1,4 +1,4 @@
-"""`sparse-llm-ft`: commands for before and after a run. `deepspeed launch/train.py` trains."""
+"""`sparse-llm-ft`: train, and the commands for before and after a run. `launch/train.py` is its `train`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.console import silence_libraries
+from sparse_llm_ft.io.console import escape_unencodable, silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Launchers start only these two; the others may run anywhere, also in the shell of an allocation.
-    world = find_world() if {"derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
+    own = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if own and own[0].startswith("--config"):  # a launcher starts the module with a run's settings
+        arguments = ["train", *own]
+    # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
+    world = find_world() if {"train", "derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
     with one_line_errors(world):
+        escape_unencodable()
         options = _parse(arguments)
+        if options.command is _train:
+            _train(options, world)
+            return
         silence_libraries()
         if options.command is not _tasks:  # torch takes seconds to import
             prepare_cpu(world)
@@ -36,6 +43,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train adapters, under deepspeed (--module sparse_llm_ft), torchrun (-m), srun, or alone"
+    )
+    train.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML files, later ones win")
+    train.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE", help="wins over the files")
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)
+    train.set_defaults(command=_train, rest="settings")
     check = commands.add_parser("check", help="check settings and data, and show the plan a run would begin with")
     check.add_argument("--config", nargs="+", required=True, metavar="FILE")
     check.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
@@ -64,6 +78,25 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if takes is not None:
         takes += rest  # argparse takes no positional argument behind an option
     return options
+
+
+def _train(options: argparse.Namespace, world: World) -> None:
+    """Check, then import torch and train. Collective."""
+    from sparse_llm_ft.context.preflight import preflight
+
+    catch_signals()
+    files, overrides = split_arguments(options.config)  # --config also swallows the overrides behind it
+    config = load_config(files, [*overrides, *options.settings])
+    task = preflight(config, world)
+    silence_libraries()
+    prepare_cpu(world)
+    # These import torch, transformers and deepspeed: half a minute.
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.distributed.heartbeat import monitor_ranks
+    from sparse_llm_ft.training.run import train
+
+    with monitor_ranks(world):
+        train(RunContext.open(config, world, task))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -58,7 +58,18 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _as_user_error(error, tree) from None
     _check_together(config)
-    return config
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The settings with the local model and the data by their absolute paths.
+
+    config.yaml, the adapter and the checkpoints hold them, and are read from other working directories too.
+    """
+    name, path = Path(config.model.name).expanduser(), config.task.path
+    model = config.model.model_copy(update={"name": str(name.absolute())}) if name.is_dir() else config.model
+    task = config.task if path is None else config.task.model_copy(update={"path": str(Path(path).absolute())})
+    return config.model_copy(update={"model": model, "task": task})
 
 
 def dump_config(config: RunConfig) -> str:

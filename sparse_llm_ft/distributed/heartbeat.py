@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from sparse_llm_ft.distributed import exit_status, signals
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import TrainingError, UserError
 
 _DONE = "done"
 
@@ -160,7 +161,8 @@ def monitor_ranks(world: World) -> Iterator[None]:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
     holder = (-1, f"the launcher's store at {address}") if agent else (0, f"rank 0 ({address})")
     # Rank 0 opens the store before the process group does, which then finds it open in this process and shares it.
-    server = _store(address, port, held=True) if world.rank == 0 and not agent else None
+    with connecting():
+        server = _store(address, port, held=True) if world.rank == 0 and not agent else None
 
     def end(dead: set[int], names: str) -> None:
         exit_status.end_at_once(
@@ -182,6 +184,30 @@ def monitor_ranks(world: World) -> Iterator[None]:
     finally:
         heartbeat.close(done)
         del server
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Turn torch's failure to open the store of MASTER_ADDR and MASTER_PORT, or to find it there, into one line.
+
+    Raises:
+        UserError: another program has the port.
+        TrainingError: nothing answers there, which on another rank than 0 mostly means that rank 0 has left.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"MASTER_PORT: {port} is in use by another program on {socket.gethostname()}; expected a free one, as "
+                f"in `deepspeed --master_port {int(port or 0) + 1}` or `torchrun --master-port {int(port or 0) + 1}`"
+            ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT): it left with an error, or the "
+            f"address is another host's ({reason})"
+        ) from error
 
 
 def _store(address: str, port: int, held: bool = False) -> dist.Store:

@@ -37,11 +37,8 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
         environment.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
-    # From the deepspeed launcher's LOCAL_SIZE DeepSpeed concludes, on the CPU, that it shall allocate 66 MiB of shared
-    # memory per rank. Only its inference uses them, nothing ever frees them, and /dev/shm fills up run by run.
-    launched = environment.pop("LOCAL_SIZE", None)
-    if launched:
-        environment.setdefault("LOCAL_WORLD_SIZE", launched)
+    if "LOCAL_SIZE" in environment:  # the deepspeed launcher's
+        environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
     size = int(environment["WORLD_SIZE"])
     local = environment.get("LOCAL_WORLD_SIZE") or _slurm_local_size(environment)
     return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))

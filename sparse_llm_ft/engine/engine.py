@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import difflib
 import gc
-import io
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
+from unittest import mock
 
 import deepspeed
 import torch
@@ -27,6 +28,7 @@ from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
 from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact, to_full
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.config import merge
+from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.errors import ConfigError
@@ -34,16 +36,24 @@ from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
 
+_TORCH_BACKEND = import_module("deepspeed.comm.torch")  # whose package has torch itself under that name
 deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 
 
 def init_distributed() -> None:
-    """Collective. Join the process group that the environment describes: NCCL with a GPU, gloo without."""
+    """Collective. Join the process group that the environment describes: NCCL with a GPU, gloo without.
+
+    Raises:
+        UserError: the port is taken.
+        TrainingError: rank 0 does not answer there.
+    """
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with redirect_stdout(io.StringIO()):  # on CPUs every rank prints which operator it built
+    # On CPUs DeepSpeed would compile an operator that only its inference calls: it needs a compiler and ninja, and a
+    # process that is killed meanwhile leaves a lock behind for which every later one waits.
+    with connecting(), mock.patch.object(_TORCH_BACKEND, "build_shm_op", lambda: None):
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

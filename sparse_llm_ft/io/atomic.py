@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -13,6 +15,8 @@ from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 MANIFEST = "manifest.json"
+_LOGGER = logging.getLogger(__name__)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -33,6 +37,9 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     files = sorted(path for path in temporary.iterdir())
     manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    rights = (temporary / MANIFEST).stat().st_mode & 0o777  # as the umask has them
+    for path in files:
+        path.chmod(rights)  # libraries that write aside and rename make files for their owner alone
     for path in (*files, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
@@ -129,8 +136,25 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    """Wait until the file's content, or the folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
+        _warn_once(path.stat().st_dev, path.parent)
     finally:
         os.close(descriptor)
+
+
+_warned: set[int] = set()
+
+
+def _warn_once(device: int, folder: Path) -> None:
+    if device in _warned:
+        return
+    _warned.add(device)
+    _LOGGER.warning(
+        "%s: this file system cannot sync folders; after a power failure the newest files there may be missing", folder
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import cache
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -14,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparse_llm_ft.errors import one_line
+
+_ESCAPE = "sparse_llm_ft.escape"
 
 
 class Console:
@@ -87,6 +92,26 @@ class Console:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def escape_unencodable() -> None:
+    """Let standard output escape the characters that its encoding lacks, with one warning on standard error."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        codecs.register_error(_ESCAPE, _escape)
+        sys.stdout.reconfigure(errors=_ESCAPE)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    _warn_of_encoding()
+    return codecs.backslashreplace_errors(error)
+
+
+@cache
+def _warn_of_encoding() -> None:
+    sys.stderr.write(
+        f"warning: standard output is {sys.stdout.encoding}, and what it cannot encode is escaped; set "
+        "PYTHONIOENCODING=utf-8\n"
+    )
 
 
 def silence_libraries() -> None:

@@ -307,6 +307,10 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         raise ConfigError("model.name", f"{config.name!r} holds an adapter", "expected a model without one")
     if kind in _WITH_WEIGHTS:
         options["use_safetensors"] = True
+    if config.name.startswith(("/", "~", ".")) and not Path(config.name).expanduser().is_dir():
+        raise ConfigError(
+            "model.name", f"{config.name!r} is no folder on this machine", "expected the local folder that the run used"
+        )
     try:
         return kind.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, **options

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from sparse_llm_ft.distributed import heartbeat, signals
-from sparse_llm_ft.distributed.heartbeat import Heartbeat, Timeouts
+from sparse_llm_ft.distributed.heartbeat import Heartbeat, Timeouts, connecting, monitor_ranks
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import TrainingError, UserError
 
 QUICK = Timeouts(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
 
@@ -146,3 +149,29 @@ def test_processes_that_were_suspended_blame_nobody(three: Ranks, monkeypatch: p
     asleep = 1000.0
     time.sleep(0.4)
     assert not three.ends
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The store's, bound here; nothing listens there yet."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(bound.getsockname()[1]))
+        yield bound
+
+
+def test_a_port_in_use_is_one_line(port: socket.socket) -> None:
+    port.listen()
+    number = port.getsockname()[1]
+    with pytest.raises(UserError) as raised, monitor_ranks(World(0, 2, 0, 2)):
+        pass
+    assert f"MASTER_PORT: {number} is in use" in str(raised.value) and f"--master_port {number + 1}" in str(
+        raised.value
+    )
+
+
+def test_a_rank_0_that_is_not_there_is_one_line(port: socket.socket) -> None:
+    number = port.getsockname()[1]
+    with pytest.raises(TrainingError, match=f"rank 0 does not answer at 127.0.0.1:{number} .*left"), connecting():
+        dist.TCPStore("127.0.0.1", number, is_master=False, timeout=timedelta(seconds=1))

@@ -70,12 +70,10 @@ def import_everything() -> None:
     import sklearn.metrics  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import tqdm
-    from deepspeed.comm.torch import build_shm_op
     from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
     import sparse_llm_ft.training.run  # noqa: F401
 
-    build_shm_op()  # asks compiler and ninja whether it is up to date
     tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page in every fork

@@ -1,0 +1,125 @@
+"""One process at a time in a folder: the kernel's lock, or a file with a heartbeat where a file system has no locks."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
+
+LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
+BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+class FolderLock:
+    """Held until this process ends, however it ends.
+
+    The lock is the kernel's flock on ``.lock``. NFS without a lock daemon, Lustre mounted without ``-o flock`` and some
+    FUSE file systems refuse it. There the owner is who creates ``.lock-owner``, with its host and pid, and touches it
+    every ten seconds. A file that names a dead process of this host, or that nobody has touched for a minute, is stale.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.owner = folder, folder / OWNER_FILE
+        self._file: IO[str] | None = None
+        self._claimed, self._released = False, threading.Event()
+
+    def acquire(self) -> None:
+        """Take the folder, which must exist.
+
+        Raises:
+            BlockingIOError: another process holds it.
+            OSError: it cannot be written.
+        """
+        descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._file = os.fdopen(descriptor, "w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._claim()
+
+    def release(self) -> None:
+        """Let others have the folder; the end of the process does the same."""
+        if self._file is not None:
+            self._file.close()
+        if not self._released.is_set() and self._claimed:
+            self.owner.unlink(missing_ok=True)
+        self._released.set()
+
+    def _claim(self) -> None:
+        """Create the owner's file, in place of one that is stale."""
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        if self._is_stale():
+            self.owner.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(self.owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise BlockingIOError(errno.EAGAIN, f"held by {self._describe()}") from None
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(mine))
+        time.sleep(0.2)  # two that found the same stale file may both have removed it, the second one this claim
+        if self._read() != mine:
+            raise BlockingIOError(errno.EAGAIN, f"held by {self._describe()}")
+        self._claimed = True
+        threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
+        atexit.register(self.release)
+
+    def _is_stale(self) -> bool:
+        owner = self._read()
+        if owner is None:
+            return False
+        if owner.get("host") == socket.gethostname():
+            return not _is_alive(owner.get("pid"))
+        clock = self.folder / f"{OWNER_FILE}-{socket.gethostname()}-{os.getpid()}"
+        clock.touch()  # by the file server's clock, not by this host's
+        try:
+            return clock.stat().st_mtime - self.owner.stat().st_mtime > STALE_SECONDS
+        except FileNotFoundError:
+            return False
+        finally:
+            clock.unlink(missing_ok=True)
+
+    def _read(self) -> Mapping[str, object] | None:
+        """What the owner's file says; empty where it is not readable, None where there is none."""
+        try:
+            owner = read_json(self.owner)
+        except FileNotFoundError:
+            return None
+        except (OSError, ParseError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _describe(self) -> str:
+        owner = self._read() or {}
+        return f"process {owner.get('pid')} on {owner.get('host')}"
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                os.utime(self.owner)
+            except OSError:
+                continue  # the server is away; the next beat may reach it
+
+
+def _is_alive(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
