@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., 2023) by PEFT: adapters start at `adapter.r`, and singular values are pruned on the way."""
+"""AdaLoRA (Zhang et al., 2023) by PEFT: adapters start with rank `adapter.r`, and training prunes singular values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class AdaLoraSchedule(Section):
-    """How AdaLoRA prunes; also what Partial-LoRA takes for masked AdaLoRA.
+    """AdaLoRA's pruning schedule, also for Partial-LoRA with masked AdaLoRA.
 
     Attributes:
-        target_r: mean rank that is left; less than `adapter.r`.
+        target_r: mean rank after pruning; less than `adapter.r`.
         tinit, tfinal: optimizer steps before pruning begins and after it has ended; None: a tenth and three tenths
             of the run.
-        delta_t: steps between two prunings.
+        delta_t: optimizer steps between two prunings.
         orth_reg_weight: coefficient of the orthogonality penalty.
     """
 
@@ -44,7 +44,7 @@ class AdaLoraSchedule(Section):
         return tinit, tfinal
 
     def check(self, total_steps: int | None) -> None:
-        """Between tinit and tfinal must lie a step to prune in."""
+        """Refuse a tinit and tfinal without a step for pruning between them."""
         if total_steps is not None and sum(self.steps(total_steps)) >= total_steps:
             raise ConfigError(
                 "method.tinit",
@@ -53,7 +53,7 @@ class AdaLoraSchedule(Section):
             )
 
     def check_run(self, config: RunConfig) -> None:
-        """Something must be left to prune, and no ZeRO stage may shard the matrices."""
+        """Refuse a rank with nothing to prune, and ZeRO-3, which shards the matrices."""
         if self.target_r >= config.adapter.r:
             raise ConfigError(
                 "method.target_r",
@@ -75,7 +75,7 @@ class AdaLoraSettings(AdaLoraSchedule, MethodSettings):
 
 
 def adalora_plan(plan: AdapterPlan, schedule: AdaLoraSchedule, inputs: MethodInputs) -> AdapterPlan:
-    """The plan with AdaLoRA's layers: every adapter begins with rank r, beyond a matrix's sides too; masks stay."""
+    """The plan with AdaLoRA's layers. Every adapter starts with rank r, even if its matrix is smaller; masks stay."""
     tinit, tfinal = schedule.steps(inputs.total_steps)
     options = {
         "target_r": schedule.target_r,
@@ -90,7 +90,7 @@ def adalora_plan(plan: AdapterPlan, schedule: AdaLoraSchedule, inputs: MethodInp
 
 
 class AdaLora(Method[AdaLoraSettings]):
-    """AdaLoRA by PEFT itself."""
+    """PEFT's own AdaLoRA."""
 
     settings_class = AdaLoraSettings
 

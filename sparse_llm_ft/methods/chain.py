@@ -1,4 +1,4 @@
-"""Methods one after the other: where one would train its plan to the end of the run, the next takes that plan over."""
+"""A chain of methods: where one would train its plan to the end of the run, the next takes the plan over."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ from sparse_llm_ft.scoring.scores import Scores
 
 
 def build_methods(config: RunConfig, total_steps: int) -> Chain:
-    """The rules that `method` names, in order.
+    """The methods of the config, in order.
 
     Args:
-        total_steps: optimizer steps of the run at its initial global batch.
+        total_steps: the run's optimizer steps at its initial global batch.
     """
     inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps)
     return Chain([find_method(settings.name)(settings, inputs) for settings in config.method])
 
 
 class Chain:
-    """The methods of a run; usually one. A phase says by `Phase.method` whose it is."""
+    """A run's methods, usually one. `Phase.method` tells to which one a phase belongs."""
 
     def __init__(self, methods: Sequence[Method[Any]]) -> None:
         self.methods = methods
 
     def first(self, plan: AdapterPlan, targets: Mapping[str, Shape]) -> Phase:
-        """The phase a run begins with.
+        """The run's first phase.
 
         Args:
             plan: the uniform plan over `targets`.
 
         Raises:
-            ConfigError: a method's settings do not fit this many adapters.
+            ConfigError: a method's settings do not fit the number of adapters.
         """
         nothing = TrainState({}, {}, {}, Progress(), {})
-        phase, _ = self._hand_on(-1, Phase("train", plan), nothing, targets)
+        phase, _ = self._expand(-1, Phase("train", plan), nothing, targets)
         return phase
 
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """As `Method.next`, for the whole chain."""
+        """As `Method.next`, for the chain."""
         following = self.methods[phase.method].next(phase, state, scores, targets)
         if following is None:
             return None
-        return self._hand_on(phase.method, *following, targets)
+        return self._expand(phase.method, *following, targets)
 
     def resumed(self, phase: Phase) -> Phase:
-        """As `Method.resumed`, by the method that the phase belongs to."""
+        """As `Method.resumed`, by the phase's own method."""
         return self.methods[phase.method].resumed(phase)
 
-    def _hand_on(
+    def _expand(
         self, index: int, phase: Phase, state: TrainState, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState]:
+        """Let the methods after `index` expand the phase, as long as it is open-ended."""
         while phase.open_ended and index + 1 < len(self.methods):
             index += 1
             phase, state = self.methods[index].begin(phase, state, targets)

@@ -23,7 +23,7 @@ class FullSettings(MethodSettings):
     why_alone = "has no adapters"
 
     def check_run(self, config: RunConfig) -> None:
-        """A 4-bit base cannot be trained."""
+        """Refuse a 4-bit base, which cannot be trained."""
         if config.model.quantization != "none":
             raise ConfigError(
                 "method.name", f"full cannot train a base in {config.model.quantization}", "expected quantization: none"
@@ -36,5 +36,5 @@ class Full(Method[FullSettings]):
     settings_class = FullSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """No module has an adapter, and the whole model is trained."""
+        """A plan without adapters that trains the model itself."""
         return replace(phase, plan=AdapterPlan(dict.fromkeys(phase.plan.modules), trained=(FULL_MODEL,))), state

@@ -1,8 +1,8 @@
-"""LoRA-drop (Zhou et al., 2024): keep the adapters whose output matters, let the others share one.
+"""LoRA-drop (Zhou et al., 2024): keep the adapters with large outputs, and let the others share one.
 
 phase "pilot":  LoRA on every target module, n epochs on a stratified sample; then g_i = mean ||delta W_i x_i||²
-phase "train":  fresh adapters; per module type the layers with the largest shares y_i = g_i / sum(g), until they sum
-                to T, have their own, the others share one pair per type and shape (section 3.3)
+phase "train":  fresh adapters. Per module type, the layers with the largest shares y_i = g_i / sum(g), until these sum
+                to T, have their own; the others share one pair per type and shape (section 3.3)
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class LoraDropSettings(MethodSettings):
     """A pilot scores every layer's LoRA output; unimportant layers share one LoRA.
 
     Attributes:
-        sample_fraction: alpha, stratified share of the training set that the pilot trains and is scored on.
+        sample_fraction: alpha, the stratified share of the training set on which the pilot trains and is scored.
         pilot_epochs: n, passes of the pilot over the sample.
-        threshold: T; of each module type the most important layers are kept until their shares sum to T.
+        threshold: T; each module type keeps its most important layers until their shares sum to T.
         share: whether the others share one LoRA per type and shape; false removes them.
-        choose: which layers keep their own: by ``importance``; ``inverted`` the least important, as many;
-            ``random`` as many; ``top`` as many of the highest layers.
+        choose: which layers keep their own: the ones of highest ``importance``, or as many ``inverted`` (the least
+            important), ``random``, or ``top`` (the highest layers).
     """
 
     composes = "shares"
@@ -47,7 +47,7 @@ class LoraDropSettings(MethodSettings):
 
     @property
     def draws_samples(self) -> bool:
-        """True: the pilot's sample is stratified."""
+        """True, because the pilot's sample is stratified."""
         return True
 
 
@@ -72,7 +72,7 @@ class LoraDrop(Method[LoraDropSettings]):
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """Own adapters for the chosen layers, shared ones or none for the others; all of them fresh."""
+        """Fresh adapters: own ones for the chosen layers, shared ones or none for the others."""
         from sparse_llm_ft.scoring import importance_by_type
 
         if phase.scoring is None:
@@ -86,7 +86,7 @@ class LoraDrop(Method[LoraDropSettings]):
         return after, state.fresh()
 
     def choose(self, y: Mapping[str, float]) -> set[str]:
-        """The modules that keep an adapter of their own: per type as many as importance says, chosen by `choose`."""
+        """The modules that keep their own adapter: per type as many as importance says, chosen by `choose`."""
         from sparse_llm_ft.scoring import select_layers
 
         types: dict[str, list[str]] = {}

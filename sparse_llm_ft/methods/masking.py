@@ -1,4 +1,4 @@
-"""Masks of rows and columns: what is drawn for modules that share a pair, and trained values cut down to the masks."""
+"""Draws a plan's masks of rows and columns, also for shared pairs, and reduces trained tensors to them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def masked_plan(
     temperature: float,
     seed: int,
 ) -> AdapterPlan:
-    """The plan with masks drawn by `draw_masks`; modules that share a pair have one mask of rows and one of columns.
+    """The plan with masks from `draw_masks`. Modules that share a pair share a mask of rows and a mask of columns.
 
     Args:
-        ratios, importance: of modules.
+        ratios, importance: by module.
     """
     owned = None if importance is None else _importance_of_owners(importance, plan)
     shapes = {owner: targets[name] for owner, name in plan.matrix_owners().items()}
@@ -41,7 +41,7 @@ def masked_plan(
 
 
 def _ratios_of_owners(ratios: Ratios, plan: AdapterPlan) -> dict[str, tuple[float, float]]:
-    """One ratio per pair: a module's own, or the mean over those that share."""
+    """Pair -> (p_row, p_col): the mean over its modules."""
     members = _members(plan)
     return {
         owner: (sum(ratios[n][0] for n in names) / len(names), sum(ratios[n][1] for n in names) / len(names))
@@ -50,7 +50,7 @@ def _ratios_of_owners(ratios: Ratios, plan: AdapterPlan) -> dict[str, tuple[floa
 
 
 def _importance_of_owners(importance: Mapping[str, Importance], plan: AdapterPlan) -> dict[str, Importance]:
-    """Scores per pair: the sum over those that share, each scaled to sum to one."""
+    """Pair -> importance: its module's own, or the sum over its modules, each scaled to sum to one."""
 
     def total(parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([part / part.sum().clamp(min=1e-30) for part in parts]).sum(0)
@@ -64,14 +64,15 @@ def _importance_of_owners(importance: Mapping[str, Importance], plan: AdapterPla
 
 
 def _members(plan: AdapterPlan) -> dict[str, list[str]]:
+    """Pair -> the modules that use it."""
     members: dict[str, list[str]] = {}
     for name, owner in plan.owners.items():
         members.setdefault(owner, []).append(name)
     return members
 
 
-def cut_state(state: TrainState, plan: AdapterPlan) -> TrainState:
-    """The kept rows of every trained B and columns of every trained A, with their moments."""
+def mask_state(state: TrainState, plan: AdapterPlan) -> TrainState:
+    """The state with only the kept rows of every B and columns of every A, moments included."""
     first = {owner: plan.active[name] for owner, name in plan.matrix_owners().items()}
 
     def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a method must offer."""
+"""`Method`: the interface of all methods."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ S = TypeVar("S", bound=MethodSettings)
 
 @dataclass(frozen=True)
 class MethodInputs:
-    """What a method may use of a run besides its own settings.
+    """The run's values that a method may use besides its own settings.
 
     Attributes:
-        r, lora_alpha: of the adapters that the run starts from.
-        seed: of the run.
-        total_steps: optimizer steps of the run at its initial global batch.
+        r, lora_alpha: of the run's initial adapters.
+        seed: the run's seed.
+        total_steps: the run's optimizer steps at its initial global batch.
     """
 
     r: int
@@ -35,13 +35,13 @@ class MethodInputs:
 
 
 class Method(ABC, Generic[S]):
-    """A rule that turns what one phase measured into the next phase's plan. It knows no engine and no loop.
+    """A rule that turns one phase's scores into the next phase's plan. It knows neither engine nor loop.
 
-    A method expands one open-ended phase, which would train a plan to the end of the run, into several. That plan is
-    the uniform one, or the plan that another method has come to.
+    A method expands one open-ended phase, which would train its plan to the end of the run, into several. That plan is
+    the uniform one or the last plan of another method.
 
     Attributes:
-        settings_class: of the ``method`` section; it also declares what the method composes with and excludes.
+        settings_class: the class of the ``method`` section. It also declares with which methods this one composes.
     """
 
     settings_class: ClassVar[type[MethodSettings]]
@@ -51,29 +51,28 @@ class Method(ABC, Generic[S]):
 
     @abstractmethod
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """The first phase in place of `phase`, which would start from `state` and go to the end of the run.
+        """The first phase in place of `phase`, which would start from `state` and last to the end of the run.
 
         Args:
-            state: without tensors if nothing has been trained.
+            state: without tensors if nothing is trained yet.
             targets: every target module, in the model's order: name -> (out_features, in_features).
 
         Raises:
-            ConfigError: the method's settings do not fit this many adapters.
+            ConfigError: the method's settings do not fit the number of adapters.
         """
 
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """The phase after `phase`, which ended in `state` and measured `scores`. None: the run ends with `phase`.
+        """The phase after `phase`, which ended in `state` with `scores`, and its start state. None: the run ends here.
 
-        The new state's tensors and moments belong to the new plan. A missing moment starts at zero, a missing value as
-        it would in a new run.
+        The new state's tensors and moments belong to the new plan. Missing moments start at zero, and missing values as
+        in a new run.
         """
         return None
 
     def resumed(self, phase: Phase) -> Phase:
-        """A phase of this method from a checkpoint, with the free settings that have changed since.
-
-        `MethodSettings.free` names them.
+        """A phase of this method from a checkpoint, with the present values of the free settings
+        (`MethodSettings.free`).
         """
         return phase

@@ -1,8 +1,8 @@
 """Partial-LoRA (Damirchi et al., 2024): delta W = (u_row · B)(u_col · A) with masks u drawn by derived ratios (eq. 6).
 
-phase "head":    only where a classification head is fresh and importance or accuracy needs one: the head alone, on D_t
-phase "derive":  no step; importance of rows and columns, and Algorithm 1, on D_t
-phase "train":   the unmasked entries of A and B
+phase "head":    only if a fresh classification head is needed for importance or accuracy: fits the head alone, on D_t
+phase "derive":  takes no step; computes importance of rows and columns, and Algorithm 1, on D_t
+phase "train":   trains the unmasked entries of A and B
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class MaskSettings(ForwardPasses, MethodSettings):
-    """What a method needs that measures the base before it draws masks.
+    """Settings of methods that score the base before they draw masks.
 
     Attributes:
-        head_epochs, head_learning_rate: passes over D_t that a fresh classification head is fitted for, alone, before
-            the measurement, and their learning rate.
-        cache_dir: where measurements are kept, by content; null: the user's cache folder.
+        head_epochs, head_learning_rate: passes over D_t, and their learning rate, in which a fresh classification head
+            is fitted alone before the base is scored.
+        cache_dir: folder of cached derivations; null: the user's cache folder.
     """
 
     composes = "masks"
@@ -49,20 +49,20 @@ class MaskSettings(ForwardPasses, MethodSettings):
 
 
 class PartialLoraSettings(DerivationSettings, MaskSettings):
-    """Random row and column masks, whose ratios are derived from the base as `DerivationSettings` say.
+    """Random row and column masks with ratios derived from the base (`DerivationSettings`).
 
     Attributes:
-        shots: samples per class in D_t, the few-shot set that ratios are derived from.
-        sample_fraction: a share of the training set instead, stratified.
+        shots: samples per class in D_t, the few-shot set from which ratios are derived.
+        sample_fraction: in place of `shots`, a stratified share of the training set.
         selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
-        ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, ratio to the power of the
+        ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
             layer's depth; or a JSON or YAML file with a ratio per module.
-        ratio: kept share of rows and of columns under ``balanced`` and ``pyramidal``.
-        compare_importance: also measure the two other importances, for the report's picture of their overlap.
-        base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` DoRA.
-        masking: where masks live: in the sharded ``optimizer``, around whole layers of any tuner; or ``compact``, in
-            layers of this package whose A and B are physically smaller, which is faster.
+        ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``.
+        compare_importance: also compute the other two importances, for the report's figure of their overlap.
+        base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` masks DoRA.
+        masking: where masks are applied: in the sharded ``optimizer``, with full layers of any tuner; or ``compact``,
+            in this package's layers, whose A and B are physically smaller and faster.
     """
 
     DEFAULT_SHOTS: ClassVar[int] = 16
@@ -80,7 +80,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
     @property
     def derivation(self) -> DerivationSettings:
-        """The settings that the derivation reads."""
+        """The derivation's settings."""
         return DerivationSettings.model_validate({key: getattr(self, key) for key in DerivationSettings.model_fields})
 
     @property
@@ -90,21 +90,21 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
     @property
     def ranks(self) -> bool:
-        """Whether importance is needed at all."""
+        """Whether importance is needed."""
         return self.derives or self.selection != "random"
 
     @property
     def draws_samples(self) -> bool:
-        """Whether there is a D_t."""
+        """Whether D_t is needed."""
         return self.ranks
 
     @property
     def alone(self) -> str | None:
-        """PEFT's own layers compose with nothing."""
+        """Why it composes with no other method, if so: PEFT's own layers do not."""
         return None if self.base == "lora" else f"with base: {self.base} trains PEFT's own layers"
 
     def check(self, total_steps: int | None) -> None:
-        """Settings that exclude or need each other."""
+        """Refuse settings that contradict each other."""
         if self.shots is not None and self.sample_fraction is not None:
             raise ConfigError("method.shots", "given beside method.sample_fraction", "expected one of them")
         needs = self.ratios in ("balanced", "pyramidal")
@@ -130,7 +130,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             )
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse what the masked tuner excludes."""
+        """Refuse settings that the masked tuner excludes."""
         if self.base == "dora":
             check_dora(config)
         if self.base == "adalora":
@@ -138,15 +138,16 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
 
 class PartialLora(Method[PartialLoraSettings]):
-    """Every selection and every rule for ratios."""
+    """Draws masks by any selection from any ratios."""
 
     settings_class: ClassVar[type[MethodSettings]] = PartialLoraSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """Measure first, where masks need it."""
+        """The phase that derives, or fits a head first, if masks need it; else the masked plan."""
         settings, plan = self.settings, phase.plan
         if not settings.ranks:
             return self._masked(phase, plan, state, None, targets)
+        # Masks need scores: take them on D_t.
         shots = settings.shots if settings.sample_fraction else settings.shots or settings.DEFAULT_SHOTS
         measuring = replace(
             phase,
@@ -159,6 +160,7 @@ class PartialLora(Method[PartialLoraSettings]):
                 cache_dir=settings.cache_dir,
             ),
         )
+        # A fresh head must be fitted first, unless importance does not need one.
         needs_head = bool(plan.trained) and not state.tensors and (settings.derives or settings.importance != "svd")
         if not needs_head:
             return replace(measuring, name="derive", steps=0), state
@@ -176,7 +178,7 @@ class PartialLora(Method[PartialLoraSettings]):
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """Draw the masks and cut the plan, and what was trained before, down to them."""
+        """The plan with masks, and the trained tensors reduced to them."""
         from sparse_llm_ft.scoring import Derivation
 
         if phase.scoring is None:
@@ -186,11 +188,11 @@ class PartialLora(Method[PartialLoraSettings]):
         after = replace(after, learning_rate=None, target_plan=None)
         if phase.target_plan is None:
             return self._masked(after, phase.plan, state, scores, targets)
-        # The head was fitted to measure the base with; the run itself starts from a fresh one, as any method's does.
+        # The head was fitted only for the scores; the run itself starts from a fresh one, as with any method.
         return self._masked(after, phase.target_plan, state.fresh(), scores, targets)
 
     def resumed(self, phase: Phase) -> Phase:
-        """The phase, measured with the micro-batch and the cache that are set now."""
+        """The phase with the present micro-batch of the derivation and its present cache."""
         if phase.scoring is None:
             return phase
         derivation = phase.scoring.derivation.model_copy(update={"micro_batch_size": self.settings.micro_batch_size})
@@ -205,7 +207,7 @@ class PartialLora(Method[PartialLoraSettings]):
         scores: Derivation | None,
         targets: Mapping[str, Shape],
     ) -> tuple[Phase, TrainState]:
-        from sparse_llm_ft.methods.masking import cut_state, masked_plan
+        from sparse_llm_ft.methods.masking import mask_state, masked_plan
         from sparse_llm_ft.scoring import preserve_flow
 
         settings, inputs = self.settings, self.inputs
@@ -218,9 +220,9 @@ class PartialLora(Method[PartialLoraSettings]):
         if settings.base == "dora":
             masked = replace(masked, tuner="dora")
         if settings.base == "adalora":
-            # AdaLoRA's matrices are other ones than those that may have been trained.
+            # AdaLoRA's matrices differ from those that may be trained already.
             return replace(phase, plan=adalora_plan(masked, settings.adalora, inputs)), state.fresh()
-        return replace(phase, plan=masked), cut_state(state, masked)
+        return replace(phase, plan=masked), mask_state(state, masked)
 
     def _ratios(self, names: list[str], scores: Derivation | None) -> Mapping[str, tuple[float, float]]:
         from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file

@@ -1,4 +1,4 @@
-"""PEFT's own tuners on every target module for the whole run: LoRA, LoRA+, rsLoRA, DoRA and VeRA."""
+"""Baselines: one of PEFT's tuners on every target module for the full run (LoRA, LoRA+, rsLoRA, DoRA, VeRA)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoraPlusSettings(LoraSettings):
     """LoRA+ (Hayou et al., 2024): LoRA with a larger learning rate for B.
 
     Attributes:
-        lr_ratio: learning rate of B over that of A.
+        lr_ratio: B's learning rate divided by A's.
     """
 
     lr_ratio: Float = Field(16.0, gt=0)
@@ -56,7 +56,7 @@ class VeraSettings(MethodSettings):
     """VeRA (Kopiczko et al., 2024): frozen random projections, trained scaling vectors.
 
     Attributes:
-        r: rank of the projections; far larger than LoRA's, since only r + d_out values a module are trained.
+        r: rank of the projections; far larger than LoRA's, since a module trains only r + d_out values.
     """
 
     why_alone = "trains PEFT's own layers, which have no masks, groups or omega"
@@ -65,7 +65,7 @@ class VeraSettings(MethodSettings):
 
 
 def check_dora(config: RunConfig) -> None:
-    """Refuse ZeRO-3, under which no rank has the base's weights whole."""
+    """Refuse ZeRO-3, which leaves no rank with full weights of the base."""
     if config.deepspeed.zero_stage == 3:
         raise ConfigError(
             "deepspeed.zero_stage",
@@ -87,14 +87,14 @@ class _PeftBaseline(Method[S], Generic[S]):
 
 
 class Lora(_PeftBaseline[LoraSettings]):
-    """LoRA by PEFT itself."""
+    """PEFT's own LoRA."""
 
     settings_class = LoraSettings
     tuner = "lora"
 
 
 class LoraPlus(_PeftBaseline[LoraPlusSettings]):
-    """LoRA by PEFT, stepped with two learning rates."""
+    """PEFT's LoRA with two learning rates."""
 
     settings_class = LoraPlusSettings
     tuner = "lora"
@@ -105,30 +105,30 @@ class LoraPlus(_PeftBaseline[LoraPlusSettings]):
 
 
 class RsLora(_PeftBaseline[RsLoraSettings]):
-    """Rank-stabilised LoRA by PEFT itself."""
+    """PEFT's own rank-stabilised LoRA."""
 
     settings_class = RsLoraSettings
     tuner = "rslora"
 
     def resized(self, plan: AdapterPlan) -> AdapterPlan:
-        """Every adapter with the run's lora_alpha, also where a small matrix cut the rank: the factor follows it."""
+        """The plan with the run's lora_alpha on every adapter, even if a small matrix reduced the rank."""
         alpha = self.inputs.lora_alpha
         return replace(plan, modules={n: a and replace(a, lora_alpha=alpha) for n, a in plan.modules.items()})
 
 
 class Dora(_PeftBaseline[DoraSettings]):
-    """DoRA by PEFT itself."""
+    """PEFT's own DoRA."""
 
     settings_class = DoraSettings
     tuner = "dora"
 
 
 class Vera(_PeftBaseline[VeraSettings]):
-    """VeRA by PEFT itself."""
+    """PEFT's own VeRA."""
 
     settings_class = VeraSettings
     tuner = "vera"
 
     def resized(self, plan: AdapterPlan) -> AdapterPlan:
-        """Every adapter with VeRA's rank."""
+        """The plan with VeRA's rank on every adapter."""
         return replace(plan, modules={name: a and replace(a, r=self.settings.r) for name, a in plan.modules.items()})

@@ -1,4 +1,4 @@
-"""WeightLoRA+: ranks grow into a parameter budget without changing what the adapters compute (section 3.4)."""
+"""WeightLoRA+: ranks grow into a parameter budget; what the adapters compute stays the same (section 3.4)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def grow_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int) -> dict[str, int]:
-    """The largest ranks whose parameters fit `budget`, raised together, one at a time.
+    """The largest ranks whose parameters fit `budget`, raised in turn.
 
-    Every rank is raised by one in turn, in the order of `ranks`, until the next raise of every module would exceed
-    the budget. A rank ends at the smaller side of its matrix.
+    Ranks are raised by one, in the order of `ranks`, until any further raise would exceed the budget. No rank exceeds
+    the smaller side of its matrix.
 
     Args:
-        ranks: module -> rank now; no rank is lowered.
+        ranks: module -> present rank, which is never lowered.
         shapes: module -> (d_out, d_in); one more rank costs d_out + d_in parameters.
         budget: parameters that A and B of all modules may have together.
 
     Raises:
-        ValueError: the ranks as they are exceed the budget.
+        ValueError: the present ranks exceed the budget.
     """
     grown = dict(ranks)
     left = budget - sum(r * sum(shapes[name]) for name, r in grown.items())
@@ -61,30 +61,29 @@ def expand_gaussian(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torc
 
 
 def expand_qr(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator) -> Pair:
-    """A orthonormalised and completed: with Aᵀ = Q R, A becomes [Q, E]ᵀ and B becomes [B Rᵀ, 0]; B A is unchanged.
+    """Orthonormalise A and add rows: with Aᵀ = Q R, A becomes [Q, E]ᵀ and B becomes [B Rᵀ, 0]; B A is unchanged.
 
-    E are orthonormal columns from the complement (I - Q Qᵀ) N of Q, N random. Shapes as in `expand_gaussian`;
-    computed in float64.
+    E are orthonormal columns of (I - Q Qᵀ) N, N random. Shapes as in `expand_gaussian`; computed in float64.
     """
     r, d_in = a.shape
     q, upper = torch.linalg.qr(a.double().T)  # Shape: (d_in, r), (r, r)
     noise = torch.randn(d_in, rank - r, generator=generator, dtype=torch.float64)
     extension = torch.linalg.qr(noise - q @ (q.T @ noise))[0]  # Shape: (d_in, rank - r)
-    # Once more against Q: one projection leaves a rounding residue when N nearly lies in the span of Q.
+    # Project again: one projection leaves a rounding residue if N nearly lies in the span of Q.
     extension = torch.linalg.qr(extension - q @ (q.T @ extension))[0]
     new_b = _pad_columns(b.double() @ upper.T, rank)
     return torch.cat([q, extension], dim=1).T.contiguous().to(a.dtype), new_b.to(b.dtype)
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:
-    """Random numbers of one module: the same whatever other modules there are, on any machine."""
-    # torch's generator on the CPU looks only at the low 32 bits of a seed: mix first.
+    """The random generator of one module: independent of other modules and of the machine."""
+    # torch's CPU generator uses only the low 32 bits of a seed, so mix them first.
     mixed = np.random.SeedSequence([seed, zlib.crc32(module.encode())])
     return torch.Generator().manual_seed(int(mixed.generate_state(1)[0]))
 
 
 def pad_moments(moments: Mapping[str, torch.Tensor], shape: torch.Size) -> dict[str, torch.Tensor]:
-    """Moments of a grown matrix: the old block keeps its own, the new entries start at zero."""
+    """The moments of a grown matrix: the old entries keep theirs, the new ones start at zero."""
     padded = {}
     for key, old in moments.items():
         new = torch.zeros(shape, dtype=old.dtype)

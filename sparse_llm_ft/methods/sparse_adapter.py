@@ -1,4 +1,4 @@
-"""Sparse Adapter as LoRA-drop's paper compares it: a targeted SNIP mask on LoRA at a fixed sparsity."""
+"""Sparse Adapter, as in LoRA-drop's comparison: a targeted SNIP mask on LoRA with a fixed sparsity."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_llm_ft.methods.partial_lora import MaskSettings, PartialLora, Partia
 
 
 class SparseAdapterSettings(MaskSettings):
-    """How much is masked, and what it is chosen from.
+    """The sparsity, and the samples for SNIP's gradients.
 
     Attributes:
-        sparsity: share of rows, and of columns, that is masked.
-        shots: samples per class that the gradients are taken from.
+        sparsity: masked share of rows and of columns.
+        shots: samples per class for the gradients.
     """
 
     sparsity: Annotated[Float, Field(ge=0, lt=1)] = 0.5
@@ -24,11 +24,11 @@ class SparseAdapterSettings(MaskSettings):
 
     @property
     def draws_samples(self) -> bool:
-        """True: gradients are taken from `shots` samples of each class."""
+        """True, because gradients are taken on `shots` samples per class."""
         return True
 
     def as_partial(self) -> PartialLoraSettings:
-        """The Partial-LoRA that it is."""
+        """The equivalent settings of Partial-LoRA."""
         return PartialLoraSettings(
             **{key: getattr(self, key) for key in MaskSettings.model_fields},
             shots=self.shots,

@@ -1,4 +1,4 @@
-"""Tied-LoRA (Renduchintala et al., 2023) as LoRA-drop's paper compares it.
+"""Tied-LoRA (Renduchintala et al., 2023), as in LoRA-drop's comparison.
 
 All layers share one pair of A and B per module type and shape.
 """
@@ -30,7 +30,7 @@ class TiedLora(Method[TiedLoraSettings]):
     settings_class = TiedLoraSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """Every module in the group of its type and shape."""
+        """A plan in which every module belongs to the group of its type and shape."""
         modules: dict[str, ModuleAdapter | None] = {
             name: replace(adapter, group=group_name(module_kind(name), targets[name]))
             for name, adapter in phase.plan.active.items()

@@ -1,7 +1,7 @@
-"""WeightLoRA (Veprikov et al.): train omega and cut it, disconnect the adapters without weight, train the others on.
+"""WeightLoRA (Veprikov et al.): train and cut omega, disconnect adapters with omega 0, continue with the others.
 
 phase "select":  h_i x = W_i x + omega_i (alpha / r) B_i A_i x, omega trained and cut to the K largest (eq. 3-4)
-phase "train":   the survivors with their omega fixed, the others gone (WeightLoRA+ grows their ranks, eq. 5)
+phase "train":   the survivors with a fixed omega, the others gone (WeightLoRA+ grows their ranks, eq. 5)
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class WeightLoraSettings(MethodSettings):
 
     Attributes:
         keep: K, how many adapters stay.
-        steps: T, optimizer steps with trained omega, after which the others are disconnected.
-        cut_every: optimizer steps between two cuts (the paper cuts after each).
-        cut_after: optimizer steps before the first cut. Once cut, an adapter hardly ever comes back, so this
-            warm-up decides what the choice is made from.
-        omega_lr, omega_optimizer: step rule of omega; its learning rate does not follow `training.schedule`.
+        steps: T, optimizer steps with trained omega; then the others are disconnected.
+        cut_every: optimizer steps between two cuts (the paper cuts after each step).
+        cut_after: optimizer steps before the first cut. A cut adapter hardly ever comes back, so these steps decide
+            which adapters are kept.
+        omega_lr, omega_optimizer: learning rate, which ignores `training.schedule`, and optimizer of omega.
         choose: ``omega`` keeps the largest; ``random`` is the paper's ablation RLoRA.
-        batch_growth: what the freed memory is used for. ``keep_global``: larger micro-batch, fewer accumulation
+        batch_growth: how the batch uses the freed memory. ``keep_global``: larger micro-batch, fewer accumulation
             steps, the same updates. ``grow_global``: larger micro-batch and global batch.
         lr_scaling: how the learning rate follows a grown global batch.
     """
@@ -58,7 +58,7 @@ class WeightLoraSettings(MethodSettings):
         return self.batch_growth != "none"
 
     def check(self, total_steps: int | None) -> None:
-        """A cut must come before T, and T before the run's end."""
+        """Refuse a first cut after T, a T after the run's end, and an ineffective `lr_scaling`."""
         if self.cut_after >= self.steps:
             raise ConfigError(
                 "method.cut_after",
@@ -85,7 +85,7 @@ class WeightLora(Method[WeightLoraSettings]):
     settings_class: ClassVar[type[MethodSettings]] = WeightLoraSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """All n adapters, each with a trained omega that starts at 1."""
+        """All adapters, each with a trained omega that starts at 1."""
         settings, n = self.settings, len(phase.plan.active)
         if settings.keep > n:
             raise ConfigError(
@@ -115,7 +115,7 @@ class WeightLora(Method[WeightLoraSettings]):
     def next(
         self, phase: Phase, state: TrainState, scores: Scores, targets: Mapping[str, Shape]
     ) -> tuple[Phase, TrainState] | None:
-        """Fix omega, and disconnect the adapters whose omega is 0 or negative."""
+        """The survivors with a fixed omega; adapters with omega <= 0 are disconnected."""
         if phase.cut is None:
             return None
         budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
@@ -136,16 +136,16 @@ class WeightLora(Method[WeightLoraSettings]):
     def grown(
         self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int
     ) -> tuple[AdapterPlan, TrainState]:
-        """The survivors' plan and state as they are; WeightLoRA+ grows ranks here.
+        """The survivors' plan and state, unchanged; WeightLoRA+ grows ranks here.
 
         Args:
-            budget: parameters that A and B of all adapters had together.
+            budget: number of parameters in A and B of all adapters before.
         """
         return plan, state
 
 
 def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
-    """Survivors with omega as a constant; None for the rest."""
+    """The plan with a constant omega for survivors, and None for the rest."""
     modules: dict[str, ModuleAdapter | None] = {}
     for name, adapter in plan.modules.items():
         omega = float(state.tensors[f"{name}.lora_omega"]) if adapter is not None else 0.0
@@ -159,7 +159,7 @@ def _disconnect(plan: AdapterPlan, state: TrainState) -> AdapterPlan:
 
 
 def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
-    """The part of the state that lives on: the survivors' A and B, and modules trained whole; no omega."""
+    """The remaining part of the state: the survivors' A and B, and fully trained modules, without omega."""
     from sparse_llm_ft.adapters import is_omega
 
     names = [n for n in state.tensors if (not is_matrix(n) or n.rpartition(".")[0] in plan.active) and not is_omega(n)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class WeightLoraPlusSettings(WeightLoraSettings):
-    """Those of WeightLoRA, and how ranks grow.
+    """WeightLoRA's settings, and how ranks grow.
 
     Attributes:
         expansion: ``gaussian`` adds random rows to A and zero columns to B; ``qr`` orthonormalises A first.
@@ -24,7 +24,7 @@ class WeightLoraPlusSettings(WeightLoraSettings):
 
 
 class WeightLoraPlus(WeightLora):
-    """Ranks grow into the parameter budget of the warm-up."""
+    """WeightLoRA whose ranks grow into the parameter budget of all adapters."""
 
     settings_class = WeightLoraPlusSettings
     settings: WeightLoraPlusSettings
@@ -32,7 +32,7 @@ class WeightLoraPlus(WeightLora):
     def grown(
         self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int
     ) -> tuple[AdapterPlan, TrainState]:
-        """The survivors with larger ranks; what they compute stays the same. ``qr`` drops the moments of A and B."""
+        """The survivors with larger ranks and the same output. ``qr`` drops the moments of A and B."""
         from sparse_llm_ft.methods import rank_growth
 
         expansion = self.settings.expansion
@@ -45,13 +45,13 @@ class WeightLoraPlus(WeightLora):
         for name, adapter in plan.active.items():
             rank, keys = ranks[name], (f"{name}.lora_A", f"{name}.lora_B")
             pair = (tensors[keys[0]], tensors[keys[1]])
-            if adapter.r <= min(shapes[name]):  # else a mask left fewer rows or columns than the rank: it stays
+            if adapter.r <= min(shapes[name]):  # else a mask left fewer rows or columns than the rank, which stays
                 pair = expand(*pair, rank, rank_growth.module_generator(self.inputs.seed, name))
             # The scaling lora_alpha / r stays: growing r alone would shrink what the adapter computes.
             modules[name] = replace(adapter, r=rank, lora_alpha=adapter.scaling * rank)
             for key, tensor in zip(keys, pair, strict=True):
                 tensors[key] = tensor
-                if expansion == "gaussian":  # qr turns the coordinates: old moments would belong to other entries
+                if expansion == "gaussian":  # qr changes the basis: old moments would belong to other entries
                     moments[key] = rank_growth.pad_moments(state.moments[key], tensor.shape)
         steps = {g: n for g, n in state.optimizer_steps.items() if expansion == "gaussian" or g != "adapter"}
         return (

@@ -1,4 +1,4 @@
-"""What is measured before training: importances, sparsity ratios, masks, and the size of adapters' outputs."""
+"""Scores that methods plan from: importances, sparsity ratios, masks, and the size of adapters' outputs."""
 
 from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.scoring.contracts import ALONE, WorkShard

@@ -1,10 +1,10 @@
-"""The model on D_t with some rows or columns of one weight zeroed."""
+"""Evaluates the model on D_t, with some rows or columns of one weight ablated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal, Never
 
 import torch
 from torch import nn
@@ -19,21 +19,21 @@ Side = Literal["rows", "cols"]
 
 @contextmanager
 def zeroed(module: nn.Module, side: Side, keep: torch.Tensor, bias: torch.Tensor | None = None) -> Iterator[None]:
-    """The linear layer `module` as it is with rows or columns of W zero; the weight is not touched.
+    """A context in which `module` computes as if rows or columns of W were zero; the weight itself is not modified.
 
-    With row i of W zero, output feature i is the bias; with column j zero, input feature j counts as 0. So this
-    works for 4-bit and for sharded weights.
+    Zeroing row i sets output i to its bias; zeroing column j sets input j to 0. Forward hooks do both, so it works for
+    4-bit and sharded weights.
 
     Args:
-        keep: (d_out,) or (d_in,) bool.
-        bias: (d_out,), the layer's bias, whole, where it has one; for `rows`.
+        keep: (d_out,) or (d_in,) bool; false where zeroed.
+        bias: (d_out,), the layer's unsharded bias, if it has one; for `rows`.
     """
 
-    def mask_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def mask_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
         return (torch.where(keep.to(x.device), x, x.new_zeros(())), *others)
 
-    def mask_output(_: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+    def mask_output(_: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
         rest = y.new_zeros(()) if bias is None else bias.to(y)
         return torch.where(keep.to(y.device), y, rest)
 
@@ -48,16 +48,16 @@ def zeroed(module: nn.Module, side: Side, keep: torch.Tensor, bias: torch.Tensor
 
 
 class AblationEvaluator:
-    """Runs the model over the micro-batches of D_t; evaluation mode and `torch.no_grad` are the caller's.
+    """Runs the model over the micro-batches of D_t. The caller sets evaluation mode and `torch.no_grad`.
 
     Attributes:
-        cache: what is not computed again.
-        metric: that of the floor.
+        cache: outputs of blocks that are not computed again.
+        metric: the metric that the floor limits.
         forwards: forward passes made so far.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective[Any], batches: Sequence[Batch], metric: FloorMetric
+        self, model: nn.Module, objective: Objective[Never], batches: Sequence[Batch], metric: FloorMetric
     ) -> None:
         self.batches = batches
         self.cache = PrefixCache({}, len(batches))
@@ -67,18 +67,18 @@ class AblationEvaluator:
         self.metric = metric
 
     def score(self, i: int, metric: FloorMetric) -> torch.Tensor:
-        """(batch,) float64 on the CPU: `correct` (accuracy) or `losses` (loss) of micro-batch i."""
+        """Collective under ZeRO-3. (batch,) float64 on the CPU: `correct` or `losses` of micro-batch i."""
         measure = self._objective.correct if metric == "accuracy" else self._objective.losses
         self.forwards += 1
         with self.cache.replaced(i):
             return measure(self._model, self.batches[i]).detach().double().cpu()
 
     def total(self, metric: FloorMetric) -> float:
-        """Sum over D_t with the model as it is."""
+        """Collective under ZeRO-3. The metric's sum over D_t."""
         return float(sum(self.score(i, metric).sum() for i in range(len(self.batches))))
 
     def call_order(self, blocks: Mapping[str, nn.Module]) -> list[str] | None:
-        """The blocks that one micro-batch calls, in order; None if it calls one more than once."""
+        """The blocks in the order in which a forward pass calls them; None if it calls one more than once."""
         with recorded_calls(blocks) as calls:
             self.score(0, self.metric)
         return calls if len(set(calls)) == len(calls) else None

@@ -1,28 +1,28 @@
-"""The numbered layers of a model, and running it from one of them upward."""
+"""A model's numbered layers, and a cache to run it from one of them upward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from sparse_llm_ft.plan import ModuleName
 
-Output = Any
+Output: TypeAlias = object
 """What a block returns: a tensor, None, or a tuple or list of such."""
 
 
 def layer_of(name: str) -> ModuleName | None:
-    """Where a module stands; None for a name without number."""
+    """The parts of a module's name; None for a name without a number."""
     parsed = ModuleName.parse(name)
     return None if parsed.number is None else parsed
 
 
 def group_by_block(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Block name -> its modules, blocks in the order of their first module; and the modules in no numbered layer."""
+    """Block name -> its modules, in the order of the blocks' first modules; and the modules in no numbered layer."""
     groups: dict[str, list[str]] = {}
     rest = []
     for name in names:
@@ -35,14 +35,14 @@ def group_by_block(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str
 
 
 def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The numbered layers that hold the modules `names`, with all others of their stacks, by stack and number.
+    """Every numbered layer of the stacks that hold the modules `names`, ordered by stack and number.
 
     Args:
-        model: may be wrapped; then a block is found by the ending of its name.
+        model: may be wrapped; then blocks are found by the ending of their names.
         names: such as ``model.layers.3.self_attn.q_proj`` or ``encoder.layer.0.attention.self.query``.
 
     Raises:
-        KeyError: the model has no such stack, or more than one.
+        KeyError: the model has no such stack, or several.
     """
     stacks = dict.fromkeys(layer.stack for layer in map(layer_of, names) if layer is not None)
     blocks = {}
@@ -66,7 +66,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def recorded_calls(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """The list gets the name of each block when it is called."""
+    """A context with a list, to which each block's name is appended when the block is called."""
     calls: list[str] = []
 
     def recorder(name: str) -> Callable[..., None]:
@@ -79,15 +79,15 @@ def recorded_calls(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 
 
 class PrefixCache:
-    """What the layers below returned, so that they need not be computed again.
+    """Outputs of the lower layers, so that they need not be computed again.
 
-    It walks up in the order in which the blocks are called. Of every stack (an encoder and a decoder are two) it
-    holds the output of the highest block passed, one per micro-batch, on the model's device. In `replaced` every
-    block passed returns that output at once: what the lower ones return does not matter, since the next block up
-    ignores its input. A model that uses a lower block's output elsewhere goes wrong; the caller has to check.
+    The cache moves up in the order in which blocks are called. For every stack (encoder and decoder are two) it holds
+    the output of the highest block passed, one per micro-batch, on the model's device. In `replaced` every block passed
+    returns this output at once. The lower blocks' outputs do not matter, because the next block passed ignores its
+    input. A model that uses a lower block's output elsewhere computes wrong results; the caller must check that.
 
     Args:
-        blocks: each is called once in a forward pass.
+        blocks: each is called once per forward pass.
         batches: number of micro-batches.
     """
 
@@ -99,14 +99,14 @@ class PrefixCache:
 
     @property
     def passed(self) -> int:
-        """Number of blocks that are not computed any more."""
+        """Number of blocks that are no longer computed."""
         return len(self._passed)
 
     def advance(self, names: Sequence[str], run: Callable[[int], object]) -> bool:
-        """Pass the blocks `names`, the next ones; `run(i)` runs the model on micro-batch i.
+        """Pass the next blocks, `names`; `run(i)` runs the model on micro-batch i.
 
         Returns:
-            False where one of them returns something that cannot be kept; then the cache is cleared.
+            False if a block's output cannot be cached; then the cache is cleared.
         """
         highest = {_stack_of(name): self._blocks[name] for name in names}
         fresh: dict[str, list[Output]] = {stack: [] for stack in highest}
@@ -119,14 +119,14 @@ class PrefixCache:
             for stack, output in outputs.items():
                 fresh[stack].append(output)
                 if stack in self._outputs:
-                    self._outputs[stack][i] = None  # one output at a time: this micro-batch needs the old no more
+                    self._outputs[stack][i] = None  # this micro-batch no longer needs the old one: free it
         self._outputs |= fresh
         self._passed += names
         return True
 
     @contextmanager
     def replaced(self, batch: int) -> Iterator[None]:
-        """Blocks that were passed return what they returned for micro-batch `batch`."""
+        """A context in which the blocks passed return their outputs for micro-batch `batch`."""
         constants = {stack: _copied(outputs[batch]) for stack, outputs in self._outputs.items()}
         with ExitStack() as stack:
             for name in self._passed:
@@ -134,7 +134,7 @@ class PrefixCache:
             yield
 
     def clear(self) -> None:
-        """Forget everything; whole forward passes from here on."""
+        """Empty the cache: forward passes are complete from here on."""
         self._outputs, self._passed = {}, []
 
 
@@ -146,11 +146,11 @@ def _stack_of(name: str) -> str:
 
 @contextmanager
 def _captured(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Output]]:
-    """Key -> what the block under that key returns meanwhile."""
+    """A context with a dict that collects each block's output under the block's key."""
     outputs: dict[str, Output] = {}
 
     def keep(key: str, output: Output) -> None:
-        # A copy: the next block may change its input in place.
+        # A copy, because the next block may change its input in place.
         outputs[key] = _copied(output) if _is_plain(output) else output
 
     with ExitStack() as stack:
@@ -162,8 +162,8 @@ def _captured(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Output]]:
 
 @contextmanager
 def _forward_replaced(block: nn.Module, output: Output) -> Iterator[None]:
-    # An attribute of the instance, and not a hook: hooks cannot skip the computation, and those that are there
-    # (DeepSpeed's gather parameters) must go on running.
+    # An attribute of the instance, not a hook: hooks cannot skip the computation, and the present ones (DeepSpeed's
+    # gather parameters) must continue to run.
     own = vars(block)
     before = own.get("forward")
     own["forward"] = lambda *args, **kwargs: output

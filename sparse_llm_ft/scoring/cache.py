@@ -1,4 +1,4 @@
-"""Derivations as files and as bytes, and what they depend on, so that a later run need not derive them again."""
+"""A cache of derivations by content; later runs read them from files, other ranks from bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,10 +29,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def derivations_folder(cache_dir: str | None) -> Path:
-    """Where derivations are stored.
+    """The folder of stored derivations.
 
     Args:
-        cache_dir: None is the user's cache folder.
+        cache_dir: None: the user's cache folder.
     """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
@@ -41,7 +40,7 @@ def derivations_folder(cache_dir: str | None) -> Path:
 
 
 def hash_model(model: ModelConfig) -> str:
-    """SHA-256 of the base's files: of their contents in a local folder; on the hub the cache names them by a hash."""
+    """SHA-256 of a local base's files, or of the hashes by which the hub's cache names them."""
     folder = Path(model.name)
     if folder.is_dir():
         return hash_files([*folder.glob("*.safetensors"), *folder.glob("*.json")])
@@ -49,27 +48,27 @@ def hash_model(model: ModelConfig) -> str:
     return content_key(files={path.name: path.resolve().name for path in sorted(snapshot.iterdir())})
 
 
-def hash_samples(samples: Iterable[Any]) -> str:
-    """SHA-256 of samples in their order; a sample is a dataclass of JSON values, or a JSON value."""
+def hash_samples(samples: Iterable[object]) -> str:
+    """SHA-256 of samples in order; each is a dataclass of JSON values, or a JSON value."""
     return hash_json([asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for s in samples])
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of shape, type and values."""
+    """SHA-256 of the tensor's shape, type and values."""
     return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()
 
 
 def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> Derivation | None:
-    """What `save` stored under `key`; None where there is nothing, or nothing that can be used.
+    """The derivation stored under `key`; None if there is none or it cannot be used.
 
     Args:
-        warn: called with one line where an entry is there but damaged.
+        warn: called with a line about a damaged entry.
     """
     return ContentCache(folder, _read).load(key, warn)
 
 
 def save(folder: Path, key: str, derivation: Derivation) -> None:
-    """Store `derivation` under `key`; a good entry stays. Raises OSError where the folder cannot be written."""
+    """Store `derivation` under `key`, unless a valid one is there. Raises OSError if the folder is not writable."""
 
     def fill(temporary: Path) -> None:
         tensors, metadata = derivation.to_tensors()
@@ -81,14 +80,14 @@ def save(folder: Path, key: str, derivation: Derivation) -> None:
 
 
 def to_bytes(derivation: Derivation) -> bytes:
-    """The derivation in one piece, to be sent to other ranks."""
+    """The derivation as bytes, to be sent to other ranks."""
     tensors, metadata = derivation.to_tensors()
     text = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
     return safetensors.torch.save(tensors | {_METADATA: text})
 
 
 def from_bytes(data: bytes) -> Derivation:
-    """Read what `to_bytes` gave."""
+    """The derivation of `to_bytes`."""
     tensors = safetensors.torch.load(data)
     metadata = json.loads(bytes(tensors.pop(_METADATA).numpy()))
     return Derivation.from_tensors(tensors, metadata)

@@ -1,44 +1,46 @@
-"""What the caller hands in: which share of the work a rank has."""
+"""`WorkShard`: a rank's share of the work, which the caller passes in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
+"""The type of samples."""
 
-def no_gather(module: nn.Module) -> AbstractContextManager[Any]:
-    """For `WorkShard.gather` where parameters are not sharded."""
+
+def no_gather(module: nn.Module) -> AbstractContextManager[object]:
+    """`WorkShard.gather` for unsharded parameters."""
     return nullcontext()
 
 
 def no_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """For `WorkShard.reduce` where there is one rank."""
+    """`WorkShard.reduce` for a single rank."""
     return tensor
 
 
 @dataclass(frozen=True)
 class WorkShard:
-    """This process's shard of the work, among those of all ranks; the default is all of it.
+    """This process's share of the work; by default all of it.
 
-    Every rank has the whole of D_t and the whole model (or its shard, with `lockstep`).
+    Every rank has all of D_t and the full model (with `lockstep`, its shard).
 
     Attributes:
         rank, size: of the process group.
-        lockstep: a forward pass is a collective (ZeRO-3): every rank must make equally many, each through the same
-            layers.
-        gather: a context in which the module's own parameters are whole on every rank; a collective where `lockstep`.
-        reduce: sum of a CPU tensor over all ranks, on the CPU; a collective.
+        lockstep: a forward pass is a collective (ZeRO-3): all ranks must make equally many, through the same layers.
+        gather: collective if `lockstep`; a context in which every rank has the module's own parameters unsharded.
+        reduce: collective; the sum of a CPU tensor over all ranks, on the CPU.
     """
 
     rank: int = 0
     size: int = 1
     lockstep: bool = False
-    gather: Callable[[nn.Module], AbstractContextManager[Any]] = no_gather
+    gather: Callable[[nn.Module], AbstractContextManager[object]] = no_gather
     reduce: Callable[[torch.Tensor], torch.Tensor] = no_reduce
 
 

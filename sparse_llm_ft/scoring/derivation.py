@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, get_args
+from typing import Any, Never, get_args
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.objectives.base import Objective, evaluating
 from sparse_llm_ft.scoring.ablation import AblationEvaluator
-from sparse_llm_ft.scoring.contracts import ALONE, WorkShard
+from sparse_llm_ft.scoring.contracts import ALONE, T, WorkShard
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
     Importance,
@@ -31,19 +31,19 @@ from sparse_llm_ft.scoring.layer_search import SIDES, LayerSearch
 
 @dataclass(frozen=True, eq=False)
 class Derivation:
-    """What `derive` found; the same on every rank, whatever their number.
+    """The result of `derive`; the same on every rank and for any number of ranks.
 
     Attributes:
-        settings: what it was derived with.
-        mu: accuracy of the whole model on D_t, over the scored units.
+        settings: the settings that it was derived with.
+        mu: accuracy of the unmodified model on D_t, over the scored units.
         standard_error: of `mu`: sqrt(μ (1 - μ) / units).
-        majority: accuracy that always giving the most frequent answer would have.
-        loss: mean loss of the whole model on D_t per unit of the loss.
-        samples, units: of D_t: samples, and scored units among them.
-        ratios: module -> (p_row, p_col), kept / size; 0 where nothing had to be kept.
-        importance: module -> the scores as measured (before `preserve_flow`).
-        notes: sentences about what was done differently than asked.
-        overlaps: ``svd-snip`` and so on -> module -> share of common top indices (`overlap`), where it was asked for.
+        majority: accuracy of always giving the most frequent answer.
+        loss: mean loss of the unmodified model on D_t per unit of the loss.
+        samples, units: number of D_t's samples, and of their scored units.
+        ratios: module -> (p_row, p_col), kept / size; 0 where nothing has to be kept.
+        importance: module -> the scores before `preserve_flow`.
+        notes: a sentence about each deviation from the settings.
+        overlaps: ``svd-snip`` and so on -> module -> share of common top indices (`overlap`), if asked for.
     """
 
     settings: DerivationSettings
@@ -58,7 +58,7 @@ class Derivation:
     notes: tuple[str, ...] = ()
     overlaps: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
-    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         """The scores as tensors named ``module/rows`` and ``module/cols``, and everything else as JSON values."""
         tensors = {
             f"{name}/{side}": getattr(scores, side).contiguous()
@@ -76,10 +76,10 @@ class Derivation:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Derivation:
-        """Read what `to_tensors` gave.
+        """The derivation of `to_tensors`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: the values are not of that form.
         """
         values = dict(metadata)
         settings = DerivationSettings(**values.pop("settings"))
@@ -91,7 +91,7 @@ class Derivation:
         return cls(settings=settings, ratios=ratios, importance=importance, notes=notes, overlaps=overlaps, **values)
 
     def describe(self) -> str:
-        """In a line, for people."""
+        """A line for people."""
         if not self.ratios:
             return f"importance {self.settings.importance} of {len(self.importance)} modules"
         kept = [share for pair in self.ratios.values() for share in pair]
@@ -101,8 +101,8 @@ class Derivation:
             f"mean kept share {sum(kept) / len(kept):.3f}"
         )
 
-    def summary(self) -> dict[str, Any]:
-        """All but the scores, as JSON values, for the report."""
+    def summary(self) -> dict[str, object]:
+        """Everything but the importance as JSON values, for the report."""
         return {
             "kind": "partial",
             "importance": self.settings.importance,
@@ -117,45 +117,46 @@ class Derivation:
 
 def derive(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    samples: Sequence[Any],
-    objective: Objective[Any],
+    modules: Mapping[str, nn.Linear],
+    samples: Sequence[T],
+    objective: Objective[T],
     settings: DerivationSettings,
     shard: WorkShard = ALONE,
     report: Callable[[int, int], None] | None = None,
     compare: bool = False,
 ) -> Derivation:
-    """Collective. Algorithm 1 for the rows and for the columns of every module, each alone with all others intact.
+    """Collective. Algorithm 1 for the rows and the columns of every module, each with all others intact.
 
-    The least important indices are zeroed one after the other until the metric on D_t falls below its floor; what is
-    left at that point is kept. The point is found by `find_crossing`, which says what that means where the metric
-    is not monotone. A module in a numbered layer costs only the layers from its own upward (`PrefixCache`); before
-    each layer the outcome is compared with that of the whole model, and where the two differ all passes are whole
-    from there on, with a note. Forward passes over the whole of D_t: two at the start (accuracy and loss), one for
-    each test, one for each layer but the first. Forward passes over one micro-batch: two at the start of the search,
-    and one for each layer but the first.
+    It zeroes the least important indices one after the other until the metric on D_t falls below its floor, and keeps
+    those that are left. `find_crossing` finds this point, and says what it means if the metric is not monotone.
 
-    With several ranks the searches of a layer are dealt out, and every rank returns the same.
+    Tests of a module in a numbered layer run only the layers from there upward (`PrefixCache`). Before each layer the
+    result is compared with that of complete passes. If the two differ, all later passes are complete, with a note.
+    Forward passes over all of D_t: two at the start (accuracy and loss), one per test, one per layer but the first.
+    Over one micro-batch: two at the start of the search, and one per layer but the first.
+
+    The ranks share the searches of a layer, and all return the same result.
 
     Args:
-        model: on its device; its parameters are neither changed nor given gradients. Evaluation mode meanwhile.
-        modules: target name -> the linear layer whose W is meant (the base layer where it is wrapped).
+        model: on its device, and in evaluation mode meanwhile; its parameters neither change nor get gradients.
+        modules: target name -> its linear layer (the base layer of a wrapped one).
         samples: D_t; the same on every rank.
-        report: called after each layer with the number of layers done and of all.
-        compare: also measure the other two importances, and how far their top indices agree.
+        report: called after each layer with the number of finished layers and of all.
+        compare: also compute the other two importances, and how far their top indices agree.
 
     Raises:
-        UserError: D_t is empty or has nothing to score; or its accuracy cannot be told from that of the majority
-            answer, so that the ratios would be noise (only with ``floor_metric: accuracy``).
+        UserError: D_t is empty or has nothing to score; or its accuracy does not differ from that of the majority
+            answer, so that ratios would be noise (only with ``floor_metric: accuracy``).
         TrainingError: a score or the loss is not finite.
     """
     units = sum(objective.scored(sample) for sample in samples)
     if units == 0:
         raise UserError(f"the few-shot subset has {len(samples)} samples and nothing to score; raise method.shots")
     with evaluating(model), torch.no_grad():
+        # The unmodified model sets the floor.
         batches = _batches(model, samples, objective, settings.micro_batch_size)
         evaluator = AblationEvaluator(model, objective, batches, settings.floor_metric)
-        # One rank's numbers for all: a floor that differs in its last digit could send ranks different ways.
+        # All ranks use the numbers of one: floors that differ in the last digit could make ranks diverge.
         own = torch.tensor([evaluator.total("accuracy"), evaluator.total("loss")], dtype=torch.float64)
         correct, loss = shard.reduce(own if shard.rank == 0 else torch.zeros_like(own)).tolist()
         mu, majority = correct / units, objective.majority(samples)
@@ -164,6 +165,7 @@ def derive(
             raise TrainingError("the loss of the pretrained model on the few-shot subset is not a finite number")
         if settings.floor_metric == "accuracy":
             _check_signal(mu, error, majority, units)
+        # Search for the ratios, in the order of importance.
         importance = _measure(model, modules, batches, objective, settings.importance, shard)
         scores = preserve_flow(importance) if settings.flow_preservation else importance
         search = LayerSearch(model, modules, scores, evaluator, _floor(settings, correct, loss), shard)
@@ -185,15 +187,15 @@ def derive(
 
 def measure_only(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    samples: Sequence[Any],
-    objective: Objective[Any],
+    modules: Mapping[str, nn.Linear],
+    samples: Sequence[T],
+    objective: Objective[T],
     settings: DerivationSettings,
     shard: WorkShard = ALONE,
 ) -> Derivation:
-    """Collective. Importance without a search for ratios, for masks whose ratios are given: no accuracy is measured.
+    """Collective. Only importance, for masks with given ratios; no accuracy is computed.
 
-    Arguments as of `derive`. Raises TrainingError where a score is not finite.
+    Arguments as in `derive`. Raises TrainingError if a score is not finite.
     """
     with evaluating(model), torch.no_grad():
         batches = _batches(model, samples, objective, settings.micro_batch_size)
@@ -202,14 +204,15 @@ def measure_only(
     return Derivation(settings, 0.0, 0.0, 0.0, 0.0, len(samples), units, {}, importance)
 
 
-def _batches(model: nn.Module, samples: Sequence[Any], objective: Objective[Any], size: int) -> list[Batch]:
+def _batches(model: nn.Module, samples: Sequence[T], objective: Objective[T], size: int) -> list[Batch]:
     device = next(model.parameters()).device
     chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [{key: tensor.to(device) for key, tensor in objective.batch(chunk).items()} for chunk in chunks]
 
 
 def _check_signal(mu: float, error: float, majority: float, units: int) -> None:
-    # A model below the majority share has learned nothing that zeroing could destroy either.
+    """Refuse an accuracy that does not exceed the majority's by two standard errors."""
+    # A model below the majority has also learned nothing that zeroing could destroy.
     if mu <= majority + 2 * error:
         raise UserError(
             f"the pretrained model's accuracy on the few-shot subset is {mu:.4f} over n = {units}, not more than two "
@@ -219,9 +222,9 @@ def _check_signal(mu: float, error: float, majority: float, units: int) -> None:
 
 
 def _floor(settings: DerivationSettings, correct: float, loss: float) -> Callable[[float], bool]:
-    """Whether a sum over D_t is still good enough."""
+    """A test whether the metric's sum over D_t meets the floor."""
     if settings.floor_metric == "accuracy":
-        least = settings.accuracy_floor * correct - 1e-6  # counts are whole; 0.7 * 10 is a little more than 7
+        least = settings.accuracy_floor * correct - 1e-6  # counts are integers, and 0.7 * 10 is a little more than 7
         return lambda total: total >= least
     most = loss / settings.accuracy_floor
     return lambda total: total <= most
@@ -229,13 +232,13 @@ def _floor(settings: DerivationSettings, correct: float, loss: float) -> Callabl
 
 def _measure(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
-    objective: Objective[Any],
+    objective: Objective[Never],
     measure: MeasureName,
     shard: WorkShard,
 ) -> dict[str, Importance]:
-    """The scores of all modules, on every rank."""
+    """Collective. The importance of all modules, on every rank."""
     if measure == "svd":
         own = {}
         for i, (name, module) in enumerate(modules.items()):
@@ -248,11 +251,10 @@ def _measure(
         own = gradient_importance(model, modules, batches, objective, measure, shard)
     parts = []
     for name, module in modules.items():
-        linear: Any = module
-        nothing = Importance(torch.zeros(linear.out_features), torch.zeros(linear.in_features))
+        nothing = Importance(torch.zeros(module.out_features), torch.zeros(module.in_features))
         scores = own.get(name, nothing)
         parts += [scores.rows, scores.cols]
     whole = iter(shard.reduce(torch.cat(parts)).split([len(part) for part in parts]))
     importance = {name: Importance(next(whole).clone(), next(whole).clone()) for name in modules}
-    check_finite(importance)  # after the sum: all ranks stop, and none waits for another
+    check_finite(importance)  # after the sum: all ranks raise, and none waits for another
     return importance

@@ -1,10 +1,10 @@
-"""SNIP and IMP importance of rows and columns, from gradients of weights that have none of their own."""
+"""SNIP and IMP importance of rows and columns, from gradients of frozen weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal, Never
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from sparse_llm_ft.scoring.importance import Importance, dense_weight
 
 
 class _Call:
-    """One call of a linear layer: its input, and its output before anything changed it."""
+    """One call of a linear layer: its input, and its output before anything changes it."""
 
     def __init__(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         self.name, self.x, self.y = name, x, y
@@ -25,28 +25,28 @@ class _Call:
 
 def gradient_importance(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
-    objective: Objective[Any],
+    objective: Objective[Never],
     measure: Literal["snip", "imp"],
     shard: WorkShard = ALONE,
 ) -> dict[str, Importance]:
-    """``|∂L/∂W|`` (SNIP) or ``|W ⊙ ∂L/∂W|`` (IMP), summed along the rows and along the columns.
+    """Collective if lockstep. ``|∂L/∂W|`` (SNIP) or ``|W ⊙ ∂L/∂W|`` (IMP), summed along the rows and along the columns.
 
-    L is the loss summed over all `batches`; gradients are added up over them before the absolute value. With x the
-    input of a layer and δ the gradient of its output, ``∂L/∂W = Σ δᵀ x``, so it makes no difference whether a weight
-    is frozen or 4-bit, and no ``.grad`` is written. One numbered layer is done at a time, which bounds the memory by
-    a float32 copy of its weights: one pass over the batches a layer and rank.
+    L is the loss summed over all `batches`, so gradients are summed before the absolute value. With x the input of a
+    layer and δ the gradient of its output, ``∂L/∂W = Σ δᵀ x``: this works for frozen and 4-bit weights, and writes no
+    ``.grad``. Each pass over the batches covers one numbered layer per rank, which limits memory to a float32 copy of
+    its weights.
 
-    With N ranks, rank k does layer i * N + k in pass i. In lockstep every rank lets gradients begin at the lowest
-    layer of the pass, so that all go backward through the same layers, and all make equally many passes.
+    With N ranks, rank k takes layer i * N + k in pass i. In lockstep every rank lets gradients begin at the pass's
+    lowest layer: so all go backward through the same layers, in equally many passes.
 
     Args:
         modules: name -> linear layer.
         batches: on the model's device.
 
     Returns:
-        The scores of the modules that fell to this rank; whether they are finite is for the caller to check.
+        The scores of this rank's modules; the caller checks that they are finite.
     """
     found: dict[str, Importance] = {}
     with evaluating(model):
@@ -65,22 +65,22 @@ def gradient_importance(
     return found
 
 
-def _passes(modules: Mapping[str, nn.Module], shard: WorkShard) -> Iterator[dict[int, list[str]]]:
-    """For every pass, rank -> the modules that it does; the first share is that of the lowest layer."""
+def _passes(modules: Mapping[str, nn.Linear], shard: WorkShard) -> Iterator[dict[int, list[str]]]:
+    """For every pass, rank -> its modules; the first share belongs to the lowest layer."""
     groups, unnumbered = group_by_block(modules)
     layers = list(groups.values())
     for start in range(0, len(layers), shard.size):
         yield dict(enumerate(layers[start : start + shard.size]))
-    for i, name in enumerate(unnumbered):  # where they stand is not known, so each has a pass of its own
+    for i, name in enumerate(unnumbered):  # their order is unknown, so each has a pass of its own
         yield {i % shard.size: [name]}
 
 
 def _weight_gradients(
     model: nn.Module,
-    hooked: Mapping[str, nn.Module],
+    hooked: Mapping[str, nn.Linear],
     wanted: set[str],
     batches: Sequence[Batch],
-    objective: Objective[Any],
+    objective: Objective[Never],
 ) -> dict[str, torch.Tensor]:
     """Module -> ∂L/∂W of shape (d_out, d_in), float32, for the modules `wanted`."""
     total: dict[str, torch.Tensor] = {}
@@ -96,17 +96,16 @@ def _weight_gradients(
             term = delta.flatten(0, -2).float().T @ call.x.flatten(0, -2).float()
             total[call.name] = total[call.name].add_(term) if call.name in total else term
     for name in wanted - total.keys():  # a layer without influence on the loss
-        linear: Any = hooked[name]
-        total[name] = torch.zeros(linear.out_features, linear.in_features)
+        total[name] = torch.zeros(hooked[name].out_features, hooked[name].in_features)
     return total
 
 
 @contextmanager
-def _observed(modules: Mapping[str, nn.Module]) -> Iterator[list[_Call]]:
-    """Every call of the modules; their outputs carry gradients even where nothing below does."""
+def _observed(modules: Mapping[str, nn.Linear]) -> Iterator[list[_Call]]:
+    """A context with a list of the modules' calls; their outputs require gradients even if nothing below does."""
     calls: list[_Call] = []
 
-    def observe(name: str, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def observe(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         y = output if output.requires_grad else output.detach().requires_grad_()
         calls.append(_Call(name, args[0].detach(), y))
         return y.clone()  # the model may change it in place, and the gradient of y itself is wanted

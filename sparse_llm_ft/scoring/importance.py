@@ -1,4 +1,4 @@
-"""Importance of the rows and of the columns of a weight (Partial-LoRA, section 4.2.2), and what is read off it."""
+"""Importance of a weight's rows and columns (Partial-LoRA, section 4.2.2), and quantities derived from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_llm_ft.plan import ModuleName
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Scores of one weight of shape (d_out, d_in); larger is more important.
+    """Scores of one weight of shape (d_out, d_in); a larger score is more important.
 
     Attributes:
         rows: (d_out,) float32, on the CPU.
@@ -31,11 +31,11 @@ def svd_importance(weight: torch.Tensor) -> Importance:
     """Row norms of W V with V = Q Λ and W = P Λ Qᵀ, and the same of Wᵀ for the columns (eq. 4-5), without an SVD.
 
     P has orthonormal columns, so ``‖(W Q Λ)_i‖ = ‖(P Λ²)_i‖ = ‖(W Wᵀ)_i‖``, and for columns
-    ``‖Wᵀ W e_j‖ = sqrt(w_jᵀ (W Wᵀ) w_j)``, w_j the j-th column: one Gram matrix gives both, and the smaller one is
-    taken. Float32: the scores only order indices, and differ from those of an SVD by about 1e-6 of their size.
+    ``‖Wᵀ W e_j‖ = sqrt(w_jᵀ (W Wᵀ) w_j)``, w_j the j-th column. One Gram matrix gives both; the smaller one is used. In
+    float32: scores only order indices, and differ from those of an SVD by about 1e-6 of their size.
 
     Args:
-        weight: (d_out, d_in), on any device; a half precision is widened first.
+        weight: (d_out, d_in), on any device; half precision is converted to float32 first.
     """
     weight = weight.detach().float()
     if weight.shape[0] > weight.shape[1]:
@@ -43,15 +43,15 @@ def svd_importance(weight: torch.Tensor) -> Importance:
         return Importance(turned.cols, turned.rows)
     gram = weight @ weight.T  # Shape: (d_out, d_out)
     squares = (weight * (gram @ weight)).sum(0)  # Shape: (d_in,)
-    # A quadratic form of a Gram matrix is not negative; its rounding may be.
+    # A quadratic form of a Gram matrix is not negative, but its rounded value may be.
     return Importance(gram.norm(dim=1).cpu(), squares.clamp_min(0).sqrt().cpu())
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of an `nn.Linear`, or what the codes of a bitsandbytes `Linear4bit` stand for.
+    """The weight of an `nn.Linear`, or the dequantised weight of a bitsandbytes `Linear4bit`.
 
     Returns:
-        (d_out, d_in) float32 on the weight's device; a copy where the weight is stored otherwise.
+        (d_out, d_in) float32 on the weight's device; a copy if the weight is stored in another form.
     """
     weight: Any = module.weight
     quant_state = getattr(weight, "quant_state", None)
@@ -75,7 +75,7 @@ def ranking(scores: torch.Tensor) -> torch.Tensor:
 
 
 def check_finite(importance: Mapping[str, Importance]) -> None:
-    """Refuse scores that order nothing.
+    """Refuse scores that cannot order indices.
 
     Raises:
         TrainingError: a score is NaN or infinite, naming the module.
@@ -90,10 +90,10 @@ def check_finite(importance: Mapping[str, Importance]) -> None:
 def preserve_flow(importance: Mapping[str, Importance]) -> dict[str, Importance]:
     """Flow preservation (appendix H): scores_l + scores_{l+1}, in favour of what the next layer finds important.
 
-    The paper does not say which module the next one is. Ours: the module of the same name in the next numbered layer
-    of `importance`, whose rows stand beside these rows and whose columns beside these columns. The last layer, a
-    module without number and a side whose size differs keep their scores. The sum is of the scores as they were
-    measured; it does not pile up from the top.
+    The paper does not say which module is the next one. Here it is the module of the same name in the next numbered
+    layer of `importance`; its rows are added to these rows, and its columns to these columns. The last layer, modules
+    without a number and sides of different sizes keep their scores. Only original scores are added: sums do not
+    accumulate from the top.
     """
     following = _following(importance)
 
@@ -108,16 +108,16 @@ def preserve_flow(importance: Mapping[str, Importance]) -> dict[str, Importance]
 
 
 def kept_count(ratio: float, size: int) -> int:
-    """``ratio * size`` rounded to the nearest whole number, halves up."""
+    """``ratio * size`` rounded to the nearest integer, halves up."""
     return int(ratio * size + 0.5)
 
 
 def overlap(
     first: Mapping[str, Importance], second: Mapping[str, Importance], ratios: Mapping[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
-    """Share of the top indices that two measures have in common (Figure 12), rows and columns, by module.
+    """Module -> the share of top indices that two measures have in common (Figure 12), of rows and of columns.
 
-    As many top indices are compared as `ratios` (p_row, p_col) keeps; where that is none, the share is 1.
+    As many top indices count as `ratios` (p_row, p_col) keeps; if that is none, the share is 1.
     """
     return {
         name: (
@@ -137,7 +137,7 @@ def _share(first: torch.Tensor, second: torch.Tensor, ratio: float) -> float:
 
 
 def _following(names: Mapping[str, object]) -> dict[str, str]:
-    """Module -> the module of the same name in the next numbered layer, where there is one."""
+    """Module -> the module of the same name in the next numbered layer, if any."""
     series: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         stack, number, rest = ModuleName.parse(name)

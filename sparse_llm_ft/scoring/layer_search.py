@@ -1,10 +1,10 @@
-"""The searches of Algorithm 1 over all modules, layer by layer, dealt to ranks."""
+"""The searches of Algorithm 1 over all modules, layer by layer, shared by the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,26 +27,26 @@ class Job(NamedTuple):
 
     @property
     def tests(self) -> int:
-        """The most tests that the search takes."""
+        """The largest number of tests that the search needs."""
         return most_tests(self.size)
 
 
 class Stage(NamedTuple):
-    """Modules that are searched with the same blocks passed.
+    """Modules that are searched together, after the same blocks were passed.
 
     Attributes:
-        below: blocks to pass before, beyond those of the stages before.
+        below: blocks to pass first, in addition to those of earlier stages.
     """
 
     below: list[str]
     names: list[str]
 
 
-def deal(jobs: Sequence[Job], loads: list[int]) -> list[list[Job]]:
-    """The jobs of each rank: the longest first, each to the rank with least to do so far.
+def distribute(jobs: Sequence[Job], loads: list[int]) -> list[list[Job]]:
+    """The jobs of each rank. The longest comes first; each goes to the rank with the fewest tests so far.
 
     Args:
-        loads: tests given to each rank so far; brought up to date.
+        loads: number of tests of each rank so far; updated in place.
     """
     shares: list[list[Job]] = [[] for _ in loads]
     for job in sorted(jobs, key=lambda job: -job.tests):
@@ -57,21 +57,21 @@ def deal(jobs: Sequence[Job], loads: list[int]) -> list[list[Job]]:
 
 
 class LayerSearch:
-    """Runs the searches. Evaluation mode and `torch.no_grad` are the caller's.
+    """Runs the searches. The caller sets evaluation mode and `torch.no_grad`.
 
     Args:
         modules: target name -> linear layer.
-        scores: module -> the order in which its indices are zeroed, least important first.
-        good_enough: whether a sum of the evaluator's metric over D_t is above the floor.
+        scores: module -> importance; the least important indices are zeroed first.
+        good_enough: whether a sum of the evaluator's metric over D_t meets the floor.
 
     Attributes:
-        notes: what was done differently than asked, one sentence each.
+        notes: a sentence about each deviation from the plan of the search.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Linear],
         scores: Mapping[str, Importance],
         evaluator: AblationEvaluator,
         good_enough: Callable[[float], bool],
@@ -83,10 +83,10 @@ class LayerSearch:
         self.notes: tuple[str, ...] = ()
 
     def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, tuple[float, float]]:
-        """Module -> (p_row, p_col), kept / size; the same on every rank.
+        """Collective. Module -> (p_row, p_col), kept / size; the same on every rank.
 
         Args:
-            report: called with the number of stages (numbered layers) done and of all.
+            report: called with the number of finished stages (numbered layers) and of all.
         """
         reference = self._evaluator.score(0, "loss")
         stages = self._stages()
@@ -105,7 +105,7 @@ class LayerSearch:
         }
 
     def _stages(self) -> list[Stage]:
-        """Modules in no numbered layer first, with whole passes; then layer by layer in the order of the calls."""
+        """First the modules in no numbered layer, with complete passes; then layer by layer in the order of calls."""
         groups, whole = group_by_block(self._modules)
         blocks = find_blocks(self._model, self._modules)
         order = self._evaluator.call_order(blocks)
@@ -124,13 +124,13 @@ class LayerSearch:
         return stages
 
     def _pass(self, below: Sequence[str], reference: torch.Tensor) -> None:
-        """Compute the blocks `below` a last time, and see that the model gives the same without them."""
+        """Collective. Compute the blocks `below` once more, and check that the model gives the same without them."""
         evaluator = self._evaluator
         if not below or self.notes:
             return
         held = evaluator.cache.advance(below, lambda i: evaluator.score(i, evaluator.metric))
         same = held and torch.allclose(evaluator.score(0, "loss"), reference, rtol=1e-3, atol=1e-4)
-        # If one rank must go back to whole passes, all do: in lockstep they go through the same layers.
+        # If one rank must return to complete passes, all do: in lockstep they pass through the same layers.
         if float(self._shard.reduce(torch.tensor([0.0 if same else 1.0], dtype=torch.float64))) > 0:
             evaluator.cache.clear()
             self._note("a layer's output is used elsewhere than in the next layer")
@@ -139,10 +139,10 @@ class LayerSearch:
         self.notes += (f"{reason}: lower layers were computed anew for every test of a higher one",)
 
     def _searched(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
-        """This rank's jobs with the numbers of indices they keep."""
+        """Collective if lockstep. This rank's jobs, each with the number of indices to keep."""
         shard = self._shard
-        loads = [0] * shard.size if shard.lockstep else self._loads  # in lockstep every layer is waited for
-        shares = deal(jobs, loads)
+        loads = [0] * shard.size if shard.lockstep else self._loads  # in lockstep, ranks wait at every layer
+        shares = distribute(jobs, loads)
         biases = self._biases(jobs)
         before = self._evaluator.forwards
         for job in shares[shard.rank]:
@@ -154,10 +154,10 @@ class LayerSearch:
                 self._evaluator.total(self._evaluator.metric)
 
     def _biases(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
-        """Copies of the modules' biases, whole."""
+        """Collective if lockstep. Unsharded copies of the modules' biases."""
         biases = {}
         for name in dict.fromkeys(job.name for job in jobs):
-            linear: Any = self._modules[name]
+            linear = self._modules[name]
             if linear.bias is not None:
                 with self._shard.gather(linear):
                     biases[name] = linear.bias.detach().clone()

@@ -1,4 +1,4 @@
-"""How large the outputs of adapters are, and which layers to keep by that (LoRA-drop, section 3)."""
+"""The size of adapters' outputs, and which layers to keep by it (LoRA-drop, section 3)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparse_llm_ft.scoring.contracts import no_reduce
 
 
 class OutputScores:
-    """g_i: ‖ΔW_i x_i‖², averaged over the samples that went through the model.
+    """g_i: ‖ΔW_i x_i‖², averaged over the samples that passed through the model.
 
-    The paper averages "over the training dataset" and does not say what a sample's norm is over. Here x_i is the
-    sample's whole input to the layer, so the square is summed over its tokens (the Frobenius norm of ΔW_i X_i), and
-    the mean is over samples. A mean over all tokens would divide every g_i by the same number and leave
-    y_i = g_i / Σ g as it is. Padding counts nothing. Nothing of the activations is kept.
+    The paper averages "over the training dataset" and does not define a sample's norm. Here x_i is all of the sample's
+    input to the layer: the square is summed over its tokens (the Frobenius norm of ΔW_i X_i), and the mean is over
+    samples. A mean over all tokens would divide every g_i by the same number, and y_i = g_i / Σ g would stay the same.
+    Padding is ignored. No activations are stored.
 
-    Forward passes should be without gradients: recomputation under gradient checkpointing would count twice.
+    Run forward passes without gradients: recomputation under gradient checkpointing would count twice.
 
     Args:
         names: the modules to observe.
@@ -31,21 +31,22 @@ class OutputScores:
         self._samples = 0
 
     def begin_batch(self, mask: torch.Tensor, *others: torch.Tensor) -> None:
-        """Say which positions of the next forward pass are no padding.
+        """Set the padding of the next forward pass.
 
         Args:
             mask: (batch, length), 1 at a token and 0 at padding; a row of zeros is no sample.
-            others: the same of further stacks, a decoder behind an encoder, each of another length.
+            others: the masks of further stacks (a decoder after an encoder), each of another length.
         """
         self._masks = {each.shape[1]: each != 0 for each in (mask, *others)}
         self._samples += int((mask != 0).any(1).sum())
 
     def observer(self, name: str) -> Callable[[torch.Tensor], None]:
-        """What to call with the adapter's output, scaling included: (batch, length, d_out) or (batch, d_out).
+        """A function to call with the adapter's scaled output: (batch, length, d_out) or (batch, d_out).
+
+        It raises RuntimeError before the first `begin_batch`, and ValueError if the output does not fit its mask.
 
         Raises:
             KeyError: an unknown module.
-            RuntimeError: `begin_batch` was not called; ValueError: an output that does not fit its mask.
         """
         if name not in self._sums:
             raise KeyError(f"module {name!r} is not observed")
@@ -68,10 +69,10 @@ class OutputScores:
         return observe
 
     def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor] = no_reduce) -> dict[str, float]:
-        """Module -> g_i over all samples of all ranks.
+        """Collective. Module -> g_i over all samples of all ranks.
 
         Args:
-            reduce: sum of a CPU tensor over ranks; a collective.
+            reduce: collective; the sum of a CPU tensor over ranks.
 
         Raises:
             TrainingError: no samples, or a sum that is not finite, naming the module.
@@ -86,10 +87,10 @@ class OutputScores:
 
 
 def importance_by_type(g: Mapping[str, float], kind: Callable[[str], str]) -> dict[str, float]:
-    """y_i = g_i / Σ g within each module type; equal shares where all g of a type are zero.
+    """y_i = g_i / Σ g within each module type; equal shares if all g of a type are zero.
 
     Args:
-        g: module -> averaged squared norm, in the model's order.
+        g: module -> mean squared norm, in the model's order.
         kind: name -> its type, such as ``q_proj``.
 
     Raises:
@@ -107,10 +108,10 @@ def importance_by_type(g: Mapping[str, float], kind: Callable[[str], str]) -> di
 
 
 def select_layers(y: Mapping[str, float], threshold: float) -> list[str]:
-    """The most important layers of one module type, until their share reaches `threshold`; at least one.
+    """The most important layers of one module type, until their shares sum to `threshold`; at least one.
 
-    The test is on what is left out, Σ y of the rest <= 1 - T: near T = 1 the sum of those kept is rounded to 1 long
-    before small shares are in. At T = 1 every layer with a share above zero is kept.
+    The test is that the rest's shares sum to at most 1 - T: near T = 1 the sum of the kept shares rounds to 1 long
+    before small shares are added. At T = 1 every layer with a share above zero is kept.
 
     Args:
         y: module -> share, all modules of one type, in the model's order; among equals the earlier one comes first.

@@ -1,4 +1,4 @@
-"""Which rows of B and columns of A are kept, from ratios and importance (Partial-LoRA, eq. 6)."""
+"""Draws the kept rows of B and columns of A from ratios and importance (Partial-LoRA, eq. 6)."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def draw_masks(
 ) -> dict[str, tuple[Indices, Indices]]:
     """The kept rows of B and columns of A of every module; at least one of each.
 
-    - ``random``: every index with probability p (section 4.2.2). Where none is drawn, the one nearest to it is kept.
+    - ``random``: every index with probability p (section 4.2.2). If none is drawn, the one closest to it is kept.
     - ``targeted``: the p * size most important (Targeted-LoRA).
-    - ``inverted``: all but those of ``targeted`` (section 5.5), rows and columns each by themselves; where targeted
-      keeps all, the least important one.
+    - ``inverted``: all but those of ``targeted`` (section 5.5), for rows and columns separately; if ``targeted`` keeps
+      all, the least important one.
     - ``stochastic``: p * size indices drawn without replacement from softmax(z / temperature), z the importance
-      standardised to mean 0 and deviation 1 within the module and side (appendix D, which does not say how the
-      scores are scaled; unscaled, one temperature would not fit two modules).
+      standardised to mean 0 and deviation 1 within the module and side (appendix D does not say how scores are
+      scaled; unscaled, one temperature would not fit two modules).
 
-    What a module gets depends on `seed` and its name, not on the other modules.
+    A module's masks depend on `seed` and its name, not on the other modules.
 
     Args:
         shapes: module -> (d_out, d_in).
@@ -48,7 +48,7 @@ def draw_masks(
     Raises:
         ConfigError: a ratio is missing or outside 0 to 1, or the temperature is not positive.
         TrainingError: a score is not finite, naming the module.
-        ValueError: the selection needs an importance that is not given.
+        ValueError: the selection needs importance, and it is missing.
     """
     choose = _SELECTIONS[selection]
     if selection != "random":
@@ -83,7 +83,7 @@ def _pair_of(name: str, ratios: Mapping[str, tuple[float, float]]) -> tuple[floa
 
 
 def _generator(seed: int, module: str, axis: int) -> np.random.Generator:
-    """Random numbers of one side of one module: the same whatever other modules there are, on any machine."""
+    """The random generator of one side of one module: independent of other modules and of the machine."""
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(module.encode()), axis]))
 
 
@@ -115,7 +115,7 @@ def _stochastic(
     values = scores.double().numpy()
     deviation = values.std()
     standard = (values - values.mean()) / (deviation if deviation > 0 else 1.0)
-    # The largest of logits plus Gumbel noise are a draw without replacement from their softmax.
+    # The largest logits plus Gumbel noise are a draw without replacement from the logits' softmax.
     noisy = standard / temperature + generator.gumbel(size=size)
     return _ascending(np.argsort(-noisy, kind="stable")[: max(1, kept_count(p, size))].tolist())
 

@@ -1,10 +1,10 @@
-"""Ratios that are given and not derived: one for all, falling with depth, or a table."""
+"""Given ratios: one for all modules, falling with depth, or from a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_yaml
@@ -24,8 +24,8 @@ def balanced(names: Iterable[str], p: float) -> dict[str, Ratio]:
 def pyramidal(names: Iterable[str], p: float) -> dict[str, Ratio]:
     """p_l = p^l in the l-th layer, counted from 1 (Liu et al.; section 5).
 
-    Depth is the layer's own number in the model plus 1, also where lower layers are no targets; a decoder beside an
-    encoder counts from 1 again. A module in no numbered layer gets p, as in the first.
+    l is the layer's own number in the model plus 1, even if lower layers are not targets. A decoder after an encoder
+    counts from 1 again. A module in no numbered layer has p, as in the first layer.
     """
     ratios = {}
     for name in names:
@@ -36,12 +36,12 @@ def pyramidal(names: Iterable[str], p: float) -> dict[str, Ratio]:
 
 
 def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]:
-    """A table, YAML or JSON: module, or ending of module names -> p, or [p_row, p_col].
+    """Ratios from a YAML or JSON table: module name, or ending of names -> p or [p_row, p_col].
 
-    ``q_proj: 0.5`` means every module whose name ends in ``.q_proj``. The longest ending that fits counts.
+    ``q_proj: 0.5`` applies to every module whose name ends in ``.q_proj``. The longest ending that fits decides.
 
     Raises:
-        ConfigError: the file cannot be read; a value is no ratio; an entry fits no module, or no entry a module.
+        ConfigError: the file cannot be read; a value is no ratio; an entry fits no module, or a module no entry.
     """
     table = {key: _ratio(path, key, value) for key, value in _read(path).items()}
     used: set[str] = set()
@@ -60,7 +60,7 @@ def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]
     return ratios
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def _read(path: str | Path) -> Mapping[str, object]:
     try:
         table = read_yaml(Path(path))  # JSON is YAML
     except OSError as error:
@@ -72,13 +72,12 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     return table
 
 
-def _ratio(path: str | Path, key: str, value: Any) -> Ratio:
+def _ratio(path: str | Path, key: str, value: object) -> Ratio:
     pair = value if isinstance(value, list) else [value, value]
-    if len(pair) != 2 or not all(_is_share(p) for p in pair):
-        raise ConfigError(SETTING, f"{str(path)!r}: {key} is {value!r:.60}", "expected p or [p_row, p_col] in 0 to 1")
-    return float(pair[0]), float(pair[1])
+    if len(pair) == 2 and _is_share(pair[0]) and _is_share(pair[1]):
+        return float(pair[0]), float(pair[1])
+    raise ConfigError(SETTING, f"{str(path)!r}: {key} is {value!r:.60}", "expected p or [p_row, p_col] in 0 to 1")
 
 
-def _is_share(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0.0 <= value <= 1.0  # which NaN is not
+def _is_share(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0  # NaN is not

@@ -1,4 +1,4 @@
-"""What a phase measured at its end."""
+"""The scores of a phase."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ OutputScores: TypeAlias = dict[str, float]
 
 
 Scores: TypeAlias = OutputScores | Derivation | None
-"""What was measured at a phase's end, if anything."""
+"""What a phase's end was scored with, if anything."""

@@ -1,4 +1,4 @@
-"""Finding where a run of tests turns from passing to failing, in few tests."""
+"""Bisection: finds where a series of tests turns from passing to failing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ def find_crossing(passes: Callable[[int], bool], size: int) -> int:
     """How many of `size` indices Algorithm 1 has zeroed when it stops, by bisection: at most ceil(log2(size)) tests.
 
     Algorithm 1 zeroes one index after the other and returns those that are left at the first failure. Zeroing none
-    passes by definition; zeroing all leaves none whether or not the model still passes, so neither is tested.
+    passes by definition, and zeroing all leaves none in any case, so neither is tested.
 
-    Where `passes` is monotone, the result is that of the one-at-a-time loop. Where it is not (accuracy on few samples
-    may rise again), the result is *a* crossing: k - 1 passes, or k is 1, and k does not, or is `size`. It need not be
-    the first one.
+    If `passes` is monotone, the result equals that of the one-at-a-time loop. If it is not (accuracy on few samples may
+    rise again), the result is *a* crossing, not always the first: k - 1 passes or k is 1, and k fails or is `size`.
 
     Args:
-        passes: k, 0 < k < size -> whether the model is still good enough with the k least important indices zeroed.
+        passes: k, 0 < k < size -> whether the model meets the floor with the k least important indices zeroed.
         size: number of indices, at least 1.
 
     Returns:
@@ -33,5 +32,5 @@ def find_crossing(passes: Callable[[int], bool], size: int) -> int:
 
 
 def most_tests(size: int) -> int:
-    """The most tests that `find_crossing` makes, whatever they say: ceil(log2(size))."""
+    """The largest number of tests in `find_crossing`: ceil(log2(size))."""
     return (size - 1).bit_length()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from peft import AdaLoraConfig
@@ -35,7 +35,7 @@ class Callback(Protocol):
         """Collective. How many adapters change the output now."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A checkpoint's part of it, besides `tensors`: JSON values."""
         ...
 
@@ -65,9 +65,9 @@ class OmegaPruning:
         """Collective. The number of adapters with omega > 0."""
         return sum(float(value) > 0 for value in engine.values(self.names).values())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """See `StoIHT.to_dict`."""
-        return self.cut.to_dict()
+        return {**self.cut.to_dict()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """An empty dict: omega is a trained parameter."""
@@ -95,9 +95,9 @@ class AdaLoraRankAllocation:
         """The number of all adapters: AdaLoRA prunes ranks, not adapters."""
         return self.adapters
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """See `RankAllocation.to_dict`."""
-        return self.allocation.to_dict()
+        return {**self.allocation.to_dict()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `RankAllocation.tensors`."""

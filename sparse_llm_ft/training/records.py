@@ -29,7 +29,7 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "acc
 _ROWS = {key: label for key, label in PHASE_NUMBERS.items() if key not in ("samples", "seconds")}
 
 
-def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, Any]:
+def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
     """A step as one object of metrics.jsonl. A skipped step has neither loss nor gradient norm."""
     return {
         "step": loop.progress.step,
@@ -78,7 +78,7 @@ def summarize(
     }
 
 
-def _totals(phase: PhaseRecord) -> dict[str, Any]:
+def _totals(phase: PhaseRecord) -> dict[str, object]:
     """A phase's entry in the summary."""
     return phase.model_dump(exclude={"measured"}) | {"tokens_per_second": phase.tokens_per_second}
 
@@ -114,9 +114,9 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
         console.log(f"pictures: {folder.report / 'index.html'}")
 
 
-def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -> tuple[str, dict[str, Any]]:
+def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -> tuple[str, dict[str, object]]:
     """Name and content of a phase's file when the phase begins."""
-    content = {
+    content: dict[str, object] = {
         "index": progress.phase,
         "name": phase.name,
         "start_step": progress.step - progress.phase_step,
@@ -130,7 +130,7 @@ def phase_file(phase: Phase, progress: Progress, targets: Mapping[str, Shape]) -
 
 def finished_phase_file(
     phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None, targets: Mapping[str, Shape]
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, object]]:
     """Name and content of a phase's file when the phase has ended.
 
     Args:
@@ -144,7 +144,7 @@ def finished_phase_file(
 
 def describe_scores(
     phase: Phase, state: TrainState, scores: Scores, following: AdapterPlan | None
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """The phase's scores as JSON values; None without scores."""
     if isinstance(scores, Derivation):
         return scores.summary() | {"head_fitted": phase.target_plan is not None}

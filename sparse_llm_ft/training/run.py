@@ -380,7 +380,7 @@ class Run:
         run_on_rank_zero(self.world, lambda: self.folder.write_json(PLAN_FILE, phase.plan.to_dict()))
         self._write(phase_file(phase, progress, self.targets))
 
-    def _write(self, file: tuple[str, Mapping[str, Any]]) -> None:
+    def _write(self, file: tuple[str, Mapping[str, object]]) -> None:
         run_on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, phase: Phase) -> PeftModel:

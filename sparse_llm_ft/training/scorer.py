@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,11 @@ from sparse_llm_ft.scoring.cache import (
 )
 from sparse_llm_ft.scoring.scores import Scores
 
+T = TypeVar("T")
+"""The type of samples."""
 
-class Scorer:
+
+class Scorer(Generic[T]):
     """Scores an engine's model at a phase's end, also in 4 bit and sharded over ranks.
 
     Args:
@@ -45,10 +48,10 @@ class Scorer:
         objective: how samples become a loss and right answers.
     """
 
-    def __init__(self, config: RunConfig, world: World, objective: Objective[Any], console: Console) -> None:
+    def __init__(self, config: RunConfig, world: World, objective: Objective[T], console: Console) -> None:
         self.config, self.world, self.objective, self.console = config, world, objective, console
 
-    def __call__(self, engine: Engine, phase: Phase, samples: Sequence[Any], values: dict[str, torch.Tensor]) -> Scores:
+    def __call__(self, engine: Engine, phase: Phase, samples: Sequence[T], values: dict[str, torch.Tensor]) -> Scores:
         """Collective. The scores that the phase asks for, on `samples`; None if it asks for none.
 
         Args:
@@ -60,7 +63,7 @@ class Scorer:
             return self.lora_output(engine.module, list(phase.plan.active), samples)
         return self.derivation(engine, phase, phase.scoring, samples, values)
 
-    def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[Any]) -> dict[str, float]:
+    def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[T]) -> dict[str, float]:
         """Collective. g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
         size, world, objective = self.config.evaluation.micro_batch_size, self.world, self.objective
         scores = OutputScores(names)
@@ -84,7 +87,7 @@ class Scorer:
         engine: Engine,
         phase: Phase,
         spec: ScoringSpec,
-        samples: Sequence[Any],
+        samples: Sequence[T],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
         """Collective. Importance and ratios of the base's weights, from the cache if they were derived before.
@@ -112,7 +115,7 @@ class Scorer:
         except (OSError, SafetensorError) as error:
             self.console.log(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
 
-    def _derive(self, engine: Engine, spec: ScoringSpec, names: list[str], samples: Sequence[Any]) -> Derivation:
+    def _derive(self, engine: Engine, spec: ScoringSpec, names: list[str], samples: Sequence[T]) -> Derivation:
         """Collective. Derive on this engine's model, without the cache."""
         model = engine.module
         base = _base_model(model)
@@ -138,7 +141,7 @@ class Scorer:
         self.console.log(f"derived {done} of {layers} layers")
         exit_if_preempted()
 
-    def _key(self, phase: Phase, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]) -> str:
+    def _key(self, phase: Phase, names: list[str], samples: Sequence[T], values: dict[str, torch.Tensor]) -> str:
         """The cache key: a hash of the base's files, D_t, the head, and every setting that ratios depend on."""
         config, spec, training = self.config, phase.scoring, self.config.training
         assert spec is not None
@@ -161,7 +164,7 @@ class Scorer:
         )
 
     def _from_cache(
-        self, phase: Phase, folder: Path, names: list[str], samples: Sequence[Any], values: dict[str, torch.Tensor]
+        self, phase: Phase, folder: Path, names: list[str], samples: Sequence[T], values: dict[str, torch.Tensor]
     ) -> tuple[str, Derivation | None]:
         """Collective. The key (empty except on rank 0) and the derivation stored under it. Rank 0 looks and sends what
         it finds to the others, whose nodes need not share its cache.
@@ -203,8 +206,8 @@ def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
     return layer
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def _base_layer(module: nn.Module) -> nn.Linear:
     """The linear layer without adapters around it."""
     layer = getattr(module, "base_layer", module)
-    assert isinstance(layer, nn.Module)
+    assert isinstance(layer, nn.Linear)
     return layer

@@ -17,7 +17,7 @@ from helpers.scored_models import CLASSES, Row, RowObjective, bert, deberta, lin
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.scoring import Derivation, DerivationSettings, WorkShard, derive, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking
-from sparse_llm_ft.scoring.layer_search import Job, deal
+from sparse_llm_ft.scoring.layer_search import Job, distribute
 
 OBJECTIVE = RowObjective()
 SETTINGS = DerivationSettings(micro_batch_size=10)
@@ -230,7 +230,7 @@ def test_ratios_do_not_depend_on_the_number_of_ranks(measure: str, lockstep: boo
 def test_jobs_go_to_the_rank_with_least_to_do_the_longest_first() -> None:
     jobs = [Job(str(i), "rows", size) for i, size in enumerate((2, 256, 4, 256, 16, 16))]
     loads = [0, 0]
-    shares = deal(jobs, loads)
+    shares = distribute(jobs, loads)
     assert loads == [sum(job.tests for job in share) for share in shares] == [14, 13]
     assert sorted(job for share in shares for job in share) == sorted(jobs)
 
