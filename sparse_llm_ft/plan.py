@@ -113,14 +113,14 @@ class IndexMask:
             PlanError: it is no such mask.
         """
         if not isinstance(data, dict) or set(data) != {"size", "bits"} or type(data["size"]) is not int:
-            raise PlanError(f"{data!r:.60} is no mask")
+            raise PlanError(f"{data!r:.60} is not a mask")
         size = data["size"]
         if side is not None and size != side:
             raise PlanError(f"a mask of size {size!r:.40} where its matrix has {side}")
         try:
             bits = base64.b64decode(data["bits"], validate=True)
         except (TypeError, ValueError, binascii.Error):
-            raise PlanError(f"{data!r:.60} is no mask") from None
+            raise PlanError(f"{data!r:.60} is not a mask") from None
         if len(bits) != (size + 7) // 8:
             raise PlanError(f"a mask of size {size!r:.40} has {len(bits)} bytes")
         return cls(size, tuple(i for i in range(len(bits) * 8) if bits[i // 8] >> i % 8 & 1))
@@ -192,7 +192,7 @@ class AdapterPlan:
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
         if not any(self.modules.values()) and not self.trained:
-            raise PlanError("a plan needs at least one module with an adapter, or one trained whole")
+            raise PlanError("a plan needs at least one module with an adapter, or one fully trained module")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -298,7 +298,7 @@ def _module_to_dict(adapter: ModuleAdapter) -> dict[str, object]:
 
 def _module_from_dict(name: str, value: object, shapes: Mapping[str, Shape] | None) -> ModuleAdapter | None:
     if shapes is not None and name not in shapes:
-        raise PlanError(f"the plan names module {name!r:.60}, which is no target module of the model")
+        raise PlanError(f"the plan names module {name!r:.60}, which is not a target module of the model")
     if value is None:
         return None
     known = {field.name for field in fields(ModuleAdapter)}

@@ -58,7 +58,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
         except re.error as error:
             raise ConfigError(
                 "adapter.target_modules",
-                f"{target_modules!r} is no regular expression ({error})",
+                f"{target_modules!r} is not a regular expression ({error})",
                 f"expected {ALL_LINEAR}, a list of name endings, or a pattern",
             ) from None
         found = {name for name in linear if pattern.fullmatch(name)}
@@ -81,10 +81,10 @@ def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
     """
     for whole in plan.trained:
         if whole and not any(name == whole for name, _ in model.named_modules()):
-            raise PlanError(f"the plan trains module {whole!r} whole, which the model lacks")
+            raise PlanError(f"the plan fully trains module {whole!r}, which the model lacks")
     for group in plan.groups:
         if hasattr(_ANY_GROUPS, group):
-            raise PlanError(f"group {group!r}: torch has another use for that name")
+            raise PlanError(f"group {group!r}: torch reserves that name")
     check_modules(plan, linear_modules(model))
 
 

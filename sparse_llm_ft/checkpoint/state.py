@@ -183,7 +183,7 @@ def _split(flat: Tensors) -> tuple[Tensors, Moments, Tensors]:
         elif kind in _MOMENTS:
             moments.setdefault(name, {})[kind] = tensor
         else:
-            raise ValueError(f"{key!r:.100} is no tensor of a checkpoint")
+            raise ValueError(f"{key!r:.100} is not a tensor of a checkpoint")
     for name, both in moments.items():
         if any(name not in tensors or moment.shape != tensors[name].shape for moment in both.values()):
             raise ValueError(f"the moments of {name!r:.100} are not of its shape")

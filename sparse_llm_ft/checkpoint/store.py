@@ -33,12 +33,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps done so far."""
         return self.state.progress.step
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """``checkpoints/step-00000100``."""
+    """The folder of a step: ``checkpoints/step-00000100``."""
     return checkpoints / f"step-{step:08d}"
 
 
@@ -139,7 +139,7 @@ def newest_state(
         if newest is None and complaints:
             raise UserError(
                 f"no checkpoint can be used ({complaints[0].rpartition(';')[0]}); "
-                f"to start anew, choose another output_dir than {folder.path}"
+                f"to start over, choose another output_dir than {folder.path}"
             )
         for complaint in complaints:
             console.log(complaint)

@@ -48,7 +48,7 @@ def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Ex
         if right is None and (FULL_MODEL in plan.trained or name.startswith(whole)):
             right = real.parameters.get(name)
         if right is None:
-            raise PlanError(f"tensor {name!r:.100} is of nothing that the plan trains")
+            raise PlanError(f"tensor {name!r:.100} belongs to nothing that the plan trains")
         if shape != right:
             raise PlanError(f"tensor {name!r} has shape {shape!r:.60}; expected {right}")
 

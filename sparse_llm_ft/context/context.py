@@ -69,7 +69,7 @@ class RunContext:
         check_deepspeed(config.deepspeed.extra)
         if config.model.trust_remote_code:
             console.log(
-                f"model.trust_remote_code is set: code that {config.model.name} brings along, at revision "
+                f"model.trust_remote_code is set: code from {config.model.name}, at revision "
                 f"{config.model.revision or 'main'}, runs in this process"
             )
         # Architecture: which modules get adapters, and which are fully trained.

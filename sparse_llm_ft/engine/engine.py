@@ -118,7 +118,7 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
     """
     known = list(DeepSpeedZeroConfig.model_fields)
     given = extra.get("zero_optimization", {})
-    assert isinstance(given, Mapping), "a section of the settings"
+    assert isinstance(given, Mapping), "config/load.py refuses anything else"
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -135,6 +135,7 @@ class _Node:
 
 @contextmanager
 def _node(name: str) -> Iterator[_Node]:
+    """Collective. A context with the processes that share this process's node name."""
     own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     numbers = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(dist.get_world_size())]
     dist.all_gather(numbers, torch.tensor([own], device=device()))
@@ -151,7 +152,9 @@ def _node(name: str) -> Iterator[_Node]:
 
 
 class _SharedFile:
-    """Collective. The part of `safetensors.safe_open` that transformers uses; only the node's reader opens the file."""
+    """The part of `safetensors.safe_open` that transformers uses. Only the node's reader opens the file. Creating it is
+    a collective.
+    """
 
     def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads) -> None:
         self.node, self.tally = node, reads
@@ -202,7 +205,7 @@ class _SharedTensor:
 
     def __getitem__(self, index: object) -> _SharedTensor:
         if index is not Ellipsis:
-            raise NotImplementedError(f"{self.name}: only whole tensors can be read sharded, not [{index}]")
+            raise NotImplementedError(f"{self.name}: only full tensors can be read sharded, not [{index}]")
         return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Shards:
         device: torch.device,
     ) -> None:
         if unknown := masks.keys() - shard_slices.keys():
-            raise ValueError(f"a mask for {min(unknown)}, which is no trained parameter")
+            raise ValueError(f"a mask for {min(unknown)}, which is not a trained parameter")
         self.optimizer, self.masters, self.shapes, self.shard_slices = optimizer, masters, shapes, shard_slices
         self.sharded, self.device = sharded, device
         for i, (group, master) in enumerate(masters):

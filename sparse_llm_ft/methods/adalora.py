@@ -63,7 +63,7 @@ class AdaLoraSchedule(Section):
         if config.deepspeed.zero_stage == 3:
             raise ConfigError(
                 "deepspeed.zero_stage",
-                "3, but adalora's orthogonality penalty needs whole matrices",
+                "3, but adalora's orthogonality penalty needs full matrices",
                 "expected 0 to 2",
             )
 

@@ -80,7 +80,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
     @property
     def derivation(self) -> DerivationSettings:
-        """The derivation's settings."""
+        """Those of the settings that a derivation reads."""
         return DerivationSettings.model_validate({key: getattr(self, key) for key in DerivationSettings.model_fields})
 
     @property
@@ -106,7 +106,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
     def check(self, total_steps: int | None) -> None:
         """Refuse settings that contradict each other."""
         if self.shots is not None and self.sample_fraction is not None:
-            raise ConfigError("method.shots", "given beside method.sample_fraction", "expected one of them")
+            raise ConfigError("method.shots", "given together with method.sample_fraction", "expected one of them")
         needs = self.ratios in ("balanced", "pyramidal")
         if needs and self.ratio is None:
             raise ConfigError("method.ratio", f"not given, and ratios is {self.ratios}", "expected 0 to 1")
@@ -117,7 +117,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         if not needs and not self.derives and not Path(self.ratios).is_file():
             raise ConfigError(
                 "method.ratios",
-                f"{self.ratios!r} is no file",
+                f"{self.ratios!r} is not a file",
                 "expected derived, balanced, pyramidal, or a JSON or YAML file",
             )
         if self.adalora != AdaLoraSchedule() and self.base != "adalora":
@@ -126,7 +126,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             self.adalora.check(total_steps)
         if self.base != "lora" and self.masking == "compact":
             raise ConfigError(
-                "method.masking", f"compact, and PEFT's {self.base} has whole layers", "expected optimizer"
+                "method.masking", f"compact, and PEFT's {self.base} has full layers", "expected optimizer"
             )
 
     def check_run(self, config: RunConfig) -> None:

@@ -48,7 +48,7 @@ class DoraSettings(MethodSettings):
     why_alone = "trains PEFT's own layers, which have no masks, groups or omega"
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse ZeRO-3."""
+        """Refuse ZeRO-3, see `check_dora`."""
         check_dora(config)
 
 
@@ -69,7 +69,7 @@ def check_dora(config: RunConfig) -> None:
     if config.deepspeed.zero_stage == 3:
         raise ConfigError(
             "deepspeed.zero_stage",
-            "3, but PEFT's DoRA reads whole weights of the base in every forward pass",
+            "3, but PEFT's DoRA reads full weights of the base in every forward pass",
             "expected 0 to 2",
         )
 

@@ -25,7 +25,7 @@ class EntryMask:
     entries: torch.Tensor
 
     def indices(self, start: int, stop: int) -> torch.Tensor:
-        """See `Mask`."""
+        """See `Mask.indices`."""
         return self.entries.reshape(-1)[start:stop].nonzero().flatten()
 
 

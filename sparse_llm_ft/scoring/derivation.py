@@ -170,6 +170,7 @@ def derive(
         scores = preserve_flow(importance) if settings.flow_preservation else importance
         search = LayerSearch(model, modules, scores, evaluator, _floor(settings, correct, loss), shard)
         ratios = search.run(report)
+        # Compare the three importances, if asked for.
         overlaps: dict[str, dict[str, tuple[float, float]]] = {}
         if compare:
             every = {

@@ -136,7 +136,7 @@ class LayerSearch:
             self._note("a layer's output is used elsewhere than in the next layer")
 
     def _note(self, reason: str) -> None:
-        self.notes += (f"{reason}: lower layers were computed anew for every test of a higher one",)
+        self.notes += (f"{reason}: lower layers were recomputed for every test of a higher one",)
 
     def _searched(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
         """Collective if lockstep. This rank's jobs, each with the number of indices to keep."""

@@ -55,7 +55,7 @@ def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]
     unused = [key for key in table if key not in used]
     if unused:
         raise ConfigError(
-            SETTING, f"{str(path)!r}: {unused[0]!r} is no target module", "expected module names or endings of them"
+            SETTING, f"{str(path)!r}: {unused[0]!r} is not a target module", "expected module names or endings of them"
         )
     return ratios
 
@@ -68,7 +68,7 @@ def _read(path: str | Path) -> Mapping[str, object]:
     except ParseError as error:
         raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({error})", "correct the file") from None
     if not isinstance(table, dict) or not table:
-        raise ConfigError(SETTING, f"{str(path)!r} is no table", "expected module: p or module: [p_row, p_col]")
+        raise ConfigError(SETTING, f"{str(path)!r} is not a table", "expected module: p or module: [p_row, p_col]")
     return table
 
 

@@ -39,7 +39,7 @@ def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            "method.batch_growth", f"the memory of this model cannot be planned ({reason})", "expected none"
+            "method.batch_growth", f"the memory of this model cannot be traced ({reason})", "expected none"
         ) from error
 
 

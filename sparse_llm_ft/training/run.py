@@ -307,7 +307,7 @@ class Run:
         engine.close()
         train = self.splits.train
         if isinstance(train, StreamingDataset) and train.skipped.count:
-            self.console.log(f"of the training rows that were read last: {train.skipped}")
+            self.console.log(f"training rows read last: {train.skipped}")
         summary = summarize(
             self.config, self.world, state.record, after, self.splits.sizes(self.config.evaluation.split)
         )
@@ -381,6 +381,7 @@ class Run:
         self._write(phase_file(phase, progress, self.targets))
 
     def _write(self, file: tuple[str, Mapping[str, object]]) -> None:
+        """Collective. Write one JSON file, on rank 0."""
         run_on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
     def _build_model(self, phase: Phase) -> PeftModel:

@@ -113,7 +113,7 @@ class Scorer(Generic[T]):
         try:
             save(folder, key, derivation)
         except (OSError, SafetensorError) as error:
-            self.console.log(f"the derivation is not kept: {folder} cannot be written ({error}); set method.cache_dir")
+            self.console.log(f"the derivation is not cached: {folder} is not writable ({error}); set method.cache_dir")
 
     def _derive(self, engine: Engine, spec: ScoringSpec, names: list[str], samples: Sequence[T]) -> Derivation:
         """Collective. Derive on this engine's model, without the cache."""
@@ -138,6 +138,7 @@ class Scorer(Generic[T]):
                 parameter.requires_grad_(True)
 
     def _report(self, done: int, layers: int) -> None:
+        """Collective. Log progress, and stop if a signal asked for it."""
         self.console.log(f"derived {done} of {layers} layers")
         exit_if_preempted()
 

@@ -194,7 +194,7 @@ def test_a_group_of_unlike_shapes_and_a_mask_of_another_size_are_refused() -> No
         check_plan(base, AdapterPlan({q: alike, down: alike}))
     with pytest.raises(PlanError, match="a mask of size 3 where its matrix has"):
         check_plan(base, AdapterPlan({q: ModuleAdapter(2, 4.0, rows=IndexMask(3, (0,)))}))
-    with pytest.raises(PlanError, match="trains module 'score' whole"):
+    with pytest.raises(PlanError, match="fully trains module 'score'"):
         check_plan(base, AdapterPlan({}, trained=("score",)))
 
 

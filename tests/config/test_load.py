@@ -84,7 +84,7 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
         (
             {"deepspeed": {"zero_stage": 3}, "method": "dora"},
-            "deepspeed.zero_stage: 3, but PEFT's DoRA reads whole weights",
+            "deepspeed.zero_stage: 3, but PEFT's DoRA reads full weights",
         ),
         ({"deepspeed": {"zero_stage": 3}, "method": "adalora"}, "deepspeed.zero_stage: 3, but adalora's orthogonality"),
         ({"deepspeed": {"zero_stge": 3}}, "deepspeed.zero_stge: unknown key; did you mean zero_stage?"),

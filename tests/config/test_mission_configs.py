@@ -94,8 +94,8 @@ def test_every_combination_is_a_run_or_refused_for_one_of_three_reasons() -> Non
     readme = (CONFIGS / "README.md").read_text()
     assert f"All {total:,} combinations" in readme and f"{refused.total():,} are refused" in readme
     assert refused == {
-        "DoRA reads whole weights": models * tasks * 2 * 2,
-        "orthogonality penalty needs whole matrices": models * tasks * 2 * 2,
+        "DoRA reads full weights": models * tasks * 2 * 2,
+        "orthogonality penalty needs full matrices": models * tasks * 2 * 2,
         "full cannot train a base in nf4": models // 2 * tasks * zeros,
     }
 
@@ -120,5 +120,5 @@ def _reason(model: str, method: str, zero: str) -> str | None:
     if method == "full" and model.endswith("-nf4"):
         return "full cannot train a base in nf4"
     if method in WHOLE_MATRICES and zero.startswith("zero3"):
-        return "DoRA reads whole weights" if "dora" in method else "orthogonality penalty needs whole matrices"
+        return "DoRA reads full weights" if "dora" in method else "orthogonality penalty needs full matrices"
     return None

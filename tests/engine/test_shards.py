@@ -97,7 +97,7 @@ def test_the_norm_leaves_masked_entries_out() -> None:
 
 
 def test_wrong_names_and_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="a mask for d, which is no trained parameter"):
+    with pytest.raises(ValueError, match="a mask for d, which is not a trained parameter"):
         shards_of([0, 29], 0, {"d": rows(0)})
     with pytest.raises(ValueError, match=r"b: shape \(2, 4\); expected \(4, 2\)"):
         shards_of([0, 29], 0, {}).write("b", torch.zeros(2, 4))

@@ -137,13 +137,13 @@ def test_partial_adalora_masks_adalora() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"shots": 4, "sample_fraction": 0.1}, "method.shots: given beside method.sample_fraction"),
+        ({"shots": 4, "sample_fraction": 0.1}, "method.shots: given together with method.sample_fraction"),
         ({"ratios": "balanced"}, "method.ratio: not given, and ratios is balanced"),
         ({"ratio": 0.5}, "method.ratio: has no effect under ratios 'derived'"),
-        ({"ratios": "nowhere.json"}, "method.ratios: 'nowhere.json' is no file"),
+        ({"ratios": "nowhere.json"}, "method.ratios: 'nowhere.json' is not a file"),
         ({"adalora": {"target_r": 1}}, "method.adalora: has no effect under base lora"),
         ({"base": "adalora", "adalora": {"target_r": 2}}, "method.target_r: 2 leaves nothing to prune"),
-        ({"base": "dora", "masking": "compact"}, "method.masking: compact, and PEFT's dora has whole layers"),
+        ({"base": "dora", "masking": "compact"}, "method.masking: compact, and PEFT's dora has full layers"),
         ({"accuracy_floor": 0.0}, "method.accuracy_floor: 0.0 is not allowed"),
         ({"ratios": "balanced", "ratio": 1.5}, "method.ratio: 1.5 is not allowed"),
         ({"selection": "best"}, "method.selection: 'best' is not allowed"),

@@ -44,7 +44,7 @@ def test_a_table_of_names_and_endings(tmp_path: Path, text: str) -> None:
     ("text", "said"),
     [
         ("q_proj: 0.5\n", "no entry for module 'h.0.v_proj'"),
-        ("q_proj: 1\nv_proj: 1\npooler: 1\nproj: 1\n", "'proj' is no target module"),
+        ("q_proj: 1\nv_proj: 1\npooler: 1\nproj: 1\n", "'proj' is not a target module"),
         ("q_proj: 1.5\n", "q_proj is 1.5"),
         ("q_proj: [0.1, 0.2, 0.3]\n", "q_proj is [0.1, 0.2, 0.3]"),
         ("q_proj: .nan\n", "q_proj is nan"),

@@ -94,7 +94,7 @@ def test_code_of_a_model_runs_only_where_the_setting_says_so(
     setup = open_context(parse_config(trusting))
     assert type(setup.empty).__name__ == "OwnModel" and mark.exists()
     said = capsys.readouterr().out
-    assert said.count("model.trust_remote_code is set: code that") == 1 and str(folder) in said.replace("\n", "")
+    assert said.count("model.trust_remote_code is set: code from") == 1 and str(folder) in said.replace("\n", "")
 
 
 def test_nothing_is_said_of_code_where_none_may_run(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
