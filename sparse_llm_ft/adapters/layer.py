@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -67,19 +66,19 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     """Wraps an `nn.Linear` or a bitsandbytes `Linear4bit`, with one or several named adapters, as PEFT allows."""
 
     # Typed here, since nn.Module's attributes are "Tensor or Module" to a type checker.
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    lora_omega: Any
-    active_adapters: Any
-    get_base_weight: Any
-    set_base_weight: Any
-    delete_adapter: Any
-    _cast_input_dtype: Any
-    _move_adapter_to_device_of_base_layer: Any
-    disable_adapters: Any
-    merged: Any
+    base_layer: nn.Linear
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    lora_omega: nn.ParameterDict
+    active_adapters: list[str]
+    get_base_weight: Callable[[], torch.Tensor]
+    set_base_weight: Callable[[torch.Tensor], None]
+    delete_adapter: Callable[[str], None]
+    _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    disable_adapters: bool
+    merged: bool
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_omega")
     other_param_names = ("adapters", "lora_dropout", "_scale", "_shared", "lora_rows", "lora_cols")
@@ -89,7 +88,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Linear,
         adapter_name: str,
         adapter: ModuleAdapter,
         lora_dropout: float,
@@ -98,8 +97,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(base_layer)
-        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
-        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
         self.adapters: dict[str, ModuleAdapter] = {}
         self._scale: dict[str, float] = {}  # a factor that users may set, 1 otherwise
         self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers each pair once
@@ -162,7 +161,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self._shared:
             shared = self._shared[adapter_name]
             return shared.lora_A, shared.lora_B
-        return self.lora_A[adapter_name], self.lora_B[adapter_name]
+        down, up = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
+        return down, up
 
     def omega(self, adapter_name: str) -> torch.Tensor | float:
         """The factor on this adapter's output: a one-element tensor if it is trained, else a number."""

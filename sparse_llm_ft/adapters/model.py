@@ -16,6 +16,8 @@ from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
+Linear = nn.Linear | SparseLoraLayer
+
 
 class SparseLoraModel(BaseTuner):
     """PEFT tuner driven by an `AdapterPlan`. A module without an adapter in the plan stays the base layer.
@@ -64,7 +66,7 @@ class SparseLoraModel(BaseTuner):
         self,
         peft_config: SparseLoraConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: Linear,
         target_name: str,
         parent: nn.Module,
         current_key: str,
@@ -82,7 +84,7 @@ class SparseLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a second adapter is not trained before it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: nn.Module) -> Pair | None:
+    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: Linear) -> Pair | None:
         """The pair of the adapter's group, built by the first module that needs it; None without a group."""
         if adapter.group is None:
             return None
@@ -91,8 +93,7 @@ class SparseLoraModel(BaseTuner):
         groups = self.lora_shared[adapter_name]
         assert isinstance(groups, nn.ModuleDict)
         if adapter.group not in groups:
-            base = target.base_layer if isinstance(target, SparseLoraLayer) else target
-            assert isinstance(base, nn.Linear)
+            base: nn.Linear = target.base_layer if isinstance(target, SparseLoraLayer) else target
             pair = Pair(base.out_features, base.in_features, adapter)
             groups[adapter.group] = pair.to(base.weight.device)
         shared = groups[adapter.group]

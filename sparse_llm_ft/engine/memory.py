@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,7 +32,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         # In the kernels' layout: the caller's transpose then needs no copy.
@@ -45,7 +44,7 @@ class _FusedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> None:
         raise NotImplementedError("for tracing only")
 
 
@@ -53,8 +52,10 @@ def _fused_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
-    apply: Any = _FusedAttention.apply
-    return apply(query, key, value, kwargs.get("position_bias")).transpose(1, 2).contiguous(), None
+    output: torch.Tensor = _FusedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, kwargs.get("position_bias")
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_FUSED, _fused_attention)
