@@ -61,7 +61,7 @@ def test_a_pattern_that_matches_part_of_a_name_is_an_error_that_says_what_is_the
 
 
 def test_an_invalid_pattern_is_said_to_be_one(model):
-    with pytest.raises(ConfigError, match="no regular expression") as error:
+    with pytest.raises(ConfigError, match="is not a regular expression") as error:
         find_targets(model, "layers.(0|1")
     assert error.value.setting == "adapter.target_modules"
 
