@@ -30,7 +30,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "attention": ({"model": {"attn_implementation": "flash_9"}}, "model.attn_implementation: 'flash_9' cannot be used"),
     "targets": ({"adapter": {"target_modules": ["nope"]}}, "adapter.target_modules: 'nope' matches no linear layer"),
     "mode": ({"task": {"mode": "seq2seq_lm"}}, "task.mode: seq2seq_lm, but"),
-    "positions": ({"task": {"max_length": 100_000}}, "task.max_length: 100000, and"),
+    "positions": ({"task": {"max_length": 100_000}}, "task.max_length: 100000, but"),
     "packing": ({"task": {"packing": True, "mode": "seq2seq_lm"}}, "task.packing: true, and task.mode is seq2seq_lm"),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
