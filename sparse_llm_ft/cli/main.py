@@ -95,8 +95,9 @@ def _train(options: argparse.Namespace, world: World) -> None:
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.run import train
 
+    context = RunContext.open(config, world, task)  # before ranks connect: what it refuses, each finds by itself
     with monitor_ranks(world):
-        train(RunContext.open(config, world, task))
+        train(context)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -123,8 +124,9 @@ def _derive(options: argparse.Namespace) -> None:
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.run import derive
 
+    context = RunContext.open(config, world, task)
     with monitor_ranks(world):
-        derive(RunContext.open(config, world, task))
+        derive(context)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,9 +118,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     from sparse_llm_ft.io.console import Console
 
     output = Path(options.output) if options.output else free_folder(folder.path)
-    with monitor_ranks(world), process_group():
-        run = _read(options, config, world, broadcast_int)
-        result = evaluate(run, output)
+    with ExitStack() as connected:
+
+        def connect(step: int) -> int:
+            """Collective. Join the other processes, now that the run is open, and take rank 0's step."""
+            connected.enter_context(monitor_ranks(world))
+            connected.enter_context(process_group())
+            return broadcast_int(step)
+
+        result = evaluate(_read(options, config, world, connect), output)
     console = Console(world.rank)
     for name, value in result["metrics"].items():
         console.log(f"{name} {value:.4f}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
@@ -40,7 +41,7 @@ def one_line_errors(world: World) -> Iterator[None]:
     except (UserError, TrainingError) as error:
         status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
         if world.rank != 0:
-            time.sleep(_GRACE_SECONDS)
+            _wait_for_rank_zero()
         if world.local_rank == 0:
             where = f"rank {world.rank}: " if world.rank else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
@@ -49,12 +50,19 @@ def one_line_errors(world: World) -> Iterator[None]:
         if world.rank == 0:
             print(f"{request}; the same command continues", file=sys.stderr, flush=True)
         else:
-            time.sleep(_GRACE_SECONDS)
+            _wait_for_rank_zero()
         sys.exit(REQUEUE)
     except KeyboardInterrupt:
         if world.rank == 0:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+
+
+def _wait_for_rank_zero() -> None:
+    """Let rank 0 print its line first. A launcher that ends this process, because rank 0 has left, ends the wait."""
+    end = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < end and not any(signals.caught()):
+        time.sleep(0.05)
 
 
 def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
@@ -64,7 +72,7 @@ def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
     """
     first = world.rank - world.local_rank
     if any(rank not in dead for rank in range(first, world.rank)):
-        time.sleep(_GRACE_SECONDS)
+        _wait_for_rank_zero()
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)
     os._exit(TRAINING_ERROR)  # the main thread may be in a collective that never ends
