@@ -12,7 +12,7 @@ from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.dataset import EvalSplit
-from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import check_deepspeed
@@ -72,6 +72,9 @@ class RunContext:
                 f"model.trust_remote_code is set: code from {config.model.name}, at revision "
                 f"{config.model.revision or 'main'}, runs in this process"
             )
+        for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+            for name in escaped_columns(template or ""):
+                console.log(f"{setting}: {{{{{name}}}}} writes the text {{{name}}}; the column would be {{{name}}}")
         # Architecture: which modules get adapters, and which are fully trained.
         task_mode = find_model_task_mode(config.model, task, config.task.mode)
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)

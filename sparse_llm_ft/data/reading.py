@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, require, template_columns
+from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, odd_fields, require, with_fields
 from sparse_llm_ft.errors import ConfigError, DataError, UserError
 
 SPLITS = ("train", "validation", "test")
@@ -84,10 +84,14 @@ def check_columns(task: Task, split: str, further: str | None = None) -> None:
     next(_grouped_examples(task, split, further, Skipped()))
     source, rows = _open(task, split, further)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
-    for template in filter(None, (task.prompt, task.completion)):
-        fields = [f"{{{column}}}" for column in row]
-        if odd := [field for field in fields if field in template and not template_columns(field)]:
-            raise DataError(source, line, f"{odd[0]} in a template: the column needs a name of letters, digits and _")
+    for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
+        for odd in odd_fields(template or "", map(str, row)):
+            raise DataError(
+                source,
+                line,
+                f"{odd} in {setting}: expected {{column}}, or {{meta.key}} and {{list[0]}} for a value inside of one, "
+                f"with names of letters, digits and _; {{{odd}}} writes it as text",
+            )
 
 
 def check_references(task: Task, split: str, named: Iterable[str]) -> None:
@@ -104,7 +108,7 @@ def check_references(task: Task, split: str, named: Iterable[str]) -> None:
     source, rows = _open(task, split, None)
     line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
     try:
-        require(row, named)
+        require(with_fields(row, named), named)
     except MissingColumn as error:
         raise DataError(source, line, f"task.references: {error}") from None
 

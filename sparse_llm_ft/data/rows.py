@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_llm_ft.data.tasks import BadRow, Row, Task, render, require
+from sparse_llm_ft.data.tasks import BadRow, Row, Task, has_field, render, require, with_fields
 from sparse_llm_ft.data.tasks.squad import answers as span_answers
 
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
@@ -53,7 +53,9 @@ def examples_of(task: Task, row: Row, source: str, line: int) -> Iterator[tuple[
     """
     require(row, task.nested)
     for flat in task.flatten(row) if task.flatten else (row,):
-        require(flat, task.columns)
+        fields = (*task.input_columns, *task.completion_columns)
+        flat = with_fields(flat, task.columns)
+        require(flat, task.columns, fields)
         example = _chat(task, flat, source, line) if task.messages else _templates(task, flat, source, line)
         yield text_of(flat, task.group_by) if task.group_by else "", example
 
@@ -143,7 +145,7 @@ def text_of(row: Row, column: str) -> str:
 
 def _others(task: Task, row: Row) -> list[str]:
     """The row's references other than its completion."""
-    return [text_of(row, column) for column in task.references if column in row]
+    return [text_of(with_fields(row, (column,)), column) for column in task.references if has_field(row, column)]
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:

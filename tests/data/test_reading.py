@@ -10,7 +10,6 @@ import pytest
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_file
 from sparse_llm_ft.data.task_config import resolve_task
-from sparse_llm_ft.data.tasks import render
 from sparse_llm_ft.errors import UserError
 
 
@@ -31,10 +30,6 @@ def test_rows_become_prompt_completion_and_references(tmp_path: Path) -> None:
     (example,) = read_split(resolve_task(TaskConfig(name="dialogsum", path=str(tmp_path))), "test")
     assert "A: {hi}" in example.prompt and example.completion == " one"
     assert example.references == ("one", "two", "three")
-
-
-def test_a_template_replaces_whole_fields_only() -> None:
-    assert render("{a} {b} {{a}}", {"a": "{b}", "b": "x"}) == "{b} x {{b}}"
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from importlib import import_module
 
-from sparse_llm_ft.data.tasks.task import (
+from sparse_llm_ft.data.tasks.task import Kind, Metric, Task
+from sparse_llm_ft.data.tasks.template import (
     BadRow,
-    Kind,
-    Metric,
     MissingColumn,
     Row,
-    Task,
+    escaped_columns,
+    has_field,
+    listed,
+    odd_fields,
     render,
     require,
     template_columns,
+    with_fields,
 )
 
 _FILES = (
@@ -45,7 +48,12 @@ __all__ = [
     "MissingColumn",
     "Row",
     "Task",
+    "escaped_columns",
+    "has_field",
+    "listed",
+    "odd_fields",
     "render",
     "require",
     "template_columns",
+    "with_fields",
 ]

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sparse_llm_ft.data.tasks.task import BadRow, Row, Task
+from sparse_llm_ft.data.tasks.task import Task
+from sparse_llm_ft.data.tasks.template import BadRow, Row
 
 
 def flatten(row: Row) -> Iterator[Row]:

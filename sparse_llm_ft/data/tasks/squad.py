@@ -7,7 +7,8 @@ A generating model is trained on the first answer; all answers count as correct.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sparse_llm_ft.data.tasks.task import BadRow, Row, Task
+from sparse_llm_ft.data.tasks.task import Task
+from sparse_llm_ft.data.tasks.template import BadRow, Row
 
 UNANSWERABLE = "unanswerable"
 """What a generating model must write if the text has no answer."""

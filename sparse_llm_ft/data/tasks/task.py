@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from sparse_llm_ft.config.schema import Metric
-
-_FIELD = re.compile(r"\{(\w+)\}")
-
-Row = Mapping[str, Any]
+from sparse_llm_ft.data.tasks.template import Row, template_columns
 
 Kind = Literal["classification", "regression", "extractive", "generation"]
-
-
-class BadRow(ValueError):
-    """A row that cannot be used, and why. The reader, who knows file and line, raises it as a `DataError`."""
-
-
-class MissingColumn(BadRow):
-    """A row lacks a column that the task needs; probably all rows of the file do."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +105,3 @@ class Task:
         if self.labels is not None:
             return len(self.labels)
         return 2 if self.extractive else 1 if self.score is not None else None
-
-
-def require(row: Row, columns: Iterable[str]) -> None:
-    """Raise `MissingColumn` unless the row has all `columns`."""
-    columns = tuple(columns)
-    missing = [column for column in columns if column not in row]
-    if missing:
-        found = ", ".join(map(str, row))[:200] or "none"
-        raise MissingColumn(f"no column {missing[0]!r}; found {found}; needed {', '.join(columns)}")
-
-
-def template_columns(template: str) -> list[str]:
-    """The template's columns, in order and without repetition."""
-    return list(dict.fromkeys(_FIELD.findall(template)))
-
-
-def render(template: str, row: Mapping[str, str]) -> str:
-    """Fill a template's ``{column}`` fields; other braces stay as they are."""
-    return _FIELD.sub(lambda match: row[match[1]], template)
