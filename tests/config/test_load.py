@@ -173,3 +173,14 @@ def test_every_method_file_loads_over_a_run_and_survives_its_own_dump(path: Path
     dumped.write_text(dump_config(config))
     assert load_config([str(dumped)]) == config
     assert path.read_text().startswith("# deepspeed ")
+
+
+def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.yaml and adapter_config.json are read from other working directories; a hub id stays as it is."""
+    for name in ("org/base", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    local = parse_config(MINIMAL | {"model": {"name": "org/base"}, "task": {"name": "dialogsum", "path": "data"}})
+    assert (local.model.name, local.task.path) == (str(tmp_path / "org/base"), str(tmp_path / "data"))
+    hub = parse_config(MINIMAL | {"model": {"name": "org/other"}})
+    assert hub.model.name == "org/other"
