@@ -25,7 +25,7 @@ def test_a_column_whose_name_no_template_can_have_is_said(settings: dict, tmp_pa
         write_rows(tmp_path / f"{split}.jsonl", [{"my col": "anna", "text": "anna", "answer": "tom"}])
     settings["task"]["path"] = str(tmp_path)
     settings["task"]["prompt"] = "{text} {my col}"
-    with pytest.raises(DataError, match=r"train.jsonl:1: \{my col\} in a template: the column needs a name of letters"):
+    with pytest.raises(DataError, match=r"train.jsonl:1: \{my col\} in task.prompt: expected \{column\}"):
         preflight(parse_config(settings), World(0, 1, 0, 1))
     settings["task"]["prompt"] = '{text} {"json": 1}'
     preflight(parse_config(settings), World(0, 1, 0, 1))
