@@ -1,4 +1,4 @@
-"""What the reproduction runs: two models, their tasks, seeds and learning rates; and what a finished run gave."""
+"""What the reproduction runs (two models, their tasks, seeds and learning rates), and a finished run's results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Setting:
     Attributes:
         model: folder below --models.
         tasks: the first one, with the first seed, chooses the learning rates for all.
-        train, test: at most so many samples of each task.
-        learning_rates: what the search begins with.
-        most_rates: how many it tries at most.
+        train, test: most samples of each task.
+        learning_rates: the first ones of the search.
+        most_rates: how many the search tries at most.
         ablation_task: the only task that ablations run on.
-        brief_tasks: those that have the first seed alone.
-        max_length: tokens of a sample where a task needs other ones than `sections` say.
+        brief_tasks: tasks that run with the first seed alone.
+        max_length: task -> tokens of a sample, if other than in `sections`.
         settings: method name -> settings in which this model differs.
     """
 
@@ -142,7 +142,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gave; `cpu_seconds` of its process, from start to end."""
+    """A finished run's results; `cpu_seconds` are those of its processes, from start to end."""
 
     metric: float
     validation_loss: float
@@ -152,7 +152,7 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:
-        """None: the run is not finished. One that cannot be (its loss is not finite) has the worst of losses."""
+        """None: the run is not finished. A run that failed (its loss is not finite) gets an infinite loss."""
         if failed_file(folder).is_file():
             return cls(float("nan"), float("inf"), 0, 0.0, ())
         if not (folder / "summary.json").is_file():
@@ -171,57 +171,46 @@ class Result:
 
 
 def failed_file(folder: Path) -> Path:
-    """Where it is written that a run cannot be finished, and why."""
+    """The file that says why a run cannot be finished."""
     return folder.parent / f"{folder.name}.failed"
 
 
 def cpu_file(folder: Path) -> Path:
-    """Where the CPU seconds of a run's processes are added up."""
+    """The file with the sum of the CPU seconds of a run's processes."""
     return folder.parent / f"{folder.name}.cpu"
 
 
 def tuning_jobs(setting: Setting, runs: Path) -> list[Job]:
-    """The learning rates that are to be tried next, on the first task with the first seed.
+    """The learning rates to try next, on the first task with the first seed.
 
-    Every system begins with the setting's rates. While its best one lies at an end of those tried, the next beyond it
+    Every system begins with the setting's rates. While its best rate lies at an end of those tried, the next one beyond
     is tried, by the factor between the first two; at most `most_rates` of them.
     """
-    jobs = []
-    for system in setting.systems:
-        job = partial(Job, setting, system, setting.tasks[0], seed=setting.seeds[0])
-        rates = list(setting.learning_rates)
-        while True:
-            losses = {rate: Result.read(job(learning_rate=rate).folder(runs)) for rate in rates}
-            missing = [rate for rate, result in losses.items() if result is None]
-            if missing:
-                jobs += [job(learning_rate=rate) for rate in missing]
-                break
-            following = _beyond({rate: result.validation_loss for rate, result in losses.items() if result})
-            if following is None or len(rates) == setting.most_rates:
-                break
-            rates.append(following)
-    return jobs
+    return [job for system in setting.systems for job in _search(setting, system, runs)[1]]
 
 
 def best_rate(setting: Setting, system: System, runs: Path) -> float | None:
     """The rate with the lowest held-out loss; None while a run of the search is missing."""
-    if any(job.system == system for job in tuning_jobs(setting, runs)):
-        return None
-    found = {}
+    losses, missing = _search(setting, system, runs)
+    return None if missing else min(losses, key=lambda rate: losses[rate])
+
+
+def _search(setting: Setting, system: System, runs: Path) -> tuple[dict[float, float], list[Job]]:
+    """The losses of the rates tried so far, and the runs that the search needs next."""
+    job = partial(Job, setting, system, setting.tasks[0], seed=setting.seeds[0])
     rates = list(setting.learning_rates)
     while True:
-        for rate in rates:
-            result = Result.read(Job(setting, system, setting.tasks[0], rate, setting.seeds[0]).folder(runs))
-            assert result is not None
-            found[rate] = result.validation_loss
-        following = _beyond(found)
+        results = {rate: Result.read(job(learning_rate=rate).folder(runs)) for rate in rates}
+        losses = {rate: result.validation_loss for rate, result in results.items() if result}
+        missing = [job(learning_rate=rate) for rate, result in results.items() if not result]
+        following = None if missing else _beyond(losses)
         if following is None or len(rates) == setting.most_rates:
-            return min(found, key=lambda rate: found[rate])
+            return losses, missing
         rates.append(following)
 
 
 def _beyond(losses: Mapping[float, float]) -> float | None:
-    """The next rate beyond the best one, where that lies at an end; None where it does not, or is the only one."""
+    """The next rate beyond the best one if that lies at an end; None if it does not, or is the only one."""
     if len(losses) < 2:
         return None
     low, second, *_ = sorted(losses)
@@ -232,7 +221,7 @@ def _beyond(losses: Mapping[float, float]) -> float | None:
 
 
 def final_jobs(setting: Setting, runs: Path) -> Iterator[Job]:
-    """Every task and seed with the system's rate, as far as that is known; task by task, ablations last."""
+    """Every task and seed with the system's rate, if that is known; task by task, ablations last."""
     rates = {system.name: best_rate(setting, system, runs) for system in setting.systems}
     for task in setting.tasks:
         for main in (True, False):

@@ -5,10 +5,11 @@ python benchmarks/phase_medians.py RUN [RUN ...]
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from statistics import median
+
+from harness import argument_parser
 
 
 def phase_medians(run: Path) -> dict[str, float]:
@@ -21,8 +22,8 @@ def phase_medians(run: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a line a phase."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a line for each phase."""
+    parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     for run in parser.parse_args().runs:
         medians = phase_medians(run)

@@ -3,16 +3,15 @@
     python benchmarks/reproduce.py --models FOLDER --data FOLDER [--runs FOLDER] [--only NAME ...]
 
 FOLDER of models holds ``all-minilm-l6-v2`` and ``smollm2-135m-instruct``; FOLDER of data ``glue/sst2``, ``glue/rte``
-and ``glue/cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. Killed at any time, the same command goes on: a
-finished run is not done again, an unfinished one resumes.
+and ``glue/cola`` with GLUE's ``train.jsonl`` and ``validation.jsonl``. After a kill the same command continues: it
+resumes unfinished runs and repeats no finished one.
 
-Every system has the same tuning: one rule for learning rates (`tuning_jobs`); the one with the lowest loss on samples
-held out of the training set is reported, on GLUE's own validation set.
+All systems are tuned by one rule (`tuning_jobs`): the learning rate with the lowest loss on samples held out of the
+training set. The tables report GLUE's own validation set.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -22,6 +21,8 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from harness import argument_parser
 
 from jobs import HELD_OUT, SETTINGS, Job, Result, Setting, cpu_file, failed_file, final_jobs, tuning_jobs
 from tables import write_results
@@ -42,8 +43,9 @@ def prepare_data(source: Path, target: Path, setting: Setting, task: str) -> Pat
     return folder
 
 
-def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
-    """In a process of its own: one run, its output in a file beside it."""
+def _train(work: tuple[Job, Path, Path, Path]) -> str:
+    """Train one run in this process, with its output in a file beside it. Returns a line about it."""
+    job, models, data, runs = work
     from sparse_llm_ft.config import parse_config
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.context.preflight import preflight
@@ -66,7 +68,7 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
         except Exception as error:
             traceback.print_exc()
             return f"{folder}: {type(error).__name__}: {str(error)[:200]} (see {log})"
-        finally:  # counted also where the process is resumed later
+        finally:  # a resumed run adds its seconds to these
             file_of_seconds = cpu_file(folder)
             before = float(file_of_seconds.read_text()) if file_of_seconds.is_file() else 0.0
             file_of_seconds.write_text(f"{before + time.process_time():.1f}\n")
@@ -74,9 +76,7 @@ def _train(job: Job, models: Path, data: Path, runs: Path) -> str:
 
 
 def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, processes: int) -> bool:
-    """Train what is not finished; whether all of it succeeded. Each run is a fork of this process, which has imported
-    everything once.
-    """
+    """Train what is not finished, each run in a fork of this process. Returns whether all runs succeeded."""
     left = [job for job in jobs if Result.read(job.folder(runs)) is None]
     if not left:
         return True
@@ -87,18 +87,14 @@ def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, process
     context = multiprocessing.get_context("fork")
     with context.Pool(processes, maxtasksperchild=1) as pool:
         work = [(job, models, prepared[job.setting.model, job.task], runs) for job in left]
-        for i, line in enumerate(pool.imap_unordered(_train_one, work), 1):
+        for i, line in enumerate(pool.imap_unordered(_train, work), 1):
             print(f"{i}/{len(left)} {line}", flush=True)
     return all(Result.read(job.folder(runs)) for job in left)
 
 
-def _train_one(work: tuple[Job, Path, Path, Path]) -> str:
-    return _train(*work)
-
-
 def main() -> None:
     """Tune, train, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
@@ -119,7 +115,7 @@ def main() -> None:
         )
         while (jobs := tuning_jobs(setting, options.runs)) and train(jobs):
             pass
-        complete &= train(list(final_jobs(setting, options.runs))) and not jobs  # of the systems whose rate is found
+        complete &= train(list(final_jobs(setting, options.runs))) and not jobs  # of systems with a known rate
         write_results(SETTINGS, options.runs, options.output)
     sys.exit(0 if complete else "some runs failed; what is finished is in the tables")
 

@@ -2,15 +2,14 @@
 
     python benchmarks/sharded_loading.py [--hidden 1536] [--layers 12] [--ranks 1 2 4]
 
-A random Llama is written into a temporary folder in several files. For every way, type and number of ranks, processes
-are started anew; each prints, in MiB: the peak of its resident memory while loading and what stays of it, both above
-what it held before (VmHWM and VmRSS, so pages of mapped files count, shared ones on every rank); the bytes of its
-parameters; the largest tensor of the checkpoint; and what it read from files by read calls and through maps.
+The benchmark writes a random Llama into a temporary folder in several files. For every way, type and number of ranks it
+starts new processes. Each prints, in MiB: the peak of its resident memory while loading and what stays of it, both
+above what it held before (VmHWM and VmRSS: pages of mapped files count, shared ones on every rank); the bytes of its
+parameters; the checkpoint's largest tensor; and what it read from files by read calls and through maps.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -21,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import argument_parser, engine_settings, memory, random_llama, restart_peak, start
+
 SHARD_SIZE = "150MB"
 
 
 def main() -> None:
     """Write the model, start the processes, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -43,20 +44,9 @@ def main() -> None:
 
 
 def write_model(folder: Path, hidden: int, layers: int) -> None:
-    """A Llama of random bfloat16 weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        vocab_size=16000,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 256,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    """A Llama of random bfloat16 weights, in files of at most `SHARD_SIZE`."""
+    model = random_llama(16000, hidden, hidden * 8 // 3, layers, hidden // 64, hidden // 256)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def measure(folder: str, quantization: str, way: str, ranks: int) -> None:
@@ -84,56 +74,51 @@ def measure(folder: str, quantization: str, way: str, ranks: int) -> None:
 
 
 def child(folder: str, quantization: str, way: str) -> None:
-    """Load on this rank and print what it took, in bytes."""
-    from sparse_llm_ft.distributed.world import find_world, prepare_cpu
-
-    world = find_world()
-    prepare_cpu(world)
+    """Load on this rank and print what it took, in bytes. Collective."""
+    world = start()
     import deepspeed
     import torch
     import torch.distributed as dist
     from safetensors import safe_open
 
     from sparse_llm_ft.config import ModelConfig
-    from sparse_llm_ft.engine.engine import EngineSettings, init_distributed
+    from sparse_llm_ft.engine.engine import process_group
     from sparse_llm_ft.engine.sharded_loading import load_sharded_model
     from sparse_llm_ft.model.loading import load_model
 
     def load(model: str) -> Any:
         config = ModelConfig(name=model, dtype="bfloat16", quantization=quantization)  # type: ignore[arg-type]
-        settings = EngineSettings(3, "bfloat16", 1, 1, 1.0, 0.0, 0.0, "adamw", {}).to_deepspeed()
+        settings = engine_settings(3).to_deepspeed()
         if way == "sharded":
             return load_sharded_model(config, settings)
         whole = load_model(config)
         deepspeed.zero.Init(module=whole, config_dict_or_path=settings)  # as an engine does when it is built
         return whole
 
-    init_distributed()
-    warm_up(load, Path(folder), world.rank)
-    gc.collect()
-    before, read_before, start = resident(), read_calls(), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    model = load(folder)
-    peak, seconds = status("VmHWM"), time.perf_counter() - start
-    gc.collect()
-    parameters = list(model.parameters())
-    shard = sum(getattr(p, "ds_tensor", p).nbytes for p in parameters)
-    sizes = {}
-    for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                sizes[name] = 2 * torch.Size(stored.get_slice(name).get_shape()).numel()
-    read = read_calls() - read_before
-    dist.barrier()
-    line = {"rank": world.rank, "peak": peak - before, "stays": resident() - before, "shard": shard}
-    line |= {"largest": max(sizes.values()), "read": read, "mapped": sum(sizes.values()) if way == "whole" else 0}
-    sys.stdout.write(json.dumps(line | {"seconds": seconds}) + "\n")
-    sys.stdout.flush()
-    dist.destroy_process_group()
+    with process_group():
+        warm_up(load, Path(folder), world.rank)
+        gc.collect()
+        before, read_before, began = memory("VmRSS"), read_calls(), time.perf_counter()
+        restart_peak()
+        model = load(folder)
+        peak, seconds = memory("VmHWM"), time.perf_counter() - began
+        gc.collect()
+        shard = sum(getattr(p, "ds_tensor", p).nbytes for p in model.parameters())
+        sizes = {}
+        for file in Path(folder).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    sizes[name] = 2 * torch.Size(stored.get_slice(name).get_shape()).numel()
+        read = read_calls() - read_before
+        dist.barrier()
+        line = {"rank": world.rank, "peak": peak - before, "stays": memory("VmRSS") - before, "shard": shard}
+        line |= {"largest": max(sizes.values()), "read": read, "mapped": sum(sizes.values()) if way == "whole" else 0}
+        sys.stdout.write(json.dumps(line | {"seconds": seconds}) + "\n")
+        sys.stdout.flush()
 
 
 def warm_up(load: Any, folder: Path, rank: int) -> None:
-    """Load a tiny model, so that libraries, tables and connections are there before anything is measured."""
+    """Load a tiny model first: libraries, tables and connections are not part of the measurement. Collective."""
     import torch.distributed as dist
 
     tiny = folder / "tiny"
@@ -143,19 +128,8 @@ def warm_up(load: Any, folder: Path, rank: int) -> None:
     load(str(tiny))
 
 
-def resident() -> int:
-    """Bytes of resident memory."""
-    return status("VmRSS")
-
-
-def status(key: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-
 def read_calls() -> int:
-    """Bytes that read calls returned; sockets and pipes included."""
+    """Bytes that read calls returned, including those from sockets and pipes."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 

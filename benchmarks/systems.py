@@ -13,8 +13,8 @@ class System:
 
     Attributes:
         name: the row's title.
-        method: the ``method`` section; ``{steps}`` stands for half of the run's steps.
-        paper: whose table it belongs to.
+        method: the ``method`` section; ``{half}`` and ``{quarter}`` stand for parts of the run's steps.
+        paper: the table it belongs to.
         main: whether it runs on every task and model, or as an ablation on one task.
     """
 

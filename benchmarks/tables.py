@@ -29,13 +29,13 @@ def collect(setting: Setting, runs: Path) -> Table:
 
 
 def write_results(settings: Sequence[Setting], runs: Path, output: Path) -> None:
-    """Replace the part of `output` that is this reproduction's; the rest of the file stays."""
+    """Replace this reproduction's part of `output`; the rest of the file stays."""
     body = "\n".join([_introduction(), *(_section(setting, collect(setting, runs), runs) for setting in settings)])
     write_part(output, "reproduce", body)
 
 
 def write_part(output: Path, name: str, body: str) -> None:
-    """Replace what stands between the markers of `name` in `output`, or append it; the rest of the file stays."""
+    """Replace the text between the markers of `name` in `output`, or append it; the rest of the file stays."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = output.read_text(encoding="utf-8") if output.is_file() else "# Results\n"
     before, found, rest = text.partition(begin)
@@ -125,9 +125,9 @@ def _parameters(results: Sequence[Result]) -> str:
 
 SAME, MORE = "as good", "more"
 MARGIN = 2.0
-"""Points that *as good* may be worse by."""
+"""*As good* may be worse by this many points."""
 CLEARLY = 5.0
-"""Points above the majority class from which on a task counts as learned."""
+"""A task counts as learned from this many points above the majority class."""
 
 
 CLAIMS = (

@@ -7,13 +7,12 @@ Args:
     --data: holds dialogsum, xsum, e2e_nlg and glue/{sst2,cola,rte}, each with the hub's columns.
     --runs: run folders go here; what is complete is not run again.
 
-Sized for two processor cores: few steps and one seed. What it shows is that every task runs with every method and is
-measured; differences of a few points between methods are noise.
+Sized for two processor cores: few steps and one seed. It shows that every task runs with every method and is measured;
+differences of a few points between methods are noise.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from harness import argument_parser
 
 from tables import write_part
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and what all of its runs have in common.
+    """A model, and the settings that all of its runs share.
 
     Attributes:
         methods: title -> section ``method``.
@@ -94,7 +94,7 @@ MINILM = Model(
 
 @dataclass(frozen=True)
 class Setting:
-    """One task: where it is evaluated, and what differs from the common settings."""
+    """One task: its split, and its differences from the common settings."""
 
     model: Model
     name: str
@@ -106,7 +106,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """What its run folders begin with."""
+        """The beginning of its run folders' names."""
         return f"{'minilm-' if self.model is MINILM else ''}{self.name}".replace("/", "-")
 
 
@@ -163,7 +163,7 @@ def train(setting: Setting, method: str, models: Path, data: Path, runs: Path) -
 
 
 def page(runs: Path) -> Iterator[str]:
-    """Lines of the part, from the runs that are complete."""
+    """The lines of this part, from the complete runs."""
     yield from ("## Tasks with their own metrics", "")
     yield "`python benchmarks/tasks.py --models MODELS --data DATA --runs RUNS` wrote this section, on two CPU cores."
     missing = [(s, m) for s in SETTINGS for m in s.model.methods if _summary(folder_of(s, m, runs)) is None]
@@ -248,7 +248,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     """Run what is missing, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     for name in ("models", "data", "runs"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
