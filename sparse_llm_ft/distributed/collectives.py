@@ -1,4 +1,4 @@
-"""What one rank does or decides and all must follow: nobody waits for a rank that has failed."""
+"""Collectives in which one rank acts or decides for all; no rank waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
 from sparse_llm_ft.io.console import Console
 
 _FINE, _WORKING, _USER, _OWN = range(4)
-"""What a rank says of itself; the greatest counts."""
+"""States that ranks exchange; the largest wins."""
 
 
 def run_on_rank_zero(world: World, action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
+    """Collective. Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
 
     Raises:
         UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use).
-        TrainingError: on every rank where rank 0 raised one. What is neither keeps its type and traceback on rank 0,
-            and is one elsewhere.
+        TrainingError: on every rank if rank 0 raised one. Any other exception keeps its type and traceback on rank 0,
+            and becomes a TrainingError elsewhere.
     """
     _on_some(world.rank == 0, action, "rank 0 failed")
 
@@ -37,14 +37,14 @@ def _on_some(chosen: bool, action: Callable[[], None], elsewhere: str) -> None:
     if chosen:
         try:
             action()
-        except Exception as error:  # whatever it is, nobody may wait for this rank
+        except Exception as error:  # of any type: no rank may wait for this one
             failure = error
     failure, kind = _judged(failure)
     _end(failure, _worst(kind), elsewhere)
 
 
 def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
-    if isinstance(failure, OSError | SafetensorError):  # what safetensors writes fails with an error of its own
+    if isinstance(failure, OSError | SafetensorError):  # safetensors raises its own type when a write fails
         failure = UserError(str(failure))
     return failure, _FINE if failure is None else _USER if isinstance(failure, UserError) else _OWN
 
@@ -57,20 +57,19 @@ def _end(failure: Exception | None, worst: int, elsewhere: str) -> None:
 
 
 def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "", every: float = 30.0) -> None:
-    """Run `action`, which must not be collective, on the first rank of each node while the others wait; if it fails on
-    one, all ranks stop.
+    """Collective. Run `action` on the first rank of each node while the others wait; if one fails, all ranks stop.
 
-    It may take hours: the ranks meet every now and then, so that none waits longer than a process group lets it.
+    `action` must not be collective. It may take hours: the ranks synchronise every `every` seconds, so that none
+    exceeds the process group's timeout.
 
     Args:
-        what: it does, for a line on rank 0 now and then; without, there is none.
-        every: seconds between two meetings.
+        what: describes the action in a line that rank 0 logs at each synchronisation; empty: none.
+        every: seconds between synchronisations.
 
     Raises:
-        UserError: on every rank, with the reason where it failed. What is neither that nor an error of a disk keeps its
-            type and traceback there, and is a TrainingError elsewhere.
-        PreemptionRequested: on every rank, where one was asked to leave meanwhile. `action` is cut off when the process
-            ends.
+        UserError: on every rank, with the reason where it failed. An exception that is neither this nor a disk error
+            keeps its type and traceback there, and becomes a TrainingError elsewhere.
+        PreemptionRequested: on every rank, if one was asked to leave meanwhile. `action` stops when the process ends.
     """
     raised: list[Exception] = []
 
@@ -80,14 +79,14 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
         except Exception as error:  # as in `_on_some`
             raised.append(error)
 
-    worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not keep a process that leaves
+    worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not delay the end of the process
     if world.local_rank == 0:
         worker.start()
     began, console = time.monotonic(), Console(world.rank)
     while True:
         if world.local_rank == 0:
             worker.join(every)
-        working = worker.is_alive()  # asked first: what it raises comes before its end
+        working = worker.is_alive()  # read first: the thread raises before it ends
         failure, kind = _judged(raised[0] if raised else None)
         worst = _worst(_WORKING if working else kind)
         if worst != _WORKING:
@@ -99,10 +98,10 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
 
 
 def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:
-    """Run `action` on all ranks; if it fails on one, all stop, as by `run_on_local_leaders`.
+    """Collective. Run `action` on all ranks; if it fails on one, all stop, as in `run_on_local_leaders`.
 
     Args:
-        hint: follows the reason of a file that cannot be read.
+        hint: appended to the reason why a file is not readable.
     """
     ending = f"; {hint}" if hint else ""
 
@@ -116,14 +115,14 @@ def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:
 
 
 def broadcast_int(value: int) -> int:
-    """Rank 0's value, on every rank."""
+    """Collective. Rank 0's value."""
     shared = torch.tensor([value], device=_device())
     dist.broadcast(shared, 0)
     return int(shared)
 
 
 def broadcast_bytes(data: bytes) -> bytes:
-    """Rank 0's bytes, on every rank."""
+    """Collective. Rank 0's bytes."""
     size = broadcast_int(len(data))
     shared = torch.zeros(size, dtype=torch.uint8, device=_device())
     if dist.get_rank() == 0:
@@ -133,7 +132,7 @@ def broadcast_bytes(data: bytes) -> bytes:
 
 
 def broadcast_text(text: str) -> str:
-    """Rank 0's text, on every rank."""
+    """Collective. Rank 0's text."""
     return broadcast_bytes(text.encode()).decode()
 
 

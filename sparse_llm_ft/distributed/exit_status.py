@@ -1,4 +1,4 @@
-"""How a process ends when something is wrong: one line, once, and an exit status that says whose fault it is."""
+"""How a process ends on an error: rank 0 prints one line, and the exit status tells whose fault it is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
 USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
-REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, and the same command shall be started again
+REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong; run the same command again
 _GRACE_SECONDS = 5.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a wrong argument as every other user error: one line, on rank 0."""
+    """Reports a wrong argument like every other user error: one line, on rank 0."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it, for `one_line_errors` to say."""
+        """Raise a UserError for `one_line_errors`."""
         raise UserError(message)
 
 
@@ -32,9 +32,9 @@ def one_line_errors(world: World) -> Iterator[None]:
     """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, Ctrl-C
     into a line and status 130, a `PreemptionRequested` into its line and status 75.
 
-    All ranks meet the same error, and rank 0 says it. The others wait a moment before they leave: launchers kill
-    everyone when the first process fails, and that must not be before rank 0 has spoken. If then the first process of
-    another node is still alive, the error may be its own (a file missing there), and it says so too.
+    All ranks raise the same error, and rank 0 prints it. The others wait a moment before they exit, since launchers
+    kill all processes when the first one fails. If the first process of another node is still alive then, the error may
+    be its own (a file missing there), and it prints it too.
     """
     try:
         yield
@@ -66,13 +66,13 @@ def _wait_for_rank_zero() -> None:
 
 
 def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
-    """End this process from any thread, with a line and status 1, because other ranks are `dead`.
+    """End this process from any thread, with one line and status 1, because other ranks are `dead`.
 
-    The first survivor of each node says it; its others wait a moment, as in `one_line_errors`.
+    The first survivor of each node prints the line; the others wait a moment, as in `one_line_errors`.
     """
     first = world.rank - world.local_rank
     if any(rank not in dead for rank in range(first, world.rank)):
         _wait_for_rank_zero()
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)
-    os._exit(TRAINING_ERROR)  # the main thread may be in a collective that never ends
+    os._exit(TRAINING_ERROR)  # the main thread may wait in a collective forever

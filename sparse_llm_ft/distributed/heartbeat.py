@@ -1,7 +1,7 @@
-"""A rank that dies is named by the others, which then end, whatever collective they are waiting in.
+"""Detects dead ranks. The survivors name them and exit, whatever collective they are waiting in.
 
-Every rank writes a beat into the run's TCPStore and reads those of all others, in a thread of its own with a
-connection of its own. Nothing is sent between ranks by the training itself, and nothing waits for it.
+A thread of every rank writes a beat into the run's TCPStore and reads the beats of all others, over its own connection.
+It adds no traffic to the training's collectives, and training never waits for it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Timeouts:
 
     Attributes:
         beat: between two beats of a rank.
-        silent: without a beat a rank is taken for dead. Long, since a library may hold the interpreter for a while.
-        doubted: the same once this process was asked to leave: launchers ask the survivors when one rank dies, and
-            kill those that are still there after 30 s.
-        lost: the same once a collective has failed, which is proof that somebody is gone.
-        store: the store may take to answer.
+        silent: until a rank without beats counts as dead. Long, since a library may hold the interpreter for a while.
+        doubted: the same after this process was asked to leave. Launchers ask the survivors when one rank dies, and
+            kill them 30 s later.
+        lost: the same after a collective has failed, which proves that a rank is gone.
+        store: within which the store must answer.
     """
 
     beat: float = 2.0
@@ -46,15 +46,15 @@ class Timeouts:
 
 
 class Heartbeat:
-    """The threads of one rank: one talks to the store, one judges.
+    """The two threads of one rank: one exchanges beats with the store, the other judges them.
 
-    Whoever talks may wait for ever: a host that is frozen accepts a connection and never answers.
-    Time counts only while this process itself is running: who wakes from a suspension must not blame all others.
+    They are separate because the exchange may block forever: a frozen host accepts a connection and never answers.
+    Only time in which this process runs counts, so that a process that wakes from suspension does not blame the others.
 
     Args:
-        connect: makes a connection to the store; called anew after a failure.
-        holder: who is to blame if the store cannot be reached.
-        end: called with the dead ranks and what to say of them.
+        connect: connects to the store; called again after a failure.
+        holder: the rank to blame if the store is not reachable, and its description.
+        end: called with the dead ranks and their description.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Heartbeat:
         self._monitor.start()
 
     def collective_failed(self) -> None:
-        """Wait while it is found out who is gone and the process ends; returns if nobody is."""
+        """Wait until the monitor has found the dead rank and ends the process; return if none is dead."""
         self._lost.set()
         self._monitor.join(2 * (self.timeouts.lost + self.timeouts.beat + self.timeouts.store))
 
     def close(self, done: bool) -> None:
-        """Stop; if `done`, tell the others that this rank's silence is right."""
+        """Stop; if `done`, tell the others that this rank has finished."""
         self._stopped.set()
         self._monitor.join()
         self._beater.join(2 * self.timeouts.store)
@@ -109,7 +109,7 @@ class Heartbeat:
             before = now
 
     def _exchange(self, beat: str) -> list[str] | None:
-        """Write this rank's beat and read the others'; None if the store did not answer."""
+        """Write this rank's beat and read those of the others; None if the store did not answer."""
         try:
             if self._store is None:
                 self._store = self._connect()
@@ -118,18 +118,20 @@ class Heartbeat:
             beats = self._store.multi_get([_key(rank) for rank in begun]) if begun else []
             heard = dict(zip(begun, beats, strict=True))
             return [heard.get(rank, b"").decode() for rank in self._others]
-        except RuntimeError:  # DistError: whoever holds the store is gone, or too busy
-            self._store = None  # a late answer to this question would be taken for one to the next
+        except RuntimeError:  # DistError: the store's holder is gone, or too busy
+            self._store = None  # a late answer must not be taken for the next one
             return None
 
     def _update_silence(self, beats: list[str] | None, seconds: float) -> None:
-        """Take what was heard since the last look, `seconds` ago; None: nothing."""
+        """Account for the beats since the last call, `seconds` ago; None: the store did not answer."""
         if beats is None:
-            self._store_silence += seconds if self._met else 0.0  # its holder may still be loading
+            self._store_silence += (
+                seconds if self._met else 0.0
+            )  # before the first contact its holder may still be loading
         else:
             self._store_silence, self._met = 0.0, True
             for rank, beat in zip(self._others, beats, strict=True):
-                starting = beat == "" and not self._lost.is_set()  # who took part in a collective had begun
+                starting = beat == "" and not self._lost.is_set()  # a rank in a failed collective had started
                 alive = starting or beat == _DONE or beat != self._last[rank]
                 self._silent[rank] = 0.0 if alive else self._silent[rank] + seconds
                 self._last[rank] = beat
@@ -150,17 +152,17 @@ class Heartbeat:
 
 @contextmanager
 def monitor_ranks(world: World) -> Iterator[None]:
-    """Watch the other ranks while the body runs; the process ends as soon as one of them is found dead.
+    """Monitor the other ranks while the body runs, and end the process as soon as one is dead.
 
-    A body that raises leaves the others to find this rank silent, unless they stop with the same error.
+    If the body raises, the others find this rank silent, unless they stop with the same error.
     """
     if world.size == 1:
         yield
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent holds the store
     holder = (-1, f"the launcher's store at {address}") if agent else (0, f"rank 0 ({address})")
-    # Rank 0 opens the store before the process group does, which then finds it open in this process and shares it.
+    # Rank 0 opens the store before the process group does, which then shares it within this process.
     with connecting():
         server = _store(address, port, held=True) if world.rank == 0 and not agent else None
 

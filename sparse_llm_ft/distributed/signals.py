@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to leave. A handler only notes it; the run leaves where all ranks do so together."""
+"""SIGTERM and SIGUSR1 ask a run to leave. The handler only records the signal; all ranks leave together later."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _caught: set[int] = set()
 
 
 def catch_signals() -> None:
-    """From now on the signals are only noted, so that none, nor a second one, cuts a write short. Main thread only."""
+    """Record the signals from now on, so that none of them interrupts a write. Main thread only."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def caught() -> list[int]:
-    """For each of `SIGNALS` whether this process got it, 0 or 1."""
+    """For each of `SIGNALS`, 1 if this process received it, else 0."""
     return [int(number in _caught) for number in SIGNALS]
 
 
 def preempted_by(flags: Sequence[float]) -> str | None:
-    """The name of the signal to leave for, from the ranks' `caught` added up; None if there was none."""
+    """Name of the first received signal, from the sum of all ranks' `caught`; None without one."""
     return next((number.name for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
 
 
 def exit_if_preempted() -> None:
-    """Leave together if any rank was asked to. Collective; for places where nothing is left to be saved.
+    """Collective. Leave together if any rank was asked to; for places where nothing is left to save.
 
     Raises:
         PreemptionRequested: on every rank.

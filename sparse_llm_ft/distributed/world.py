@@ -1,4 +1,4 @@
-"""Who this process is among the others, whichever launcher started it."""
+"""Rank and world size of this process, under any launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process, number of processes, and the same on this node."""
+    """This process's rank and the number of processes, in all and on this node."""
 
     rank: int
     size: int
@@ -21,17 +21,17 @@ class World:
 
 
 ONE_PROCESS = World(0, 1, 0, 1)
-"""A process on its own."""
+"""A single process without a launcher."""
 
 
 def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
-    """Read what deepspeed, torchrun or srun left in the environment, and complete it for torch.distributed.
+    """Read the environment of deepspeed, torchrun or srun, and complete it for torch.distributed.
 
-    Without any launcher it is a world of one.
+    Without a launcher the world has one process.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun; the batch script itself is no step
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun sets it; the batch script itself is not a step
         _from_slurm(environment)
     else:
         environment.update(
@@ -45,10 +45,10 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
 
 
 def prepare_cpu(world: World) -> None:
-    """On a node without GPU: tell DeepSpeed so, and share the cores among the node's processes.
+    """On a node without GPU, tell DeepSpeed so and divide the cores among the node's processes.
 
-    Without the sharing every process starts a thread per core and they slow each other down; OMP_NUM_THREADS, where
-    the user set it, wins. Call before deepspeed is imported.
+    Otherwise every process would start one thread per core, and they would slow each other down. OMP_NUM_THREADS wins
+    where the user has set it. Call before importing deepspeed.
     """
     import torch
 
@@ -66,10 +66,10 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
         first = _scontrol("show", "hostnames", nodes).split()[0]
-        # A node's name need not be one that can be looked up; its NodeAddr is what Slurm itself connects to.
+        # A node's name may not resolve; Slurm itself connects to its NodeAddr.
         address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
         environment["MASTER_ADDR"] = address[1] if address else first
-    # Every task must come to the same free port without talking: derive it from the job.
+    # All tasks must choose the same free port without communicating: derive it from the job.
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
 
 
@@ -78,7 +78,7 @@ def _scontrol(*arguments: str) -> str:
 
 
 def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:
-    """``SLURM_STEP_TASKS_PER_NODE`` reads like ``2(x3),1``; the first number is taken for all nodes."""
+    """``SLURM_STEP_TASKS_PER_NODE`` looks like ``2(x3),1``; the first number stands for all nodes."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     return tasks.split(",")[0].split("(")[0] or None
 

@@ -1,4 +1,4 @@
-"""Folders that are either complete or not there: written aside, synced, checksummed, renamed."""
+"""Atomic writes: a folder or file is written aside, synced, checksummed, and renamed into place."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make `target` hold what `fill` writes, or leave it as it was.
+    """Replace `target` by the files that `fill` writes, or leave it unchanged.
 
-    `fill` gets an empty temporary folder beside `target`. Its files are synced to disk and listed with size and
-    SHA-256 in ``manifest.json``; then the folder is renamed. A crash leaves at most a ``.tmp-`` folder, which the
-    next write of the same target removes. An older `target` is set aside first and removed last.
+    `fill` writes into an empty temporary folder beside `target`. This function lists its files with size and SHA-256
+    in ``manifest.json``, syncs them to disk, and renames the folder. A crash leaves at most a ``.tmp-`` folder, which
+    the next write of the same target removes. An older `target` moves aside first and is removed last.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
@@ -37,9 +37,9 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     files = sorted(path for path in temporary.iterdir())
     manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    rights = (temporary / MANIFEST).stat().st_mode & 0o777  # as the umask has them
+    rights = (temporary / MANIFEST).stat().st_mode & 0o777  # as the umask gives them
     for path in files:
-        path.chmod(rights)  # libraries that write aside and rename make files for their owner alone
+        path.chmod(rights)  # safetensors, for one, creates files that only their owner can read
     for path in (*files, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
@@ -51,13 +51,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Replace one text file at once: a reader, or a crash, sees the old or the new text, never a part.
+    """Replace one text file atomically: readers and crashes see the old or the new text, never a part.
 
-    A link in its place is replaced, and not what it leads to.
+    A link at `target` is replaced; the file it points to stays unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
-    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link that leads elsewhere
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a link that points elsewhere
     with temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -67,15 +67,15 @@ def write_file(target: Path, text: str) -> None:
 
 
 def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
-    """Check that the folder holds the files of its manifest and nothing else, by size and SHA-256.
+    """Check that the folder holds exactly the files of its manifest, by size and SHA-256.
 
-    Only plain files count: no links, whatever they lead to, no folders.
+    Only plain files count: links and folders are refused.
 
     Args:
         required: files that the manifest must list.
 
     Raises:
-        CheckpointError: naming the folder, the file and what is wrong with it.
+        CheckpointError: names the folder, the file and the problem.
     """
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: a link, not a folder")
@@ -91,7 +91,7 @@ def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
         if name not in entries and name != MANIFEST:
             raise CheckpointError(f"{folder}: {name} is not in {MANIFEST}")
     for name, (size, digest) in entries.items():
-        if name not in plain:  # nor can a name that leads out of the folder be there
+        if name not in plain:  # also true of a name that points outside the folder
             raise CheckpointError(f"{folder}: {name} is missing or not a plain file")
         path = folder / name
         if path.stat().st_size != size:
@@ -101,7 +101,7 @@ def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder holds every file of its manifest in full length: enough for what can be made again."""
+    """Whether every file of the manifest has its full size. Enough for data that can be rebuilt."""
     try:
         entries = _manifest(folder)
         return all((folder / name).stat().st_size == size for name, (size, _) in entries.items())
@@ -136,7 +136,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the file's content, or the folder's list of names, is on disk."""
+    """Flush the file's content, or the folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

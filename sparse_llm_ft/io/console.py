@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar on a terminal, plain lines elsewhere; only on rank 0."""
+"""Console output on rank 0: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ESCAPE = "sparse_llm_ft.escape"
 
 
 class Console:
-    """Progress of a run. On other ranks than 0 it is silent."""
+    """Shows a run's progress on rank 0, and nothing on other ranks."""
 
     def __init__(self, rank: int, seconds_between_lines: float = 2.0) -> None:
         self.enabled = rank == 0
@@ -33,12 +33,12 @@ class Console:
         self._bar: Progress | None = None
 
     def log(self, text: str) -> None:
-        """One line, always shown; without access tokens."""
+        """Print one line, with access tokens masked."""
         if self.enabled:
             self.rich.print(one_line(text), markup=False, soft_wrap=True)
 
     def begin(self, phase: str, step: int, total: int) -> None:
-        """A phase begins at `step` of the run's `total`."""
+        """Start a phase at `step` of the run's `total`."""
         if self.live:
             columns = (
                 TextColumn("{task.description}"),
@@ -53,7 +53,7 @@ class Console:
         self._started, self._first = time.monotonic(), step
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
-        """Show a logged step. Plain lines come a few seconds apart at the least, and always at the end."""
+        """Show a logged step. Plain lines are at least a few seconds apart; the last step always prints."""
         if not self.enabled:
             return
         loss = "update skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
@@ -117,8 +117,8 @@ def _warn_of_encoding() -> None:
 def silence_libraries() -> None:
     """Call before torch is imported.
 
-    Silenced are bitsandbytes' note on an optional CPU kernel, and warnings about calls that torch and transformers
-    make to themselves. (DeepSpeed sets its own level on import; engine.py follows it.)
+    It silences bitsandbytes' note on an optional CPU kernel, and warnings about calls inside torch and transformers.
+    (DeepSpeed sets its own log level on import; engine.py resets it.)
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")

@@ -1,4 +1,4 @@
-"""A cache on disk: each entry is a folder named by the hash of everything that its content depends on."""
+"""A cache on disk. Each entry is a folder, named by the hash of all its content depends on."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ T = TypeVar("T")
 
 
 def content_key(**parts: Any) -> str:
-    """SHA-256, in hex, of the canonical JSON of `parts`; the order of keys does not matter.
+    """Hex SHA-256 of the canonical JSON of `parts`; key order does not matter.
 
     Raises:
-        TypeError, ValueError: a part is no JSON value.
+        TypeError, ValueError: a part is not a JSON value.
     """
     return hash_json(parts)
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256, in hex, of a JSON value. Raises as `content_key`."""
+    """Hex SHA-256 of a JSON value. Raises as `content_key`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of names and contents, whatever the order of `paths`. Raises OSError where one cannot be read."""
+    """Hex SHA-256 of names and contents, in any order of `paths`. Raises OSError if a file is not readable."""
     entries = []
     for path in paths:
         with path.open("rb") as file:
@@ -45,21 +45,21 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class ContentCache(Generic[T]):
-    """Entries in `folder`. Processes may share it: an entry is complete or not there, and one process writes it.
+    """Entries in `folder`, which processes may share. One process writes an entry, and no reader sees a partial one.
 
     Attributes:
-        read: verifies an entry's folder and returns what it holds. It raises OSError, ValueError or CheckpointError
-            where the entry cannot be used.
+        read: verifies an entry's folder and returns its content. It raises OSError, ValueError or CheckpointError
+            for an unusable entry.
     """
 
     folder: Path
     read: Callable[[Path], T]
 
     def load(self, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> T | None:
-        """What the entry holds; None where there is none, or one that cannot be used. Needs no right to write.
+        """The entry's content; None if it is missing or unusable. Needs no write permission.
 
         Args:
-            warn: called with one line where the entry cannot be used.
+            warn: called with one line about an unusable entry.
         """
         entry = self.folder / key
         if not entry.is_dir():
@@ -71,15 +71,15 @@ class ContentCache(Generic[T]):
             return None
 
     def write(self, key: str, fill: Callable[[Path], None], warn: Callable[[str], object] = _LOGGER.warning) -> None:
-        """Let `fill` write the entry into an empty folder, unless a good one is there. Other processes wait.
+        """Let `fill` write the entry into an empty folder, unless a usable one exists. Other processes wait.
 
         Args:
-            warn: as of `load`.
+            warn: as for `load`.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: the cache is not writable.
         """
-        if self.load(key, warn) is not None:  # before the lock, which a read-only cache does not give
+        if self.load(key, warn) is not None:  # before locking, which a read-only cache does not allow
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{key}.lock"):
@@ -88,4 +88,4 @@ class ContentCache(Generic[T]):
 
 
 def _ignore(message: str) -> None:
-    """For a damaged entry that has been warned about already."""
+    """Stands in for `warn` once the entry has been warned about."""

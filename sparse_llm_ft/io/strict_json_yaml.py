@@ -1,4 +1,4 @@
-"""JSON and YAML from files that nobody vouches for: plain values, or one error; no code, no bombs, no surprises."""
+"""Strict readers for untrusted JSON and YAML: they return plain values or raise one error, and never run code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 
 MAX_YAML_BYTES = 2**20
 MAX_JSON_BYTES = 2**26
-"""The plans of the largest models with all their masks are a quarter of that."""
+"""The largest plan, with all masks of a large model, takes a quarter of it."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MAX_NODES = 100_000
-"""Of a YAML document with its aliases written out."""
+"""Largest size of a YAML document with its aliases expanded."""
 
 
 class ParseError(ValueError):
-    """A text that cannot be used, and why; `line`, from 1, where it is known."""
+    """Why a text cannot be parsed; `line` counts from 1 and is None where unknown."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -48,10 +48,10 @@ def parse_json(text: str, constants: bool = False) -> Any:
     """One JSON value.
 
     Args:
-        constants: whether NaN and infinities are let through, which are no JSON but what Python writes for them.
+        constants: whether to accept NaN and infinities, which JSON lacks and Python writes.
 
     Raises:
-        ParseError: no JSON, a key that stands twice, nesting without end, a number out of range.
+        ParseError: invalid JSON, a duplicate key, too deep nesting, or a number out of range.
     """
     try:
         if constants:
@@ -66,13 +66,13 @@ def parse_json(text: str, constants: bool = False) -> Any:
 
 
 def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each item of a JSON list, or of the list under `key` of a JSON object. NaN is let through.
+    """Yield (line, value) for each item of a JSON list, or of the list under `key` in a JSON object. Accepts NaN.
 
     Args:
-        text: the whole document; items are parsed as they are asked for.
+        text: the whole document; items are parsed lazily.
 
     Raises:
-        ParseError: as `parse_json`, with the line; there is no such list, or something behind the document.
+        ParseError: as `parse_json`, with the line; also without such a list, or with text after the document.
     """
     scan = _Scan(text)
     if scan.peek() == "{":
@@ -84,9 +84,9 @@ def parse_json_rows(text: str, key: str) -> Iterator[tuple[int, Any]]:
 
 
 class _Scan:
-    """A place in a JSON document that moves on value by value.
+    """A cursor that reads a JSON document value by value.
 
-    json, jiter and ijson do not say on which line an item stands, which a message about a wrong row needs.
+    It knows each item's line, which an error about a row must name. json, jiter and ijson do not report lines.
     """
 
     def __init__(self, text: str) -> None:
@@ -95,20 +95,20 @@ class _Scan:
         self._decoder = json.JSONDecoder(object_pairs_hook=_unique)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Skip spaces and return the next character; empty at the end."""
         match = _SPACE.match(self._text, self._place)
         self._place = match.end() if match else self._place
         return self._text[self._place : self._place + 1]
 
     def take(self, character: str) -> bool:
-        """Whether `character` is next; if so, go past it."""
+        """Skip `character` if it is next, and return whether it was."""
         if self.peek() != character:
             return False
         self._place += 1
         return True
 
     def items(self) -> Iterator[tuple[int, Any]]:
-        """(line, value) of each item of the list that begins here."""
+        """Yield (line, value) for each item of the list at the cursor."""
         if not self.take("["):
             self.refuse("a list of objects is needed")
         if self.take("]"):
@@ -123,7 +123,7 @@ class _Scan:
                 self.refuse("',' or ']' is needed")
 
     def member(self, key: str) -> Iterator[tuple[int, Any]]:
-        """(line, value) of each item of the list under `key` of the object that begins here, which must have one."""
+        """Yield (line, value) for each item of the list under `key` in the object at the cursor."""
         seen: set[str] = set()
         self.take("{")
         while self.peek() == '"':
@@ -146,36 +146,36 @@ class _Scan:
             self.refuse(f"a list of objects is needed, or an object with one under {key!r} (JSON lines are for .jsonl)")
 
     def value(self) -> Any:
-        """The value that begins here."""
+        """Read the value at the cursor."""
         try:
             value, self._place = self._decoder.raw_decode(self._text, self._place)
         except RecursionError:
             self.refuse("nested too deeply")
         except json.JSONDecodeError as error:
             raise ParseError(f"{error.msg} at column {error.colno}", error.lineno) from None
-        except ValueError as error:  # a key that stands twice; an integer of more digits than Python reads
+        except ValueError as error:  # a duplicate key, or an integer longer than Python reads
             self.refuse(str(error))
         return value
 
     def line(self) -> int:
-        """The line of this place, from 1."""
+        """Line of the cursor, from 1."""
         self._line += self._text.count("\n", self._counted, self._place)
         self._counted = self._place
         return self._line
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise a `ParseError` for this place."""
+        """Raise a `ParseError` with the cursor's line."""
         raise ParseError(problem, self.line())
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML value made of mappings with text as keys, lists, texts, numbers, true, false and null.
+    """Parse one YAML value of mappings with string keys, lists, strings, numbers, true, false and null.
 
-    Dates stay texts. Other types need tags, and tags are refused.
+    Dates stay strings. Tags, which other types need, are refused.
 
     Raises:
-        ParseError: no YAML, a key that stands twice or is no text, an alias of what it stands in, aliases that
-            write out to a very large document, nesting without end, a number out of range.
+        ParseError: invalid YAML, a duplicate key, a key that is no string, an alias inside its own anchor, aliases
+            that expand to a very large document, too deep nesting, or a number out of range.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -186,7 +186,7 @@ def parse_yaml(text: str) -> Any:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ParseError(problem, mark.line + 1 if mark else None) from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        # What PyYAML's constructors raise for a value that does not fit its tag.
+        # PyYAML's constructors raise these for a value that does not fit its tag.
         raise ParseError(f"a value that does not fit its type ({error})") from None
 
 
@@ -224,17 +224,17 @@ def _finite(text: str) -> float:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, keys that stand once, and aliases that stay small."""
+    """A SafeLoader that refuses duplicate keys and large aliases."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """As in SafeLoader, after a look at what its aliases make of it."""
+        """Compose the document, then check the size of its expanded aliases."""
         node = super().get_single_node()
         if node is not None:
             _count_nodes(node, {})
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As in SafeLoader, after a look at the keys, of which it would drop the first of two."""
+        """Compose a mapping and refuse duplicate keys, of which SafeLoader would keep the last."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -249,7 +249,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Number of nodes with all aliases written out; `known` holds None for those that are being counted."""
+    """Number of nodes with all aliases expanded; `known` holds None for nodes being counted."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
