@@ -1,4 +1,4 @@
-# Everything sets itself up: Python 3.11+, make and a C++ compiler are all that is assumed.
+# Everything sets itself up: Python 3.11+ and make are all that is assumed.
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= 2

@@ -39,7 +39,6 @@ _FREE = {
     "model.trust_remote_code",
     "model.attn_implementation",
 }
-_PATHS = ("model.name", "task.path")
 
 
 class RunFolder:
@@ -94,7 +93,7 @@ class RunFolder:
             )
         mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(replace_old_keys(old, strict=False))
         for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key) and not _is_same_folder(key, mine.get(key), theirs.get(key)):
+            if mine.get(key) != theirs.get(key):
                 raise ConfigError(
                     "output_dir",
                     f"{str(self.path)!r} holds another run "
@@ -105,20 +104,7 @@ class RunFolder:
     @staticmethod
     def identity(config: RunConfig) -> str:
         """A hash that two configs share if and only if a run with one may resume from a checkpoint of the other."""
-        return _hash(_fixed(config.model_dump(mode="json")))
-
-    @staticmethod
-    def identities(config: RunConfig) -> tuple[str, ...]:
-        """The hashes that checkpoints of such a run may hold.
-
-        Release 0.1 kept local paths as they were typed, mostly relative to the working directory.
-        """
-        fixed = _fixed(config.model_dump(mode="json"))
-        paths = {key: fixed[key] for key in _PATHS}
-        typed = {
-            key: os.path.relpath(path) for key, path in paths.items() if isinstance(path, str) and Path(path).is_dir()
-        }
-        return RunFolder.identity(config), _hash(fixed | typed)
+        return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
 
     def lock(self) -> None:
         """Hold the folder until this process ends, in whatever way.
@@ -235,16 +221,6 @@ def open_run(path: str) -> RunFolder:
     if not folder.has_checkpoints():
         raise UserError(f"{path}: no checkpoint yet")
     return folder
-
-
-def _is_same_folder(key: str, one: object, other: object) -> bool:
-    """Whether the setting is a path, and both values lead to one folder."""
-    paths = [value for value in (one, other) if isinstance(value, str) and Path(value).is_dir()]
-    return key in _PATHS and len(paths) == 2 and Path(paths[0]).samefile(paths[1])
-
-
-def _hash(settings: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _fixed(config: Mapping[str, object]) -> dict[str, object]:

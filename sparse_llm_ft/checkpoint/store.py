@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
 
 
 def newest_valid(
-    checkpoints: Path, real: Expected | None = None, run: Collection[str] | None = None
+    checkpoints: Path, real: Expected | None = None, run: str | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be used, and a line about each newer one that cannot.
 
@@ -64,19 +64,19 @@ def newest_valid(
     return None, complaints
 
 
-def load_checkpoint(folder: Path, real: Expected | None = None, run: Collection[str] | None = None) -> Checkpoint:
+def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None = None) -> Checkpoint:
     """Verify and read one checkpoint.
 
     Args:
         real: the model's modules and shapes; the checkpoint is compared with them before anything is built. None
             without a model: then the checkpoint is only checked against itself.
-        run: `RunFolder.identities` of the run that must have written it; None: any run.
+        run: `RunFolder.identity` of the run that must have written it; None: any run.
 
     Raises:
         CheckpointError: with the reason why no run can continue from it.
     """
     state = TrainState.load(folder)
-    if run is not None and state.record.run not in run:
+    if run is not None and state.record.run != run:
         raise CheckpointError(f"{folder}: belongs to a run with other settings")
     try:
         phase = Phase.from_dict(state.phase, None if real is None else real.targets)
@@ -119,14 +119,12 @@ def _check_finite(state: TrainState) -> None:
             )
 
 
-def newest_state(
-    folder: RunFolder, run: Collection[str], world: World, console: Console, real: Expected
-) -> TrainState | None:
+def newest_state(folder: RunFolder, run: str, world: World, console: Console, real: Expected) -> TrainState | None:
     """Collective. The newest valid checkpoint's state; None where there is none. Rank 0 chooses the checkpoint, and
     every rank reads it once.
 
     Args:
-        run: whose checkpoint it must be (`RunFolder.identities`).
+        run: whose checkpoint it must be (`RunFolder.identity`).
         real: what a checkpoint's claims are held against.
 
     Raises:

@@ -101,7 +101,7 @@ def read_run(
 
     # The checkpoint: every process loads rank 0's step.
     context = RunContext.open(config, world, resolve_task(config.task))
-    found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identities(stored))
+    found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
     if found is None:
         raise UserError("; ".join((*complaints, f"{path}: no usable checkpoint")))
     step = broadcast(found.step)

@@ -185,7 +185,7 @@ class Run:
         """Collective. Take the folder, find the state and phase to begin with, and write the folder's first files."""
         # Find the newest checkpoint; only this process may use the folder from here on.
         run_on_rank_zero(self.world, self.folder.lock)
-        run = RunFolder.identities(self.config)
+        run = RunFolder.identity(self.config)
         state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
         if state is not None:

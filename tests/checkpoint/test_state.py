@@ -54,7 +54,7 @@ def test_a_resumed_run_reads_and_hashes_each_file_once(tmp_path: Path, monkeypat
     sha256, load_file = atomic._sha256, state_module.load_file
     monkeypatch.setattr(atomic, "_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
     monkeypatch.setattr(state_module, "load_file", lambda path: (read.append(path.name), load_file(path))[1])
-    state = newest_state(run, ("mine",), World(0, 1, 0, 1), Console(1), None)
+    state = newest_state(run, "mine", World(0, 1, 0, 1), Console(1), None)
     assert state is not None and state.progress.step == 6
     assert sorted(hashed) == ["state.json", "tensors.safetensors"] and read == ["tensors.safetensors"]
 
@@ -72,7 +72,7 @@ def test_only_a_rank_that_goes_by_another_checkpoint_reads_a_second_one(
     monkeypatch.setattr(store, "run_on_rank_zero", lambda world, action: None)
     monkeypatch.setattr(store, "run_on_every_rank", lambda action, hint: action())
     monkeypatch.setattr(store, "broadcast_int", lambda value: agreed)
-    state = newest_state(run, ("mine",), World(1, 2, 1, 2), Console(1), None)
+    state = newest_state(run, "mine", World(1, 2, 1, 2), Console(1), None)
     assert state is not None and state.progress.step == agreed
     assert read == [f"step-{agreed:08d}"]
 
@@ -143,12 +143,12 @@ def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(tmp_pat
     other.record.run = "theirs"
     for state in (own, other):
         save_checkpoint(tmp_path, state, keep=None)
-    newest, complaints = newest_valid(tmp_path, run=("mine",))
+    newest, complaints = newest_valid(tmp_path, run="mine")
     assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 3)
     assert len(complaints) == 1 and "step-00000006: belongs to a run with other settings" in complaints[0]
     own.progress.step = 6
     save_checkpoint(tmp_path, own, keep=None)  # the foreign one is in the way, and replaced
-    newest, complaints = newest_valid(tmp_path, run=("mine",))
+    newest, complaints = newest_valid(tmp_path, run="mine")
     assert newest is not None and newest.step == 6 and not complaints
 
 
