@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import yaml
 
+from helpers.fork_server import run_script
 from helpers.launching import TRAIN, launch
 
 
@@ -26,6 +28,7 @@ def edited(settings: dict, changes: dict) -> dict:
 
 
 def run(settings: dict, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: what is refused before torch is imported takes no longer than that."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     return subprocess.run(
@@ -38,6 +41,17 @@ def assert_one_line(result: subprocess.CompletedProcess[str], message: str) -> N
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.stderr[-2000:]
     assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def assert_one_line_after_imports(settings: dict, tmp_path: Path, message: str) -> None:
+    """In a fork of a process that has imported everything."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    status, output = run_script(TRAIN, ["--config", str(config)], tmp_path / f"logs-{uuid4()}")
+    assert status == 2, output
+    header, *lines = output.splitlines()
+    assert header == "rank-0.log:" and len(lines) == 1, output
+    assert lines[0].startswith("error: ") and message in lines[0], output
 
 
 WEIGHT = {"name": "weight_lora", "keep": 2, "steps": 3}
@@ -112,7 +126,7 @@ def test_what_only_the_architecture_shows_is_said_before_weights_are_loaded(
     for path in Path(settings["model"]["name"]).iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    assert_one_line(run(edited(settings, changes | {"model.name": str(folder)}), tmp_path), message)
+    assert_one_line_after_imports(edited(settings, changes | {"model.name": str(folder)}), tmp_path, message)
     assert not Path(settings["output_dir"]).exists()
 
 
@@ -128,7 +142,7 @@ def test_an_encoder_and_a_folder_without_weights_are_refused(settings: dict, tmp
         if name == "encoder":
             sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
             BertConfig(architectures=["BertForMaskedLM"], **sizes).save_pretrained(folder)
-        assert_one_line(run(edited(settings, {"model.name": str(folder)}), tmp_path), message)
+        assert_one_line_after_imports(edited(settings, {"model.name": str(folder)}), tmp_path, message)
     assert not Path(settings["output_dir"]).exists()
 
 
@@ -139,7 +153,7 @@ def test_a_bad_row_is_named_with_file_and_line(settings: dict, tmp_path: Path) -
         (data / path.name).write_bytes(path.read_bytes())
     with (data / "train.jsonl").open("a") as file:
         file.write('{"text": \n')
-    assert_one_line(run(edited(settings, {"task.path": str(data)}), tmp_path), "train.jsonl:41: not JSON")
+    assert_one_line_after_imports(edited(settings, {"task.path": str(data)}), tmp_path, "train.jsonl:41: not JSON")
 
 
 def test_wrong_arguments_are_one_line_too(settings: dict, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from helpers.families import Tree, files, layered, make_tiny
-from helpers.forked_ranks import last_lines, run_worlds
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from sparse_llm_ft.config import merge, parse_config
 
 STEPS = 4

@@ -5,9 +5,7 @@ In a script, before anything has started a thread:
     import_everything()
     statuses = run_world(tree, world_size=2, logs=folder / "logs")
 
-From a process that has threads, as pytest does, worlds run one after the other in a process of their own:
-
-    statuses = run_worlds({"name": {"trees": tree, "world_size": 2}}, folder)  # logs: folder / name / rank-0.log ...
+A process that has threads, as pytest does, asks fork_server.py.
 
 A rank does what launch/train.py does once its arguments are parsed, on the CPU, under the environment that the
 deepspeed launcher sets. When one ends with another status than 0, the others are ended as that launcher ends them.
@@ -21,10 +19,10 @@ import faulthandler
 import gc
 import json
 import os
+import runpy
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -64,16 +62,27 @@ def import_everything() -> None:
     silence_libraries()
     prepare_cpu(World(0, 1, 0, 1))
     import matplotlib.pyplot  # noqa: F401
+    import peft.tuners.lora.bnb
+    import peft.utils.transformers_weight_conversion  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import sacrebleu  # noqa: F401
     import scipy.stats  # noqa: F401
     import sklearn.metrics  # noqa: F401
+    import torch.profiler
     import torch.utils.tensorboard  # noqa: F401
     import tqdm
+    from deepspeed.module_inject import auto_ep_layer  # noqa: F401
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
     from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    import sparse_llm_ft.cli.run_commands
+    import sparse_llm_ft.methods.peft_baselines
     import sparse_llm_ft.training.run  # noqa: F401
 
+    get_checkpoint_conversion_mapping("llama")  # both are tables that a run makes once: a third of its time
+    get_torch_obj_rule_map()
     tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page in every fork
@@ -91,7 +100,7 @@ def run_world(
 
     Args:
         trees: the settings, or several that are run one after the other until one fails; ``{"command": [...]}`` is
-            what `sparse-llm-ft` is called with.
+            what `sparse-llm-ft` is called with, ``{"script": path, "arguments": [...]}`` a script.
         logs: folder for ``rank-0.log`` ...: standard output and error of each rank, one run behind the other.
         before: called with its rank in each process before anything else, to patch what the run calls.
         timeout: for each run.
@@ -106,20 +115,6 @@ def run_world(
             break
         statuses = _run_one(tree, world_size, logs, kill, before, timeout)
     return statuses
-
-
-def run_worlds(worlds: Mapping[str, Mapping[str, Any]], folder: Path, timeout: float = 600.0) -> dict[str, list[int]]:
-    """Statuses by name of worlds given as the arguments of `run_world`, run one after the other in a new process.
-
-    An empty list stands for a world that was still running at its timeout; `last_lines` of its folder says where.
-    """
-    asked, answered = folder / "worlds.json", folder / "statuses.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    asked.write_text(json.dumps(worlds))
-    command = [sys.executable, __file__, str(asked), str(answered)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(answered.read_text())
 
 
 def last_lines(logs: Path, characters: int = 3000) -> str:
@@ -201,6 +196,10 @@ def _train(tree: Tree) -> int:
         if "command" in tree:
             main(tree["command"])
             return 0
+        if "script" in tree:
+            sys.argv = [tree["script"], *tree["arguments"]]
+            runpy.run_path(tree["script"], run_name="__main__")
+            return 0
         world = find_world()
         with one_line_errors(world):
             config = parse_config(json.loads(json.dumps(tree)))
@@ -275,20 +274,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def main() -> None:
-    worlds, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    import_everything()
-    statuses = {}
-    for name, world in worlds.items():
-        try:
-            statuses[name] = run_world(logs=results.parent / name, **world)
-        except TimeoutError as error:
-            sys.stderr.write(f"{name}: {error}\n")
-            statuses[name] = []
-    results.write_text(json.dumps(statuses))
-
-
-if __name__ == "__main__":
-    main()

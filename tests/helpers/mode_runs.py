@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils import logging
 
 from helpers.all_methods import DROP, PARTIAL, WEIGHT
-from helpers.forked_ranks import last_lines, run_worlds
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.dataset import SplitBuilder

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from helpers.forked_ranks import last_lines, run_worlds
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.errors import UserError

@@ -1,17 +1,15 @@
-"""`sparse-llm-ft derive` under the launcher: what two ranks derive is what a later run, or one rank, finds."""
+"""`sparse-llm-ft derive`: what two ranks derive is what a later run, or one rank, finds."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers.launching import ROOT, free_port
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main as command_line
 
@@ -35,20 +33,12 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_ranks_derive_and_one_finds_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    binary = str(Path(sys.executable).parent / "deepspeed")
-    start = [binary, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "sparse_llm_ft.cli.main"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(
-        [*start, "derive", "--config", str(config)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=environment | {"PATH": path},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "rows kept" in result.stdout and "self_attn.q_proj" in result.stdout
+    logs = config.parent / "logs"
+    command = {"command": ["derive", "--config", str(config)]}
+    statuses = run_worlds({"derive": {"trees": command, "world_size": 2}}, logs)
+    output = last_lines(logs / "derive")
+    assert statuses["derive"] == [0, 0], output
+    assert "rows kept" in output and "self_attn.q_proj" in output
     assert not (config.parent / "run").exists()
     (entry,) = (folder for folder in (config.parent / "cache").iterdir() if folder.is_dir())
     ratios = json.loads((entry / "derivation.json").read_text())["ratios"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.fork_server import run_script
 from launches.parity import METHODS, TOLERANCE, VARIANTS, WHOLE_MATRICES, Case, Outcome, matrix
 
 pytestmark = pytest.mark.distributed
@@ -16,9 +15,8 @@ SCRIPT = Path(__file__).with_name("parity.py")
 
 
 def run_matrix(report: Path, *arguments: str, timeout: float) -> list[dict]:
-    command = [sys.executable, str(SCRIPT), "--report", str(report), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    status, output = run_script(SCRIPT, ["--report", str(report), *arguments], report.parent / "logs", timeout)
+    assert status == 0, output[-4000:]
     return json.loads(report.read_text())
 
 

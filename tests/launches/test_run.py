@@ -13,6 +13,7 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from helpers.fork_server import run_script
 from helpers.launching import TRAIN, last_lines, launch
 from sparse_llm_ft.adapters import SparseLoraConfig, trained_parameters
 from sparse_llm_ft.checkpoint.store import newest_valid
@@ -135,8 +136,8 @@ def test_a_finished_run_is_left_alone(finished_run: Path, plus_settings: dict, t
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(plus_settings | {"output_dir": str(finished_run)}))
-    result = launch(TRAIN, "--config", str(config), launcher="python", ranks=1)
-    assert result.returncode == 0 and "is complete; nothing to do" in result.stdout, last_lines(result)
+    status, output = run_script(TRAIN, ["--config", str(config)], tmp_path / "logs")
+    assert status == 0 and "is complete; nothing to do" in output, output
     assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
 
 

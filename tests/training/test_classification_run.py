@@ -1,4 +1,4 @@
-"""A run on labelled data through the command itself, on an encoder and on a causal language model."""
+"""A run on labelled data, on an encoder and on a causal language model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM
 
-from helpers.launching import TRAIN, last_lines, launch
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 
 pytestmark = pytest.mark.distributed
 
@@ -42,11 +42,9 @@ def test_a_classification_is_learned(folder: str, labelled_folder: Path, setting
     }
     settings["training"] |= {"max_steps": 40, "learning_rate": 0.02, "micro_batch_size": 8}
     settings["evaluation"] |= {"split": "validation", "samples": 12, "micro_batch_size": 8}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    result = launch(TRAIN, "--config", str(config), ranks=1, launcher="python")
-    assert result.returncode == 0, last_lines(result)
-    assert "MISSING" not in result.stdout, last_lines(result)
+    statuses = run_worlds({"run": {"trees": settings, "world_size": 1}}, tmp_path / "logs")
+    output = last_lines(tmp_path / "logs" / "run")
+    assert statuses["run"] == [0] and "MISSING" not in output, output
     run = Path(settings["output_dir"])
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
     assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"], metrics

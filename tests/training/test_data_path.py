@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_files import make_data
 from helpers.tiny_run import run_settings
@@ -67,7 +66,7 @@ def worlds(model_folder: Path, folder: Path) -> dict[str, dict[str, Any]]:
         tree["adapter"]["lora_dropout"] = 0.0
         tree["training"] |= {"max_steps": STEPS} | (training or {})
         tree["evaluation"] |= {"samples": 0}
-        return {"trees": tree, "world_size": ranks}
+        return {"trees": tree, "world_size": ranks, "before": ["helpers.watching", "watch", str(folder / name)]}
 
     epochs = {"max_steps": None, "epochs": 2.0, "global_batch_size": 4}
     made = {
@@ -76,24 +75,21 @@ def worlds(model_folder: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "packed-on-two": world("packed-on-two", 2, packing=True, training=epochs),
         "streamed": world("streamed", **STREAM),
         "streamed-on-two": world("streamed-on-two", 2, **STREAM),
-        "killed": world("killed", training={"save_every": 2}, **STREAM) | {"die_before_step": 4},
+        "killed": world("killed", training={"save_every": 2}, **STREAM),
         "resumed": world("killed", training={"save_every": 2}, **STREAM),
         "skipped": world("skipped", data="bad", on_bad_row="skip"),
         "skipped-streamed": world("skipped-streamed", data="half-bad", on_bad_row="skip", **STREAM),
         "too-long": world("too-long", 2, data="too-long", on_bad_row="skip", **STREAM),
     }
+    made["killed"]["before"].append(4)
+    made["resumed"]["before"][-1] = str(folder / "resumed")
     made["skipped"]["trees"]["evaluation"] |= {"samples": 4}
     return made
 
 
 @pytest.fixture(scope="module")
 def statuses(worlds: dict[str, dict], folder: Path) -> dict[str, list[int]]:
-    (folder / "worlds.json").write_text(json.dumps(worlds))
-    script = Path(__file__).with_name("watched_worlds.py")
-    command = [sys.executable, str(script), str(folder / "worlds.json"), str(folder / "statuses.json")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads((folder / "statuses.json").read_text())
+    return run_worlds(worlds, folder, timeout=300)
 
 
 def encoded(folder: Path, name: str, rank: int = 0) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from helpers.all_methods import METHODS, with_cache
 from helpers.contexts import open_context
+from helpers.dying import DIED
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
@@ -76,21 +77,23 @@ NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
 
 @pytest.fixture(scope="module")
 def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """All runs; some are killed and resumed; one is done once more, when its derivation is in the cache."""
+    """All runs: "passed", or the log's end. Some are killed and resumed; one is repeated, its derivation cached."""
     folder = tmp_path_factory.mktemp("results")
-    runs = {name: [tree] for name, tree in trees.items()}
-    runs["partial"].append(trees["partial"] | {"output_dir": trees["partial"]["output_dir"] + "-again"})
+    worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in trees.items()}
+    worlds["partial-again"] = {"trees": trees["partial"] | {"output_dir": f"{trees['partial']['output_dir']}-again"}}
+    killed = []
     for name, steps in KILLED:
+        again = f"{name}-killed-{steps}"
         tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}"}
         tree["training"] = tree["training"] | {"save_every": 3}
-        runs[f"{name}-killed-{steps}"] = [tree | {"kill_after_steps": steps}, tree]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    script = Path(__file__).with_name("many_runs.py")
-    command = [sys.executable, str(script), str(folder / "runs.json"), str(folder / "results.json")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert process.returncode == 0, process.stderr[-4000:]
-    (folder / "output.txt").write_text(process.stdout)
-    return json.loads((folder / "results.json").read_text()) | {"output": process.stdout}
+        killed.append(f"{again}-first")
+        worlds[killed[-1]] = {"trees": tree, "before": ["helpers.dying", "die_after", steps]}
+        worlds[again] = {"trees": tree}
+    statuses = run_worlds({name: world | {"world_size": 1} for name, world in worlds.items()}, folder)
+    expected = {name: [DIED] if name in killed else [0] for name in worlds}
+    ended = {n: "passed" if s == expected[n] else f"{s}\n{last_lines(folder / n)}" for n, s in statuses.items()}
+    assert all(ended[name] == "passed" for name in killed), ended
+    return ended | {"output": last_lines(folder / "partial-again", 100_000)}
 
 
 @pytest.mark.parametrize("name", NAMES)

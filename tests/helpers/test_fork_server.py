@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.forked_ranks import last_lines, run_worlds
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 
 
 def test_statuses_of_a_run_a_refusal_and_a_run_that_takes_too_long(settings: dict, tmp_path: Path) -> None:
