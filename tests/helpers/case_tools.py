@@ -29,6 +29,9 @@ SAMPLES = [
     for i in range(21)
 ]
 OBJECTIVE, PLAIN = CompletionObjective(0, keeps_logits=True), CompletionObjective(0, keeps_logits=False)
+PAIRED = ((0, "bfloat16"), (1, "float32"), (2, "bfloat16"), (3, "float32"))
+"""Each stage and each dtype; a long case goes through `PRODUCT`, every stage with every dtype."""
+PRODUCT = tuple((stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16"))
 CASES: dict[str, Callable[[], None]] = {}
 LONG_CASES: dict[str, Callable[[], None]] = {}
 

@@ -100,7 +100,8 @@ def run_world(
 
     Args:
         trees: the settings, or several that are run one after the other until one fails; ``{"command": [...]}`` is
-            what `sparse-llm-ft` is called with, ``{"script": path, "arguments": [...]}`` a script.
+            what `sparse-llm-ft` is called with; a script is ``{"script": path, "arguments": [...]}``, perhaps with an
+            ``environment``.
         logs: folder for ``rank-0.log`` ...: standard output and error of each rank, one run behind the other.
         before: called with its rank in each process before anything else, to patch what the run calls.
         timeout: for each run.
@@ -197,6 +198,7 @@ def _train(tree: Tree) -> int:
             main(tree["command"])
             return 0
         if "script" in tree:
+            os.environ.update(tree.get("environment", {}))
             sys.argv = [tree["script"], *tree["arguments"]]
             runpy.run_path(tree["script"], run_name="__main__")
             return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from helpers.case_tools import (
+    PAIRED,
+    PRODUCT,
     TRAINING,
     WORLD,
     base_model,
@@ -73,24 +76,25 @@ def start_of(plan: AdapterPlan) -> TrainState:
 @case
 def both_homes_of_masks_agree() -> None:
     """Losses and delta W of 30 steps, shared adapters among them, clipping and weight decay on (1e-5, float32)."""
-    check_homes(((2, {}), (3, OFFLOADED)))
+    check_homes(((2, {}), (3, OFFLOADED)), ("optimizer",))
 
 
 @long_case
 def both_homes_of_masks_agree_at_every_stage_with_and_without_offload() -> None:
-    check_homes(((0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOADED), (2, OFFLOADED), (3, OFFLOADED)))
+    where = ((0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOADED), (2, OFFLOADED), (3, OFFLOADED))
+    check_homes(where, ("compact", "optimizer"))
 
 
-def check_homes(where: tuple) -> None:
+def check_homes(where: tuple, homes: tuple[str, ...]) -> None:
+    """Against masks in the layers at stage 0."""
     compact = sparse_plan(base_model())
-    home = replace(compact, masking="optimizer")
     start = start_of(compact)
     losses, norms, values, moments = train(compact, 0, start)
     assert losses[-1] < losses[0] - 0.1, "nothing is learned: the comparison would show nothing"
     assert max(norms) > TRAINING.max_grad_norm, "nothing is clipped: norms over other entries would go unnoticed"
     deltas = {name: torch.matmul(*reversed(full_pair(name, compact, values))) for name in compact.active}
     for stage, extra in where:
-        for plan in (compact, home):
+        for plan in (replace(compact, masking=home) for home in homes):
             other, other_norms, trained, other_moments = train(plan, stage, start, extra)
             at = (stage, plan.masking, extra)
             assert max(abs(a - b) for a, b in zip(losses, other, strict=True)) < 1e-5, at
@@ -106,31 +110,40 @@ def check_homes(where: tuple) -> None:
 @case
 def masked_entries_never_change_and_have_no_moments() -> None:
     """Bytes from the live tensors: 8 for a kept entry of the shard, 4 for its index, 4 for each entry of the master."""
+    check_masked_entries(((0, "float32"), *PAIRED))  # the one without a master beside the other four
+
+
+@long_case
+def masked_entries_never_change_at_every_stage_in_every_dtype() -> None:
+    check_masked_entries(PRODUCT)
+
+
+def check_masked_entries(where: Sequence[tuple[int, str]]) -> None:
     base = base_model()
     targets = find_targets(base, "all-linear")
     plan = masked(plan_for(base), targets)
     trained, stored = count_parameters(plan, targets), count_stored_parameters(plan, targets)
     assert trained < 0.6 * stored
-    for stage, ranks in ((0, 1), (1, 2), (2, 2), (3, 2)):
-        for dtype in ("float32", "bfloat16"):
-            model = add_adapters(base_model(getattr(torch, dtype)), plan)
-            engine = Engine(model, engine_settings(stage, 2, dtype), plan)
-            before = engine.values()
-            for _ in zip(range(3), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
-                pass
-            after, moments = engine.values(), engine.moments()
-            check_untouched(plan, before, after, moments)
-            masters = 0 if stage == 0 and dtype == "float32" else 4 * stored
-            expected = (masters + (8 + 4) * trained) / ranks
-            # A rank's share of kept entries is not exactly a half: a mask keeps more of one parameter than of another.
-            assert abs(engine.optimizer_bytes() - expected) < 0.05 * expected, (stage, dtype, expected)
-            kept = sum(map(len, engine._optimizer.kept.values()))
-            total = torch.tensor([kept])
-            torch.distributed.all_reduce(total)
-            assert int(total) == trained * (WORLD.size if ranks == 1 else 1)
-            for state in engine._optimizer.state.values():
-                assert {key for key, t in state.items() if t.numel() > 1} <= {"exp_avg", "exp_avg_sq"}
-            engine.close()
+    for stage, dtype in where:
+        ranks = WORLD.size if stage else 1
+        model = add_adapters(base_model(getattr(torch, dtype)), plan)
+        engine = Engine(model, engine_settings(stage, 2, dtype), plan)
+        before = engine.values()
+        for _ in zip(range(3), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
+            pass
+        after, moments = engine.values(), engine.moments()
+        check_untouched(plan, before, after, moments)
+        masters = 0 if stage == 0 and dtype == "float32" else 4 * stored
+        expected = (masters + (8 + 4) * trained) / ranks
+        # A rank's share of kept entries is not exactly a half: a mask keeps more of one parameter than of another.
+        assert abs(engine.optimizer_bytes() - expected) < 0.05 * expected, (stage, dtype, expected)
+        kept = sum(map(len, engine._optimizer.kept.values()))
+        total = torch.tensor([kept])
+        torch.distributed.all_reduce(total)
+        assert int(total) == trained * (WORLD.size if ranks == 1 else 1)
+        for state in engine._optimizer.state.values():
+            assert {key for key, t in state.items() if t.numel() > 1} <= {"exp_avg", "exp_avg_sq"}
+        engine.close()
 
 
 def check_untouched(plan: AdapterPlan, before: dict, after: dict, moments: dict) -> None:
@@ -226,24 +239,32 @@ def a_masked_state_is_the_kept_rows_and_columns_alone() -> None:
 
 @case
 def an_update_with_gradients_that_are_not_finite_is_not_made() -> None:
-    """At every stage and dtype: values, moments and step counts stay, and training goes on."""
-    for stage in (0, 1, 2, 3):
-        for dtype in ("float32", "bfloat16"):
-            base = base_model(getattr(torch, dtype))
-            plan = plan_for(base)
-            engine = Engine(add_adapters(base, plan), engine_settings(stage, 4, dtype))
-            loop = make_loop(engine, plan, 4, Progress())
-            next(loop.steps())
-            before, moments, counts = engine.values(), engine.moments(), engine.optimizer_steps()
-            batch = loop.objective.batch(loop.samples[:4])
-            loss = loop.objective.loss(engine.forward, batch)
-            engine.backward(loss * (float("nan") if WORLD.rank == 1 else 1.0))  # one rank's loss alone
-            assert engine.step(0.1) is False, (stage, dtype)
-            assert not torch.isfinite(torch.tensor(engine.grad_norm))
-            assert all(torch.equal(value, before[name]) for name, value in engine.values().items()), (stage, dtype)
-            assert all(torch.equal(t, moments[n][k]) for n, m in engine.moments().items() for k, t in m.items())
-            assert engine.optimizer_steps() == counts
-            next(loop.steps())
-            assert engine.optimizer_steps() == {"adapter": 2}, (stage, dtype)
-            assert not all(torch.equal(value, before[name]) for name, value in engine.values().items())
-            engine.close()
+    """At every stage: values, moments and step counts stay, and training goes on."""
+    check_not_finite(PAIRED)
+
+
+@long_case
+def an_update_that_is_not_finite_is_not_made_at_every_stage_in_every_dtype() -> None:
+    check_not_finite(PRODUCT)
+
+
+def check_not_finite(where: Sequence[tuple[int, str]]) -> None:
+    for stage, dtype in where:
+        base = base_model(getattr(torch, dtype))
+        plan = plan_for(base)
+        engine = Engine(add_adapters(base, plan), engine_settings(stage, 4, dtype))
+        loop = make_loop(engine, plan, 4, Progress())
+        next(loop.steps())
+        before, moments, counts = engine.values(), engine.moments(), engine.optimizer_steps()
+        batch = loop.objective.batch(loop.samples[:4])
+        loss = loop.objective.loss(engine.forward, batch)
+        engine.backward(loss * (float("nan") if WORLD.rank == 1 else 1.0))  # one rank's loss alone
+        assert engine.step(0.1) is False, (stage, dtype)
+        assert not torch.isfinite(torch.tensor(engine.grad_norm))
+        assert all(torch.equal(value, before[name]) for name, value in engine.values().items()), (stage, dtype)
+        assert all(torch.equal(t, moments[n][k]) for n, m in engine.moments().items() for k, t in m.items())
+        assert engine.optimizer_steps() == counts
+        next(loop.steps())
+        assert engine.optimizer_steps() == {"adapter": 2}, (stage, dtype)
+        assert not all(torch.equal(value, before[name]) for name, value in engine.values().items())
+        engine.close()

@@ -16,6 +16,7 @@ from helpers.case_tools import (
     base_model,
     case,
     engine_settings,
+    long_case,
     make_loop,
     plan_for,
     start_values,
@@ -121,34 +122,46 @@ def lora_outputs_do_not_depend_on_the_world() -> None:
 
 
 @case
-def a_derivation_is_the_same_at_every_stage_and_for_every_world() -> None:
+def a_derivation_is_the_same_at_stages_2_and_3_and_for_every_world() -> None:
     """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
-    measure = ScoringSpec("derivation", compare=True)
+    check_derivation("svd", (2,), False, 2)
+    check_derivation("snip", (3,), False, 5)
+    check_derivation("svd", (3,), True, 5)
+
+
+@long_case
+def a_derivation_is_the_same_at_every_stage_with_every_importance() -> None:
+    for importance in ("svd", "snip", "imp"):
+        for four_bit in (False, True):
+            check_derivation(importance, (0, 1, 2, 3), four_bit, 2)
+
+
+def check_derivation(importance: str, stages: tuple[int, ...], four_bit: bool, step: int) -> None:
+    """Of each `step`-th module: all of them are of both layers, and the second ones are each kind once."""
     few = SAMPLES[:6]
-    for importance, stages, four_bit in (("svd", (2, 3), False), ("snip", (3,), False), ("svd", (3,), True)):
-        settings = {"importance": importance, "accuracy_floor": 1.0, "floor_metric": "loss", "micro_batch_size": 4}
-        measure = replace(measure, derivation=DerivationSettings.model_validate(settings))
-        plan = plan_for(base_model())
-        modules = list(plan.active)[::2]  # of both layers, each kind once
-        expected: Derivation | None = None
-        for stage in stages:
-            dtype = "bfloat16" if four_bit else "float32"
-            settings = ModelConfig(name=MODEL, dtype=dtype, quantization="nf4" if four_bit else "none")
-            engine = Engine(add_adapters(load_model(settings), plan), engine_settings(stage, 2, dtype))
-            if expected is None:
-                alone = scorer(ALONE)
-                alone._sum = lambda tensor: tensor
-                expected = alone._derive(engine, measure, modules, few)
-            found = scorer(WORLD)._derive(engine, measure, modules, few)
-            assert found.ratios == expected.ratios, (stage, importance)
-            assert 0 < sum(map(sum, found.ratios.values())) < 2 * len(modules)
-            for name, scores in expected.importance.items():
-                torch.testing.assert_close(found.importance[name].rows, scores.rows, rtol=1e-4, atol=1e-6)
-            assert found.overlaps.keys() == expected.overlaps.keys() == {"svd-snip", "svd-imp", "snip-imp"}
-            # Nothing is left behind: the engine trains on.
-            loop = make_loop(engine, plan, 2, Progress())
-            next(loop.steps())
-            engine.close()
+    settings = {"importance": importance, "accuracy_floor": 1.0, "floor_metric": "loss", "micro_batch_size": 4}
+    measure = ScoringSpec("derivation", compare=True, derivation=DerivationSettings.model_validate(settings))
+    plan = plan_for(base_model())
+    modules = list(plan.active)[::step]
+    expected: Derivation | None = None
+    for stage in stages:
+        dtype = "bfloat16" if four_bit else "float32"
+        model = ModelConfig(name=MODEL, dtype=dtype, quantization="nf4" if four_bit else "none")
+        engine = Engine(add_adapters(load_model(model), plan), engine_settings(stage, 2, dtype))
+        if expected is None:
+            alone = scorer(ALONE)
+            alone._sum = lambda tensor: tensor
+            expected = alone._derive(engine, measure, modules, few)
+        found = scorer(WORLD)._derive(engine, measure, modules, few)
+        assert found.ratios == expected.ratios, (stage, importance)
+        assert 0 < sum(map(sum, found.ratios.values())) < 2 * len(modules)
+        for name, scores in expected.importance.items():
+            torch.testing.assert_close(found.importance[name].rows, scores.rows, rtol=1e-4, atol=1e-6)
+        assert found.overlaps.keys() == expected.overlaps.keys() == {"svd-snip", "svd-imp", "snip-imp"}
+        # Nothing is left behind: the engine trains on.
+        loop = make_loop(engine, plan, 2, Progress())
+        next(loop.steps())
+        engine.close()
 
 
 @case

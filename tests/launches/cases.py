@@ -7,6 +7,7 @@ Rank 0 writes case name -> "passed" or a traceback. A rank that fails ends the l
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,17 +23,18 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from helpers import mask_cases, method_cases, rebuild_cases, sharding_cases  # noqa: F401  (register their cases)
+from helpers import evaluation_cases, mask_cases, method_cases, rebuild_cases, sharding_cases  # noqa: F401  (register their cases)
 from helpers.case_tools import (
     CASES,
     LONG_CASES,
     MODEL,
     OBJECTIVE,
+    PAIRED,
     PLAIN,
+    PRODUCT,
     RESULTS,
     SAMPLES,
     TRAINING,
@@ -39,28 +42,27 @@ from helpers.case_tools import (
     base_model,
     case,
     engine_settings,
+    long_case,
     make_loop,
     plan_for,
     start_values,
 )
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, count_parameters, find_targets, is_omega
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
-from sparse_llm_ft.config import EvaluationConfig, ModelConfig, parse_config
+from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.data.sampler import ShuffledSampler
-from sparse_llm_ft.data.tokenization import Sample
 from sparse_llm_ft.distributed.world import prepare_cpu
 from sparse_llm_ft.engine.engine import Engine, init_distributed
-from sparse_llm_ft.evaluation.generation import generate
-from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
+from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import load_model
-from sparse_llm_ft.objectives.language_modeling import LabelWords, Seq2SeqObjective
 from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.schedule import Schedule
 
 
+@functools.cache
 def run_losses(stage: int, micro: int, steps: int = 20, lora_dropout: float = 0.0) -> list[float]:
     model = base_model()
     plan = plan_for(model, lora_dropout=lora_dropout)
@@ -135,9 +137,15 @@ def dropout_is_repeatable_and_differs_between_ranks() -> None:
 
 @case
 def a_state_read_and_loaded_continues_bit_for_bit_at_every_stage() -> None:
-    for dtype in ("float32", "bfloat16"):
-        for stage in (0, 1, 2, 3):
-            check_continuation(stage, dtype, "sgd" if (stage % 2 == 0) == (dtype == "float32") else "adamw")
+    for (stage, dtype), algorithm in zip(PAIRED, ("sgd", "sgd", "adamw", "adamw"), strict=True):
+        check_continuation(stage, dtype, algorithm)
+
+
+@long_case
+def a_state_continues_bit_for_bit_at_every_stage_in_every_dtype_with_every_algorithm() -> None:
+    for stage, dtype in PRODUCT:
+        for algorithm in ("sgd", "adamw"):
+            check_continuation(stage, dtype, algorithm)
 
 
 def check_continuation(stage: int, dtype: str, algorithm: str) -> None:
@@ -173,21 +181,29 @@ def take_steps(engine: Engine, plan: AdapterPlan, progress: Progress, count: int
 @case
 def an_overwritten_omega_reaches_master_and_model() -> None:
     """What a cut does: after it, the forward pass is that of the model without the adapter, at every stage."""
-    for dtype in ("float32", "bfloat16"):
-        for stage in (0, 1, 2, 3):
-            base = base_model(getattr(torch, dtype))
-            expected = mean_loss(base, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
-            model = get_peft_model(base, SparseLoraConfig(plan=plan_for(base, True)))
-            start = start_values(model)
-            engine = Engine(model, engine_settings(stage, 2, dtype))
-            engine.load(start)
-            omegas = [name for name in engine.parameters if is_omega(name)]
-            assert abs(mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size) - expected) > 1e-3
-            engine.load({name: torch.zeros(1) for name in omegas})
-            assert not any(float(value) for value in engine.values(omegas).values())
-            cut = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
-            assert abs(cut - expected) < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, cut, expected)
-            engine.close()
+    check_omega(PAIRED)
+
+
+@long_case
+def an_overwritten_omega_reaches_master_and_model_at_every_stage_in_every_dtype() -> None:
+    check_omega(PRODUCT)
+
+
+def check_omega(where: Sequence[tuple[int, str]]) -> None:
+    for stage, dtype in where:
+        base = base_model(getattr(torch, dtype))
+        expected = mean_loss(base, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
+        model = get_peft_model(base, SparseLoraConfig(plan=plan_for(base, True)))
+        start = start_values(model)
+        engine = Engine(model, engine_settings(stage, 2, dtype))
+        engine.load(start)
+        omegas = [name for name in engine.parameters if is_omega(name)]
+        assert abs(mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size) - expected) > 1e-3
+        engine.load({name: torch.zeros(1) for name in omegas})
+        assert not any(float(value) for value in engine.values(omegas).values())
+        cut = mean_loss(engine.module, SAMPLES[:4], OBJECTIVE, 2, WORLD.rank, WORLD.size)
+        assert abs(cut - expected) < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, cut, expected)
+        engine.close()
 
 
 @case
@@ -304,100 +320,6 @@ def a_phase_scales_the_schedules_rate() -> None:
         assert {group["lr"] for group in engine._optimizer.param_groups} == {rates[-1]}
     assert rates[1] == 0.25 * rates[0] > 0
     engine.close()
-
-
-@case
-def generation_is_greedy_decoding_at_stages_2_and_3() -> None:
-    """Left padding, batches and ranks change nothing: every text is that of its prompt alone, token by token."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    expected = [by_hand(base_model(), sample, tokenizer) for sample in SAMPLES[:5]]
-    assert len(set(expected)) > 1
-    # Threshold 0: nothing stays whole after its use, not even an omega, and generation is the first to use it.
-    gathers = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    others = (EvaluationConfig(max_new_tokens=6, num_beams=3), EvaluationConfig(max_new_tokens=6, temperature=1.0))
-    found = []
-    for stage, extra in ((2, {}), (3, gathers)):
-        model = base_model()
-        peft_model = get_peft_model(model, SparseLoraConfig(plan=plan_for(model, train_omega=True)))
-        engine = Engine(peft_model, replace(engine_settings(stage, 2), extra=extra))
-        for batch_size in (1, 2):
-            settings = EvaluationConfig(max_new_tokens=6, micro_batch_size=batch_size)
-            texts = generate(engine.module, SAMPLES[:5], tokenizer, settings, WORLD.rank, WORLD.size, stage == 3)
-            assert texts == expected, (stage, batch_size, texts, expected)
-        found.append(
-            [generate(engine.module, SAMPLES[:5], tokenizer, s, WORLD.rank, WORLD.size, stage == 3) for s in others]
-        )
-        engine.close()
-    assert found[0] == found[1]
-    assert found[0][1] != expected, "sampling has drawn nothing else than the most probable tokens"
-
-
-@case
-def an_encoder_decoder_trains_and_writes_at_stages_2_and_3() -> None:
-    """T5 with shared embeddings: equal losses and texts, one adapter shared by modules of both stacks."""
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    tokenizer, found = AutoTokenizer.from_pretrained(MODEL), []
-    for stage in (0, 2, 3):
-        torch.manual_seed(3)
-        ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-        model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **sizes, **ids))
-        plan = plan_for(model.requires_grad_(False))
-        peft_model = get_peft_model(model, SparseLoraConfig(plan=plan, task_type="SEQ_2_SEQ_LM"))
-        start = start_values(peft_model)
-        engine = Engine(peft_model, engine_settings(stage, 2))
-        engine.load(start)
-        objective = Seq2SeqObjective(0, False, start_token_id=0)
-        loop = replace(make_loop(engine, plan, 2, Progress()), objective=objective)
-        losses = [step.loss for _, step in zip(range(4), loop.steps(), strict=False)]
-        losses.append(mean_loss(engine.module, SAMPLES[:5], objective, 2, WORLD.rank, WORLD.size))
-        settings = EvaluationConfig(max_new_tokens=6, micro_batch_size=2)
-        place = (WORLD.rank, WORLD.size)
-        texts = generate(engine.module, SAMPLES[:5], tokenizer, settings, *place, stage == 3, seq2seq=True)
-        found.append((losses, texts))
-        engine.close()
-    for losses, texts in found[1:]:
-        assert max(abs(a - b) for a, b in zip(losses, found[0][0], strict=True)) < 1e-5, (losses, found[0][0])
-        assert texts == found[0][1]
-    assert found[0][0][0] != found[0][0][3]
-
-
-@torch.no_grad()
-def by_hand(model: torch.nn.Module, sample: Sample, tokenizer) -> str:
-    tokens = list(sample.prompt_ids)
-    for _ in range(6):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        if tokens[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(tokens[len(sample.prompt_ids) :], skip_special_tokens=True).strip()
-
-
-@case
-def evaluation_does_not_depend_on_ranks_or_batches() -> None:
-    model = base_model()
-    alone = mean_loss_alone(model)
-    for batch_size in (1, 2, 5):
-        shared = mean_loss(model, SAMPLES[:7], OBJECTIVE, batch_size, WORLD.rank, WORLD.size)
-        assert abs(shared - alone) < 1e-5
-
-
-@case
-def labels_chosen_do_not_depend_on_ranks_or_batches() -> None:
-    """The samples' first completion tokens are the label words; every rank gets all choices, in order."""
-    model, samples = base_model(), SAMPLES[:7]
-    words = sorted({sample.completion_ids[0] for sample in samples})
-    objective = replace(OBJECTIVE, label_words=LabelWords(torch.tensor(words), 0))
-    with torch.no_grad():
-        logits = [model(torch.tensor([sample.prompt_ids])).logits[0, -1, words] for sample in samples]
-    for batch_size in (1, 2, 5):
-        loss, choices = predict_labels(model, samples, objective, batch_size, WORLD.rank, WORLD.size)
-        assert choices == [int(row.argmax()) for row in logits]
-        assert abs(loss - mean_loss_alone(model)) < 1e-5
-
-
-@torch.no_grad()
-def mean_loss_alone(model: torch.nn.Module) -> float:
-    losses = [float(PLAIN.loss(model, PLAIN.batch([sample]))) for sample in SAMPLES[:7]]
-    return sum(losses) / sum(sample.supervised for sample in SAMPLES[:7])
 
 
 def main() -> None:

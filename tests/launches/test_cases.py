@@ -1,4 +1,4 @@
-"""Runs cases.py once on two ranks and reports each of its cases."""
+"""Runs cases.py once on two ranks and reports each of its cases: in forks, and the long ones under the launcher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from helpers.launching import launch
 
 SCRIPT = Path(__file__).with_name("cases.py")
@@ -25,25 +27,29 @@ NAMES, LONG_NAMES = names("case"), names("long_case")
 pytestmark = pytest.mark.distributed
 
 
-def run_cases(model_folder: Path, folder: Path, first: str, *which: str, timeout: float) -> dict[str, str]:
-    path = folder / "results.json"
-    process = launch(SCRIPT, *which, str(model_folder), str(path), timeout=timeout)
+def read_results(folder: Path, first: str, output: str) -> dict[str, str]:
+    """What the ranks have written; nothing stands for a first case that the output explains."""
     merged: dict[str, str] = {}
     for part in sorted(folder.glob("results.json.*")):
         for name, result in json.loads(part.read_text()).items():
             if merged.get(name, "passed") == "passed":
                 merged[name] = result
-    return merged or {first: process.stdout[-3000:]}
+    return merged or {first: output[-3000:]}
 
 
 @pytest.fixture(scope="module")
 def results(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_cases(model_folder, tmp_path_factory.mktemp("cases"), NAMES[0], timeout=400)
+    folder = tmp_path_factory.mktemp("cases")
+    script = {"script": str(SCRIPT), "arguments": [str(model_folder), str(folder / "results.json")]}
+    run_worlds({"logs": {"trees": script, "world_size": 2, "timeout": 400}}, folder)
+    return read_results(folder, NAMES[0], last_lines(folder / "logs"))
 
 
 @pytest.fixture(scope="module")
 def long_results(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_cases(model_folder, tmp_path_factory.mktemp("long-cases"), LONG_NAMES[0], "long", timeout=1500)
+    folder = tmp_path_factory.mktemp("long-cases")
+    process = launch(SCRIPT, "long", str(model_folder), str(folder / "results.json"), timeout=2400)
+    return read_results(folder, LONG_NAMES[0], process.stdout)
 
 
 def test_there_are_cases() -> None:

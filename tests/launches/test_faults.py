@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,8 @@ import pytest
 import torch
 import yaml
 
+from helpers import forked_ranks
+from helpers.fork_server import run_worlds
 from helpers.launching import ROOT, TRAIN, command, free_port, last_lines, launch
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import newest_first, newest_valid
@@ -59,6 +62,19 @@ def train_without_launcher(config: Path, faults: str, timeout: float) -> list[tu
     return [(process.returncode, output, end) for process, output, end in zip(processes, outputs, ends, strict=True)]
 
 
+def train_in_forks(config: Path, faults: str, timeout: float) -> list[tuple[int, str, float]]:
+    """The same for a rank that ends itself; no launcher ends the other one."""
+    script = {"script": str(FAULTY), "arguments": ["--config", str(config)]}
+    script["environment"] = {"FAULTS": faults, "TRAIN": str(TRAIN)}
+    world = {"trees": script, "world_size": 2, "timeout": timeout, "kill": {"ranks": [], "launcher_polls": timeout}}
+    statuses = run_worlds({"forked": world}, config.parent)["forked"]
+    assert statuses, f"still running after {timeout} s"
+    for rank in (0, 1):
+        (config.parent / "forked" / f"rank-{rank}.log").rename(config.parent / f"output-{rank}")
+    outputs = [config.parent / f"output-{rank}" for rank in (0, 1)]
+    return [(s, o.read_text(), o.stat().st_mtime) for s, o in zip(statuses, outputs, strict=True)]
+
+
 def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
@@ -87,8 +103,10 @@ def test_a_signal_to_one_rank_saves_the_step_of_all_and_leaves_with_75(
     assert result.stdout.count("SIGUSR1: saved step 7; the same command continues") == 1, last_lines(result)
     assert not errors(result.stdout) and "Traceback" not in result.stdout
     assert checkpoints(config) == [7, 6, 4] and "validation_loss" in metrics(tmp_path / "run")[-1]
-    result = launch(TRAIN, "--config", str(config))
-    assert result.returncode == 0 and "resuming from step 7" in result.stdout, last_lines(result)
+    resumed = {"script": str(TRAIN), "arguments": ["--config", str(config)]}
+    statuses = run_worlds({"resumed": {"trees": resumed, "world_size": 2}}, tmp_path / "logs")
+    output = forked_ranks.last_lines(tmp_path / "logs" / "resumed")
+    assert statuses["resumed"] == [0, 0] and "resuming from step 7" in output, output
     adapter = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "run" / adapter).read_bytes() == (finished_run / adapter).read_bytes()
     timed = ("tokens_per_second",)
@@ -141,20 +159,26 @@ def test_a_launcher_that_is_terminated_passes_it_on(launcher: str, plus_settings
 
 
 @pytest.mark.parametrize(
-    ("fault", "dead", "seconds"),
+    ("start", "fault", "dead", "seconds"),
     [
-        ("KILL:1:step-5", 1, 30),
-        pytest.param("KILL:0:step-5", 0, 30, marks=pytest.mark.long),  # who holds the store
-        pytest.param("exit:1:step-1", 1, 30, marks=pytest.mark.long),
-        pytest.param("STOP:1:step-5", 1, 60, marks=pytest.mark.long),  # its connections stay open: a collective hangs
-        pytest.param("STOP:0:step-5", 0, 60, marks=pytest.mark.long),
+        (train_in_forks, "KILL:1:step-5", 1, 30),
+        *(
+            pytest.param(train_without_launcher, *parameters, marks=pytest.mark.long)
+            for parameters in (
+                ("KILL:1:step-5", 1, 30),
+                ("KILL:0:step-5", 0, 30),  # who holds the store
+                ("exit:1:step-1", 1, 30),
+                ("STOP:1:step-5", 1, 60),  # its connections stay open: a collective hangs
+                ("STOP:0:step-5", 0, 60),
+            )
+        ),
     ],
 )
 def test_a_dead_rank_is_named_by_the_other(
-    fault: str, dead: int, seconds: float, plus_settings: dict, tmp_path: Path
+    start: Callable[..., list], fault: str, dead: int, seconds: float, plus_settings: dict, tmp_path: Path
 ) -> None:
     config = write_config(plus_settings, tmp_path)
-    ranks = train_without_launcher(config, fault, timeout=150)
+    ranks = start(config, fault, timeout=150)
     status, output, end = ranks[1 - dead]
     assert status == 1 and end, output
     last_words = (config.parent / f"output-{dead}").stat().st_mtime
