@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from helpers.launching import TRAIN, last_lines, launch
+from helpers.made_once import made_once
 from helpers.tiny_run import run_settings
 
 
@@ -23,11 +24,12 @@ def plus_settings(model_folder: Path, data_folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def finished_run(plus_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an uninterrupted run of `plus_settings` on two ranks with ZeRO-2."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(plus_settings | {"output_dir": str(folder / "run")}))
-    result = launch(TRAIN, "--config", str(config))
-    assert result.returncode == 0, last_lines(result)
-    (folder / "output.txt").write_text(result.stdout)
-    return folder / "run"
+    """The run folder of an uninterrupted run of `plus_settings` on two ranks with ZeRO-2, under the real launcher."""
+
+    def make(folder: Path) -> None:
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(plus_settings | {"output_dir": str(folder / "run")}))
+        result = launch(TRAIN, "--config", str(config))
+        assert result.returncode == 0, last_lines(result)
+
+    return made_once(tmp_path_factory, "finished", make) / "run"
