@@ -6,7 +6,15 @@ PEFT's `register_peft_method` refuses names outside its own enum, so this file f
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from sparse_llm_ft.adapters.build import add_adapters, change_plan, save_peft_adapter
+from sparse_llm_ft.adapters.build import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    add_adapters,
+    change_plan,
+    peft_adapter,
+    save_peft_adapter,
+    write_peft_adapter,
+)
 from sparse_llm_ft.adapters.config import SparseLoraConfig, SparsePeftType
 from sparse_llm_ft.adapters.convert import (
     base_tensors,
@@ -26,6 +34,8 @@ PEFT_TYPE_TO_TUNER_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel  # type
 PEFT_TYPE_TO_PREFIX_MAPPING[SparsePeftType.SPARSE_LORA] = SparseLoraModel.prefix  # type: ignore[index]
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "TUNERS",
     "SparseLoraConfig",
     "SparseLoraLayer",
@@ -42,9 +52,11 @@ __all__ = [
     "is_adapter",
     "is_omega",
     "linear_modules",
+    "peft_adapter",
     "residual_norms",
     "save_peft_adapter",
     "to_stock_lora",
     "trained_parameters",
     "tuner_of",
+    "write_peft_adapter",
 ]

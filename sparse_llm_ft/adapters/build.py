@@ -17,6 +17,9 @@ from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.plan import AdapterPlan
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names of an adapter's files."""
+
 
 def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> PeftModel:
     """`get_peft_model` with the plan's tuner; fully trained modules require gradients.
@@ -56,15 +59,41 @@ def save_peft_adapter(
     base_model: str,
     revision: str | None,
     task: str | None = "CAUSAL_LM",
-) -> None:
+) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """Write trained adapters as ``adapter_config.json`` and ``adapter_model.safetensors`` for `PeftModel`.
+
+    Returns:
+        What was written, see `peft_adapter`.
+    """
+    config, weights = peft_adapter(plan, tensors, base_model, revision, task)
+    write_peft_adapter(folder, config, weights)
+    return config, weights
+
+
+def write_peft_adapter(folder: Path, config: Mapping[str, object], weights: Mapping[str, torch.Tensor]) -> None:
+    """Write an adapter's two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def peft_adapter(
+    plan: AdapterPlan,
+    tensors: Mapping[str, torch.Tensor],
+    base_model: str,
+    revision: str | None,
+    task: str | None = "CAUSAL_LM",
+) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """PEFT's settings and tensors of trained adapters.
 
     If ΔW is a scaled product of A and B, the adapter becomes a LoRA (`to_stock_lora`); else it keeps its tuner.
 
     Args:
+        tensors: short parameter name -> value; all but omegas may lie on the meta device.
         task: PEFT's task type, see `task_type`.
     """
     tuner = tuner_of(plan)
+    config: dict[str, object]
     if tuner.is_product:
         config, weights = to_stock_lora(plan, tensors, task)
     else:
@@ -73,7 +102,4 @@ def save_peft_adapter(
         weights = {tuner.saved_name(name): t.contiguous() for name, t in to_full(plan, tensors).items()}
         if plan.trained:
             config["modules_to_save"] = list(plan.trained)
-    config |= {"base_model_name_or_path": base_model, "revision": revision}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    return config | {"base_model_name_or_path": base_model, "revision": revision}, weights

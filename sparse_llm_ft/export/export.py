@@ -9,20 +9,25 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparse_llm_ft.adapters import SparseLoraConfig, save_peft_adapter, tuner_of
+from sparse_llm_ft.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SparseLoraConfig,
+    save_peft_adapter,
+    tuner_of,
+)
 from sparse_llm_ft.adapters.convert import is_adapter, is_omega
 from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.export.read_back import check_adapter
 from sparse_llm_ft.export.uniform_rank import to_uniform_rank
+from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.model.loading import load_tokenizer
 from sparse_llm_ft.plan import SHARED, AdapterPlan
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
@@ -79,19 +84,22 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
     elif options.to == "native":
         _write_native(folder, run, base)
     else:
-        save_peft_adapter(folder, run.plan, run.state.tensors, base, run.config.model.revision, task_type(run.empty))
+        written = save_peft_adapter(
+            folder, run.plan, run.state.tensors, base, run.config.model.revision, task_type(run.empty)
+        )
+        check_adapter(folder, *written)
         if options.uniform_rank:
             _rewrite_uniform(folder, run.plan)
 
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
     model = merge_adapters(load_trained(run, dequantize=True))
-    model.config.use_cache = run.empty.config.use_cache  # training turned it off
-    if run.task.labels is not None and model.config.num_labels == len(run.task.labels):
-        model.config.id2label = dict(enumerate(run.task.labels))
-        model.config.label2id = {word: i for i, word in enumerate(run.task.labels)}
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    load_tokenizer(run.config.model, run.task_mode).save_pretrained(folder)
+    try:
+        save_whole_model(folder, model, run.context, max_shard_size)
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--to merged: {run.config.model.name} cannot be saved as a whole model ({reason})") from error
+    check_values(folder, run.context, model.state_dict())
 
 
 def _write_native(folder: Path, run: TrainedRun, base: str) -> None:

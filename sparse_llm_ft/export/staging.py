@@ -22,7 +22,7 @@ CARD = "README.md"
 
 
 def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -> dict[str, int]:
-    """Write everything to upload into the new folder `output`, atomically. Returns file name -> bytes.
+    """Write everything to upload into the new folder `output`, atomically. Returns name in the folder -> bytes.
 
     Raises:
         UserError: `output` exists or cannot be written, the run does not have this form, or a file would reveal a
@@ -40,7 +40,8 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
         _check_private(folder, run)
 
     write_new_folder(output, fill)
-    return {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.name != MANIFEST}
+    files = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
+    return {name: path.stat().st_size for name, path in files.items() if name != MANIFEST}
 
 
 @contextmanager

@@ -22,9 +22,10 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Replace `target` by the files that `fill` writes, or leave it unchanged.
 
-    `fill` writes into an empty temporary folder beside `target`. This function lists its files with size and SHA-256
-    in ``manifest.json``, syncs them to disk, and renames the folder. A crash leaves at most a ``.tmp-`` folder, which
-    the next write of the same target removes. An older `target` moves aside first and is removed last.
+    `fill` writes into an empty temporary folder beside `target`. This function gives its files, also those in folders,
+    the rights that the umask gives, lists them with size and SHA-256 in ``manifest.json``, syncs them to disk, and
+    renames the folder. A crash leaves at most a ``.tmp-`` folder, which the next write of the same target removes. An
+    older `target` moves aside first and is removed last.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
@@ -34,13 +35,20 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(left_over)
     temporary.mkdir()
     fill(temporary)
-    files = sorted(path for path in temporary.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    entries = sorted(temporary.rglob("*"))
+    folders = [path for path in entries if path.is_dir()]
+    files = [path for path in entries if not path.is_dir()]
+    manifest = {
+        path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     rights = (temporary / MANIFEST).stat().st_mode & 0o777  # as the umask gives them
     for path in files:
         path.chmod(rights)  # safetensors, for one, creates files that only their owner can read
-    for path in (*files, temporary / MANIFEST, temporary):
+    for path in folders:
+        path.chmod(temporary.stat().st_mode & 0o777)
+    for path in (*files, *folders, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
         target.rename(replaced)

@@ -122,6 +122,19 @@ def empty_model(
     return _load_with_head(config, task_mode, device_map={"": "meta"}, **options) if task_mode.has_head else model
 
 
+def empty_like_stored(config: ModelConfig, task_mode: TaskMode) -> PreTrainedModel:
+    """The architecture that a folder's config names, on the meta device. Unlike `empty_model`, it reads no weights and
+    takes the number of labels from the config.
+
+    Raises:
+        ConfigError: the config cannot be loaded.
+    """
+    builder: Any = ARCHITECTURES[task_mode.mode].auto
+    with torch.device("meta"):
+        model: PreTrainedModel = builder.from_config(_settings(config), trust_remote_code=config.trust_remote_code)
+    return model
+
+
 def check_weights(config: ModelConfig) -> None:
     """Refuse a local model folder without loadable weights, before anything is written.
 
@@ -173,7 +186,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     model = (
         _load_with_head(config, task_mode, **options)
         if task_mode.has_head
-        else _load_complete(config, task_mode, **options)
+        else load_complete(config, task_mode, **options)
     )
     if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
@@ -186,6 +199,35 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         # to the embeddings even if only upper layers have adapters.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
+    return model
+
+
+def load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
+    """Load a model whose checkpoint must be complete. transformers alone would draw missing weights and continue.
+
+    Args:
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: weights cannot be loaded, are missing, left over or of another shape.
+    """
+    model: PreTrainedModel
+    with silence():  # errors below are one line
+        model, report = _from_pretrained(
+            ARCHITECTURES[task_mode.mode].auto,
+            config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    for problem, names in (
+        ("lacks weights", report["missing_keys"]),
+        ("has weights that the model lacks", report["unexpected_keys"]),
+        ("has weights of another shape", {name for name, *_ in report["mismatched_keys"]}),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ConfigError("model.name", f"{config.name!r} {problem}: {shown}", "expected a complete checkpoint")
     return model
 
 
@@ -208,32 +250,6 @@ _FRESH = "_sparse_llm_ft_fresh"
 """Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading finds them."""
 
 
-def _load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
-    """Load a model whose checkpoint must be complete. transformers alone would draw missing weights and continue.
-
-    Raises:
-        ConfigError: weights cannot be loaded, are missing, left over or of another shape.
-    """
-    model: PreTrainedModel
-    with _silence():  # errors below are one line
-        model, report = _from_pretrained(
-            ARCHITECTURES[task_mode.mode].auto,
-            config,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-    for problem, names in (
-        ("lacks weights", report["missing_keys"]),
-        ("has weights that the model lacks", report["unexpected_keys"]),
-        ("has weights of another shape", {name for name, *_ in report["mismatched_keys"]}),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ConfigError("model.name", f"{config.name!r} {problem}: {shown}", "expected a complete checkpoint")
-    return model
-
-
 def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
     """Load a model with the task's head; missing weights are drawn from torch's generator.
 
@@ -242,7 +258,7 @@ def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) ->
     """
     if task_mode.outputs is not None:
         options["num_labels"] = task_mode.outputs
-    with _silence():  # transformers reports the missing head at length
+    with silence():  # transformers reports the missing head at length
         model, report = _from_pretrained(
             ARCHITECTURES[task_mode.mode].auto,
             config,
@@ -278,7 +294,7 @@ def _without_weights(model: nn.Module, missing: Iterable[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Suppress transformers' warnings and progress bar."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -316,6 +332,12 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
     except _UNREADABLE as error:
+        if not config.trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                "model.trust_remote_code",
+                f"false, but {config.name!r} needs code of its own, which would run in this process",
+                "expected true, if you trust it",
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             "model.name",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.table import Table
@@ -71,11 +71,19 @@ def summarize(
         "dtype": config.model.dtype,
         "seed": config.seed,
         "versions": {"python": sys.version.split()[0], "sparse-llm-ft": __version__}
-        | {name: version(name) for name in _LIBRARIES},
+        | {name: _version(name) for name in _LIBRARIES},
         "samples": dict(samples),
         "phases": [*finished, _totals(record.current)],
         "metrics": {"before": record.before, "after": after},
     }
+
+
+def _version(name: str) -> str | None:
+    """A library's version; None if it was installed without saying so, which must not end a run."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _totals(phase: PhaseRecord) -> dict[str, object]:

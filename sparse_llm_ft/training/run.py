@@ -29,7 +29,10 @@ from sparse_llm_ft.engine.engine import Engine, process_group
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
+from sparse_llm_ft.export.trial import try_export
+from sparse_llm_ft.export.whole_model import persistent_buffers
 from sparse_llm_ft.methods.chain import Chain, build_methods
+from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
@@ -124,6 +127,7 @@ class Run:
         """
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
+        try_export(context, context.first_phase().plan)
         splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
@@ -304,6 +308,8 @@ class Run:
         if self.evaluator.parts:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
         exit_if_preempted()
+        whole = FULL_MODEL in phase.plan.trained
+        buffers = persistent_buffers(base_of(engine.module)) if whole else {}
         engine.close()
         train = self.splits.train
         if isinstance(train, StreamingDataset) and train.skipped.count:
@@ -313,8 +319,8 @@ class Run:
         )
 
         def write() -> None:
-            folder = self.folder.model if FULL_MODEL in phase.plan.trained else self.folder.adapter
-            export(folder, self.config.model, self.context.empty, phase.plan, state.tensors)
+            folder = self.folder.model if whole else self.folder.adapter
+            export(folder, self.context, phase.plan, state.tensors, buffers)
             self.folder.write_json(SUMMARY_FILE, summary)
 
         run_on_rank_zero(self.world, write)
