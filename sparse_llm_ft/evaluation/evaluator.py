@@ -18,6 +18,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.collectives import run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.evaluation.control_tokens import ControlTokens
 from sparse_llm_ft.evaluation.generation import generate
 from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.evaluation.metrics import score
@@ -106,16 +107,20 @@ class Evaluator:
 
     def _score_texts(self, part: EvalSplit, texts: list[str]) -> tuple[dict[str, float], Rows]:
         spans = isinstance(self.objective, SpanObjective)
+        # Generated texts have no control tokens; spans are words of the data on both sides.
+        control = ControlTokens.of(self.tokenizer)
+        clean, same = (str, str) if spans else (control.strip, control.comparable)
+        references = [[clean(text) for text in example.references] for example in part.examples]
         rows: Rows = [
             ({"question": example.texts[0]} if spans else {"prompt": example.prompt})
-            | {"prediction": text, "references": example.references}
-            for example, text in zip(part.examples, texts, strict=True)
+            | {"prediction": text, "references": right}
+            for example, text, right in zip(part.examples, texts, references, strict=True)
         ]
         if self.task.score is not None:
             scores = [example.label for example in part.examples]
             return score(self.task.metrics, [as_score(text, self.task.score) for text in texts], scores), rows
-        answers = [self._answer(text) for text in texts]
-        return score(self.task.metrics, answers, [example.references for example in part.examples]), rows
+        answers = [same(self._answer(text)) for text in texts]
+        return score(self.task.metrics, answers, [[same(text) for text in right] for right in references]), rows
 
     def _answer(self, text: str) -> str:
         """The text, with `task.no_answer` replaced by the empty answer."""

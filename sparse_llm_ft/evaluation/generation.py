@@ -23,6 +23,7 @@ from transformers import (
 from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.data.samples import Sample
+from sparse_llm_ft.evaluation.control_tokens import ControlTokens
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.model.architecture import base_of
 
@@ -42,7 +43,8 @@ def generate(
 
     A text ends before the first end-of-sequence token, the tokenizer's or one of the checkpoint's generation config
     (chat models have several). Other values of that config are ignored, except an encoder-decoder's forced first token.
-    Texts, also sampled ones (`GumbelNoise`), do not depend on batches or ranks.
+    Control tokens are left out; other special tokens are text (`ControlTokens`). Texts, also sampled ones
+    (`GumbelNoise`), do not depend on batches or ranks.
 
     Args:
         settings: ``num_beams`` and ``length_penalty``; ``temperature`` (above 0: samples) and ``top_p``;
@@ -55,8 +57,9 @@ def generate(
     tokens = rank_tokens(model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq)
     if world_size > 1:
         dist.all_reduce(tokens)
-    rows = [row[row > 0] - 1 for row in tokens.cpu()]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+    base: Any = base_of(model)
+    control = ControlTokens.of(tokenizer, [base.generation_config.forced_bos_token_id] if seq2seq else ())
+    return [control.decode((row[row > 0] - 1).tolist()) for row in tokens.cpu()]
 
 
 def rank_tokens(
