@@ -63,7 +63,7 @@ def train_without_launcher(config: Path, faults: str, timeout: float) -> list[tu
 
 
 def train_in_forks(config: Path, faults: str, timeout: float) -> list[tuple[int, str, float]]:
-    """The same for a rank that ends itself; no launcher ends the other one."""
+    """The same for ranks that end themselves; no launcher ends the others."""
     script = {"script": str(FAULTY), "arguments": ["--config", str(config)]}
     script["environment"] = {"FAULTS": faults, "TRAIN": str(TRAIN)}
     world = {"trees": script, "world_size": 2, "timeout": timeout, "kill": {"ranks": [], "launcher_polls": timeout}}
@@ -93,15 +93,23 @@ def write_config(settings: dict, folder: Path) -> Path:
     return config
 
 
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_a_signal_to_one_rank_saves_the_step_of_all_and_leaves_with_75(
-    finished_run: Path, plus_settings: dict, tmp_path: Path
+    launcher: str, finished_run: Path, plus_settings: dict, tmp_path: Path
 ) -> None:
     """SIGUSR1 to rank 1 in step 7, where a validation is due and no checkpoint; SIGTERM to rank 0 as it saves."""
     config = write_config(plus_settings, tmp_path)
-    result = train(config, "USR1:1:step-7 TERM:0:writing-.tmp-step-00000007")
-    assert result.returncode == 75, last_lines(result)
-    assert result.stdout.count("SIGUSR1: saved step 7; the same command continues") == 1, last_lines(result)
-    assert not errors(result.stdout) and "Traceback" not in result.stdout
+    faults = "USR1:1:step-7 TERM:0:writing-.tmp-step-00000007"
+    if launcher == "forks":
+        (status, output, _), (other, more, _) = train_in_forks(config, faults, timeout=150)
+        assert other == 75, more
+        output += more
+    else:
+        result = train(config, faults)
+        status, output = result.returncode, result.stdout
+    assert status == 75, output
+    assert output.count("SIGUSR1: saved step 7; the same command continues") == 1, output
+    assert not errors(output) and "Traceback" not in output
     assert checkpoints(config) == [7, 6, 4] and "validation_loss" in metrics(tmp_path / "run")[-1]
     resumed = {"script": str(TRAIN), "arguments": ["--config", str(config)]}
     statuses = run_worlds({"resumed": {"trees": resumed, "world_size": 2}}, tmp_path / "logs")

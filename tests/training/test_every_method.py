@@ -73,13 +73,25 @@ KILLED = [
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
+LONG = {
+    *("lora_plus", "tied_lora", "partial_imp", "partial_compact", "partial_dora", "pyramidal"),
+    *("partial_then_weight_plus", "encoder-vera", "encoder-partial_adalora", "encoder-lora_drop"),
+    "encoder-weight_then_partial",
+}
+"""Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs."""
+ANY = [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
-def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def results(
+    trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, str]:
     """All runs: "passed", or the log's end. Some are killed and resumed; one is repeated, its derivation cached."""
     folder = tmp_path_factory.mktemp("results")
-    worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in trees.items()}
+    here: list[Any] = [item for item in request.session.items if item.path == request.path]
+    asked = {item.callspec.params.get("name") for item in here if hasattr(item, "callspec")}
+    wanted = {name: tree for name, tree in trees.items() if name in asked or name not in LONG}
+    worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in wanted.items()}
     worlds["partial-again"] = {"trees": trees["partial"] | {"output_dir": f"{trees['partial']['output_dir']}-again"}}
     killed = []
     for name, steps in KILLED:
@@ -96,7 +108,7 @@ def results(trees: dict[str, dict], tmp_path_factory: pytest.TempPathFactory) ->
     return ended | {"output": last_lines(folder / "partial-again", 100_000)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY)
 def test_its_checkpoints_pass_the_checks_that_a_foreign_one_must(name: str, trees: dict, results: dict) -> None:
     assert results[name] == "passed", results[name]
     prepared = open_context(parse_config(trees[name]), World(0, 1, 0, 1))
@@ -104,7 +116,7 @@ def test_its_checkpoints_pass_the_checks_that_a_foreign_one_must(name: str, tree
     assert not complaints
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY)
 def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], results: dict[str, str]) -> None:
     """The adapter as stock PEFT loads it, or the model, has the loss of ``metrics.after``."""
     assert results[name] == "passed", results[name]
