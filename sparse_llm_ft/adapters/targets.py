@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -39,17 +39,20 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
     return found
 
 
-def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Shape]:
+def find_targets(
+    model: nn.Module, target_modules: str | Sequence[str], reached: Collection[str] | None = None
+) -> dict[str, Shape]:
     """The modules that get adapters, in the model's order: name -> (out_features, in_features).
 
     Args:
         model: the base model, which may be on the meta device.
         target_modules: ``all-linear``, a list of name endings, or a regular expression for whole names.
+        reached: the modules that may get adapters (`text_modules`); None: all.
 
     Raises:
         ConfigError: nothing matches, or an ending of the list matches nothing; it lists the endings that exist.
     """
-    linear = linear_modules(model)
+    linear = {name: shape for name, shape in linear_modules(model).items() if reached is None or name in reached}
     if target_modules == ALL_LINEAR:
         found = set(linear)
     elif isinstance(target_modules, str):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_llm_ft.adapters import find_targets
+from sparse_llm_ft.adapters import find_targets, linear_modules
+from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.dataset import EvalSplit
@@ -16,15 +17,17 @@ from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import check_deepspeed
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules
+from sparse_llm_ft.model.multimodal import text_modules, unreached
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, Shape, uniform_plan
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -37,6 +40,7 @@ class RunContext:
         task_mode: how the model learns the task.
         empty: the base on the meta device.
         targets: every target module, in the model's order: name -> (out_features, in_features).
+        left_out: weights that no adapter can go on.
         plan: the uniform plan over `targets`, from which the methods start.
     """
 
@@ -48,6 +52,7 @@ class RunContext:
     task_mode: TaskMode
     empty: PreTrainedModel
     targets: dict[str, Shape]
+    left_out: LeftOut
     plan: AdapterPlan
     tokenizer: PreTrainedTokenizerBase
     objective: Objective[Any]
@@ -79,7 +84,8 @@ class RunContext:
         task_mode = find_model_task_mode(config.model, task, config.task.mode)
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)
         heads = head_modules(empty)
-        found = find_targets(empty, config.adapter.target_modules)
+        reached = text_modules(empty, config.model.name)
+        found = find_targets(empty, config.adapter.target_modules, reached)
         # A fresh pooler is fully trained, and so gets no adapter.
         targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, heads)
@@ -90,9 +96,40 @@ class RunContext:
             check_packing(empty)
         objective = build_objective(empty, tokenizer, task)
         folder = RunFolder(config.output_dir)
-        context = cls(config, world, console, folder, task, task_mode, empty, targets, plan, tokenizer, objective)
-        context.first_phase()  # refuses methods that do not fit this many adapters
+        left_out = find_left_out(empty, reached)
+        context = cls(
+            config, world, console, folder, task, task_mode, empty, targets, left_out, plan, tokenizer, objective
+        )
+        first = context.first_phase()  # refuses methods that do not fit this many adapters
+        context._check_coverage(FULL_MODEL in first.plan.trained, reached)
         return context
+
+    def _check_coverage(self, full: bool, reached: Collection[str] | None) -> None:
+        """Refuse settings that would leave weights out without a word, and log which ones a run leaves out.
+
+        Args:
+            full: whether the run trains the base itself.
+            reached: of a multimodal model, the modules that a text reaches.
+        """
+        linear = linear_modules(self.empty)
+        if reached is not None and (others := unreached(linear, reached)):
+            names, decay = ", ".join(others[:5]), self.config.training.weight_decay
+            self.console.log(f"a text does not reach {names} of {self.config.model.name}, which stay as they are")
+            if full and decay:
+                raise ConfigError(
+                    "training.weight_decay",
+                    f"{decay:g} would shrink weights of {names}, which no text trains",
+                    "expected 0 for a multimodal model that is trained whole",
+                )
+        if not self.left_out.kinds or full:
+            return
+        refuse_left_out(self.config.adapter.target_modules, self.left_out, self.targets)
+        self.console.log(f"no adapter can go on {self.left_out.describe()}, which stay as they are")
+        if self.config.model.quantization != "none":
+            self.console.log(
+                f"model.quantization: {self.config.model.quantization} is for linear layers; "
+                f"{self.left_out.describe()} stay in {self.config.model.dtype}"
+            )
 
     def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
         """An evaluator of this run's models on `parts`."""

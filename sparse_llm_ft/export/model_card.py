@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.sanitize import is_local, public_name, public_settings
 from sparse_llm_ft.inference.trained_run import TrainedRun
-from sparse_llm_ft.model.architecture import ARCHITECTURES
+from sparse_llm_ft.model.architecture import auto_class
 from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
 from sparse_llm_ft.run_folder import SUMMARY_FILE
@@ -93,7 +93,7 @@ def metadata_of(run: TrainedRun, options: ExportOptions) -> ModelCardData:
 
 def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -> str:
     """The Python lines that load the uploaded model."""
-    auto = ARCHITECTURES[run.task_mode.mode].auto.__name__
+    auto = auto_class(run.empty.config, run.task_mode.mode).__name__
     if options.to == "merged":
         return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
     native = "\nimport sparse_llm_ft.adapters  # registers the tuner with PEFT\n" if options.to == "native" else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.export.read_back import WrittenWrongly, compare
 from sparse_llm_ft.model.loading import DTYPES, load_complete, silence
+from sparse_llm_ft.model.multimodal import is_multimodal
 
 SHARD_SIZE = "5GB"
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def save_whole_model(folder: Path, model: PreTrainedModel, context: RunContext, max_shard_size: str) -> None:
@@ -29,7 +34,7 @@ def save_whole_model(folder: Path, model: PreTrainedModel, context: RunContext, 
     _describe(model, context)
     with silence():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    context.tokenizer.save_pretrained(folder)
+    _save_processors(folder, context)
 
 
 def save_values(folder: Path, context: RunContext, values: Mapping[str, torch.Tensor]) -> None:
@@ -44,7 +49,7 @@ def save_values(folder: Path, context: RunContext, values: Mapping[str, torch.Te
     model = _empty_copy(context)
     with torch.no_grad(), silence():
         model.save_pretrained(folder, state_dict=dict(values), max_shard_size=SHARD_SIZE)
-    context.tokenizer.save_pretrained(folder)
+    _save_processors(folder, context)
     check_values(folder, context, values)
 
 
@@ -57,7 +62,7 @@ def save_without_weights(folder: Path, context: RunContext) -> None:
     model = _empty_copy(context)
     with silence():
         model.save_pretrained(folder, state_dict={}, max_shard_size=SHARD_SIZE)
-    context.tokenizer.save_pretrained(folder)
+    _save_processors(folder, context)
     _stored_form(model)
 
 
@@ -83,6 +88,23 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
         if name not in parameters and isinstance(tensor, torch.Tensor)
     }
+
+
+def _save_processors(folder: Path, context: RunContext) -> None:
+    """Write the tokenizer, and of a multimodal base the settings of its image and sound processors, as they are."""
+    context.tokenizer.save_pretrained(folder)
+    for name in _PROCESSORS if is_multimodal(context.empty) else ():
+        model = context.config.model
+        # Loading the base does not fetch them, so this may; a base without one is complete without it.
+        path = cached_file(
+            model.name,
+            name,
+            revision=model.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def _empty_copy(context: RunContext) -> PreTrainedModel:

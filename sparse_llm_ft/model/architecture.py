@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers import (
@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import WITH_HEAD, Mode, TaskMode
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.multimodal import causal_lm_class
 
 ModelFamily = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -132,12 +133,19 @@ def model_family(settings: PreTrainedConfig) -> ModelFamily:
     return "encoder" if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "decoder"
 
 
+def auto_class(settings: PreTrainedConfig, mode: Mode) -> Any:
+    """transformers' auto class that loads a checkpoint with this config in this mode."""
+    return causal_lm_class(settings) if mode == "causal_lm" else ARCHITECTURES[mode].auto
+
+
 def mode_of(model: nn.Module) -> Mode:
     """The mode of a model's class, with or without PEFT around it."""
-    name = type(base_of(model)).__name__
+    base = base_of(model)
     for mode, architecture in ARCHITECTURES.items():
-        if name in architecture.classes:
-            return mode
+        if type(base).__name__ in architecture.classes:
+            # transformers also has decoders that listen among its sequence-to-sequence models (Qwen2-Audio, Voxtral).
+            listens = mode == "seq2seq_lm" and model_family(base.config) != "encoder-decoder"  # type: ignore[arg-type]
+            return "causal_lm" if listens else mode
     return "causal_lm"
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -25,11 +26,18 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import ARCHITECTURES, HEAD_NAMES, base_of, find_task_mode, has_head
+from sparse_llm_ft.model.architecture import (
+    ARCHITECTURES,
+    HEAD_NAMES,
+    auto_class,
+    base_of,
+    find_task_mode,
+    has_head,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_WITH_WEIGHTS = tuple(architecture.auto for architecture in ARCHITECTURES.values())
+_WITH_WEIGHTS = (AutoModelForMultimodalLM, *(architecture.auto for architecture in ARCHITECTURES.values()))
 
 _UNREADABLE = (
     *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
@@ -98,8 +106,7 @@ def empty_model(
         ConfigError: the model cannot be loaded, or does not support the mode.
     """
     settings = _settings(config)
-    architecture = ARCHITECTURES[task_mode.mode]
-    builder: Any = architecture.auto
+    builder, purpose = auto_class(settings, task_mode.mode), ARCHITECTURES[task_mode.mode].purpose
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
@@ -117,7 +124,7 @@ def empty_model(
         raise ConfigError(
             "model.name",
             f"{config.name!r} is a {settings.model_type} model",
-            f"expected one that transformers can load {architecture.purpose}",
+            f"expected one that transformers can load {purpose}",
         ) from None
     return _load_with_head(config, task_mode, device_map={"": "meta"}, **options) if task_mode.has_head else model
 
@@ -129,9 +136,11 @@ def empty_like_stored(config: ModelConfig, task_mode: TaskMode) -> PreTrainedMod
     Raises:
         ConfigError: the config cannot be loaded.
     """
-    builder: Any = ARCHITECTURES[task_mode.mode].auto
+    settings = _settings(config)
     with torch.device("meta"):
-        model: PreTrainedModel = builder.from_config(_settings(config), trust_remote_code=config.trust_remote_code)
+        model: PreTrainedModel = auto_class(settings, task_mode.mode).from_config(
+            settings, trust_remote_code=config.trust_remote_code
+        )
     return model
 
 
@@ -198,7 +207,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         # Non-reentrant: the reentrant kind needs inputs that require gradients, so the backward pass would run down
         # to the embeddings even if only upper layers have adapters.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.config.use_cache = False
+    set_use_cache(model, False)
     return model
 
 
@@ -214,7 +223,7 @@ def load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> P
     model: PreTrainedModel
     with silence():  # errors below are one line
         model, report = _from_pretrained(
-            ARCHITECTURES[task_mode.mode].auto,
+            auto_class(_settings(config), task_mode.mode),
             config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -229,6 +238,13 @@ def load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> P
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ConfigError("model.name", f"{config.name!r} {problem}: {shown}", "expected a complete checkpoint")
     return model
+
+
+def set_use_cache(model: PreTrainedModel, value: bool) -> None:
+    """Set `use_cache` in the config that has it, if one has: in a multimodal model that is the language model's."""
+    settings = model.config.get_text_config()
+    if hasattr(settings, "use_cache"):
+        settings.use_cache = value
 
 
 def device() -> torch.device:
@@ -260,7 +276,7 @@ def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) ->
         options["num_labels"] = task_mode.outputs
     with silence():  # transformers reports the missing head at length
         model, report = _from_pretrained(
-            ARCHITECTURES[task_mode.mode].auto,
+            auto_class(_settings(config), task_mode.mode),
             config,
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced too
             output_loading_info=True,

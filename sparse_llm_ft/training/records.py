@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.adapters import is_omega, residual_norms
+from sparse_llm_ft.adapters.left_out import LeftOut
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
@@ -52,12 +54,14 @@ def summarize(
     record: RunRecord,
     after: Mapping[str, float] | None,
     samples: Mapping[str, int],
+    left_out: LeftOut | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
         record: that of the last state; its current phase is the run's last one.
         samples: split -> number of samples used; 0 for a stream, whose number is unknown.
+        left_out: weights that no adapter of the run could go on.
     """
     assert record.current is not None, "the last phase was trained"
     finished = [_totals(phase) | {"measured": phase.measured} for phase in record.phases]
@@ -73,6 +77,7 @@ def summarize(
         "versions": {"python": sys.version.split()[0], "sparse-llm-ft": __version__}
         | {name: _version(name) for name in _LIBRARIES},
         "samples": dict(samples),
+        "without_adapters": None if left_out is None or not left_out.kinds else asdict(left_out),
         "phases": [*finished, _totals(record.current)],
         "metrics": {"before": record.before, "after": after},
     }
@@ -114,6 +119,8 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
     for phase in summary["phases"]:
         if phase.get("measured"):
             console.log(f"phase {phase['name']} measured: {phase['measured']}")
+    if left_out := summary.get("without_adapters"):
+        console.log(f"without adapters: {LeftOut(**left_out).describe()}")
     if folder.model.is_dir():
         console.log(f"model: {folder.model}")
     else:

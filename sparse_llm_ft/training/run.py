@@ -144,10 +144,13 @@ class Run:
         adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
         modules = [self.context.empty.get_submodule(name) for name in plan.trained]
         whole = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        left_out = self.context.left_out
+        frozen = [f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []
         return [
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
             *self.splits.remarks(self.config.task),
             f"phase {self.first.name}: {plan.describe()}{adapters}",
+            *frozen,
             f"{count_parameters(plan, self.targets) + whole:,} trainable parameters",
         ]
 
@@ -315,7 +318,12 @@ class Run:
         if isinstance(train, StreamingDataset) and train.skipped.count:
             self.console.log(f"training rows read last: {train.skipped}")
         summary = summarize(
-            self.config, self.world, state.record, after, self.splits.sizes(self.config.evaluation.split)
+            self.config,
+            self.world,
+            state.record,
+            after,
+            self.splits.sizes(self.config.evaluation.split),
+            self.context.left_out if phase.plan.active else None,
         )
 
         def write() -> None:
