@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +19,7 @@ from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.model.architecture import auto_class, mode_of
 from sparse_llm_ft.model.loading import empty_model, load_model, set_use_cache
 from sparse_llm_ft.model.multimodal import text_modules, unreached
@@ -231,3 +233,15 @@ def test_a_run_logs_what_gets_no_adapters(settings: dict, gemma3_folder: Path, c
     settings["training"] |= {"weight_decay": 0.1}
     with pytest.raises(ConfigError, match=r"training\.weight_decay: 0\.1 would shrink weights of model\.vision_tower"):
         open_context(parse_config(settings))
+
+
+def test_a_whole_model_is_written_as_its_base_was(settings: dict, gemma3_folder: Path, tmp_path: Path) -> None:
+    settings["model"]["name"] = str(gemma3_folder)
+    context = open_context(parse_config(settings))
+    model = load_model(context.config.model)
+    save_whole_model(tmp_path / "whole", model, context, "5GB")
+    check_values(tmp_path / "whole", context, model.state_dict())
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", gemma3_folder))
+    assert written.keys() == before.keys() and all(torch.equal(written[name], before[name]) for name in before)
+    assert AutoConfig.from_pretrained(tmp_path / "whole").text_config.use_cache is True
+    assert (tmp_path / "whole" / "preprocessor_config.json").is_file()
