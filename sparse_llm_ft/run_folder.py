@@ -52,8 +52,12 @@ class RunFolder:
         self.phases = self.path / "phases"
         self.report = self.path / "report"
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig, resolved: bool = False) -> None:
         """Refuse a folder into which this run must not write. Changes nothing.
+
+        Args:
+            resolved: whether `config` holds what depends on the base: the quantisation in which it is stored, and
+                settings that the user has left open. Before the base is read, these may differ.
 
         Raises:
             ConfigError: the folder holds another run, any run under ``resume: never``, or other files.
@@ -92,7 +96,8 @@ class RunFolder:
                 "output_dir", f"{str(self.path / CONFIG_FILE)!r} is not readable", "choose another folder"
             )
         mine, theirs = _fixed(config.model_dump(mode="json")), _fixed(replace_old_keys(old, strict=False))
-        for key in sorted(mine.keys() | theirs.keys()):
+        undecided = set() if resolved else _undecided(config)
+        for key in sorted((mine.keys() | theirs.keys()) - undecided):
             if mine.get(key) != theirs.get(key):
                 raise ConfigError(
                     "output_dir",
@@ -227,6 +232,17 @@ def _fixed(config: Mapping[str, object]) -> dict[str, object]:
     """Dotted name -> value of the settings in which a resumed run must not differ."""
     free = _FREE | _free_of_methods(config.get("method"))
     return {key: value for key, value in _leaves(config) if key not in free and not key.startswith("deepspeed.")}
+
+
+def _undecided(config: RunConfig) -> set[str]:
+    """Dotted names of the settings that a run decides when it has read its base."""
+    sections = len(config.method) > 1
+    keys = {
+        f"method.{i}.{key}" if sections else f"method.{key}"
+        for i, method in enumerate(config.method)
+        for key in method.open_keys
+    }
+    return keys | ({"model.quantization"} if config.model.quantization == "none" else set())
 
 
 def _free_of_methods(methods: object) -> set[str]:

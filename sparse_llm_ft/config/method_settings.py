@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from sparse_llm_ft.config.types import Section
 
@@ -44,6 +44,15 @@ class MethodSettings(Section):
     def grows_batch(self) -> bool:
         """Whether a later phase may get a larger micro-batch."""
         return False
+
+    @property
+    def open_keys(self) -> frozenset[str]:
+        """Keys that the user has left out, and for which the run may choose another value than the default."""
+        return frozenset()
+
+    def without_growth(self) -> Self:
+        """These settings, under which no phase gets a larger micro-batch."""
+        return self
 
     def check(self, total_steps: int | None) -> None:
         """Refuse settings that contradict each other or the run's length.

@@ -22,7 +22,7 @@ from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, head_modules
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, find_quantization, head_modules
 from sparse_llm_ft.model.multimodal import text_modules, unreached
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
@@ -80,6 +80,13 @@ class RunContext:
         for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
             for name in escaped_columns(template or ""):
                 console.log(f"{setting}: {{{{{name}}}}} writes the text {{{name}}}; the column would be {{{name}}}")
+        # The form of the base's weights, which its own config may decide.
+        model = find_quantization(config.model)
+        if model != config.model:
+            console.log(f"model.quantization is {model.quantization}: {model.name} is stored so")
+            config = config.model_copy(update={"model": model})
+        for method in config.method:
+            method.check_run(config)
         # Architecture: which modules get adapters, and which are fully trained.
         task_mode = find_model_task_mode(config.model, task, config.task.mode)
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)

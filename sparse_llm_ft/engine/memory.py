@@ -71,10 +71,16 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
 
     Args:
         length: tokens of the sample.
+
+    Raises:
+        Exception: the model cannot be traced on the meta device, for any reason.
     """
     # Build the model on the meta device as the run would.
     plain = config.attn_implementation == "eager"
-    model = empty_model(config, "eager" if plain else _FUSED, task_mode)
+    try:
+        model = empty_model(config, "eager" if plain else _FUSED, task_mode)
+    except KeyError as error:  # a model with a table of its own (Falcon, GPT-Neo)
+        raise NotImplementedError("its attention does not use transformers' interface") from error
     nn.Module.to(model, DTYPES[config.dtype])  # transformers' own `to` has no types
     layers = _checkpointed_bytes(config, model, length)
     if config.gradient_checkpointing:

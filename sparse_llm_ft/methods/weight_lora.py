@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, StrictInt
 
@@ -36,7 +36,8 @@ class WeightLoraSettings(MethodSettings):
         omega_lr, omega_optimizer: learning rate, which ignores `training.schedule`, and optimizer of omega.
         choose: ``omega`` keeps the largest; ``random`` is the paper's ablation RLoRA.
         batch_growth: how the batch uses the freed memory. ``keep_global``: larger micro-batch, fewer accumulation
-            steps, the same updates. ``grow_global``: larger micro-batch and global batch.
+            steps, the same updates. ``grow_global``: larger micro-batch and global batch. Left out, it is
+            ``keep_global``, or ``none`` for a model whose memory cannot be planned.
         lr_scaling: how the learning rate follows a grown global batch.
     """
 
@@ -56,6 +57,15 @@ class WeightLoraSettings(MethodSettings):
     def grows_batch(self) -> bool:
         """Whether the survivors' phase may get a larger micro-batch."""
         return self.batch_growth != "none"
+
+    @property
+    def open_keys(self) -> frozenset[str]:
+        """Batch growth, if it is on by default alone."""
+        return frozenset({"batch_growth"}) - self.model_fields_set
+
+    def without_growth(self) -> Self:
+        """The survivors keep the micro-batch."""
+        return self.model_copy(update={"batch_growth": "none"})
 
     def check(self, total_steps: int | None) -> None:
         """Refuse a first cut after T, a T after the run's end, and an ineffective `lr_scaling`."""

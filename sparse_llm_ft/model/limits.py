@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import ModelConfig, RunConfig
 from sparse_llm_ft.data.tasks import Task
@@ -13,6 +16,9 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.loading import load_tokenizer
 
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+_SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope", "su")
+"""Kinds of rotary embeddings that reach beyond the original positions; ``su`` is the old name of longrope."""
+
 _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -56,9 +62,8 @@ def check_lengths(config: RunConfig, task: Task, task_mode: TaskMode, model: Pre
 
     # Samples.
     settings = model.config.get_text_config()
-    relative = hasattr(settings, "relative_attention_num_buckets")  # T5: no limit
-    limit = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None)
-    if task_mode.has_head or relative or not isinstance(limit, int):
+    limit = positions(settings)
+    if task_mode.has_head or limit is None:
         return
     if config.task.max_length > limit:
         raise ConfigError(
@@ -68,7 +73,7 @@ def check_lengths(config: RunConfig, task: Task, task_mode: TaskMode, model: Pre
         )
 
     # Generated texts. A rotary model also computes beyond its positions, so they may be a little longer.
-    if task.labels is not None or getattr(settings, "rope_parameters", None):
+    if task.labels is not None or _rope(settings):
         return
     prompt = config.task.max_prompt_length or usual_prompt_length(config.task.max_length)
     behind = f" behind prompts of up to {prompt} tokens"
@@ -81,6 +86,43 @@ def check_lengths(config: RunConfig, task: Task, task_mode: TaskMode, model: Pre
             f"{new}{behind}, but {config.model.name!r} has {limit} positions",
             f"expected at most {limit + 1 - prompt}" + (", or a smaller task.max_prompt_length" if behind else ""),
         )
+
+
+def positions(settings: PreTrainedConfig) -> int | None:
+    """How many positions a model with this config computes as in its own training; None: no limit.
+
+    A rotary model whose positions are scaled has ``factor`` times its original positions, or more if its config says so
+    (Llama 3.1). Where layers differ, the layers with most positions count: the others see a sliding window.
+
+    Args:
+        settings: of the model's text part.
+    """
+    limit = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None)
+    if hasattr(settings, "relative_attention_num_buckets") or not isinstance(limit, int):  # T5: no limit
+        return None
+    return max([limit, *(_scaled_positions(settings, rope, limit) for rope in _rope(settings))])
+
+
+def _scaled_positions(settings: PreTrainedConfig, rope: Mapping[str, Any], limit: int) -> int:
+    """Factor times original positions, as transformers' `modeling_rope_utils` takes the two; 0 without scaling."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    factor = rope.get("factor")
+    if kind not in _SCALED or not isinstance(factor, int | float):
+        return 0
+    own = getattr(settings, "original_max_position_embeddings", None)  # Phi 3 has it outside, and that one counts
+    return int(factor * (own or rope.get("original_max_position_embeddings") or limit))
+
+
+def _rope(settings: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """The model's rotary parameters, one entry for each type of layer that has its own; none without rotation.
+
+    transformers 5 has them in `rope_parameters`; a config class from before, such as a model's own, in `rope_scaling`.
+    """
+    found = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    if not isinstance(found, Mapping):
+        return []
+    nested = [part for part in found.values() if isinstance(part, Mapping)]
+    return nested or [found]
 
 
 def _check_prompts(config: RunConfig, task_mode: TaskMode) -> None:

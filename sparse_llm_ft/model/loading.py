@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +33,7 @@ from sparse_llm_ft.model.architecture import (
     find_task_mode,
     has_head,
 )
+from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,6 +53,15 @@ def find_model_task_mode(config: ModelConfig, task: Task, mode: str) -> TaskMode
         ConfigError: the model cannot be loaded, or does not support the mode.
     """
     return find_task_mode(_settings(config), config.name, task, mode)
+
+
+def find_quantization(config: ModelConfig) -> ModelConfig:
+    """The model's settings with the quantisation that will run (`resolve_quantization`).
+
+    Raises:
+        ConfigError: the model cannot be loaded, or is stored in another form.
+    """
+    return resolve_quantization(config, _settings(config))
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -107,7 +116,7 @@ def empty_model(
     """
     settings = _settings(config)
     builder, purpose = auto_class(settings, task_mode.mode), ARCHITECTURES[task_mode.mode].purpose
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
             model: PreTrainedModel = builder.from_config(
@@ -126,7 +135,14 @@ def empty_model(
             f"{config.name!r} is a {settings.model_type} model",
             f"expected one that transformers can load {purpose}",
         ) from None
-    return _load_with_head(config, task_mode, device_map={"": "meta"}, **options) if task_mode.has_head else model
+    if not task_mode.has_head:
+        return model
+    if stored_quantization(settings) is not None:  # only names and shapes are wanted, those of the plain weights
+        plain = _settings(config)
+        for part in (plain, plain.get_text_config()):
+            part.__dict__.pop("quantization_config", None)
+        options["config"] = plain
+    return _load_with_head(config, task_mode, device_map={"": "meta"}, **options)
 
 
 def empty_like_stored(config: ModelConfig, task_mode: TaskMode) -> PreTrainedModel:
@@ -178,15 +194,8 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
         # Modules trained in full are not quantised; with None, transformers skips only the output embeddings.
-        unquantized = list(head_modules(empty_model(config, task_mode=task_mode))) if task_mode.has_head else None
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[config.dtype],
-            bnb_4bit_quant_storage=DTYPES[config.dtype],
-            llm_int8_skip_modules=unquantized,
-        )
+        whole = head_modules(empty_model(config, task_mode=task_mode)) if task_mode.has_head else None
+        options |= four_bit_options(config.quantization, _settings(config), DTYPES[config.dtype], whole)
     if config.quantization != "none" or torch.cuda.is_available():
         options["device_map"] = {"": device()}  # read onto the device, not through host memory
 
@@ -211,7 +220,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     return model
 
 
-def load_complete(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
+def load_complete(config: ModelConfig, task_mode: TaskMode, /, **options: Any) -> PreTrainedModel:
     """Load a model whose checkpoint must be complete. transformers alone would draw missing weights and continue.
 
     Args:
@@ -266,14 +275,17 @@ _FRESH = "_sparse_llm_ft_fresh"
 """Attribute of a model with a head: names of the modules that its checkpoint lacks. Only loading finds them."""
 
 
-def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) -> PreTrainedModel:
+def _load_with_head(config: ModelConfig, task_mode: TaskMode, /, **options: Any) -> PreTrainedModel:
     """Load a model with the task's head; missing weights are drawn from torch's generator.
 
     Raises:
         ConfigError: weights cannot be loaded, or more than a head is missing.
     """
     if task_mode.outputs is not None:
-        options["num_labels"] = task_mode.outputs
+        if "config" in options:
+            options["config"].num_labels = task_mode.outputs
+        else:
+            options["num_labels"] = task_mode.outputs
     with silence():  # transformers reports the missing head at length
         model, report = _from_pretrained(
             auto_class(_settings(config), task_mode.mode),
@@ -282,7 +294,8 @@ def _load_with_head(config: ModelConfig, task_mode: TaskMode, **options: Any) ->
             output_loading_info=True,
             **options,
         )
-    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    packed = {name.removesuffix(".absmax") for name in report["unexpected_keys"] if name.endswith(".absmax")}
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"] if name not in packed)}
     fresh = tuple(_without_weights(model, missing))
     for name in fresh:
         module = model.get_submodule(name)
@@ -328,7 +341,7 @@ def _settings(config: ModelConfig) -> PreTrainedConfig:
     return _from_pretrained(AutoConfig, config)
 
 
-def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+def _from_pretrained(kind: Any, config: ModelConfig, /, **options: Any) -> Any:
     """Load without pickle, and without the repository's code unless the config allows it.
 
     Raises:

@@ -6,6 +6,7 @@ from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
 
@@ -26,21 +27,33 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
-def check_growth(config: RunConfig, first: Phase, task_mode: TaskMode) -> None:
-    """Refuse batch growth, before training begins, for a model whose memory cannot be traced.
+def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: int, console: Console) -> RunConfig:
+    """The settings without batch growth, if the model's memory cannot be traced and growth is on by default alone.
+
+    Args:
+        first: the run's first phase.
+        length: tokens of the longest training sample.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: the user asked for batch growth; with the reason.
     """
-    if not any(method.grows_batch for method in config.method):
-        return
+    growing = [method for method in config.method if method.grows_batch]
+    if not growing:
+        return config
     try:
-        activation_bytes(config.model, first.plan, 8, task_mode)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            "method.batch_growth", f"the memory of this model cannot be traced ({reason})", "expected none"
-        ) from error
+        activation_bytes(config.model, first.plan, length, task_mode)
+        return config
+    except Exception as error:  # a model may fail on the meta device in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        asked = next((method for method in growing if "batch_growth" not in method.open_keys), None)
+        if asked is not None:
+            raise ConfigError(
+                "method.batch_growth",
+                f"{getattr(asked, 'batch_growth', None)}, but the memory of this model cannot be planned ({reason})",
+                "expected none",
+            ) from error
+    console.log(f"method.batch_growth is none: the memory of this model cannot be planned ({reason})")
+    return config.model_copy(update={"method": tuple(method.without_growth() for method in config.method)})
 
 
 def first_batch(phase: Phase, config: RunConfig) -> Phase:

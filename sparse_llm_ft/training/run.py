@@ -37,7 +37,7 @@ from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
-from sparse_llm_ft.training.batch_size import check_growth, first_batch, grown_batch, resumed_batch
+from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
@@ -132,9 +132,12 @@ class Run:
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
         check_steps(config, schedule.total_steps)
+        first = build_methods(config, schedule.total_steps).first(context.plan, context.targets)
+        config = settle_growth(config, first, task_mode, data.longest, context.console)
+        context = replace(context, config=config)
+        context.folder.check(config, resolved=True)
         methods = build_methods(config, schedule.total_steps)
         first = first_batch(methods.first(context.plan, context.targets), config)
-        check_growth(config, first, task_mode)
         return cls(context, splits, data, schedule, methods, first)
 
     def describe(self) -> list[str]:

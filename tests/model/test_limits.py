@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,15 +16,20 @@ from transformers import (
     BartConfig,
     BertConfig,
     DebertaV2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
     OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
     RobertaConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.limits import _learned_positions, check_lengths, tokenizer_for
+from sparse_llm_ft.model.limits import _learned_positions, check_lengths, positions, tokenizer_for
 
 HEAD = TaskMode("sequence_classification", 2)
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -97,3 +103,105 @@ def test_lengths_that_do_not_fit_are_refused(
         return
     with pytest.raises(ConfigError, match=message):
         check_lengths(config, resolve_task(config.task), task_mode, model)
+
+
+ROPE: dict[str, tuple[dict, int]] = {
+    "linear": ({"factor": 4.0}, 4 * 64),
+    "dynamic": ({"factor": 2.0}, 2 * 64),
+    "yarn": ({"factor": 4.0, "original_max_position_embeddings": 64}, 4 * 64),
+    "yarn_of_fewer": ({"factor": 8.0, "original_max_position_embeddings": 48}, 8 * 48),
+    "yarn_by_default": ({"factor": 2.0}, 2 * 64),
+    "llama3": (
+        {
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        8 * 64,
+    ),
+    "longrope": (
+        {
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 16,
+            "long_factor": [4.0] * 16,
+        },
+        4 * 64,
+    ),
+}
+ROTARY = SIZES | {"hidden_size": 64, "max_position_embeddings": 64}
+
+
+def rope_config(kind: str, key: str, name: str) -> LlamaConfig:
+    scaling = {name: kind.partition("_")[0], **ROPE[kind][0]}
+    theta = {"rope_theta": 10000.0}
+    return LlamaConfig(**ROTARY, **({key: scaling} | theta if key == "rope_scaling" else {key: scaling | theta}))
+
+
+@pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.parametrize(("key", "name"), [("rope_parameters", "rope_type"), ("rope_scaling", "type")])
+def test_scaled_positions_are_those_that_transformers_computes(kind: str, key: str, name: str) -> None:
+    """At the limit the slowest rotation has turned no further than an unscaled model's at its own."""
+    config = rope_config(kind, key, name)
+    limit = positions(config)
+    assert limit == ROPE[kind][1]
+    original = ROPE[kind][0].get("original_max_position_embeddings", 64)
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind.partition("_")[0]](config, "cpu", seq_len=limit)
+    plain = 10000.0 ** -(torch.arange(0, 32, 2) / 32)
+    turned, most = scaled[-1] * limit, plain[-1] * original
+    assert turned <= most * 1.0001
+    if kind != "dynamic":  # which leaves some room
+        torch.testing.assert_close(turned, most)
+
+
+def test_positions_that_the_config_declares_count_if_they_are_more() -> None:
+    """Llama 3.1: 131,072 positions, of which factor times original are half."""
+    rope = ROPE["llama3"][0] | {"rope_type": "llama3", "rope_theta": 10000.0}
+    assert positions(LlamaConfig(**ROTARY | {"max_position_embeddings": 1024}, rope_parameters=rope)) == 1024
+
+
+def test_original_positions_outside_of_the_rotary_parameters_count() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    sizes = ROTARY | {"pad_token_id": 0, "original_max_position_embeddings": 32}
+    assert positions(Phi3Config(**sizes, rope_parameters=rope)) == 64
+    assert positions(Phi3Config(**sizes, rope_parameters=rope | {"factor": 4.0})) == 4 * 32
+
+
+def test_layers_that_see_everything_count() -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(**ROTARY, head_dim=32, rope_parameters=rope)
+    assert positions(config) == 8 * 64
+
+
+def test_other_positions_are_unscaled() -> None:
+    assert positions(LlamaConfig(**ROTARY)) == 64
+    assert positions(OPTConfig(**OPT, word_embed_proj_dim=16, max_position_embeddings=24)) == 24
+    old = PreTrainedConfig()
+    old.max_position_embeddings, old.rope_scaling = 64, {"type": "su", "factor": 2.0}
+    assert positions(old) == 128
+
+
+def test_a_base_extended_as_its_makers_say_takes_longer_samples(
+    settings: dict, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "extended"
+    shutil.copytree(model_folder, folder)
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    stored.pop("rope_parameters")
+    stored |= {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    path.write_text(json.dumps(stored))
+    settings["model"]["name"] = str(folder)
+    for length, fits in ((256, True), (257, False)):
+        settings["task"]["max_length"] = length
+        config = parse_config(settings)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        if fits:
+            check_lengths(config, resolve_task(config.task), CAUSAL_LM, model)
+            continue
+        with pytest.raises(ConfigError, match=r"task.max_length: 257, but .* has 256 positions; expected at most 256"):
+            check_lengths(config, resolve_task(config.task), CAUSAL_LM, model)

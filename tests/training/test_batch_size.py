@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig
 
+from helpers.contexts import open_context
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
 from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.training import batch_size
-from sparse_llm_ft.training.batch_size import check_growth, grown_batch, largest_micro_batch, resumed_batch
+from sparse_llm_ft.training.batch_size import grown_batch, largest_micro_batch, resumed_batch, settle_growth
+from sparse_llm_ft.training.run import Run
 
 
 @pytest.mark.parametrize(
@@ -74,13 +79,57 @@ def test_resuming_elsewhere_keeps_the_global_batch(change) -> None:
     assert resumed_batch(phase, 1, limit=3).micro_batch_size == 2  # set anew, after a lack of memory for instance
 
 
-def test_growth_that_cannot_be_planned_is_refused_at_the_start(change, monkeypatch) -> None:
+class _Console(Console):
+    """Keeps its lines."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_growth_that_cannot_be_planned_is_skipped_or_refused(settings: dict, change, monkeypatch) -> None:
+    """It is on by default; only who asks for it is refused."""
     config, _, before, _ = change
-    check_growth(config, before, CAUSAL_LM)
+    console = _Console()
+    assert settle_growth(config, before, CAUSAL_LM, 16, console) is config and not console.lines
 
     def fails(*args: object, **kwargs: object) -> int:
-        raise RuntimeError("no meta kernel\nfor this")
+        raise KeyError("no meta kernel\nfor this")
 
     monkeypatch.setattr(batch_size, "activation_bytes", fails)
-    with pytest.raises(ConfigError, match=r"method.batch_growth: .* \(no meta kernel for this\); expected none"):
-        check_growth(config, before, CAUSAL_LM)
+    settled = settle_growth(config, before, CAUSAL_LM, 16, console)
+    assert [method.model_dump()["batch_growth"] for method in settled.method] == ["none"]
+    assert len(console.lines) == 1 and console.lines[0].startswith("method.batch_growth is none: the memory of this")
+    for growth in ("keep_global", "grow_global"):
+        method = {"name": "weight_lora", "keep": 1, "steps": 2, "batch_growth": growth}
+        asked = parse_config(merge(settings, {"method": method}))
+        with pytest.raises(ConfigError, match=rf"^method.batch_growth: {growth}, but .*\(KeyError.*\); expected none"):
+            settle_growth(asked, before, CAUSAL_LM, 16, console)
+
+
+def test_a_model_with_its_own_attention_trains_without_growth(
+    settings: dict, model_folder: Path, tmp_path: Path
+) -> None:
+    """Falcon. config.yaml says what ran, and the settings as typed resume it."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(FalconConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    model.save_pretrained(tmp_path / "falcon")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "falcon")
+    changes = {
+        "model": {"name": str(tmp_path / "falcon")},
+        "method": {"name": "weight_lora", "keep": 1, "steps": 2},
+    }
+    typed = parse_config(merge(settings, changes))
+    run = Run.prepare(open_context(typed))
+    assert run.config is run.context.config and not any(method.grows_batch for method in run.config.method)
+    run.folder.path.mkdir()
+    run.folder.begin(run.config, 0)
+    Run.prepare(open_context(typed))
+    with pytest.raises(ConfigError, match=r"batch_growth: 'none' there, 'keep_global' here"):
+        run.folder.check(typed, resolved=True)
+    asked = merge(settings, merge(changes, {"method": {"batch_growth": "keep_global"}}))
+    with pytest.raises(ConfigError, match=r"batch_growth: 'none' there, 'keep_global' here"):
+        Run.prepare(open_context(parse_config(asked)))
