@@ -35,6 +35,7 @@ _FREE = {
     "training.keep_checkpoints",
     "training.max_skipped_updates",
     "evaluation.micro_batch_size",
+    "task.date",  # of the first start; the samples' key has it
     "model.gradient_checkpointing",
     "model.trust_remote_code",
     "model.attn_implementation",
@@ -163,6 +164,10 @@ class RunFolder:
     def has_checkpoints(self) -> bool:
         """Whether a run in this folder would be resumed."""
         return any(self.checkpoints.glob("step-*"))
+
+    def has_config(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return (self.path / CONFIG_FILE).is_file()
 
     def config(self) -> RunConfig:
         """The settings that the run began with. Paths in them need not exist.

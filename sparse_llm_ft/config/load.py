@@ -58,7 +58,28 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _as_user_error(error, tree) from None
     _check_together(config)
-    return _with_absolute_paths(config)
+    return _with_chat_template(_with_absolute_paths(config))
+
+
+def _with_chat_template(config: RunConfig) -> RunConfig:
+    """The settings with the chat template's text in place of its file's name.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    given = config.task.chat_template
+    if given is None or "{{" in given or "{%" in given:
+        return config
+    try:
+        text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(
+            "task.chat_template", f"{given!r} cannot be read ({reason})", "expected a file with a Jinja template"
+        ) from None
+    if "{{" not in text and "{%" not in text:
+        raise ConfigError("task.chat_template", f"{given!r} holds no Jinja", "expected a template with {{ }} or {% %}")
+    return config.model_copy(update={"task": config.task.model_copy(update={"chat_template": text})})
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
-from sparse_llm_ft.config.types import MAX_BATCH, FilePath, Float, Int, Section
+from sparse_llm_ft.config.types import MAX_BATCH, Date, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
@@ -54,6 +54,10 @@ class TaskConfig(Section):
             completion that is longer than the rest takes the room from its own prompt and is never truncated.
         prompt, completion: templates with ``{column}`` fields; None takes the task's own.
         messages: column of chats, lists of ``{role, content}``, instead of `prompt` and `completion`.
+        chat_template: a chat template in Jinja, instead of the tokenizer's. A file's name is replaced by the file's
+            text, so that a run's config.yaml is complete.
+        chat_template_kwargs: arguments of the chat template, such as ``{enable_thinking: false}``.
+        date: what a chat template that asks for the date takes for the present, in ISO 8601; None: when the run begins.
         labels: makes the task a classification: the label words in the order of the integer labels.
         score: makes the task a regression: lowest and highest score.
         texts: columns an encoder sees, one or a pair; None takes the task's own, or those of its prompt.
@@ -76,6 +80,9 @@ class TaskConfig(Section):
     prompt: str | None = Field(None, min_length=1)
     completion: str | None = Field(None, min_length=1)
     messages: str | None = Field(None, min_length=1)
+    chat_template: str | None = Field(None, min_length=1)
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    date: Date | None = None
     labels: tuple[str, ...] | None = Field(None, min_length=2)
     score: tuple[Float, Float] | None = None
     texts: tuple[str, ...] | None = Field(None, min_length=1, max_length=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,18 @@ def _expand(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_expand)]
 """A path; a leading ~ is the home folder."""
+
+
+def _iso_date(text: str) -> str:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("a date in ISO 8601, such as 2026-05-01 or 2026-05-01T12:30:00") from None
+    return text
+
+
+Date = Annotated[str, AfterValidator(_iso_date)]
+"""A date, or a date and time, in ISO 8601."""
 
 
 def is_file(text: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.data.chat import ChatFormat, apply_chat_settings, with_date
 from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
@@ -101,7 +102,11 @@ class RunContext:
         tokenizer = tokenizer_for(config.model, task_mode, empty)
         if config.task.packing:
             check_packing(empty)
-        objective = build_objective(empty, tokenizer, task)
+        chats = task_mode.mode == "causal_lm"
+        chat = apply_chat_settings(tokenizer, config.task, chats)
+        for line in chat.remarks() if chats else ():
+            console.log(line)
+        objective = build_objective(empty, tokenizer, task, chat.end_token_id)
         folder = RunFolder(config.output_dir)
         left_out = find_left_out(empty, reached)
         context = cls(
@@ -138,6 +143,22 @@ class RunContext:
                 f"{self.left_out.describe()} stay in {self.config.model.dtype}"
             )
 
+    def dated(self, agree: Callable[[str], str] = str) -> RunContext:
+        """Collective, as `agree` is. The context with the date that a chat template gets, if it asks for one.
+
+        It is that of the run's beginning, which is the present for a new run.
+
+        Args:
+            agree: returns rank 0's text.
+        """
+        task, chat = self.config.task, ChatFormat.of(self.tokenizer, self.config.task)
+        if self.task_mode.mode != "causal_lm" or not chat.uses_date:
+            return self
+        stored = self.folder.config().task.date if self.folder.has_config() else None
+        task = with_date(task, chat, stored, agree)
+        self.console.log(f"the chat template asks for the date, and always gets {task.date} (task.date)")
+        return replace(self, config=self.config.model_copy(update={"task": task}))
+
     def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
         """An evaluator of this run's models on `parts`."""
         return Evaluator(
@@ -150,6 +171,7 @@ class RunContext:
             self.world,
             self.config.deepspeed.zero_stage,
             self.config.seed,
+            ChatFormat.of(self.tokenizer, self.config.task).end_token_id,
         )
 
     def first_phase(self) -> Phase:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, cache_folder, samples_key, schema_of, tokenizer_key, write_cached
+from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
@@ -144,8 +145,14 @@ class SplitBuilder:
             return SpanPreprocessor(self.tokenizer, length)
         if self.task_mode.has_head:
             return ClassificationPreprocessor(self.tokenizer, length)
-        kind = Seq2SeqPreprocessor if self.task_mode.mode == "seq2seq_lm" else CausalLMPreprocessor
-        return kind(self.tokenizer, length, self._prompt_length)
+        if self.task_mode.mode == "seq2seq_lm":
+            return Seq2SeqPreprocessor(self.tokenizer, length, self._prompt_length)
+        return CausalLMPreprocessor(self.tokenizer, length, self._prompt_length, self.chat)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How prompts are written with the chat template, if there is one."""
+        return ChatFormat.of(self.tokenizer, self.config.task)
 
     @property
     def _prompt_length(self) -> int | None:
@@ -156,7 +163,9 @@ class SplitBuilder:
             return settings.max_prompt_length
         assert task.completion, "resolve_task made sure"
         completions = [render(task.completion, {task.label_column: answer}) for answer in answers]
-        room = settings.max_length - max(len(completion_ids(text, self.tokenizer)) for text in completions)
+        room = settings.max_length - max(
+            len(completion_ids(text, self.tokenizer, self.chat.end_token_id)) for text in completions
+        )
         if room < 1:
             raise ConfigError(
                 "task.max_length", f"{settings.max_length} leaves no room beside the longest label", "expected more"
@@ -226,6 +235,7 @@ class SplitBuilder:
                 rows=None if path is None else _ends(path),
                 tokenizer=tokenizer_key(self.tokenizer),
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
+                chat=self._chat_key,
             )
 
         self.ranks.on_every_rank(look)
@@ -286,6 +296,12 @@ class SplitBuilder:
             if number == limit:
                 return
 
+    @property
+    def _chat_key(self) -> list[Any]:
+        """What samples depend on beside the tokenizer's chat template."""
+        settings = self.config.task
+        return [settings.chat_template_kwargs, settings.date if self.chat.uses_date else None]
+
     def _key(self, split: str, further: str | None, limit: int | None) -> str:
         """The cache key, from the contents of rows and tokenizer and from every setting that samples depend on."""
         task, settings = self.task, self.config.task
@@ -295,6 +311,7 @@ class SplitBuilder:
             tokenizer=tokenizer_key(self.tokenizer),
             mode=self.task_mode.mode,
             max_length=[settings.max_length, settings.max_prompt_length],
+            chat=self._chat_key,
             on_bad_row=settings.on_bad_row,
             split=[split, further, limit],
             task=templates,

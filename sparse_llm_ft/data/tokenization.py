@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.errors import DataError
@@ -27,11 +28,13 @@ class CausalLMPreprocessor:
 
     Attributes:
         prompt_length: maximum tokens of the prompt; None means three quarters of `max_length`.
+        chat: how the chat template is used; None takes it as it is.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     prompt_length: int | None = None
+    chat: ChatFormat | None = None
 
     def __call__(self, example: Example) -> Sample:
         """Tokenise.
@@ -39,8 +42,9 @@ class CausalLMPreprocessor:
         Raises:
             DataError: the prompt is empty, or the completion leaves no room for it.
         """
-        prompt = prompt_ids(example, self.tokenizer)
-        completion = completion_ids(example.completion, self.tokenizer)
+        chat = ChatFormat(self.tokenizer) if self.chat is None else self.chat
+        prompt = prompt_ids(example, chat)
+        completion = completion_ids(example.completion, self.tokenizer, chat.end_token_id)
         usual = usual_prompt_length(self.max_length) if self.prompt_length is None else self.prompt_length
         room = min(usual, self.max_length - len(completion))
         if room < 1 or not prompt:
@@ -124,9 +128,14 @@ def usual_prompt_length(max_length: int) -> int:
     return max_length - max_length // 4
 
 
-def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a decoder's completion, with the end-of-sequence token."""
-    return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+def completion_ids(text: str, tokenizer: PreTrainedTokenizerBase, end: int | None = None) -> list[int]:
+    """Token ids of a decoder's completion.
+
+    Args:
+        end: the last one; None is the end-of-sequence token.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id if end is None else end]
 
 
 def target_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -135,12 +144,13 @@ def target_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
-def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(example: Example, chat: ChatFormat) -> list[int]:
     """Token ids of a decoder's prompt.
 
     Raises:
         DataError: a chat whose tokenizer has no chat template, or whose template rejects it.
     """
+    tokenizer = chat.tokenizer
     turns = [{"role": "user", "content": example.prompt}]
     if example.messages is not None:
         turns = [dict(turn) for turn in example.messages]
@@ -153,8 +163,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int
         # Drop an end-of-sequence token: it would end the sequence before the completion.
         return plain[:-1] if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id else plain
     try:
-        ids: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        return list(ids)
+        return chat.prompt_ids(turns)
     except Exception as error:  # a template's code may raise anything
         reason = " ".join(str(error).split())[:200]
         raise DataError(example.source, example.line, f"the chat template rejects it ({reason})") from error

@@ -33,7 +33,11 @@ _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a fixed subset: before and after training, and in `sparse-llm-ft evaluate`."""
+    """Evaluates a fixed subset: before and after training, and in `sparse-llm-ft evaluate`.
+
+    Attributes:
+        end_token_id: ends a decoder's texts beside the end-of-sequence tokens, if given.
+    """
 
     settings: EvaluationConfig
     task: Task
@@ -44,6 +48,7 @@ class Evaluator:
     world: World
     zero_stage: int
     seed: int
+    end_token_id: int | None = None
 
     @property
     def count(self) -> int:
@@ -90,6 +95,7 @@ class Evaluator:
             synced=self.zero_stage == 3,
             seed=self.seed,
             seq2seq=self.task_mode.mode == "seq2seq_lm",
+            end_token_id=self.end_token_id,
         )
         return texts, None
 

@@ -38,6 +38,7 @@ def generate(
     synced: bool,
     seed: int = 0,
     seq2seq: bool = False,
+    end_token_id: int | None = None,
 ) -> list[str]:
     """Collective. Every rank gets the generated text of every sample, in order.
 
@@ -53,8 +54,9 @@ def generate(
         synced: ZeRO-3, under which ranks must make equally many forward passes.
         seed: seed of sampling.
         seq2seq: an encoder reads the prompt; the decoder generates from its start token on.
+        end_token_id: a further token that ends a text, if given.
     """
-    tokens = rank_tokens(model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq)
+    tokens = rank_tokens(model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq, end_token_id)
     if world_size > 1:
         dist.all_reduce(tokens)
     base: Any = base_of(model)
@@ -72,6 +74,7 @@ def rank_tokens(
     synced: bool,
     seed: int,
     seq2seq: bool,
+    end_token_id: int | None = None,
 ) -> torch.Tensor:
     """Collective. The tokens that this rank generates, see `generate`.
 
@@ -83,7 +86,7 @@ def rank_tokens(
     bare: Any = model
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer made sure"
     device = next(model.parameters()).device
-    options = _options(model, tokenizer, settings, seq2seq)
+    options = _options(model, tokenizer, settings, seq2seq, end_token_id)
     stops = torch.tensor(options.eos_token_id, device=device)
     tokens = torch.zeros((len(samples), settings.max_new_tokens), dtype=torch.long, device=device)
     collate = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id, side="right" if seq2seq else "left")
@@ -143,12 +146,16 @@ def _sampling(settings: EvaluationConfig, seed: int, indices: Sequence[int], beg
 
 
 def _options(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, seq2seq: bool
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationConfig,
+    seq2seq: bool,
+    end_token_id: int | None,
 ) -> GenerationConfig:
     """The complete generation config; `eos_token_id` is a list."""
     base: Any = base_of(model)
     own = base.generation_config.eos_token_id
-    stops = [tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])]
+    stops = [tokenizer.eos_token_id, end_token_id, *(own if isinstance(own, list | tuple) else [own])]
     options: dict[str, Any] = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
     if seq2seq:
         start = getattr(base.config, "decoder_start_token_id", None)

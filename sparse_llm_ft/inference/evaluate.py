@@ -35,10 +35,10 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
         UserError: data or weights cannot be used, or the folder exists.
     """
     # Data.
-    context = run.context
+    ranks = coordinate(run.context.world, "reading and tokenising the data")
+    context = run.context.dated(ranks.broadcast)
     config, world = context.config, context.world
     check_weights(config.model)
-    ranks = coordinate(world, "reading and tokenising the data")
     parts = SplitBuilder(config, context.task, context.tokenizer, context.task_mode, ranks).measured()
     for line in remarks_of(parts, config.task):
         context.console.log(line)

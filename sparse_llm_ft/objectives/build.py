@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -19,8 +21,13 @@ from sparse_llm_ft.objectives.language_modeling import CompletionObjective, Labe
 from sparse_llm_ft.objectives.spans import SpanObjective
 
 
-def build_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Objective[Any]:
+def build_objective(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, end_token_id: int | None = None
+) -> Objective[Any]:
     """The objective of `task` on `model`. Reads the model's class and config only, so `empty_model` suffices.
+
+    Args:
+        end_token_id: ends a decoder's completions; None is the end-of-sequence token.
 
     Raises:
         ConfigError: one token does not distinguish all label words.
@@ -31,7 +38,9 @@ def build_objective(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, 
         return ClassificationObjective(pad) if task.labels is not None else RegressionObjective(pad)
     if mode == "question_answering":
         return SpanObjective(pad)
-    words = _label_words(tokenizer, task, mode == "seq2seq_lm")
+    words = _label_words(
+        tokenizer, task, target_ids if mode == "seq2seq_lm" else partial(completion_ids, end=end_token_id)
+    )
     if mode == "seq2seq_lm":
         assert isinstance(base, PreTrainedModel)
         start = base.config.decoder_start_token_id
@@ -96,12 +105,13 @@ def _masks_by_positions(model: PreTrainedModel) -> bool:
     return False
 
 
-def _label_words(tokenizer: PreTrainedTokenizerBase, task: Task, is_target: bool) -> LabelWords | None:
+def _label_words(
+    tokenizer: PreTrainedTokenizerBase, task: Task, write: Callable[[str, PreTrainedTokenizerBase], list[int]]
+) -> LabelWords | None:
     """Each label's token at the first position where the labels' completions differ."""
     if task.labels is None:
         return None
     assert task.completion, "resolve_task made sure"
-    write = target_ids if is_target else completion_ids
     rows = [write(render(task.completion, {task.label_column: word}), tokenizer) for word in task.labels]
     position = next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), 0)
     tokens: dict[int, str] = {}

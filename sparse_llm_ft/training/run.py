@@ -125,6 +125,7 @@ class Run:
             UserError: the base has no weights; rows cannot be used; settings do not fit the run's length; batch growth
                 is set for a model whose memory cannot be traced.
         """
+        context = context.dated(ranks.broadcast)
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
         try_export(context, context.first_phase().plan)
