@@ -78,9 +78,6 @@ class RunContext:
                 f"model.trust_remote_code is set: code from {config.model.name}, at revision "
                 f"{config.model.revision or 'main'}, runs in this process"
             )
-        for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
-            for name in escaped_columns(template or ""):
-                console.log(f"{setting}: {{{{{name}}}}} writes the text {{{name}}}; the column would be {{{name}}}")
         # The form of the base's weights, which its own config may decide.
         model = find_quantization(config.model)
         if model != config.model:
@@ -102,10 +99,7 @@ class RunContext:
         tokenizer = tokenizer_for(config.model, task_mode, empty)
         if config.task.packing:
             check_packing(empty)
-        chats = task_mode.mode == "causal_lm"
-        chat = apply_chat_settings(tokenizer, config.task, chats)
-        for line in chat.remarks() if chats else ():
-            console.log(line)
+        chat = apply_chat_settings(tokenizer, config.task, task_mode.mode == "causal_lm")
         objective = build_objective(empty, tokenizer, task, chat.end_token_id)
         folder = RunFolder(config.output_dir)
         left_out = find_left_out(empty, reached)
@@ -155,9 +149,18 @@ class RunContext:
         if self.task_mode.mode != "causal_lm" or not chat.uses_date:
             return self
         stored = self.folder.config().task.date if self.folder.has_config() else None
-        task = with_date(task, chat, stored, agree)
-        self.console.log(f"the chat template asks for the date, and always gets {task.date} (task.date)")
-        return replace(self, config=self.config.model_copy(update={"task": task}))
+        return replace(self, config=self.config.model_copy(update={"task": with_date(task, chat, stored, agree)}))
+
+    def remarks(self) -> list[str]:
+        """Log lines about prompts: names in doubled braces, and what the chat template does."""
+        lines = [
+            f"{setting}: {{{{{name}}}}} writes the text {{{name}}}; the column would be {{{name}}}"
+            for setting, template in (("task.prompt", self.task.prompt), ("task.completion", self.task.completion))
+            for name in escaped_columns(template or "")
+        ]
+        if self.task_mode.mode != "causal_lm":
+            return lines
+        return lines + ChatFormat.of(self.tokenizer, self.config.task).remarks()
 
     def evaluator(self, parts: Sequence[EvalSplit]) -> Evaluator:
         """An evaluator of this run's models on `parts`."""

@@ -97,8 +97,10 @@ class ChatFormat:
         return tags[-1][0] if tags and not _CLOSED.search(written, tags[-1].end()) else None
 
     def remarks(self) -> list[str]:
-        """Log lines: an end of turns that is not the end of sequences, and an opened block of thoughts."""
+        """Log lines: the date, an end of turns that is not the end of sequences, and an opened block of thoughts."""
         lines = []
+        if self.date is not None and self.uses_date:
+            lines.append(f"the chat template asks for the date, and always gets {self.date.isoformat()} (task.date)")
         if self.end_token_id != self.tokenizer.eos_token_id:
             end = self.tokenizer.convert_ids_to_tokens(self.end_token_id)
             lines.append(

@@ -152,6 +152,7 @@ class Run:
         frozen = [f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []
         return [
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
+            *self.context.remarks(),
             *self.splits.remarks(self.config.task),
             f"phase {self.first.name}: {plan.describe()}{adapters}",
             *frozen,
@@ -210,7 +211,7 @@ class Run:
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
-        for line in self.splits.remarks(self.config.task):
+        for line in (*self.context.remarks(), *self.splits.remarks(self.config.task)):
             self.console.log(line)
         return state, phase
 
