@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from sparse_llm_ft.errors import one_line
 
 Shape = tuple[int, int]
-"""(out_features, in_features) of a target module, as its weight is stored."""
+"""(out_features, in_features) of a target module, however its weight is stored."""
 
 PLAN_VERSION = 3
 

@@ -15,6 +15,7 @@ from sparse_llm_ft.adapters.convert import to_stock_lora
 from sparse_llm_ft.adapters.masking import clear_masked, to_full
 from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.plan import AdapterPlan
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,6 +32,8 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> Peft
     config = tuner.peft_config(plan)
     # PEFT would copy the head for classification; here it is trained in place.
     config.task_type = None if plan.trained else task_type(model)
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any_transposed(model, plan.active)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     peft_model = get_peft_model(model, config, **options)
     assert isinstance(peft_model, PeftModel)
@@ -59,13 +62,14 @@ def save_peft_adapter(
     base_model: str,
     revision: str | None,
     task: str | None = "CAUSAL_LM",
+    transposed: bool = False,
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """Write trained adapters as ``adapter_config.json`` and ``adapter_model.safetensors`` for `PeftModel`.
 
     Returns:
         What was written, see `peft_adapter`.
     """
-    config, weights = peft_adapter(plan, tensors, base_model, revision, task)
+    config, weights = peft_adapter(plan, tensors, base_model, revision, task, transposed)
     write_peft_adapter(folder, config, weights)
     return config, weights
 
@@ -83,6 +87,7 @@ def peft_adapter(
     base_model: str,
     revision: str | None,
     task: str | None = "CAUSAL_LM",
+    transposed: bool = False,
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """PEFT's settings and tensors of trained adapters.
 
@@ -91,6 +96,7 @@ def peft_adapter(
     Args:
         tensors: short parameter name -> value; all but omegas may lie on the meta device.
         task: PEFT's task type, see `task_type`.
+        transposed: whether the base's layers store their weights transposed, see `any_transposed`.
     """
     tuner = tuner_of(plan)
     config: dict[str, object]
@@ -102,4 +108,6 @@ def peft_adapter(
         weights = {tuner.saved_name(name): t.contiguous() for name, t in to_full(plan, tensors).items()}
         if plan.trained:
             config["modules_to_save"] = list(plan.trained)
+    if transposed:
+        config["fan_in_fan_out"] = True
     return config | {"base_model_name_or_path": base_model, "revision": revision}, weights

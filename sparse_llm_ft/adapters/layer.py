@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
+from sparse_llm_ft.model.linear import LinearLayer, is_transposed, sides
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
 
@@ -63,10 +64,10 @@ class Pair(nn.Module):
 
 
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
-    """Wraps an `nn.Linear` or a bitsandbytes `Linear4bit`, with one or several named adapters, as PEFT allows."""
+    """Wraps an `nn.Linear`, `Linear4bit` or `Conv1D`, with one or several named adapters, as PEFT allows."""
 
     # Typed here, since nn.Module's attributes are "Tensor or Module" to a type checker.
-    base_layer: nn.Linear
+    base_layer: LinearLayer
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
@@ -88,7 +89,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: LinearLayer,
         adapter_name: str,
         adapter: ModuleAdapter,
         lora_dropout: float,
@@ -97,8 +98,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(base_layer)
-        self.in_features = base_layer.in_features
-        self.out_features = base_layer.out_features
+        self.out_features, self.in_features = sides(base_layer)
         self.adapters: dict[str, ModuleAdapter] = {}
         self._scale: dict[str, float] = {}  # a factor that users may set, 1 otherwise
         self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers each pair once
@@ -247,7 +247,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """
         for name in self._present(check_adapters_to_merge(self, adapter_names)):
             weight = self.get_base_weight()
-            merged = (weight.float() + self.get_delta_weight(name)).to(weight.dtype)
+            merged = (weight.float() + self._stored_delta(name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {name!r} gives weights that are not finite")
             self.set_base_weight(merged)
@@ -262,7 +262,12 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.adapters:
                 weight = self.get_base_weight()
-                self.set_base_weight((weight.float() - self.get_delta_weight(name)).to(weight.dtype))
+                self.set_base_weight((weight.float() - self._stored_delta(name)).to(weight.dtype))
+
+    def _stored_delta(self, adapter: str) -> torch.Tensor:
+        """`get_delta_weight` as the base layer stores its weight."""
+        delta = self.get_delta_weight(adapter)
+        return delta.T if is_transposed(self.base_layer) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: ΔW is a low-rank product, which PEFT's LoRA can represent."""

@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.targets import ALL_LINEAR, linear_modules, name_endings
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.plan import module_kind
 
-_OTHERS = (nn.Linear, nn.Embedding, _ConvNd, BaseTunerLayer)
+_OTHERS = (nn.Linear, Conv1D, nn.Embedding, _ConvNd, BaseTunerLayer)
 _LITTLE = 0.01
 
 

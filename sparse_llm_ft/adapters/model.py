@@ -14,9 +14,10 @@ from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
+from sparse_llm_ft.model.linear import LinearLayer, sides
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
-Linear = nn.Linear | SparseLoraLayer
+Linear = LinearLayer | SparseLoraLayer
 
 
 class SparseLoraModel(BaseTuner):
@@ -93,8 +94,8 @@ class SparseLoraModel(BaseTuner):
         groups = self.lora_shared[adapter_name]
         assert isinstance(groups, nn.ModuleDict)
         if adapter.group not in groups:
-            base: nn.Linear = target.base_layer if isinstance(target, SparseLoraLayer) else target
-            pair = Pair(base.out_features, base.in_features, adapter)
+            base: LinearLayer = target.base_layer if isinstance(target, SparseLoraLayer) else target
+            pair = Pair(*sides(base), adapter)
             groups[adapter.group] = pair.to(base.weight.device)
         shared = groups[adapter.group]
         assert isinstance(shared, Pair)

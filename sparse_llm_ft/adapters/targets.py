@@ -12,6 +12,7 @@ from torch import nn
 from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import HEAD_NAMES
+from sparse_llm_ft.model.linear import linear_shape
 from sparse_llm_ft.plan import AdapterPlan, PlanError, Shape
 
 ALL_LINEAR = "all-linear"
@@ -29,13 +30,14 @@ def linear_modules(model: nn.Module) -> dict[str, Shape]:
     saved = tuple(name + "." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {}
     for name, module in modules.items():
-        if not isinstance(module, nn.Linear) or module is output or name.split(".")[0] in HEAD_NAMES:
+        shape = linear_shape(module)
+        if shape is None or module is output or name.split(".")[0] in HEAD_NAMES:
             continue
         if name.startswith(wrappers) and not name.endswith(".base_layer"):
             continue  # an adapter's own matrices
         if name.startswith(saved):
             continue  # PEFT's modules_to_save: fully trained
-        found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
+        found[name.removesuffix(".base_layer")] = shape
     return found
 
 

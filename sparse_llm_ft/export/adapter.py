@@ -13,6 +13,7 @@ from sparse_llm_ft.export.read_back import check_adapter
 from sparse_llm_ft.export.whole_model import save_values
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.model.loading import DTYPES
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -40,7 +41,9 @@ def export(
             values = {name: tensor.to(DTYPES[model.dtype]).contiguous() for name, tensor in tensors.items()}
             save_values(path, context, {**values, **buffers})
             return
-        written = save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(context.empty))
+        empty = context.empty
+        transposed = any_transposed(empty, plan.active)
+        written = save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(empty), transposed)
         check_adapter(path, *written)
 
     write_folder(folder, fill)

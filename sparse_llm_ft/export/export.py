@@ -27,6 +27,7 @@ from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 
 
@@ -85,7 +86,13 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
         _write_native(folder, run, base)
     else:
         written = save_peft_adapter(
-            folder, run.plan, run.state.tensors, base, run.config.model.revision, task_type(run.empty)
+            folder,
+            run.plan,
+            run.state.tensors,
+            base,
+            run.config.model.revision,
+            task_type(run.empty),
+            any_transposed(run.empty, run.plan.active),
         )
         check_adapter(folder, *written)
         if options.uniform_rank:

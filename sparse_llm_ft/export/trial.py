@@ -18,6 +18,7 @@ from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.export.read_back import WrittenWrongly, check_adapter
 from sparse_llm_ft.export.whole_model import save_without_weights
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.model.loading import empty_like_stored, load_tokenizer
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -79,7 +80,8 @@ def _try_adapter(context: RunContext, plan: AdapterPlan, folder: Path) -> None:
     for module in plan.trained:
         whole = context.empty.get_submodule(module)
         tensors |= {f"{module}.{name}": parameter for name, parameter in whole.named_parameters()}
-    config, weights = peft_adapter(plan, tensors, model.name, model.revision, task_type(context.empty))
+    transposed = any_transposed(context.empty, plan.active)
+    config, weights = peft_adapter(plan, tensors, model.name, model.revision, task_type(context.empty), transposed)
     write_peft_adapter(folder, config, {})
     check_adapter(folder, config, {})
     # PEFT must find in it what was trained: the same names, on the same modules.

@@ -21,6 +21,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World
 from sparse_llm_ft.errors import CheckpointError, UserError
+from sparse_llm_ft.model.linear import restore_transposed
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -134,6 +135,7 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
     base = load_model(settings, run.task_mode, run.config.seed)
     if dequantize and settings.quantization != "none":
         base.dequantize()
+        restore_transposed(base, run.empty)
     model = add_adapters(base, run.plan)
     values = to_full(run.plan, run.state.tensors)
     parameters = trained_parameters(model)

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.linear import linear_shape
 
 
 def causal_lm_class(settings: PreTrainedConfig) -> type:
@@ -64,7 +65,7 @@ def text_modules(model: PreTrainedModel, name: str) -> frozenset[str] | None:
     whole = names.get(id(decoder), "")
     inside = {path for path in names.values() if not whole or path == whole or path.startswith(whole + ".")}
     called, failure = _called(model)
-    linear = {path for path in inside if isinstance(model.get_submodule(path), nn.Linear)}
+    linear = {path for path in inside if linear_shape(model.get_submodule(path)) is not None}
     if isinstance(failure, TypeError | ValueError) and not called & linear:
         reason = " ".join(str(failure).split())[:200]
         raise ConfigError(

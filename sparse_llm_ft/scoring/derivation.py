@@ -14,6 +14,7 @@ from torch import nn
 from sparse_llm_ft.config.derivation import DerivationSettings, MeasureName
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.model.linear import LinearLayer, sides
 from sparse_llm_ft.objectives.base import Objective, evaluating
 from sparse_llm_ft.scoring.ablation import AblationEvaluator
 from sparse_llm_ft.scoring.contracts import ALONE, T, WorkShard
@@ -117,7 +118,7 @@ class Derivation:
 
 def derive(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, LinearLayer],
     samples: Sequence[T],
     objective: Objective[T],
     settings: DerivationSettings,
@@ -188,7 +189,7 @@ def derive(
 
 def measure_only(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, LinearLayer],
     samples: Sequence[T],
     objective: Objective[T],
     settings: DerivationSettings,
@@ -233,7 +234,7 @@ def _floor(settings: DerivationSettings, correct: float, loss: float) -> Callabl
 
 def _measure(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, LinearLayer],
     batches: Sequence[Batch],
     objective: Objective[Never],
     measure: MeasureName,
@@ -252,7 +253,7 @@ def _measure(
         own = gradient_importance(model, modules, batches, objective, measure, shard)
     parts = []
     for name, module in modules.items():
-        nothing = Importance(torch.zeros(module.out_features), torch.zeros(module.in_features))
+        nothing = Importance(*map(torch.zeros, sides(module)))
         scores = own.get(name, nothing)
         parts += [scores.rows, scores.cols]
     whole = iter(shard.reduce(torch.cat(parts)).split([len(part) for part in parts]))

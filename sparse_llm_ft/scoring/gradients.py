@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.model.linear import LinearLayer, sides
 from sparse_llm_ft.objectives.base import Objective, evaluating
 from sparse_llm_ft.scoring.blocks import group_by_block
 from sparse_llm_ft.scoring.contracts import ALONE, WorkShard
@@ -25,7 +26,7 @@ class _Call:
 
 def gradient_importance(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, LinearLayer],
     batches: Sequence[Batch],
     objective: Objective[Never],
     measure: Literal["snip", "imp"],
@@ -65,7 +66,7 @@ def gradient_importance(
     return found
 
 
-def _passes(modules: Mapping[str, nn.Linear], shard: WorkShard) -> Iterator[dict[int, list[str]]]:
+def _passes(modules: Mapping[str, LinearLayer], shard: WorkShard) -> Iterator[dict[int, list[str]]]:
     """For every pass, rank -> its modules; the first share belongs to the lowest layer."""
     groups, unnumbered = group_by_block(modules)
     layers = list(groups.values())
@@ -77,7 +78,7 @@ def _passes(modules: Mapping[str, nn.Linear], shard: WorkShard) -> Iterator[dict
 
 def _weight_gradients(
     model: nn.Module,
-    hooked: Mapping[str, nn.Linear],
+    hooked: Mapping[str, LinearLayer],
     wanted: set[str],
     batches: Sequence[Batch],
     objective: Objective[Never],
@@ -96,12 +97,12 @@ def _weight_gradients(
             term = delta.flatten(0, -2).float().T @ call.x.flatten(0, -2).float()
             total[call.name] = total[call.name].add_(term) if call.name in total else term
     for name in wanted - total.keys():  # a layer without influence on the loss
-        total[name] = torch.zeros(hooked[name].out_features, hooked[name].in_features)
+        total[name] = torch.zeros(*sides(hooked[name]))
     return total
 
 
 @contextmanager
-def _observed(modules: Mapping[str, nn.Linear]) -> Iterator[list[_Call]]:
+def _observed(modules: Mapping[str, LinearLayer]) -> Iterator[list[_Call]]:
     """A context with a list of the modules' calls; their outputs require gradients even if nothing below does."""
     calls: list[_Call] = []
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.model.linear import is_transposed
 from sparse_llm_ft.plan import ModuleName
 
 
@@ -48,7 +49,7 @@ def svd_importance(weight: torch.Tensor) -> Importance:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of an `nn.Linear`, or the dequantised weight of a bitsandbytes `Linear4bit`.
+    """The weight of an `nn.Linear`, that of a `Conv1D` transposed, or that of a `Linear4bit` dequantised.
 
     Returns:
         (d_out, d_in) float32 on the weight's device; a copy if the weight is stored in another form.
@@ -56,7 +57,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     weight: Any = module.weight
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is None:
-        return weight.detach().float()
+        return (weight.T if is_transposed(module) else weight).detach().float()
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, quant_state).detach().float()

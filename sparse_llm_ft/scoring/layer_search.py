@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sparse_llm_ft.model.linear import LinearLayer
 from sparse_llm_ft.scoring.ablation import AblationEvaluator, Side, zeroed
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
 from sparse_llm_ft.scoring.contracts import WorkShard
@@ -71,7 +72,7 @@ class LayerSearch:
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, LinearLayer],
         scores: Mapping[str, Importance],
         evaluator: AblationEvaluator,
         good_enough: Callable[[float], bool],

@@ -21,6 +21,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.model.linear import LinearLayer
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
 from sparse_llm_ft.scoring import Derivation, OutputScores, WorkShard, derive, measure_only
@@ -207,8 +208,8 @@ def _layer(model: nn.Module, name: str) -> SparseLoraLayer:
     return layer
 
 
-def _base_layer(module: nn.Module) -> nn.Linear:
+def _base_layer(module: nn.Module) -> LinearLayer:
     """The linear layer without adapters around it."""
     layer = getattr(module, "base_layer", module)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, LinearLayer)
     return layer

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from helpers.tiny_models import IDS, MODELS, adapters_of, llama, logits, randomize, with_adapters
 from sparse_llm_ft.adapters import SparseLoraConfig, SparseLoraLayer, find_targets, is_omega
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
+from sparse_llm_ft.scoring.importance import dense_weight
 
 
 @pytest.fixture(params=list(MODELS))
@@ -33,7 +34,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(tiny):
     assert set(found) == tiny.targets
     order = [name for name, _ in model.named_modules()]
     assert list(found) == sorted(found, key=order.index)
-    assert all(tuple(model.get_submodule(name).weight.shape) == shape for name, shape in found.items())
+    assert all(dense_weight(model.get_submodule(name)).shape == shape for name, shape in found.items())
     wrapped = get_peft_model(model, SparseLoraConfig(r=4, task_type=tiny.task_type))
     assert wrapped_modules(wrapped.base_model.model) == tiny.targets
 

@@ -1,4 +1,4 @@
-"""Tiny random models of seven architectures, and the names of their linear layers, written out by hand."""
+"""Tiny random models of eight architectures, and the names of their linear layers, written out by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -34,6 +36,8 @@ ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 GATED_MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 LLAMA_MODULES = ATTENTION + GATED_MLP
 NEOX_MODULES = ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+GPT2_MODULES = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 BERT_REST = ["attention.output.dense", "intermediate.dense", "output.dense"]
 BART_ATTENTION = ["k_proj", "v_proj", "q_proj", "out_proj"]
 
@@ -109,6 +113,14 @@ MODELS = {
         GPTNeoXForCausalLM,
         lambda: GPTNeoXConfig(**_DECODER),
         frozenset(_layers("gpt_neox.layers", NEOX_MODULES)),
+    ),
+    "gpt2": Tiny(  # its layers store their weights transposed
+        GPT2LMHeadModel,
+        lambda: GPT2Config(
+            vocab_size=64, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=32, **dict.fromkeys(_DROPOUTS, 0.0)
+        ),
+        frozenset(_layers("transformer.h", GPT2_MODULES)),
+        "CAUSAL_LM",
     ),
     "bert": Tiny(
         BertForSequenceClassification,

@@ -1,0 +1,58 @@
+"""The linear layers of a model: `nn.Linear`, bitsandbytes' 4-bit ones, and transformers' `Conv1D` (GPT-2), whose weight
+is stored transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparse_llm_ft.plan import Shape
+
+LinearLayer = nn.Linear | Conv1D
+
+
+def linear_shape(module: nn.Module) -> Shape | None:
+    """(out_features, in_features) of a linear layer; None for any other module.
+
+    The output layer inside of `nn.MultiheadAttention` is none: that module reads its weight and never calls it.
+    """
+    if not isinstance(module, LinearLayer) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    return sides(module)
+
+
+def sides(layer: LinearLayer) -> Shape:
+    """(out_features, in_features)."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as (in_features, out_features)."""
+    return isinstance(module, Conv1D)
+
+
+def any_transposed(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether one of the named modules, with or without adapters, stores its weight transposed."""
+    modules = (model.get_submodule(name) for name in names)
+    return any(is_transposed(getattr(module, "base_layer", module)) for module in modules)
+
+
+def restore_transposed(model: nn.Module, empty: PreTrainedModel) -> None:
+    """Turn layers back into `Conv1D` that `empty` has as such: quantisation replaces them, and transformers
+    dequantises them into `nn.Linear`, whose weights a reader of the saved model would take for transposed ones.
+    """
+    for name, original in empty.named_modules():
+        module: Any = model.get_submodule(name) if is_transposed(original) else None
+        if isinstance(module, nn.Linear):
+            with torch.device("meta"):
+                layer: Any = Conv1D(module.out_features, module.in_features)
+            layer.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
