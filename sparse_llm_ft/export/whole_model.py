@@ -80,16 +80,6 @@ def check_values(folder: Path, context: RunContext, values: Mapping[str, torch.T
     compare(loaded.state_dict(), values)
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of a model's buffers that belong to its weights, on the CPU. Without them it is another model."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in model.state_dict().items()
-        if name not in parameters and isinstance(tensor, torch.Tensor)
-    }
-
-
 def _save_processors(folder: Path, context: RunContext) -> None:
     """Write the tokenizer, and of a multimodal base the settings of its image and sound processors, as they are."""
     context.tokenizer.save_pretrained(folder)

@@ -20,6 +20,7 @@ from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.model.buffers import KeptBuffers
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.callbacks import Callback
@@ -76,6 +77,7 @@ class Loop:
         self.active = self._count_active()
         self.preempted_by: str | None = None
         self._skipped = 0  # in a row
+        self._buffers = KeptBuffers(self.engine.module)
 
     def steps(self) -> Iterator[Step]:
         """Collective. Train; yields after each optimizer step, with `progress` already advanced.
@@ -127,6 +129,8 @@ class Loop:
             if self.callback is not None and self.callback.needs_gradients and i == len(indices) - 1:
                 gradients = self.engine.gradients()
             updated = self.engine.step(learning_rate)
+
+        self._buffers.restore()
 
         # Agree on the loss, count the step, and run the callback on an update that was made.
         mean_loss = self._sum_loss(total) / units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,14 @@ from typing import Any
 from rich.table import Table
 
 from sparse_llm_ft import __version__
-from sparse_llm_ft.adapters import is_omega, residual_norms
+from sparse_llm_ft.adapters import count_parameters, is_omega, residual_norms
 from sparse_llm_ft.adapters.left_out import LeftOut
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
@@ -155,6 +158,36 @@ def finished_phase_file(
     content["scores"] = describe_scores(phase, state, scores, following)
     content["delta_norms"] = residual_norms(phase.plan, state.tensors) or None
     return name, content
+
+
+def check_samples(record: RunRecord, key: str) -> None:
+    """Refuse to resume with other samples. The run's place in its data is a number, which would mean other samples,
+    and the metrics after training would not be comparable with those before.
+
+    Raises:
+        ConfigError: rows, tokenizer or package differ from those that the run began with.
+    """
+    if record.samples != key:
+        raise ConfigError(
+            "task",
+            "the samples are not those that the run began with: rows or tokenizer have changed",
+            "expected the same ones, or another output_dir",
+        )
+
+
+def describe_phase(context: RunContext, phase: Phase) -> list[str]:
+    """Lines for people: a phase's adapters by kind, what has none, and how many parameters are trained."""
+    plan = phase.plan
+    kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
+    adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
+    modules = [context.empty.get_submodule(name) for name in plan.trained]
+    whole = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    left_out = context.left_out
+    return [
+        f"phase {phase.name}: {plan.describe()}{adapters}",
+        *([f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []),
+        f"{count_parameters(plan, context.targets) + whole:,} trainable parameters",
+    ]
 
 
 def describe_scores(

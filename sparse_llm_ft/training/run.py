@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -26,23 +25,25 @@ from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
 from sparse_llm_ft.engine.engine import Engine, process_group
-from sparse_llm_ft.errors import ConfigError, PreemptionRequested, UserError
+from sparse_llm_ft.errors import PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
-from sparse_llm_ft.export.whole_model import persistent_buffers
 from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.model.architecture import base_of
+from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, module_kind
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.records import (
+    check_samples,
     describe_measurement,
+    describe_phase,
     draw_report,
     finished_phase_file,
     phase_file,
@@ -128,7 +129,7 @@ class Run:
         context = context.dated(ranks.broadcast)
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
-        try_export(context, context.first_phase().plan)
+        ranks.on_every_rank(lambda: try_export(context, context.first_phase().plan))
         splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
@@ -143,20 +144,11 @@ class Run:
 
     def describe(self) -> list[str]:
         """Lines for people: the data, the run's length, samples shortened or left out, the first phase and its size."""
-        plan = self.first.plan
-        kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
-        adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
-        modules = [self.context.empty.get_submodule(name) for name in plan.trained]
-        whole = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        left_out = self.context.left_out
-        frozen = [f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []
         return [
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
             *self.context.remarks(),
             *self.splits.remarks(self.config.task),
-            f"phase {self.first.name}: {plan.describe()}{adapters}",
-            *frozen,
-            f"{count_parameters(plan, self.targets) + whole:,} trainable parameters",
+            *describe_phase(self.context, self.first),
         ]
 
     def train(self) -> dict[str, Any]:
@@ -202,7 +194,7 @@ class Run:
         phase = first
         if state is not None:
             # Resume its phase, for the present number of ranks and with the settings that have changed since.
-            self._check_samples(state.record)
+            check_samples(state.record, self.splits.key)
             configured = self.config.training.micro_batch_size
             changed = configured if configured != state.record.micro_batch_size else None
             state.record.micro_batch_size = configured
@@ -214,20 +206,6 @@ class Run:
         for line in (*self.context.remarks(), *self.splits.remarks(self.config.task)):
             self.console.log(line)
         return state, phase
-
-    def _check_samples(self, record: RunRecord) -> None:
-        """Refuse to resume with other samples. The run's place in its data is a number, which would mean other samples,
-        and the metrics after training would not be comparable with those before.
-
-        Raises:
-            ConfigError: rows, tokenizer or package differ from those that the run began with.
-        """
-        if record.samples != self.splits.key:
-            raise ConfigError(
-                "task",
-                "the samples are not those that the run began with: rows or tokenizer have changed",
-                "expected the same ones, or another output_dir",
-            )
 
     def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
         """Collective. Train one phase to its end; returns its engine and its last state, which is also saved."""

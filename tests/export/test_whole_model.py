@@ -32,9 +32,9 @@ from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.read_back import WrittenWrongly
 from sparse_llm_ft.export.staging import stage
 from sparse_llm_ft.export.trial import try_export
-from sparse_llm_ft.export.whole_model import persistent_buffers
 from sparse_llm_ft.inference.trained_run import read_run
 from sparse_llm_ft.io.atomic import MANIFEST
+from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.loading import load_model
 
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3], [1, 4, 4, 20, 11, 8]])

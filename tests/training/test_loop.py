@@ -99,6 +99,20 @@ def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
     assert "seen" not in steps[1].callback
 
 
+def test_buffers_of_the_base_stay_whatever_a_forward_pass_does_to_them() -> None:
+    """Running means: adapters and checkpoints do not hold them, so nobody could load what was measured."""
+    loop = make_loop(set(), most=0)
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(0.5)
+    loop.engine.module = torch.nn.Sequential(norm, loop.engine.module)
+    loop.engine.module.weight = loop.engine.module[1].weight  # whose gradient the engine reads
+    loop.__post_init__()
+    for _ in loop.steps():
+        assert float(norm.running_mean) == 0.5 and int(norm.num_batches_tracked) == 0
+    norm(torch.tensor([[1.0], [3.0]]))
+    assert float(norm.running_mean) != 0.5
+
+
 def test_a_good_update_between_begins_the_count_anew() -> None:
     bad = {0, 1, 4, 5}
     assert [step.skipped for step in make_loop(bad, most=1).steps()] == [True, False, True, False, False, False]

@@ -1,0 +1,44 @@
+"""Persistent buffers: what belongs to a model's weights and is no parameter (running means, a router's bias)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class KeptBuffers:
+    """Keeps a model's persistent buffers at their values while it trains.
+
+    A run trains parameters, and its output and checkpoints hold parameters: an adapter belongs to the base with the
+    base's own buffers. Without this, a module that changes a buffer in every forward pass (running means) would be
+    measured with other values than anyone can load, and a resumed run would begin with others than it stopped with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        copies: dict[int, torch.Tensor] = {}  # modules may share one
+        self._kept = [
+            (module, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back, also into a buffer that the module has replaced."""
+        for module, name, value in self._kept:
+            present = module._buffers.get(name)
+            if present is None or present.shape != value.shape:
+                module._buffers[name] = value.clone()
+            else:
+                present.copy_(value)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's buffers that belong to its weights, on the CPU. Without them it is another model."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in model.state_dict().items()
+        if name not in parameters and isinstance(tensor, torch.Tensor)
+    }
