@@ -9,16 +9,26 @@ from __future__ import annotations
 import os
 import re
 
-_LONGEST = 2000
+_LONGEST, _LONGEST_PROBLEM = 2000, 800
 
 
 def one_line(text: str) -> str:
     """The text as one printable line: names and values come from files, and may hold anything. Access tokens are
-    masked, control characters and halves of surrogate pairs escaped, and the end of a very long text is left out.
+    masked, control characters and halves of surrogate pairs escaped, and the middle of a very long text is left out:
+    what would be right stands at its end.
     """
-    text = redact(text)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST])
-    return shown if len(text) <= _LONGEST else shown + " ..."
+    text = shortened(redact(text), _LONGEST)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most `most` characters of a text and " ... ": its beginning and its end, where advice stands."""
+    return text if len(text) <= most else f"{text[: most - most // 3]} ... {text[-(most // 3) :]}"
+
+
+def reason_of(error: object, most: int = 300) -> str:
+    """A library's error in one line, without its middle if it is long. Its advice, at the end, stays."""
+    return shortened(" ".join(str(error).split()), most)
 
 
 class UserError(Exception):
@@ -38,7 +48,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, setting: str, problem: str, expected: str) -> None:
-        super().__init__(f"{setting:.200}: {_shortened(problem)}; {expected}")
+        super().__init__(f"{setting:.200}: {shortened(problem, _LONGEST_PROBLEM)}; {expected}")
         self.setting = setting
 
 
@@ -46,7 +56,7 @@ class DataError(UserError):
     """A row of data that cannot be used, with its file and line (lines count from 1)."""
 
     def __init__(self, path: object, line: int, problem: str) -> None:
-        super().__init__(f"{path}:{line}: {_shortened(problem)}")
+        super().__init__(f"{path}:{line}: {shortened(problem, _LONGEST_PROBLEM)}")
 
 
 class CheckpointError(Exception):
@@ -62,11 +72,6 @@ class TrainingError(Exception):
 
 class PreemptionRequested(Exception):
     """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""
-
-
-def _shortened(text: str) -> str:
-    """A problem with a value in it that may be as long as a file, so that what is expected is still seen."""
-    return text if len(text) <= 800 else f"{text[:500]} ... {text[-200:]}"
 
 
 _PATTERN = re.compile(r"hf_[A-Za-z0-9_]{20,}|(?<=://)[^/\s@]+(?=@)")

@@ -71,10 +71,12 @@ def find_targets(
         endings = {ending: {n for n in linear if n == ending or n.endswith("." + ending)} for ending in target_modules}
         for ending, names in endings.items():
             if not names:
-                raise _no_match(ending, linear)
+                raise _no_match(ending, linear, _named(model, ending), model)
         found = set().union(*endings.values())
     if not found:
-        raise _no_match(target_modules, linear)
+        matches = re.compile(target_modules).fullmatch if isinstance(target_modules, str) else lambda _: None
+        others = {name: module for name, module in model.named_modules() if name and matches(name)}
+        raise _no_match(target_modules, linear, others, model)
     return {name: shape for name, shape in linear.items() if name in found}
 
 
@@ -97,10 +99,36 @@ _ANY_GROUPS = nn.ModuleDict()
 """Groups are the keys of one, so they cannot have the names of its own attributes."""
 
 
-def _no_match(wanted: object, linear: dict[str, Shape]) -> ConfigError:
-    return ConfigError(
-        "adapter.target_modules", f"{wanted!r} matches no linear layer of the model", f"found: {name_endings(linear)}"
-    )
+def _named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
+    """The modules whose names end so, of whatever kind."""
+    return {name: m for name, m in model.named_modules() if name and (name == ending or name.endswith(f".{ending}"))}
+
+
+def _no_match(
+    wanted: object, linear: dict[str, Shape], others: Mapping[str, nn.Module], model: nn.Module
+) -> ConfigError:
+    """The error for a name that is of no target, and what it is of instead.
+
+    Args:
+        others: the modules of that name.
+    """
+    setting, found = "adapter.target_modules", f"found: {name_endings(linear)}"
+    if not others:
+        return ConfigError(setting, f"{wanted!r} matches no linear layer of the model", found)
+    name, module = next(iter(others.items()))
+    if module is getattr(model, "get_output_embeddings", lambda: None)():
+        what = "is the output head, which never has adapters"
+    elif name.split(".")[0] in HEAD_NAMES:
+        what = "is the task's head, which is trained whole and never has adapters"
+    elif name in linear_modules(model):
+        what = "is a layer that no text reaches, which gets no adapters"
+    elif inside := [inner for inner in linear if inner.startswith(f"{name}.")]:
+        what = (
+            f"is of class {type(module).__name__}, which holds the linear layers {name_endings(dict.fromkeys(inside))}"
+        )
+    else:
+        what = f"is of class {type(module).__name__}, not a linear layer"
+    return ConfigError(setting, f"{wanted!r} {what}", f"expected linear layers; {found}")
 
 
 def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sparse_llm_ft.data.tasks import BadRow, Row
-from sparse_llm_ft.errors import DataError, UserError
+from sparse_llm_ft.errors import DataError, UserError, reason_of
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, parse_json_rows
 
 Rows = Iterator[tuple[int, Row | BadRow]]
@@ -29,6 +30,8 @@ _UNDECODED = re.compile("[\udc80-\udcff]")
 _LONGEST_FIELD = 2**24
 _ENDED = "unexpected end of data"
 """csv's message for a missing closing quotation mark."""
+_DELIMITERS, _SNIFFED = (",", ";", "\t", "|"), 6
+_MARKED = re.compile(r"sep=([^\w\s]|\t)\r?\n?")
 _BATCH = 1000
 """Rows of a columnar file that are converted to Python values at a time."""
 
@@ -104,10 +107,11 @@ def _table(path: Path) -> Rows:
         _check_byte_order_mark(path, file.read(4))
     csv.field_size_limit(_LONGEST_FIELD)  # the default limit is 128 KiB
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        delimiter, before = _delimiter(file, "\t" if path.suffix == ".tsv" else ",")
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            line = before + reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
@@ -117,7 +121,7 @@ def _table(path: Path) -> Rows:
                     raise DataError(path, line, f"the header is not valid {path.suffix[1:]} ({error})") from None
                 if _ENDED in str(error):  # the open quotation may have swallowed good rows
                     raise DataError(path, line, "a quotation mark is never closed") from None
-                lines = f", to line {reader.line_num}" if reader.line_num > line else ""
+                lines = f", to line {before + reader.line_num}" if before + reader.line_num > line else ""
                 yield line, BadRow(f"not valid {path.suffix[1:]} ({error}{lines})")
                 continue
             if not fields:
@@ -126,6 +130,29 @@ def _table(path: Path) -> Rows:
                 header = _header(path, line, fields)
             else:
                 yield line, _fields(header, fields)
+
+
+def _delimiter(file: TextIO, usual: str) -> tuple[str, int]:
+    """The character between a table's fields, and the number of lines before its header: 1 if the first line is
+    ``sep=;``, as spreadsheets write it.
+
+    It is the usual one, unless only another one gives the header and the first rows the same number of fields, above 1.
+    """
+    first = file.readline()
+    if marked := _MARKED.fullmatch(first):
+        return marked[1], 1
+    for delimiter in (usual, *(other for other in _DELIMITERS if other != usual)):
+        file.seek(0)
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            lengths = {len(row) for row in islice(filter(None, rows), _SNIFFED)}
+        except csv.Error:
+            continue
+        if len(lengths) == 1 and lengths != {1}:
+            file.seek(0)
+            return delimiter, 0
+    file.seek(0)
+    return usual, 0
 
 
 def _header(path: Path, line: int, names: list[str]) -> list[str]:
@@ -176,8 +203,7 @@ def _columnar(path: Path) -> Rows:
                 raise DataError(path, 1, f"it has column {twice[0]!r:.60} twice")
             rows = batch.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            problem = str(error).partition("\n")[0]
-            raise DataError(path, number + 1, f"not readable as {path.suffix[1:]} ({problem:.200})") from None
+            raise DataError(path, number + 1, f"not readable as {path.suffix[1:]} ({reason_of(error, 200)})") from None
         for row in rows:
             number += 1
             yield number, row

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sparse_llm_ft.data.files import ENDINGS, rows_of
 from sparse_llm_ft.data.rows import Example, examples_of
-from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, odd_fields, require, with_fields
-from sparse_llm_ft.errors import ConfigError, DataError, UserError
+from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, listed, odd_fields, require, with_fields
+from sparse_llm_ft.errors import ConfigError, DataError, UserError, reason_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -193,8 +193,7 @@ def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterable[tu
         raise ConfigError(
             "task.path",
             f"{task.path!r} has no {stem}.jsonl",
-            f"nor another of {', '.join(ENDINGS)}; "
-            f"found: {', '.join(sorted(p.name for p in Path(task.path).iterdir()))[:300] or 'nothing'}",
+            f"nor another of {', '.join(ENDINGS)}; found: {listed(sorted(p.name for p in Path(task.path).iterdir()))}",
         )
     return str(path), rows_of(path)
 
@@ -219,6 +218,6 @@ def hub_rows(task: Task, name: str, streamed: bool = False) -> Iterable[Row]:
     except Exception as error:  # the library raises a dozen types for "not there" and "no network"
         raise UserError(
             f"task.name: {task.hub_id} cannot be loaded from the hub "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}); "
+            f"({type(error).__name__}: {reason_of(error)}); "
             "give task.path for a local folder"
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_llm_ft.data.tasks import BadRow, Row, Task, has_field, render, require, with_fields
+from sparse_llm_ft.data.tasks import BadRow, Row, Task, has_field, listed, render, require, with_fields
 from sparse_llm_ft.data.tasks.squad import answers as span_answers
 
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
@@ -101,7 +101,7 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
     turns: list[dict[str, str]] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            found = ", ".join(map(str, turn))[:60] if isinstance(turn, Mapping) else type(turn).__name__
+            found = listed(turn, 5) if isinstance(turn, Mapping) else type(turn).__name__
             raise BadRow(f"turn {number} of column {column!r} has {found or 'nothing'}; needed role, content")
         if turn["role"] not in _ROLES:
             raise BadRow(f"turn {number} of column {column!r}: role {turn['role']!r:.60} is not {', '.join(_ROLES)}")

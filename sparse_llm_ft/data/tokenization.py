@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
-from sparse_llm_ft.errors import DataError
+from sparse_llm_ft.errors import DataError, reason_of
 
 Preprocessor = Callable[[Example], Any]
 """Example -> sample, or a list of windows."""
@@ -165,7 +165,7 @@ def prompt_ids(example: Example, chat: ChatFormat) -> list[int]:
     try:
         return chat.prompt_ids(turns)
     except Exception as error:  # a template's code may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise DataError(example.source, example.line, f"the chat template rejects it ({reason})") from error
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from sparse_llm_ft.distributed import exit_status, signals
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.errors import TrainingError, UserError, reason_of
 
 _DONE = "done"
 
@@ -205,7 +205,7 @@ def connecting() -> Iterator[None]:
                 f"MASTER_PORT: {port} is in use by another program on {socket.gethostname()}; expected a free one, as "
                 f"in `deepspeed --master_port {int(port or 0) + 1}` or `torchrun --master-port {int(port or 0) + 1}`"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise TrainingError(
             f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT): it left with an error, or the "
             f"address is another host's ({reason})"

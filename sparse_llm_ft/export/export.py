@@ -18,7 +18,7 @@ from sparse_llm_ft.adapters import (
 )
 from sparse_llm_ft.adapters.convert import is_adapter, is_omega
 from sparse_llm_ft.adapters.tuners import native_plan
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
 from sparse_llm_ft.export.read_back import check_adapter
@@ -104,7 +104,7 @@ def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
     try:
         save_whole_model(folder, model, run.context, max_shard_size)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise UserError(f"--to merged: {run.config.model.name} cannot be saved as a whole model ({reason})") from error
     check_values(folder, run.context, model.state_dict())
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.io.atomic import MANIFEST
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -69,7 +69,7 @@ def _one_line(repo_id: str, hint: str = "") -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        answer = " ".join((error.server_message or str(error)).split())[:200]
+        answer = reason_of(error.server_message or error, 200)
         reason = {
             401: f"the hub does not accept the access token; {_LOG_IN}",
             403: f"the access token has no write access there ({answer}); {_LOG_IN}",
@@ -77,5 +77,5 @@ def _one_line(repo_id: str, hint: str = "") -> Iterator[None]:
         }.get(status, f"the hub answered {status} ({answer})")
         raise UserError(f"{repo_id}: {reason}{hint}") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the last two: refused uploads
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise UserError(f"{repo_id}: the hub cannot be used ({type(error).__name__}: {reason}){hint}") from error

@@ -14,7 +14,7 @@ from torch import nn
 from sparse_llm_ft.adapters import peft_adapter, tuner_of, write_peft_adapter
 from sparse_llm_ft.adapters.convert import is_omega
 from sparse_llm_ft.context.context import RunContext
-from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.errors import ConfigError, UserError, reason_of
 from sparse_llm_ft.export.read_back import WrittenWrongly, check_adapter
 from sparse_llm_ft.export.whole_model import save_without_weights
 from sparse_llm_ft.model.architecture import task_type
@@ -42,7 +42,7 @@ def try_export(context: RunContext, plan: AdapterPlan) -> None:
     except UserError:
         raise
     except Exception as error:  # a base may come with any code, tokenizer and config
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise ConfigError(
             "model.name",
             f"what a run would make of {name!r} cannot be saved and loaded again ({type(error).__name__}: {reason})",

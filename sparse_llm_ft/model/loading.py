@@ -24,7 +24,7 @@ from transformers import (
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.model.architecture import (
     ARCHITECTURES,
     HEAD_NAMES,
@@ -124,7 +124,7 @@ def empty_model(
             )
     except (ValueError, ImportError) as error:
         if attn_implementation is not None:
-            reason = " ".join(str(error).split())[:300]
+            reason = reason_of(error)
             raise ConfigError(
                 "model.attn_implementation",
                 f"{attn_implementation!r} cannot be used ({reason})",
@@ -367,7 +367,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, /, **options: Any) -> Any:
                 f"false, but {config.name!r} needs code of its own, which would run in this process",
                 "expected true, if you trust it",
             ) from None
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise ConfigError(
             "model.name",
             f"{config.name!r} cannot be loaded ({reason})",

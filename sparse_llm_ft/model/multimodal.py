@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.model.linear import linear_shape
 
 
@@ -67,7 +67,7 @@ def text_modules(model: PreTrainedModel, name: str) -> frozenset[str] | None:
     called, failure = _called(model)
     linear = {path for path in inside if linear_shape(model.get_submodule(path)) is not None}
     if isinstance(failure, TypeError | ValueError) and not called & linear:
-        reason = " ".join(str(failure).split())[:200]
+        reason = reason_of(failure, 200)
         raise ConfigError(
             "model.name",
             f"{name!r} is a {model.config.model_type} model, which takes no text alone ({reason})",

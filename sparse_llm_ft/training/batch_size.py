@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
@@ -44,7 +44,7 @@ def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: 
         activation_bytes(config.model, first.plan, length, task_mode)
         return config
     except Exception as error:  # a model may fail on the meta device in any way
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {reason_of(error, 200)}"
         asked = next((method for method in growing if "batch_growth" not in method.open_keys), None)
         if asked is not None:
             raise ConfigError(

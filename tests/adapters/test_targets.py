@@ -38,12 +38,22 @@ def test_endings_are_matched_at_dots_and_found_in_the_models_order(model, kind):
     assert next(iter(found)) == "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("ending", ["proj", "1.self_attn", "embed_tokens", "lm_head", "norm", ""])
-def test_an_ending_without_match_is_an_error_that_says_what_is_there(model, ending):
+@pytest.mark.parametrize(
+    ("ending", "problem"),
+    [
+        ("proj", "matches no linear layer of the model"),
+        ("", "matches no linear layer of the model"),
+        ("lm_head", "is the output head, which never has adapters"),
+        ("embed_tokens", "is of class Embedding, not a linear layer"),
+        ("norm", "is of class LlamaRMSNorm, not a linear layer"),
+        ("1.self_attn", "is of class LlamaAttention, which holds the linear layers q_proj, k_proj, v_proj, o_proj"),
+    ],
+)
+def test_an_ending_without_match_is_an_error_that_says_what_is_there(model, ending, problem):
     with pytest.raises(ConfigError) as error:
         find_targets(model, ["q_proj", ending])
     assert error.value.setting == "adapter.target_modules"
-    assert f"{ending!r} matches no linear layer" in str(error.value)
+    assert f"{ending!r} {problem}; " in str(error.value)
     assert f"found: {ENDINGS}" in str(error.value)
 
 

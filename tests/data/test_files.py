@@ -61,6 +61,32 @@ WRITERS: dict[str, tuple[str, Callable[[Path, list], object]]] = {
 }
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_delimiter_of_a_table_is_found(tmp_path: Path, ending: str, delimiter: str, mark: str) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes((mark + quoted(ROWS, delimiter)).encode())
+    assert [row for _, row in rows_of(path)] == ROWS
+    (tmp_path / f"b{ending}").write_text(f"id{delimiter}text\n1{delimiter}one\n2{delimiter}two\n")
+    assert [row for _, row in rows_of(tmp_path / f"b{ending}")] == [
+        {"id": "1", "text": "one"},
+        {"id": "2", "text": "two"},
+    ]
+
+
+def test_a_line_that_names_the_delimiter_is_no_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sep=;\r\na;b\r\n1;2,3\r\n4\r\n")
+    found = list(rows_of(tmp_path / "a.csv"))
+    assert found[0] == (3, {"a": "1", "b": "2,3"}) and found[1][0] == 4 and isinstance(found[1][1], BadRow)
+
+
+def test_a_bad_row_does_not_change_the_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na;b,1\nc;d\n")
+    (_, first), (line, second) = rows_of(tmp_path / "a.csv")
+    assert first == {"text": "a;b", "label": "1"} and line == 3 and isinstance(second, BadRow)
+
+
 def config(folder: Path, **settings: Any) -> TaskConfig:
     return TaskConfig(
         **{"name": "custom", "path": str(folder), "prompt": "{text}", "completion": "{answer}"} | settings
