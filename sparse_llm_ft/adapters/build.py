@@ -15,6 +15,7 @@ from sparse_llm_ft.adapters.convert import to_stock_lora
 from sparse_llm_ft.adapters.masking import clear_masked, to_full
 from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -38,8 +39,10 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> Peft
     peft_model = get_peft_model(model, config, **options)
     assert isinstance(peft_model, PeftModel)
     tuner.prepare(model, dtype)
-    for name in plan.trained:
-        model.get_submodule(name).requires_grad_(True)
+    fixed = fixed_parameters(model)
+    for module in plan.trained:
+        for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
+            parameter.requires_grad_(name not in fixed)
     clear_masked(peft_model, plan)
     return peft_model
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import gathered_copy, load_sharded_model
+from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -44,6 +46,14 @@ def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
     if FULL_MODEL in plan.trained:
         return {}
     return {name: gathered_copy(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
+
+
+def untrained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Collective. What belongs to the weights of a model that is trained whole, and is not trained: buffers, and
+    parameters that its class fixes. Copies on the CPU.
+    """
+    fixed = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return persistent_buffers(model) | {name: gathered_copy(p).to(p.dtype) for name, p in fixed.items()}
 
 
 def engine_settings(config: RunConfig, phase: Phase, world_size: int) -> EngineSettings:

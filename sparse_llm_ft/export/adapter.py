@@ -23,13 +23,13 @@ def export(
     context: RunContext,
     plan: AdapterPlan,
     tensors: Mapping[str, torch.Tensor],
-    buffers: Mapping[str, torch.Tensor],
+    untrained: Mapping[str, torch.Tensor],
 ) -> None:
     """Write what `plan` trained into `folder`, atomically, and read it back before it gets its name.
 
     Args:
         tensors: short parameter name -> float32 value.
-        buffers: the model's persistent buffers, for a model that is written whole.
+        untrained: what else belongs to the weights of a model that is written whole (`untrained_tensors`).
 
     Raises:
         WrittenWrongly: the files hold something else.
@@ -39,7 +39,7 @@ def export(
     def fill(path: Path) -> None:
         if FULL_MODEL in plan.trained:
             values = {name: tensor.to(DTYPES[model.dtype]).contiguous() for name, tensor in tensors.items()}
-            save_values(path, context, {**values, **buffers})
+            save_values(path, context, {**values, **untrained})
             return
         empty = context.empty
         transposed = any_transposed(empty, plan.active)

@@ -87,7 +87,14 @@ def _try_adapter(context: RunContext, plan: AdapterPlan, folder: Path) -> None:
     # PEFT must find in it what was trained: the same names, on the same modules.
     stored = PeftConfig.from_pretrained(str(folder))
     stored.task_type = None  # PEFT's own wrapper, which adds nothing to the names
-    loaded = get_peft_model(copy.deepcopy(context.empty), stored, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    try:
+        loaded = get_peft_model(copy.deepcopy(context.empty), stored, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            "adapter.target_modules",
+            f"PEFT takes no adapters on such modules of {model.name!r} ({' '.join(str(error).split())[:300]})",
+            "expected other modules",
+        ) from error
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     for name in sorted(names.keys() ^ weights.keys()):
         raise ConfigError(

@@ -34,6 +34,25 @@ class KeptBuffers:
                 present.copy_(value)
 
 
+_FIXED = "_sparse_llm_ft_fixed"
+"""Attribute of a loaded model: names of its parameters that are never trained."""
+
+
+def remember_fixed(model: nn.Module) -> None:
+    """Note which parameters a freshly built model itself does not train, such as sinusoidal positions (Marian).
+
+    Their values follow from the config: transformers does not save them, and computes them when it loads the model.
+    """
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad or name in unsaved}
+    setattr(model, _FIXED, frozenset(fixed))
+
+
+def fixed_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that are never trained, as `remember_fixed` has noted them."""
+    return getattr(model, _FIXED, frozenset())
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a model's buffers that belong to its weights, on the CPU. Without them it is another model."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -33,6 +33,7 @@ from sparse_llm_ft.model.architecture import (
     find_task_mode,
     has_head,
 )
+from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -209,6 +210,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
 
+    remember_fixed(model)
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)

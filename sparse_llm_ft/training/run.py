@@ -23,7 +23,7 @@ from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast_int, coordinate, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
-from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model
+from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model, untrained_tensors
 from sparse_llm_ft.engine.engine import Engine, process_group
 from sparse_llm_ft.errors import PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
@@ -31,7 +31,6 @@ from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
 from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.model.architecture import base_of
-from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -295,7 +294,7 @@ class Run:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
         exit_if_preempted()
         whole = FULL_MODEL in phase.plan.trained
-        buffers = persistent_buffers(base_of(engine.module)) if whole else {}
+        untrained = untrained_tensors(base_of(engine.module)) if whole else {}
         engine.close()
         train = self.splits.train
         if isinstance(train, StreamingDataset) and train.skipped.count:
@@ -311,7 +310,7 @@ class Run:
 
         def write() -> None:
             folder = self.folder.model if whole else self.folder.adapter
-            export(folder, self.context, phase.plan, state.tensors, buffers)
+            export(folder, self.context, phase.plan, state.tensors, untrained)
             self.folder.write_json(SUMMARY_FILE, summary)
 
         run_on_rank_zero(self.world, write)

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DeepseekV3Config,
+    MarianConfig,
     MixtralConfig,
-    PreTrainedModel,
 )
 
 from helpers.contexts import open_context
@@ -26,6 +27,7 @@ from helpers.trained_runs import PLANS, make_run
 from sparse_llm_ft.adapters import add_adapters, build, trained_parameters
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.engine.build import untrained_tensors
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.export import export_run
 from sparse_llm_ft.export.options import ExportOptions
@@ -67,14 +69,33 @@ LATENT = {
 CONFIGS = {
     "buffers": DeepseekV3Config(**EXPERTS, **LATENT),
     "fused experts": MixtralConfig(**EXPERTS, num_local_experts=4),
+    "fixed positions": MarianConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    ),
     "tied": AutoConfig.for_model("llama", **EXPERTS, tie_word_embeddings=True),
 }
+
+
+def stock_class(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def base_folder(config: Any, model_folder: Path, folder: Path) -> Path:
     """A random model with the tiny tokenizer; its persistent buffers are not what a fresh model has."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = stock_class(config).from_config(config, dtype=torch.float32)
     for name in persistent_buffers(model):
         model.get_buffer(name).copy_(torch.linspace(3, -3, model.get_buffer(name).numel()))
     model.save_pretrained(folder)
@@ -87,26 +108,28 @@ def full(settings: dict, folder: Path, **model: Any) -> RunContext:
     return open_context(parse_config(merge(settings, changes)))
 
 
-def trained(context: RunContext) -> PreTrainedModel:
-    """The base with other parameters."""
-    model = load_model(context.config.model, context.task_mode)
+def trained(context: RunContext) -> nn.Module:
+    """The base with other values of all parameters that a full run trains."""
+    base = load_model(context.config.model, context.task_mode)
+    model = add_adapters(base, context.first_phase().plan)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return base.eval()
 
 
 def written(context: RunContext, model: nn.Module, folder: Path) -> Path:
-    plan = context.first_phase().plan
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    export(folder, context, plan, values, persistent_buffers(model))
+    trained = {name: values[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    export(folder, context, context.first_phase().plan, trained, untrained_tensors(model))
     return folder
 
 
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits
+    decoder = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=IDS, **decoder).logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -117,9 +140,9 @@ def test_a_full_model_is_the_one_that_was_measured(
     context = full(settings, base)
     try_export(context, context.first_phase().plan)
     model = trained(context)
-    assert bool(persistent_buffers(model)) == (name == "buffers")
+    assert any("correction" in tensor for tensor in untrained_tensors(model)) == (name == "buffers")
     folder = written(context, model, tmp_path / "model")
-    stock = AutoModelForCausalLM.from_pretrained(folder)
+    stock = stock_class(CONFIGS[name]).from_pretrained(folder)
     assert torch.equal(logits(stock), logits(model)) and stock.dtype == torch.float32
     assert stock.config.use_cache and stock.generation_config.eos_token_id == 2
     # The names are those of the hub's files.
