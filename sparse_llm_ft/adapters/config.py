@@ -24,6 +24,8 @@ class SparseLoraConfig(PeftConfig):
     Give either a `plan`, which then decides alone, or `r`, `lora_alpha`, `lora_dropout`, `train_omega` and
     `target_modules`: they become a uniform plan once the model is known.
 
+    A rank above the smaller side of a module's matrix is cut to that side, with the same ``lora_alpha / r``.
+
     Attributes:
         plan: an `AdapterPlan`, or its `to_dict()`; saved in ``adapter_config.json``.
         target_modules: ``all-linear``, a list of name endings, or a regular expression.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sparse_llm_ft.adapters.layer import scatter
+from sparse_llm_ft.adapters.layer import SparseLoraLayer, scatter
 from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 
@@ -21,19 +21,39 @@ def trained_parameters(model: nn.Module, adapter_name: str = "default") -> dict[
     appear once, as ``shared.<group>.lora_A`` and ``shared.<group>.lora_B``. PEFT's own tuners follow the same pattern
     (``<module>.lora_magnitude_vector``, ...). A parameter of the base has its own name.
     """
-    return {short_name(name, adapter_name): p for name, p in model.named_parameters() if p.requires_grad}
+    groups = {
+        name.removeprefix("base_model.model."): layer.adapters[adapter_name].group
+        for name, layer in model.named_modules()
+        if isinstance(layer, SparseLoraLayer) and adapter_name in layer.adapters
+    }
+    names = ((short_name(name, adapter_name), p) for name, p in model.named_parameters() if p.requires_grad)
+    return {_of_group(name, groups): p for name, p in names}
 
 
 def short_name(name: str, adapter_name: str = "default") -> str:
     """A parameter's name in a `PeftModel` without the wrapper, the adapter name and anything after it."""
     name = name.removeprefix("base_model.model.")
-    name = name.replace(f"base_model.lora_shared.{adapter_name}.", f"{SHARED}.")
     for marker in (f".{adapter_name}.", f".{adapter_name}"):
         if marker.endswith(".") and marker in name and any(f".{prefix}" in name for prefix in _prefixes()):
             return name.partition(marker)[0]
         if name.endswith(marker):
             return name.removesuffix(marker)
-    return name.removesuffix(".weight") if name.startswith(f"{SHARED}.") else name
+    return name
+
+
+def _of_group(name: str, groups: Mapping[str, str | None]) -> str:
+    """The name under which a group's A or B is known, whichever module it belongs to."""
+    module, _, part = name.rpartition(".")
+    group = groups.get(module) if part in ("lora_A", "lora_B") else None
+    return name if group is None else f"{SHARED}.{group}.{part}"
+
+
+def saved_name(name: str, plan: AdapterPlan) -> str:
+    """Short parameter name -> its name in a saved adapter of this package's tuner."""
+    if name.startswith(f"{SHARED}."):
+        group, _, part = name.removeprefix(f"{SHARED}.").rpartition(".")
+        name = f"{plan.groups[group][0]}.{part}"
+    return f"base_model.model.{name}" + ("" if is_omega(name) or not is_adapter(name) else ".weight")
 
 
 def is_omega(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 y = W x + gate(omega) * (lora_alpha / r) * scatter_rows(B (A dropout(x[cols])))      x: (..., d_in), y: (..., d_out)
 
-Masked rows and columns do not exist: A is (r, kept columns), B is (kept rows, r). Modules of one group hold references
-to one A and one B, which live in the tuner (`SparseLoraModel.lora_shared`).
+Masked rows and columns do not exist: A is (r, kept columns), B is (kept rows, r). Modules of one group share one A and
+one B. They belong to the group's first module, like an adapter of its own, so that they are one parameter of the model
+with or without a `PeftModel` around it; the other modules hold references.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ class Pair(nn.Module):
             nn.init.zeros_(self.lora_B.weight)
 
 
+class Omegas(nn.ParameterDict):
+    """Adapter name -> trained omega, (1,). It is called as a module, whose hooks fetch values that are offloaded."""
+
+    def __call__(self, adapter_name: str) -> torch.Tensor:
+        """`forward`, which torch's own ParameterDict forbids."""
+        gated: torch.Tensor = nn.Module.__call__(self, adapter_name)
+        return gated
+
+    def forward(self, adapter_name: str) -> torch.Tensor:
+        """The gated omega."""
+        return gate(self[adapter_name])
+
+
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
     """Wraps an `nn.Linear`, `Linear4bit` or `Conv1D`, with one or several named adapters, as PEFT allows."""
 
@@ -71,7 +85,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
-    lora_omega: nn.ParameterDict
+    lora_omega: Omegas
     active_adapters: list[str]
     get_base_weight: Callable[[], torch.Tensor]
     set_base_weight: Callable[[torch.Tensor], None]
@@ -94,6 +108,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         adapter: ModuleAdapter,
         lora_dropout: float,
         shared: Pair | None = None,
+        owns_shared: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
@@ -101,17 +116,18 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = sides(base_layer)
         self.adapters: dict[str, ModuleAdapter] = {}
         self._scale: dict[str, float] = {}  # a factor that users may set, 1 otherwise
-        self._shared: dict[str, Pair] = {}  # a plain dict: the tuner registers each pair once
+        self._shared: dict[str, Pair] = {}  # a plain dict: the group's first module registers the pair
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.lora_omega = nn.ParameterDict()
+        self.lora_omega = Omegas()
         # Indices are buffers: they move to devices with the module, and are not saved.
         self.lora_rows, self.lora_cols = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
+        self.cast_input_dtype_enabled = True
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self.update_layer(adapter_name, adapter, lora_dropout, shared=shared)
+        self.update_layer(adapter_name, adapter, lora_dropout, shared=shared, owns_shared=owns_shared)
 
     def update_layer(
         self,
@@ -120,11 +136,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         lora_dropout: float,
         inference_mode: bool = False,
         shared: Pair | None = None,
+        owns_shared: bool = False,
     ) -> None:
         """Add the adapter, or replace it by a fresh one (`Pair`).
 
         Args:
             shared: the pair of the adapter's group; None: the adapter has its own.
+            owns_shared: whether this is the group's first module, which registers the pair.
         """
         # Remove what is there under this name.
         self.adapters[adapter_name] = adapter
@@ -134,10 +152,10 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             if adapter_name in parts:
                 del parts[adapter_name]
         # Build A and B, the indices of kept rows and columns, and omega.
-        if shared is None:
-            pair = Pair(self.out_features, self.in_features, adapter)
+        pair = Pair(self.out_features, self.in_features, adapter) if shared is None else shared
+        if shared is None or owns_shared:
             self.lora_A[adapter_name], self.lora_B[adapter_name] = pair.lora_A, pair.lora_B
-        else:
+        if shared is not None:
             self._shared[adapter_name] = shared
         for buffers, kept in ((self.lora_rows, adapter.rows), (self.lora_cols, adapter.cols)):
             if kept is not None:
@@ -156,6 +174,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.lora_omega:
             self.lora_omega[adapter_name].data = self.lora_omega[adapter_name].data.to(dtype)
 
+    def drop_shared(self, adapter_name: str) -> None:
+        """Let go of the adapter's group, whose pair will be built anew."""
+        if self._shared.pop(adapter_name, None) is not None and adapter_name in self.lora_A:
+            del self.lora_A[adapter_name], self.lora_B[adapter_name]
+
     def pair(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
         """The adapter's A and B: its own, or its group's."""
         if adapter_name in self._shared:
@@ -168,8 +191,26 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     def omega(self, adapter_name: str) -> torch.Tensor | float:
         """The factor on this adapter's output: a one-element tensor if it is trained, else a number."""
         if adapter_name in self.lora_omega:
-            return gate(self.lora_omega[adapter_name])
+            return self.lora_omega(adapter_name)
         return max(self.adapters[adapter_name].omega, 0.0)
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter name -> rank; other libraries read it, as the next two."""
+        return {name: adapter.r for name, adapter in self.adapters.items()}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        """Adapter name -> lora_alpha."""
+        return {name: adapter.lora_alpha for name, adapter in self.adapters.items()}
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter name -> `get_scaling`."""
+        return {name: self.get_scaling(name) for name in self.adapters}
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
 
     def get_scaling(self, adapter_name: str) -> float:
         """``lora_alpha / r`` times the factor of `scale_layer` and `set_scale`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -14,21 +15,15 @@ from sparse_llm_ft.adapters.config import SparseLoraConfig
 from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.linear import LinearLayer, sides
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
+from sparse_llm_ft.plan import AdapterPlan, PlanError, uniform_plan, with_omega
 
 Linear = LinearLayer | SparseLoraLayer
 
 
 class SparseLoraModel(BaseTuner):
-    """PEFT tuner driven by an `AdapterPlan`. A module without an adapter in the plan stays the base layer.
-
-    Attributes:
-        lora_shared: adapter name -> group -> the pair that the group's modules share. Only the tuner registers it, so
-            it is one parameter in state dict, optimizer and ZeRO.
-    """
-
-    lora_shared: nn.ModuleDict
+    """PEFT tuner driven by an `AdapterPlan`. A module without an adapter in the plan stays the base layer."""
 
     prefix = "lora_"
     tuner_layer_cls = SparseLoraLayer
@@ -37,13 +32,16 @@ class SparseLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         # A copy, completed with this model's plan: the caller may use the original for another model.
         self.peft_config[adapter_name] = copy.copy(config)
-        if "lora_shared" not in self._modules:
-            self.lora_shared = nn.ModuleDict()
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         """Complete the config's plan and check that it fits the model, before anything changes."""
         if peft_config.plan is None:
-            targets = find_targets(model, peft_config.target_modules or "all-linear")
+            if peft_config.r < 1:
+                raise ValueError(f"SparseLoraConfig.r: {peft_config.r} is not allowed; expected 1 or more")
+            try:
+                targets = find_targets(model, peft_config.target_modules or "all-linear")
+            except ConfigError as error:  # PEFT's callers expect what its own tuners raise
+                raise ValueError(str(error)) from error
             peft_config.plan = uniform_plan(targets, peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout)
             if peft_config.train_omega:
                 peft_config.plan = with_omega(peft_config.plan)
@@ -76,36 +74,39 @@ class SparseLoraModel(BaseTuner):
     ) -> None:
         plan = _plan(peft_config)
         adapter = plan.layers[current_key]
-        shared = self._shared_pair(adapter_name, adapter, target)
+        shared, owns = self._shared_pair(adapter_name, plan, current_key, target)
         if isinstance(target, SparseLoraLayer):
-            target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode, shared)
+            target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode, shared, owns)
             return
-        layer = SparseLoraLayer(target, adapter_name, adapter, plan.lora_dropout, shared)
+        layer = SparseLoraLayer(target, adapter_name, adapter, plan.lora_dropout, shared, owns)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a second adapter is not trained before it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def _shared_pair(self, adapter_name: str, adapter: ModuleAdapter, target: Linear) -> Pair | None:
-        """The pair of the adapter's group, built by the first module that needs it; None without a group."""
+    def _shared_pair(self, adapter_name: str, plan: AdapterPlan, name: str, target: Linear) -> tuple[Pair | None, bool]:
+        """The pair of the module's group, None without a group; and whether the module is the group's first.
+
+        The first module that is built makes the pair, which need not be the one that registers it.
+        """
+        adapter = plan.layers[name]
         if adapter.group is None:
-            return None
-        if adapter_name not in self.lora_shared:
-            self.lora_shared[adapter_name] = nn.ModuleDict()
-        groups = self.lora_shared[adapter_name]
-        assert isinstance(groups, nn.ModuleDict)
-        if adapter.group not in groups:
+            return None, False
+        members = plan.groups[adapter.group]
+        built = (self.model.get_submodule(member) for member in members)
+        pair = next(
+            (
+                layer._shared[adapter_name]
+                for layer in built
+                if isinstance(layer, SparseLoraLayer) and adapter_name in layer._shared
+            ),
+            None,
+        )
+        if pair is None:
             base: LinearLayer = target.base_layer if isinstance(target, SparseLoraLayer) else target
             pair = Pair(*sides(base), adapter)
-            groups[adapter.group] = pair.to(base.weight.device)
-        shared = groups[adapter.group]
-        assert isinstance(shared, Pair)
-        return shared
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; shared pairs included."""
-        super().delete_adapter(adapter_name)
-        if adapter_name in self.lora_shared:
-            del self.lora_shared[adapter_name]
+            if not next(pair.parameters()).is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
+                pair.to(base.weight.device)
+        return pair, name == members[0]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -122,11 +123,27 @@ class SparseLoraModel(BaseTuner):
         return found | {key: value for key, value in state_dict.items() if key.startswith(whole)}
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        inside = "base_model.lora_shared."
-        if key.startswith(f"{inside}{adapter_name}."):
-            return key.replace(f"{inside}{adapter_name}.", inside, 1)
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT. Release 0.1 saved a group's pair as ``base_model.lora_shared.<group>.lora_A.weight``."""
+        plan, renamed = _plan(config), {}
+        for group, members in plan.groups.items():
+            for part in ("lora_A", "lora_B"):
+                renamed[f"base_model.lora_shared.{group}.{part}.weight"] = (
+                    f"base_model.model.{members[0]}.{part}.weight"
+                )
+        state_dict = {renamed.get(key, key): value for key, value in state_dict.items()}
+        found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return found
+
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> AbstractContextManager[None]:
+        """Refuse PEFT's choice of an adapter for each row of a batch, which would be ignored."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: one adapter for each row is not supported; expected None, and set_adapter")
+        return nullcontext()
 
     def set_plan(self, plan: AdapterPlan, adapter_name: str = "default", fresh: bool = False) -> None:
         """Change the model to `plan`: remove the adapters that it lacks, rebuild those that differ, keep the rest.
@@ -149,8 +166,9 @@ class SparseLoraModel(BaseTuner):
         same_groups = _plan(config).groups == plan.groups
         stays = not fresh and same_groups and _plan(config).lora_dropout == plan.lora_dropout
         dtype = self._adapter_dtype(adapter_name)
-        if not stays and adapter_name in self.lora_shared:
-            del self.lora_shared[adapter_name]
+        if not stays:
+            for layer in layers.values():
+                layer.drop_shared(adapter_name)
         # Remove the adapters that the plan lacks.
         for name, layer in layers.items():
             if adapter_name in layer.adapters and name not in active:
@@ -163,11 +181,11 @@ class SparseLoraModel(BaseTuner):
             if isinstance(module, SparseLoraLayer):
                 if stays and module.adapters.get(adapter_name) == adapter:
                     continue
-                shared = self._shared_pair(adapter_name, adapter, module)
-                module.update_layer(adapter_name, adapter, plan.lora_dropout, shared=shared)
+                shared, owns = self._shared_pair(adapter_name, plan, name, module)
+                module.update_layer(adapter_name, adapter, plan.lora_dropout, shared=shared, owns_shared=owns)
             else:
-                shared = self._shared_pair(adapter_name, adapter, module)
-                module = SparseLoraLayer(module, adapter_name, adapter, plan.lora_dropout, shared)
+                shared, owns = self._shared_pair(adapter_name, plan, name, module)
+                module = SparseLoraLayer(module, adapter_name, adapter, plan.lora_dropout, shared, owns)
                 self._put(name, module)
             module.cast_adapter(adapter_name, dtype)
             module.train(self.training)

@@ -16,7 +16,7 @@ from sparse_llm_ft.adapters import (
     save_peft_adapter,
     tuner_of,
 )
-from sparse_llm_ft.adapters.convert import is_adapter, is_omega
+from sparse_llm_ft.adapters.convert import is_omega, saved_name
 from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.export.merge import merge_adapters
@@ -28,7 +28,7 @@ from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.model.linear import any_transposed
-from sparse_llm_ft.plan import SHARED, AdapterPlan
+from sparse_llm_ft.plan import AdapterPlan
 
 
 def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
@@ -121,16 +121,8 @@ def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
         inference_mode=True,
     )
     config.save_pretrained(folder)
-    weights = {_native_name(name): tensor.contiguous() for name, tensor in run.state.tensors.items()}
+    weights = {saved_name(name, plan): tensor.contiguous() for name, tensor in run.state.tensors.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def _native_name(name: str) -> str:
-    """Short parameter name -> name in a saved adapter of this package's tuner."""
-    if not is_adapter(name):
-        return f"base_model.model.{name}"
-    prefix = "base_model.lora_shared." if name.startswith(f"{SHARED}.") else "base_model.model."
-    return prefix + name.removeprefix(f"{SHARED}.") + ("" if is_omega(name) else ".weight")
 
 
 def _rewrite_uniform(folder: Path, plan: AdapterPlan) -> None:
