@@ -66,24 +66,34 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
+SMALL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+STACKS = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+}
 CONFIGS = {
     "buffers": DeepseekV3Config(**EXPERTS, **LATENT),
     "fused experts": MixtralConfig(**EXPERTS, num_local_experts=4),
-    "fixed positions": MarianConfig(
-        vocab_size=40,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-    ),
+    "fixed positions": MarianConfig(**SMALL, **STACKS),
+    **{
+        kind: AutoConfig.for_model(kind, **SMALL, **sizes)
+        for kind, sizes in {
+            "bart": STACKS,
+            "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+            "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+            "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2},
+            "falcon": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "gemma2": {k: v for k, v in EXPERTS.items() if k not in SMALL} | {"head_dim": 8},
+            "gpt_oss": {k: v for k, v in EXPERTS.items() if k not in SMALL} | {"head_dim": 8, "num_local_experts": 4},
+        }.items()
+    },
     "tied": AutoConfig.for_model("llama", **EXPERTS, tie_word_embeddings=True),
 }
 
