@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_llm_ft.config import RunConfig, TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, cache_folder, samples_key, schema_of, tokenizer_key, write_cached
 from sparse_llm_ft.data.chat import ChatFormat
-from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_file
+from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_files
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
 from sparse_llm_ft.data.streaming import StreamingDataset
@@ -227,12 +227,12 @@ class SplitBuilder:
 
     def stream_key(self) -> str:
         """Collective over `ranks`. The streamed split's key, from a file's two ends: reading it all may take hours."""
-        path = split_file(self.task, "train")
+        files = split_files(self.task, "train")
         own = [""]
 
         def look() -> None:
             own[0] = samples_key(
-                rows=None if path is None else _ends(path),
+                rows=[_ends(path) for path in files],
                 tokenizer=tokenizer_key(self.tokenizer),
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
                 chat=self._chat_key,
@@ -335,13 +335,16 @@ _NOT_CONTENT = (
 
 def _source(task: Task, split: str, further: str | None) -> list[str]:
     """Identifies the rows: a local file's name and SHA-256, or the fingerprint of a hub data set."""
-    path = split_file(task, split, further)
-    if path is None:
+    files = split_files(task, split, further)
+    if not files:
         splits = task.splits if further is None else task.further_splits[further]
         rows: Any = hub_rows(task, splits[split])
         return [str(task.hub_id), rows._fingerprint]
-    with path.open("rb") as file:
-        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    return found
 
 
 def _ends(path: Path) -> list[Any]:

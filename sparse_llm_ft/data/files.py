@@ -6,8 +6,13 @@ is raised.
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,12 +37,13 @@ _ENDED = "unexpected end of data"
 """csv's message for a missing closing quotation mark."""
 _DELIMITERS, _SNIFFED = (",", ";", "\t", "|"), 6
 _MARKED = re.compile(r"sep=([^\w\s]|\t)\r?\n?")
+_COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".zst": None, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000
 """Rows of a columnar file that are converted to Python values at a time."""
 
 
 def rows_of(path: Path) -> Rows:
-    """Yield (line, row) for each row of a file whose ending is one of `ENDINGS`.
+    """Yield (line, row) for each row of a file whose ending is one of `ALL_ENDINGS`.
 
     Lines count from 1; for parquet and arrow files the row number takes the line's place. Blank lines of text files are
     skipped.
@@ -47,15 +53,36 @@ def rows_of(path: Path) -> Rows:
         UserError: the file cannot be opened or read.
     """
     try:
-        yield from _READERS[path.suffix](path)
+        yield from _READERS[_format(path)](path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be decompressed ({reason_of(error)})") from None
+
+
+def _format(path: Path) -> str:
+    """The ending that tells a file's format, without that of its compression."""
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSIONS else path.suffix
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """The file's bytes, decompressed."""
+    if path.suffix == ".zst":
+        import pyarrow  # slow to import; Python 3.11 has no zstd of its own
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    unpack: Any = _COMPRESSIONS.get(path.suffix) or (lambda place, mode: place.open(mode))
+    return io.BufferedReader(unpack(path, "rb"))
+
+
+def _text(path: Path) -> TextIO:
+    """A table's text, decompressed. Invalid UTF-8 decodes to lone surrogates."""
+    return io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _json_lines(path: Path) -> Rows:
-    with path.open("rb") as file:
-        _check_byte_order_mark(path, file.read(4))
-        file.seek(0)
+    with _opened(path) as file:
+        _check_byte_order_mark(path, file.peek(4)[:4])
         for line, raw in enumerate(file, 1):
             row = _json_line(raw, first=line == 1)
             if row is not None:
@@ -82,7 +109,8 @@ def _as_row(value: Any) -> Row | BadRow:
 
 
 def _json(path: Path) -> Rows:
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     _check_byte_order_mark(path, data)
     try:
         text = data.decode("utf-8-sig")
@@ -103,11 +131,14 @@ def _json(path: Path) -> Rows:
 
 def _table(path: Path) -> Rows:
     """CSV or TSV with a header. Invalid UTF-8 decodes to lone surrogates, which `_wrong_field` finds."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         _check_byte_order_mark(path, file.read(4))
     csv.field_size_limit(_LONGEST_FIELD)  # the default limit is 128 KiB
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        delimiter, before = _delimiter(file, "\t" if path.suffix == ".tsv" else ",")
+    ending = _format(path)
+    delimiter, before = _delimiter(path, "\t" if ending == ".tsv" else ",")
+    with _text(path) as file:
+        for _ in range(before):
+            file.readline()
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -118,11 +149,11 @@ def _table(path: Path) -> Rows:
                 return
             except csv.Error as error:
                 if header is None:
-                    raise DataError(path, line, f"the header is not valid {path.suffix[1:]} ({error})") from None
+                    raise DataError(path, line, f"the header is not valid {ending[1:]} ({error})") from None
                 if _ENDED in str(error):  # the open quotation may have swallowed good rows
                     raise DataError(path, line, "a quotation mark is never closed") from None
                 lines = f", to line {before + reader.line_num}" if before + reader.line_num > line else ""
-                yield line, BadRow(f"not valid {path.suffix[1:]} ({error}{lines})")
+                yield line, BadRow(f"not valid {ending[1:]} ({error}{lines})")
                 continue
             if not fields:
                 continue
@@ -132,26 +163,24 @@ def _table(path: Path) -> Rows:
                 yield line, _fields(header, fields)
 
 
-def _delimiter(file: TextIO, usual: str) -> tuple[str, int]:
+def _delimiter(path: Path, usual: str) -> tuple[str, int]:
     """The character between a table's fields, and the number of lines before its header: 1 if the first line is
     ``sep=;``, as spreadsheets write it.
 
     It is the usual one, unless only another one gives the header and the first rows the same number of fields, above 1.
     """
-    first = file.readline()
-    if marked := _MARKED.fullmatch(first):
-        return marked[1], 1
+    with _text(path) as file:
+        if marked := _MARKED.fullmatch(file.readline()):
+            return marked[1], 1
     for delimiter in (usual, *(other for other in _DELIMITERS if other != usual)):
-        file.seek(0)
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            lengths = {len(row) for row in islice(filter(None, rows), _SNIFFED)}
-        except csv.Error:
-            continue
+        with _text(path) as file:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                lengths = {len(row) for row in islice(filter(None, rows), _SNIFFED)}
+            except csv.Error:
+                continue
         if len(lengths) == 1 and lengths != {1}:
-            file.seek(0)
             return delimiter, 0
-    file.seek(0)
     return usual, 0
 
 
@@ -241,3 +270,9 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".arrow": _columnar,
 }
 ENDINGS = tuple(_READERS)
+COMPRESSED = tuple(_COMPRESSIONS)
+ALL_ENDINGS = (
+    *ENDINGS,
+    *(ending + packed for ending, read in _READERS.items() if read is not _columnar for packed in COMPRESSED),
+)
+"""Endings of files with rows: a format's, with that of a compression behind it if the format is text."""

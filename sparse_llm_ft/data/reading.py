@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from sparse_llm_ft.data.files import ENDINGS, rows_of
+from sparse_llm_ft.data.files import COMPRESSED, ENDINGS, rows_of
+from sparse_llm_ft.data.folders import files_of
 from sparse_llm_ft.data.rows import Example, examples_of
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, listed, odd_fields, require, with_fields
 from sparse_llm_ft.errors import ConfigError, DataError, UserError, reason_of
@@ -82,8 +83,7 @@ def check_columns(task: Task, split: str, further: str | None = None) -> None:
         UserError: as `examples`.
     """
     next(_grouped_examples(task, split, further, Skipped()))
-    source, rows = _open(task, split, further)
-    line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
+    source, line, row = _first_row(task, split, further)
     for setting, template in (("task.prompt", task.prompt), ("task.completion", task.completion)):
         for odd in odd_fields(template or "", map(str, row)):
             raise DataError(
@@ -105,8 +105,7 @@ def check_references(task: Task, split: str, named: Iterable[str]) -> None:
     Raises:
         DataError: a column is missing.
     """
-    source, rows = _open(task, split, None)
-    line, row = next((line, row) for line, row in rows if not isinstance(row, BadRow))
+    source, line, row = _first_row(task, split, None)
     try:
         require(with_fields(row, named), named)
     except MissingColumn as error:
@@ -117,28 +116,27 @@ def has_split(task: Task, split: str, further: str | None = None) -> bool:
     """Whether the local folder has a file for the split, or the task names such a split of the hub's data set."""
     if task.path is None:
         return split in _names(task, further)
-    return split_file(task, split, further) is not None
+    return bool(split_files(task, split, further))
 
 
-def split_file(task: Task, split: str, further: str | None = None) -> Path | None:
-    """A split's file in the local folder, named after our split or the hub's; None if it is missing or the data are
-    the hub's. A split that the hub takes from another (GLUE's ``test``) falls back to that one's file.
+def split_files(task: Task, split: str, further: str | None = None) -> tuple[Path, ...]:
+    """A split's files in the local folder, named after our split or the hub's; () if they are missing or the data are
+    the hub's. A split that the hub takes from another (GLUE's ``test``) falls back to that one's files.
 
     Raises:
-        ConfigError: the folder has several such files.
+        ConfigError: the folder has several such files that are no shards of each other, or not all shards.
     """
     names = _names(task, further)
     if task.path is None or split not in names:
-        return None
+        return ()
     for stems in _stems(names, split, further):
-        found = [Path(task.path) / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
-        found = [path for path in found if path.is_file()]
+        found = [files for stem in stems if (files := files_of(Path(task.path), stem, task.hub_config))]
         if len(found) > 1:
-            both = " and ".join(path.name for path in found[:2])
+            both = " and ".join(files[0].name for files in found[:2])
             raise ConfigError("task.path", f"{task.path!r} has {both}", f"expected one file for split {split}")
         if found:
             return found[0]
-    return None
+    return ()
 
 
 def _stems(names: Mapping[str, str], split: str, further: str | None) -> list[list[str]]:
@@ -160,9 +158,9 @@ def _grouped_examples(task: Task, split: str, further: str | None, skipped: Skip
     """Yield each example with the value of `Task.group_by`. A column missing in the first row is always an error: the
     other rows will lack it too.
     """
-    source, rows = _open(task, split, further)
+    name, rows = _open(task, split, further)
     first, some = True, False
-    for line, row in rows:
+    for source, line, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -177,25 +175,34 @@ def _grouped_examples(task: Task, split: str, further: str | None, skipped: Skip
             yield from found
         first = first and isinstance(row, BadRow)
     if not some:
-        raise UserError(f"{source}: no rows" + (f" that can be used; {skipped}" if skipped.count else ""))
+        raise UserError(f"{name}: no rows" + (f" that can be used; {skipped}" if skipped.count else ""))
 
 
-def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterable[tuple[int, Row | BadRow]]]:
-    """The split's display name, and its rows with their lines."""
+def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterator[tuple[str, int, Row | BadRow]]]:
+    """The split's display name, and its rows, each with its source and line."""
     name = _names(task, further)[split]
     if task.path is None:
         hub = "/".join(part for part in (task.hub_id, task.hub_config) if part)
-        streamed = task.streaming and split == "train"
-        return f"{hub}[{name}]", enumerate(hub_rows(task, name, streamed), 1)
-    path = split_file(task, split, further)
-    if path is None:
+        source = f"{hub}[{name}]"
+        rows = hub_rows(task, name, task.streaming and split == "train")
+        return source, ((source, number, row) for number, row in enumerate(rows, 1))
+    files = split_files(task, split, further)
+    if not files:
         stem = split if further is None else name
         raise ConfigError(
             "task.path",
             f"{task.path!r} has no {stem}.jsonl",
-            f"nor another of {', '.join(ENDINGS)}; found: {listed(sorted(p.name for p in Path(task.path).iterdir()))}",
+            f"nor another of {', '.join(ENDINGS)} (of text also with {', '.join(COMPRESSED)}), shards "
+            f"{stem}-00000-of-00001.parquet, there or in data, or a folder of save_to_disk; "
+            f"found: {listed(sorted(p.name for p in Path(task.path).iterdir()))}",
         )
-    return str(path), rows_of(path)
+    return str(files[0]), ((str(path), line, row) for path in files for line, row in rows_of(path))
+
+
+def _first_row(task: Task, split: str, further: str | None) -> tuple[str, int, Row]:
+    """Source, line and content of a split's first row that can be read."""
+    _, rows = _open(task, split, further)
+    return next((source, line, row) for source, line, row in rows if not isinstance(row, BadRow))
 
 
 def hub_rows(task: Task, name: str, streamed: bool = False) -> Iterable[Row]:

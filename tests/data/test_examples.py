@@ -193,7 +193,7 @@ def test_triples_that_cannot_be_used_are_refused(row: dict, message: str) -> Non
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("dart", {"tripleset": TRIPLES}, "no column 'annotations'; found tripleset; needed tripleset, annotations"),
+        ("dart", {"tripleset": TRIPLES}, "no column 'annotations'; found tripleset; needed annotations"),
         ("squad", {"question": "a", "context": "b"}, "no column 'answers'; found question, context; needed answers"),
         ("xsum", {}, "no column 'document'; found none; needed document, summary"),
     ],

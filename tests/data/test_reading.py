@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.config import TaskConfig
-from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_file
+from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_files
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import UserError
 
@@ -122,31 +122,31 @@ def test_a_file_has_our_name_for_the_split_or_the_hubs(tmp_path: Path) -> None:
     mnli = TaskConfig(name="glue/mnli", path=str(tmp_path))
     for name in ("train.csv", "validation_matched.jsonl", "validation_mismatched.tsv"):
         (tmp_path / name).touch()
-    assert split_file(resolve_task(mnli), "train") == tmp_path / "train.csv"
+    assert split_files(resolve_task(mnli), "train") == (tmp_path / "train.csv",)
     assert (
-        split_file(resolve_task(mnli), "validation")
-        == split_file(resolve_task(mnli), "test")
-        == tmp_path / "validation_matched.jsonl"
+        split_files(resolve_task(mnli), "validation")
+        == split_files(resolve_task(mnli), "test")
+        == (tmp_path / "validation_matched.jsonl",)
     )
-    assert split_file(resolve_task(mnli), "test", "mismatched") == tmp_path / "validation_mismatched.tsv"
+    assert split_files(resolve_task(mnli), "test", "mismatched") == (tmp_path / "validation_mismatched.tsv",)
     assert has_split(resolve_task(mnli), "validation", "mismatched") and not has_split(
         resolve_task(mnli), "train", "mismatched"
     )
     (tmp_path / "test.jsonl").touch()
-    assert split_file(resolve_task(mnli), "test") == tmp_path / "test.jsonl"
-    assert split_file(resolve_task(mnli), "validation") == tmp_path / "validation_matched.jsonl"
+    assert split_files(resolve_task(mnli), "test") == (tmp_path / "test.jsonl",)
+    assert split_files(resolve_task(mnli), "validation") == (tmp_path / "validation_matched.jsonl",)
 
 
 def test_glues_validation_is_its_test_where_there_is_no_test_file(tmp_path: Path) -> None:
     (tmp_path / "validation.parquet").touch()
     sst2 = TaskConfig(name="glue/sst2", path=str(tmp_path))
-    assert split_file(resolve_task(sst2), "test") == tmp_path / "validation.parquet" and not has_split(
+    assert split_files(resolve_task(sst2), "test") == (tmp_path / "validation.parquet",) and not has_split(
         resolve_task(sst2), "train"
     )
     (tmp_path / "test.jsonl").touch()
-    assert split_file(resolve_task(sst2), "test") == tmp_path / "test.jsonl"
+    assert split_files(resolve_task(sst2), "test") == (tmp_path / "test.jsonl",)
     (tmp_path / "validation.parquet").unlink()
-    assert split_file(resolve_task(sst2), "validation") is None
+    assert split_files(resolve_task(sst2), "validation") == ()
 
 
 @pytest.mark.parametrize(

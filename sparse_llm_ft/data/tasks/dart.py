@@ -4,21 +4,32 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparse_llm_ft.data.tasks.task import Task
-from sparse_llm_ft.data.tasks.template import BadRow, Row
+from sparse_llm_ft.data.tasks.template import BadRow, Row, require
 
 
 def flatten(row: Row) -> Iterator[Row]:
     """Yield one row per sentence: ``triples`` is ``subject | relation | object ; ...``, ``text`` the sentence.
 
     Raises:
-        BadRow: triples or annotations are missing or have another form.
+        BadRow: triples or sentences are missing or have another form.
     """
     triples = row["tripleset"]
     if not _lists_of_text(triples) or any(len(triple) != 3 for triple in triples):
         raise BadRow("column 'tripleset' is not a list of [subject, relation, object]")
     linear = " ; ".join(" | ".join(triple) for triple in triples)
-    for text in _texts(row["annotations"]):
+    for text in _gem_texts(row) if "target" in row and "annotations" not in row else _annotated(row):
         yield {**row, "triples": linear, "text": text}
+
+
+def _gem_texts(row: Row) -> list[Any]:
+    """The sentences of GEM's columns: ``references`` where it has any, as outside of train, or else ``target``."""
+    references = row.get("references")
+    return list(references) if isinstance(references, list) and references else [row["target"]]
+
+
+def _annotated(row: Row) -> list[Any]:
+    require(row, ("annotations",))
+    return _texts(row["annotations"])
 
 
 def _texts(annotations: Any) -> list[Any]:
@@ -50,7 +61,7 @@ TASK = Task(
     completion=" {text}",
     group_by="triples",
     flatten=flatten,
-    nested=("tripleset", "annotations"),
+    nested=("tripleset",),
     metrics=("bleu", "rouge"),
     description="sentences from sets of triples",
     source="DART, Nan et al., 2021",
