@@ -34,7 +34,11 @@ def try_export(context: RunContext, plan: AdapterPlan) -> None:
     """
     name = context.config.model.name
     try:
-        with tempfile.TemporaryDirectory(prefix="sparse-llm-ft-") as folder:
+        temporary = tempfile.TemporaryDirectory(prefix="sparse-llm-ft-")
+    except OSError as error:
+        raise UserError(f"TMPDIR: no temporary folder can be made ({error}); expected a folder with room") from error
+    try:
+        with temporary as folder:
             if FULL_MODEL in plan.trained:
                 _try_whole_model(context, Path(folder))
             else:

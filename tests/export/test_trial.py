@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from helpers.contexts import open_context
 from helpers.trained_runs import PLANS
 from sparse_llm_ft.config import merge, parse_config
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.export import trial
 from sparse_llm_ft.export.trial import try_export
 from sparse_llm_ft.plan import AdapterPlan
@@ -86,3 +86,12 @@ def test_modules_that_peft_would_confuse_are_refused(settings: dict, monkeypatch
     monkeypatch.setattr(trial, "peft_adapter", confused)
     with pytest.raises(ConfigError, match=r"adapter.target_modules: .*lora_A.weight would be"):
         try_export(context, context.plan)
+
+
+def test_a_machine_without_room_for_the_trial_says_so(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trial.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(UserError, match=r"^TMPDIR: no temporary folder can be made .*No space left"):
+        Run.prepare(open_context(parse_config(settings)))
