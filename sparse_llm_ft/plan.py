@@ -179,6 +179,7 @@ class AdapterPlan:
         options: further numbers that the tuner needs (AdaLoRA's schedule).
         trained: modules of the base that are fully trained beside the adapters: a fresh classification head, or
             `FULL_MODEL`.
+        rows: modules of `trained` of whose weight only these rows are trained: tokens of an embedding.
         masking: where masks are applied.
     """
 
@@ -188,11 +189,14 @@ class AdapterPlan:
     options: Annotated[Mapping[str, Finite], FEW_KEYS] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     masking: Masking = "compact"
+    rows: Mapping[str, IndexMask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
         if not any(self.modules.values()) and not self.trained:
             raise PlanError("a plan needs at least one module with an adapter, or one fully trained module")
+        if not self.rows.keys() <= set(self.trained):
+            raise PlanError("a plan trains rows of a module that it does not train")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -242,8 +246,12 @@ class AdapterPlan:
         shared = sum(a.group is not None for a in self.active.values())
         own = len(self.active) - shared
         if not self.active:
-            return ", ".join(self.trained)
+            return self.describe_trained()
         return f"{own} own and {shared} shared adapters" if shared else f"{own} adapters"
+
+    def describe_trained(self) -> str:
+        """For people: ``score``, ``3 rows of model.embed_tokens, lm_head``."""
+        return ", ".join(f"{len(self.rows[n].indices)} rows of {n}" if n in self.rows else n for n in self.trained)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values, from which `from_dict` makes the same plan."""
@@ -254,6 +262,7 @@ class AdapterPlan:
             "options": dict(self.options),
             "trained": list(self.trained),
             "masking": self.masking,
+            **({"rows": {name: kept.to_dict() for name, kept in self.rows.items()}} if self.rows else {}),
             "modules": {name: None if a is None else _module_to_dict(a) for name, a in self.modules.items()},
         }
 
@@ -273,7 +282,7 @@ class AdapterPlan:
             raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
         if type(data["version"]) is not int or data["version"] != PLAN_VERSION:
             raise PlanError(f"plan version {data['version']!r:.40} is not supported; this release reads {PLAN_VERSION}")
-        if set(data) != keys:
+        if set(data) | {"rows"} != keys:  # rows are written if there are some
             raise PlanError(f"a plan is an object with the keys {', '.join(sorted(keys))}")
         if not isinstance(data["modules"], dict) or not isinstance(data["trained"], list):
             raise PlanError("a plan's modules must be an object, and its trained a list of module names")
@@ -284,7 +293,15 @@ class AdapterPlan:
             data["options"],
             tuple(data["trained"]),
             data["masking"],
+            {name: IndexMask.from_dict(kept) for name, kept in _rows(data).items()},
         )
+
+
+def _rows(data: Mapping[str, object]) -> dict[str, object]:
+    rows = data.get("rows", {})
+    if not isinstance(rows, dict) or len(rows) > MAX_KEYS:
+        raise PlanError("a plan's rows must be an object of module names")
+    return rows
 
 
 SHARED = "shared"

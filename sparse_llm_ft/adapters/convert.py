@@ -103,10 +103,26 @@ def to_stock_lora(
         a, b = full_pair(name, plan, tensors)
         weights[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # a copy: a shared pair is written more than once
         weights[f"base_model.model.{name}.lora_B.weight"] = b * _omega(name, plan, tensors)
-    if plan.trained:
-        config["modules_to_save"] = list(plan.trained)
-        weights |= {f"base_model.model.{name}": tensor for name, tensor in base_tensors(tensors).items()}
-    return config, weights
+    settings, whole = saved_modules(plan, tensors)
+    return config | settings, weights | whole
+
+
+def saved_modules(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """PEFT's settings and tensors of what is trained beside adapters: ``modules_to_save`` for whole modules,
+    ``trainable_token_indices`` for rows of embeddings, which PEFT puts in place of the base's.
+    """
+    whole = [name for name in plan.trained if name not in plan.rows]
+    settings: dict[str, object] = {}
+    if whole:
+        settings["modules_to_save"] = whole
+    if plan.rows:
+        settings["trainable_token_indices"] = {name: list(kept.indices) for name, kept in plan.rows.items()}
+    weights = {}
+    for name, tensor in base_tensors(tensors).items():
+        module = name.rpartition(".")[0]
+        saved = f"{module}.token_adapter.trainable_tokens_delta" if module in plan.rows else name
+        weights[f"base_model.model.{saved}"] = tensor
+    return settings, weights
 
 
 def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

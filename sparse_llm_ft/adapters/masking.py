@@ -14,19 +14,24 @@ from torch import nn
 
 from sparse_llm_ft.adapters.convert import trained_parameters
 from sparse_llm_ft.adapters.layer import scatter
-from sparse_llm_ft.adapters.tuners import tuner_of
+from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
 from sparse_llm_ft.optim.masks import RowColumnMask
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.plan import AdapterPlan, IndexMask
 
 Tensors = dict[str, torch.Tensor]
 
 
-def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
-    """The optimizer's masks: short parameter name -> mask; empty if layers are compact.
+def optimizer_masks(plan: AdapterPlan, parameters: Mapping[str, TensorShape] | None = None) -> dict[str, RowColumnMask]:
+    """The optimizer's masks: short parameter name -> mask; of the adapters none if layers are compact.
 
-    Beside A and B, they cover vectors with one entry per row (`Tuner.masked_vectors`).
+    Beside A and B, they cover vectors with one entry per row (`Tuner.masked_vectors`), and embeddings of which only
+    some rows are trained (`AdapterPlan.rows`).
+
+    Args:
+        parameters: short name -> full shape of what is trained; needed for `AdapterPlan.rows`.
     """
     masks = _matrices(plan)
+    masks |= {name: RowColumnMask(0, kept, (parameters or {})[name][1]) for name, kept in row_masks(plan).items()}
     if plan.masking == "optimizer":
         for part in tuner_of(plan).masked_vectors:
             masks |= {f"{n}.{part}": RowColumnMask(0, a.rows, 1) for n, a in plan.active.items() if a.rows is not None}
@@ -35,11 +40,28 @@ def optimizer_masks(plan: AdapterPlan) -> dict[str, RowColumnMask]:
 
 def to_compact(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """From the layers' layout to the compact one: only the kept columns of every A and rows of every B."""
-    return _masked(plan, tensors, RowColumnMask.select)
+    compact = _masked(plan, tensors, RowColumnMask.select)
+    for name, kept in row_masks(plan).items():
+        if name in compact:
+            compact[name] = compact[name][list(kept.indices)]
+    return compact
+
+
+def row_masks(plan: AdapterPlan) -> dict[str, IndexMask]:
+    """`AdapterPlan.rows` by the short name of the parameter."""
+    return {f"{name}.weight": kept for name, kept in plan.rows.items()}
+
+
+def fill_rows(kept: IndexMask, rows: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A copy of `whole` with `rows` at the kept ones."""
+    indices = torch.tensor(kept.indices, device=whole.device)
+    return whole.index_copy(0, indices, rows.to(whole))
 
 
 def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The inverse of `to_compact`, with zeros at masked rows and columns."""
+    """The inverse of `to_compact`, with zeros at masked rows and columns. Rows of embeddings (`AdapterPlan.rows`) stay
+    alone, because the others are not zero: `fill_rows`.
+    """
     return _masked(
         plan,
         tensors,

@@ -39,6 +39,7 @@ class Tuner:
             for all modules on request and in this package's own form, and the norm of its ΔW is known.
         bounded_rank: whether a rank may not exceed the smaller side of its matrix.
         allocates_ranks: whether AdaLoRA's `RankAllocation` acts after every step.
+        takes_rows: whether PEFT's form of the adapter can hold rows of embeddings (`AdapterPlan.rows`).
         masked_vectors: last name parts of trained vectors with one entry per row of W. Masks of rows apply to them
             too: an output that no adapter writes keeps its pretrained weights.
     """
@@ -52,6 +53,7 @@ class Tuner:
     bounded_rank: ClassVar[bool] = True
     allocates_ranks: ClassVar[bool] = False
     masked_vectors: ClassVar[tuple[str, ...]] = ()
+    takes_rows: ClassVar[bool] = True
 
     def scaling(self, adapter: ModuleAdapter) -> float:
         """The factor on B A, without omega."""
@@ -178,6 +180,7 @@ class Vera(Tuner):
     """VeRA (Kopiczko et al., 2024): frozen random projections of one rank for all modules, trained scaling vectors."""
 
     name = "vera"
+    takes_rows = False
     prefix = "vera_"
     is_product = False
     bounded_rank = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.adapters.targets import check_modules
 from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
 from sparse_llm_ft.checkpoint.state import TrainState
@@ -42,11 +43,13 @@ def check_tensors(plan: AdapterPlan, shapes: Mapping[str, TensorShape], real: Ex
     for name in expected:
         if name not in shapes:
             raise PlanError(f"tensor {name!r} is missing")
-    whole = tuple(f"{name}." for name in plan.trained)
+    whole, rows = tuple(f"{name}." for name in plan.trained), row_masks(plan)
     for name, shape in shapes.items():
         right = expected.get(name)
         if right is None and (FULL_MODEL in plan.trained or name.startswith(whole)):
             right = real.parameters.get(name)
+            if right is not None and (kept := rows.get(name)) is not None:
+                right = (len(kept.indices), *right[1:]) if kept.size == right[0] else None
         if right is None:
             raise PlanError(f"tensor {name!r:.100} belongs to nothing that the plan trains")
         if shape != right:

@@ -101,12 +101,17 @@ class AdapterConfig(Section):
     Attributes:
         target_modules: ``all-linear`` (every linear layer but the output head), a list of name endings as in PEFT,
             or a regular expression that must match the whole module name.
+        modules_to_save: endings of modules that are trained whole beside the adapters (``embed_tokens``, ``lm_head``).
+        trainable_tokens: tokens, or their numbers, whose rows of the embeddings (and of the output head, if it has
+            weights of its own) are trained.
     """
 
     r: Int = Field(8, ge=1, le=MAX_RANK)
     lora_alpha: Float = Field(32.0, gt=0)
     lora_dropout: Float = Field(0.05, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: tuple[Int | str, ...] = ()
 
 
 class TrainingConfig(Section):

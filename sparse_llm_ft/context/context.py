@@ -12,6 +12,7 @@ from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.context.trained_modules import check_trained, modules_to_save, token_rows
 from sparse_llm_ft.data.chat import ChatFormat, apply_chat_settings, with_date
 from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task, escaped_columns
@@ -23,7 +24,7 @@ from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
-from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, find_quantization, head_modules
+from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, find_quantization
 from sparse_llm_ft.model.multimodal import text_modules, unreached
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
@@ -88,15 +89,17 @@ class RunContext:
         # Architecture: which modules get adapters, and which are fully trained.
         task_mode = find_model_task_mode(config.model, task, config.task.mode)
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)
-        heads = head_modules(empty)
+        whole = modules_to_save(config, empty)
         reached = text_modules(empty, config.model.name)
         found = find_targets(empty, config.adapter.target_modules, reached)
-        # A fresh pooler is fully trained, and so gets no adapter.
-        targets = {n: shape for n, shape in found.items() if not any(n == h or n.startswith(f"{h}.") for h in heads)}
-        plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, heads)
+        # What is fully trained, such as a fresh pooler, gets no adapter.
+        targets = {n: shape for n, shape in found.items() if not any(n == w or n.startswith(f"{w}.") for w in whole)}
+        plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, whole)
         # Text: lengths, tokenizer, loss.
         check_lengths(config, task, task_mode, empty)
         tokenizer = tokenizer_for(config.model, task_mode, empty)
+        rows = token_rows(config, empty, tokenizer, whole)
+        plan = replace(plan, trained=(*whole, *rows), rows=rows)
         if config.task.packing:
             check_packing(empty)
         chat = apply_chat_settings(tokenizer, config.task, task_mode.mode == "causal_lm")
@@ -107,6 +110,7 @@ class RunContext:
             config, world, console, folder, task, task_mode, empty, targets, left_out, plan, tokenizer, objective
         )
         first = context.first_phase()  # refuses methods that do not fit this many adapters
+        check_trained(config, first.plan, empty)
         context._check_coverage(FULL_MODEL in first.plan.trained, reached)
         return context
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, trained_parameters
+from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.engine import EngineSettings
@@ -45,7 +46,8 @@ def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:
     """Collective. The fully trained modules beside the adapters as they were loaded: name -> float32, on the CPU."""
     if FULL_MODEL in plan.trained:
         return {}
-    return {name: gathered_copy(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
+    heads = {name: gathered_copy(p) for name, p in trained_parameters(model).items() if not is_adapter(name)}
+    return to_compact(plan, heads)
 
 
 def untrained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

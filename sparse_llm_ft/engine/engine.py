@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
-from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact, to_full
+from sparse_llm_ft.adapters.masking import fill_rows, optimizer_masks, row_masks, to_compact, to_full
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.config import merge
 from sparse_llm_ft.distributed.heartbeat import connecting
@@ -155,9 +155,10 @@ class Engine:
     ) -> None:
         self.settings = settings
         self._plan = plan
-        if masks is None:
-            masks = {} if plan is None else optimizer_masks(plan)
         self.parameters = trained_parameters(model)
+        if masks is None:
+            shapes = {name: zero.full_shape(parameter) for name, parameter in self.parameters.items()}
+            masks = {} if plan is None else optimizer_masks(plan, shapes)
         # Build DeepSpeed, and remember the hooks that the model had before.
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
@@ -285,6 +286,12 @@ class Engine:
         if self._plan is not None:
             values = to_full(self._plan, values)
             moments = {name: _converted(to_full, self._plan, name, entry) for name, entry in moments.items()}
+            for name, kept in row_masks(self._plan).items():
+                if name in values:
+                    values[name] = fill_rows(kept, values[name], self._shards.read(name).cpu())
+                for key, moment in moments.get(name, {}).items():
+                    nothing = moment.new_zeros((kept.size, moment.shape[1]))
+                    moments[name] = moments[name] | {key: fill_rows(kept, moment, nothing)}
         self.load(values, moments, state["optimizer_steps"])
 
     def load(

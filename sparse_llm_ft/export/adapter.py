@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sparse_llm_ft.adapters import save_peft_adapter
+from sparse_llm_ft.adapters import base_options, save_peft_adapter
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.export.read_back import check_adapter
 from sparse_llm_ft.export.whole_model import save_values
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.model.loading import DTYPES
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -42,8 +41,8 @@ def export(
             save_values(path, context, {**values, **untrained})
             return
         empty = context.empty
-        transposed = any_transposed(empty, plan.active)
-        written = save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(empty), transposed)
+        options = base_options(empty, plan)
+        written = save_peft_adapter(path, plan, tensors, model.name, model.revision, task_type(empty), options)
         check_adapter(path, *written)
 
     write_folder(folder, fill)

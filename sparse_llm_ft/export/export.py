@@ -13,6 +13,7 @@ from sparse_llm_ft.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     SparseLoraConfig,
+    base_options,
     save_peft_adapter,
     tuner_of,
 )
@@ -27,7 +28,6 @@ from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.plan import AdapterPlan
 
 
@@ -62,6 +62,10 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
         raise UserError(f"--to {options.to}: {where} trained the whole model, so there is no adapter; use --to merged")
     if options.to == "native" and not tuner.is_product:
         raise UserError(f"--to native: {where} was trained with PEFT's own tuner {tuner.name}; use --to peft")
+    if options.to == "native" and run.plan.rows:
+        raise UserError(
+            f"--to native: {where} trained rows of its embeddings (adapter.trainable_tokens); use --to peft"
+        )
     if options.uniform_rank and not tuner.is_product:
         raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner.name}; expected a LoRA")
     if options.to != "merged" and not run.plan.active:
@@ -92,7 +96,7 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
             base,
             run.config.model.revision,
             task_type(run.empty),
-            any_transposed(run.empty, run.plan.active),
+            base_options(run.empty, run.plan),
         )
         check_adapter(folder, *written)
         if options.uniform_rank:

@@ -11,14 +11,14 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from sparse_llm_ft.adapters import peft_adapter, tuner_of, write_peft_adapter
+from sparse_llm_ft.adapters import base_options, peft_adapter, tuner_of, write_peft_adapter
 from sparse_llm_ft.adapters.convert import is_omega
+from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.errors import ConfigError, UserError, reason_of
 from sparse_llm_ft.export.read_back import WrittenWrongly, check_adapter
 from sparse_llm_ft.export.whole_model import save_without_weights
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.model.loading import empty_like_stored, load_tokenizer
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -84,8 +84,11 @@ def _try_adapter(context: RunContext, plan: AdapterPlan, folder: Path) -> None:
     for module in plan.trained:
         whole = context.empty.get_submodule(module)
         tensors |= {f"{module}.{name}": parameter for name, parameter in whole.named_parameters()}
-    transposed = any_transposed(context.empty, plan.active)
-    config, weights = peft_adapter(plan, tensors, model.name, model.revision, task_type(context.empty), transposed)
+    tensors = {
+        name: t[: len(rows[name].indices)] if name in (rows := row_masks(plan)) else t for name, t in tensors.items()
+    }
+    options = base_options(context.empty, plan)
+    config, weights = peft_adapter(plan, tensors, model.name, model.revision, task_type(context.empty), options)
     write_peft_adapter(folder, config, {})
     check_adapter(folder, config, {})
     # PEFT must find in it what was trained: the same names, on the same modules.

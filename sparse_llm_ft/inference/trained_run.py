@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sparse_llm_ft.adapters import add_adapters, trained_parameters
-from sparse_llm_ft.adapters.masking import to_full
+from sparse_llm_ft.adapters.masking import fill_rows, row_masks, to_full
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_valid
 from sparse_llm_ft.config import RunConfig
@@ -141,7 +141,9 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
     parameters = trained_parameters(model)
     if missing := sorted(parameters.keys() - values.keys()):
         raise UserError(f"{run.folder.path}: the newest checkpoint has no value for {missing[0]}")
+    rows = row_masks(run.plan)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+            value = values[name]
+            parameter.copy_(fill_rows(rows[name], value, parameter) if name in rows else value)
     return model.eval()

@@ -161,7 +161,10 @@ class PartialLora(Method[PartialLoraSettings]):
             ),
         )
         # A fresh head must be fitted first, unless importance does not need one.
-        needs_head = bool(plan.trained) and not state.tensors and (settings.derives or settings.importance != "svd")
+        from sparse_llm_ft.model.architecture import HEAD_NAMES
+
+        has_head = any(name.partition(".")[0] in HEAD_NAMES for name in plan.trained)
+        needs_head = has_head and not state.tensors and (settings.derives or settings.importance != "svd")
         if not needs_head:
             return replace(measuring, name="derive", steps=0), state
         fit = replace(

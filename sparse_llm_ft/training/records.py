@@ -14,6 +14,7 @@ from rich.table import Table
 from sparse_llm_ft import __version__
 from sparse_llm_ft.adapters import count_parameters, is_omega, residual_norms
 from sparse_llm_ft.adapters.left_out import LeftOut
+from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
@@ -180,11 +181,16 @@ def describe_phase(context: RunContext, phase: Phase) -> list[str]:
     plan = phase.plan
     kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
     adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
-    modules = [context.empty.get_submodule(name) for name in plan.trained]
-    whole = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    rows = row_masks(plan)
+    whole = sum(
+        len(rows[full].indices) * parameter.shape[1] if (full := f"{name}.{own}") in rows else parameter.numel()
+        for name in plan.trained
+        for own, parameter in context.empty.get_submodule(name).named_parameters()
+    )
     left_out = context.left_out
     return [
         f"phase {phase.name}: {plan.describe()}{adapters}",
+        *([f"trained beside them: {plan.describe_trained()}"] if plan.trained and plan.active else []),
         *([f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []),
         f"{count_parameters(plan, context.targets) + whole:,} trainable parameters",
     ]

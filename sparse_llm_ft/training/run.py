@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel
 
 from sparse_llm_ft.adapters import count_parameters, is_adapter
+from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
@@ -353,7 +354,8 @@ class Run:
     def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
         """Collective. Number of trained values, without masked ones: adapters and fully trained modules."""
         whole = [name for name in engine.parameters if not is_adapter(name)]
-        return count_parameters(plan, self.targets) + sum(map(torch.numel, engine.values(whole).values()))
+        values = to_compact(plan, engine.values(whole))
+        return count_parameters(plan, self.targets) + sum(map(torch.numel, values.values()))
 
     def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
         """Collective. The loop's present state, from which a run can continue."""

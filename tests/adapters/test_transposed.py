@@ -16,14 +16,21 @@ from transformers.pytorch_utils import Conv1D
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_models import IDS, MODELS, adapters_of, logits, with_adapters
-from sparse_llm_ft.adapters import SparseLoraLayer, add_adapters, find_targets, save_peft_adapter, trained_parameters
+from sparse_llm_ft.adapters import (
+    SparseLoraLayer,
+    add_adapters,
+    base_options,
+    find_targets,
+    save_peft_adapter,
+    trained_parameters,
+)
 from sparse_llm_ft.adapters.tuners import TUNERS
 from sparse_llm_ft.config import ModelConfig, merge
 from sparse_llm_ft.export.export import export_run
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.inference.trained_run import load_trained, read_run
-from sparse_llm_ft.model.linear import any_transposed, linear_shape, restore_transposed
+from sparse_llm_ft.model.linear import linear_shape, restore_transposed
 from sparse_llm_ft.model.loading import empty_model, load_model
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, uniform_plan
 from sparse_llm_ft.scoring.importance import dense_weight
@@ -80,7 +87,7 @@ def test_every_tuner_exports_what_peft_computes_and_merges(tuner: str, tmp_path:
         parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
     expected = logits(model)
     tensors = {name: parameter.detach().float() for name, parameter in trained_parameters(model).items()}
-    save_peft_adapter(tmp_path, plan, tensors, "base", None, transposed=any_transposed(GPT2.build(), plan.active))
+    save_peft_adapter(tmp_path, plan, tensors, "base", None, options=base_options(GPT2.build(), plan))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
     loaded = PeftModel.from_pretrained(GPT2.build(), tmp_path).eval()
