@@ -190,6 +190,12 @@ class RunContext:
         return build_methods(self.config, 1).first(self.plan, self.targets)
 
     @property
+    def embeddings(self) -> int | None:
+        """Number of tokens that the base has embeddings for; None if its embeddings do not say."""
+        rows = getattr(self.empty.get_input_embeddings(), "num_embeddings", None)
+        return rows if isinstance(rows, int) else None
+
+    @property
     def expected(self) -> Expected:
         """What a checkpoint of this run must match."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.empty.named_parameters()}

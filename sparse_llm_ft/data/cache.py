@@ -74,6 +74,21 @@ class CachedDataset(Sequence[Any]):
         self.skipped: int = counts["skipped"]
         self.reasons: list[str] = counts["reasons"]
 
+    def beyond(self, limit: int) -> tuple[int, int]:
+        """Number of samples with a token id of `limit` or more, and the smallest such id; 0 and 0 if there is none."""
+        found, smallest = np.zeros(len(self), dtype=bool), []
+        for name in self._names:
+            if name not in ("ids", "prompt_ids", "completion_ids"):
+                continue
+            first = 0
+            for chunk in self._rows.data.column(name).chunks:
+                values = chunk.values.to_numpy(zero_copy_only=False)
+                places = np.flatnonzero(values >= limit)
+                found[first + np.searchsorted(chunk.offsets.to_numpy(), places, side="right") - 1] = True
+                smallest += [int(values[places].min())] if len(places) else []
+                first += len(chunk)
+        return int(found.sum()), min(smallest, default=0)
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from sparse_llm_ft.config import RunConfig, TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, cache_folder, samples_key, schema_of, tokenizer_key, write_cached
 from sparse_llm_ft.data.chat import ChatFormat
-from sparse_llm_ft.data.reading import Example, Skipped, examples, hub_rows, read_split, split_files
+from sparse_llm_ft.data.reading import Example, Skipped, examples, read_split, split_files
 from sparse_llm_ft.data.samples import Sample, TextSample
+from sparse_llm_ft.data.source_key import ends_of, source_of
 from sparse_llm_ft.data.spans import SpanPreprocessor, SpanSample
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.tasks import Task, render
@@ -72,21 +70,25 @@ class Splits:
         tokenizer: PreTrainedTokenizerBase,
         task_mode: TaskMode,
         ranks: Coordination = ALONE,
+        embeddings: int | None = None,
     ) -> Splits:
         """Collective over `ranks`. Tokenise every split that a run needs, or find it in the cache.
+
+        Args:
+            embeddings: number of tokens that the model has embeddings for; None is not checked.
 
         Raises:
             UserError: a row or a sample cannot be used, or the task does not define this model's inputs.
         """
-        encoding = SplitBuilder(config, task, tokenizer, task_mode, ranks)
-        validation = encoding.stored("validation") if config.training.eval_every is not None else ()
-        measured = encoding.measured()
+        encoding = SplitBuilder(config, task, tokenizer, task_mode, ranks, embeddings)
         train: CachedDataset | StreamingDataset
         if config.task.streaming:
             train, key = encoding.streamed(), encoding.stream_key()
         else:
             train = encoding.stored("train")
             key = train.key
+        validation = encoding.stored("validation") if config.training.eval_every is not None else ()
+        measured = encoding.measured()
         return cls(train, validation, measured, samples_key(train=key, measured=[part.key for part in measured]))
 
     def sizes(self, measured: str) -> dict[str, int]:
@@ -126,13 +128,18 @@ def _remarks(parts: Sequence[tuple[str, Any]], task: TaskConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class SplitBuilder:
-    """Turns a run's splits into samples."""
+    """Turns a run's splits into samples.
+
+    Attributes:
+        embeddings: number of tokens that the model has embeddings for; None is not checked.
+    """
 
     config: RunConfig
     task: Task
     tokenizer: PreTrainedTokenizerBase
     task_mode: TaskMode
     ranks: Coordination = ALONE
+    embeddings: int | None = None
 
     def __post_init__(self) -> None:
         _check_inputs(self.task, self.task_mode, self.config.model.name)
@@ -204,7 +211,39 @@ class SplitBuilder:
         samples = self._on_every_rank(lambda: CachedDataset(cache_folder(key), kind))
         if not len(samples):
             raise UserError(f"task: no usable row in {split} ({'; '.join(samples.reasons) or 'it is empty'})")
+        if self._limit is not None:
+            count, token = samples.beyond(self._limit)
+            if count:
+                raise self._without_embedding(f"{count} of {len(samples)} {split} samples have", token)
         return samples
+
+    @cached_property
+    def _limit(self) -> int | None:
+        """Number of embeddings, if the tokenizer has tokens beyond them."""
+        if self.embeddings is None or max(self.tokenizer.get_vocab().values(), default=0) < self.embeddings:
+            return None
+        return self.embeddings
+
+    def _without_embedding(self, who: str, token: int) -> ConfigError:
+        return ConfigError(
+            "model.name",
+            f"{self.config.model.name!r} has embeddings for {self.embeddings} tokens, and {who} tokens beyond them, "
+            f"such as {self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})",
+            "expected a model that was resized with its tokenizer: model.resize_token_embeddings(len(tokenizer)), then "
+            "model.save_pretrained, in transformers",
+        )
+
+    def _checked(self, sample: Any) -> Any:
+        """The sample, which is one of a stream or was given by the user.
+
+        Raises:
+            ConfigError: it has a token without embedding.
+        """
+        for part in sample if isinstance(sample, list) else (sample,):
+            ids = (*getattr(part, "prompt_ids", ()), *getattr(part, "completion_ids", ()), *getattr(part, "ids", ()))
+            if self._limit is not None and max(ids) >= self._limit:
+                raise self._without_embedding("a row has", max(ids))
+        return sample
 
     def samples_of(self, rows: Iterable[Example]) -> Iterator[Any]:
         """Tokenise the given rows without the cache.
@@ -212,18 +251,21 @@ class SplitBuilder:
         Raises:
             DataError: a row does not fit. ``task.on_bad_row`` does not apply to rows that the caller names.
         """
-        return self._encode(rows, None)
+        return map(self._checked, self._encode(rows, None))
 
     def streamed(self) -> StreamingDataset:
         """The training split, read row by row."""
         settings = self.config.task
         return StreamingDataset(
             lambda skipped: examples(self.task, "train", skipped),
-            self.encoder,
+            self._encode_checked,
             settings.shuffle_buffer,
             self.config.seed,
             settings.max_length,
         )
+
+    def _encode_checked(self, example: Example) -> Any:
+        return self._checked(self.encoder(example))
 
     def stream_key(self) -> str:
         """Collective over `ranks`. The streamed split's key, from a file's two ends: reading it all may take hours."""
@@ -232,7 +274,7 @@ class SplitBuilder:
 
         def look() -> None:
             own[0] = samples_key(
-                rows=[_ends(path) for path in files],
+                rows=[ends_of(path) for path in files],
                 tokenizer=tokenizer_key(self.tokenizer),
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
                 chat=self._chat_key,
@@ -307,7 +349,7 @@ class SplitBuilder:
         task, settings = self.task, self.config.task
         templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}
         return samples_key(
-            rows=_source(task, split, further),
+            rows=source_of(task, split, further),
             tokenizer=tokenizer_key(self.tokenizer),
             mode=self.task_mode.mode,
             max_length=[settings.max_length, settings.max_prompt_length],
@@ -318,7 +360,6 @@ class SplitBuilder:
         )
 
 
-_END = 2**20
 _NOT_CONTENT = (
     "flatten",
     "metrics",
@@ -331,29 +372,6 @@ _NOT_CONTENT = (
     "on_bad_row",
     "streaming",
 )
-
-
-def _source(task: Task, split: str, further: str | None) -> list[str]:
-    """Identifies the rows: a local file's name and SHA-256, or the fingerprint of a hub data set."""
-    files = split_files(task, split, further)
-    if not files:
-        splits = task.splits if further is None else task.further_splits[further]
-        rows: Any = hub_rows(task, splits[split])
-        return [str(task.hub_id), rows._fingerprint]
-    found = []
-    for path in files:
-        with path.open("rb") as file:
-            found += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
-    return found
-
-
-def _ends(path: Path) -> list[Any]:
-    """A file's size, and the SHA-256 of its first and its last mebibyte."""
-    with path.open("rb") as file:
-        first, size = file.read(_END), os.fstat(file.fileno()).st_size
-        file.seek(max(size - _END, 0))
-        last = file.read(_END)
-    return [size, *(hashlib.sha256(end).hexdigest() for end in (first, last))]
 
 
 def _check_inputs(task: Task, task_mode: TaskMode, model: str) -> None:

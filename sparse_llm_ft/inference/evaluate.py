@@ -39,7 +39,8 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     context = run.context.dated(ranks.broadcast)
     config, world = context.config, context.world
     check_weights(config.model)
-    parts = SplitBuilder(config, context.task, context.tokenizer, context.task_mode, ranks).measured()
+    builder = SplitBuilder(config, context.task, context.tokenizer, context.task_mode, ranks, context.embeddings)
+    parts = builder.measured()
     for line in remarks_of(parts, config.task):
         context.console.log(line)
     run_on_rank_zero(world, lambda: output.mkdir(parents=True))

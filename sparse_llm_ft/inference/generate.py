@@ -25,7 +25,9 @@ def answer(run: TrainedRun, rows: Sequence[Row]) -> list[str]:
     """
     context = run.context
     examples = [unlabeled_example(run.task, row, f"text {i}") for i, row in enumerate(rows, 1)]
-    builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
+    builder = SplitBuilder(
+        context.config, context.task, context.tokenizer, context.task_mode, embeddings=context.embeddings
+    )
     samples = list(builder.samples_of(examples))
     model = load_trained(run)
     evaluator = context.evaluator(())

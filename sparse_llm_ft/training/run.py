@@ -130,7 +130,7 @@ class Run:
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
         ranks.on_every_rank(lambda: try_export(context, context.first_phase().plan))
-        splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks)
+        splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks, context.embeddings)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
         check_steps(config, schedule.total_steps)
