@@ -44,11 +44,9 @@ def prepare(settings: dict, texts: list[str]) -> Run:
 
 def test_rows_with_tokens_beyond_the_embeddings_are_counted(added: dict) -> None:
     message = (
-        r"model.name: .*has embeddings for \d+ tokens, and 2 of 4 \w+ samples have .*, such as '<think>' \(id \d+\)"
+        r"model.name: .*has embeddings for \d+ tokens, and 2 of 4 train samples have .*, such as '<think>' \(id \d+\)"
     )
-    with pytest.raises(
-        ConfigError, match=message + r" .*; expected a model that was resized .*resize_token_embeddings"
-    ):
+    with pytest.raises(ConfigError, match=message + r"; expected a model that was resized .*resize_token_embeddings"):
         prepare(added, ["red", "<think> red", "book", "<think> red </think>"])
 
 
