@@ -116,8 +116,10 @@ def _no_match(
     if not others:
         return ConfigError(setting, f"{wanted!r} matches no linear layer of the model", found)
     name, module = next(iter(others.items()))
+    expected = "expected linear layers"
     if module is getattr(model, "get_output_embeddings", lambda: None)():
         what = "is the output head, which never has adapters"
+        expected += ", or adapter.modules_to_save to train it whole"
     elif name.split(".")[0] in HEAD_NAMES:
         what = "is the task's head, which is trained whole and never has adapters"
     elif name in linear_modules(model):
@@ -128,7 +130,8 @@ def _no_match(
         )
     else:
         what = f"is of class {type(module).__name__}, not a linear layer"
-    return ConfigError(setting, f"{wanted!r} {what}", f"expected linear layers; {found}")
+        expected += ", or adapter.modules_to_save to train it whole"
+    return ConfigError(setting, f"{wanted!r} {what}", f"{expected}; {found}")
 
 
 def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:

@@ -55,6 +55,8 @@ def test_an_ending_without_match_is_an_error_that_says_what_is_there(model, endi
     assert error.value.setting == "adapter.target_modules"
     assert f"{ending!r} {problem}; " in str(error.value)
     assert f"found: {ENDINGS}" in str(error.value)
+    whole = "or adapter.modules_to_save to train it whole" in str(error.value)
+    assert whole == (ending in ("lm_head", "embed_tokens", "norm"))
 
 
 def test_a_pattern_is_matched_against_whole_names(model):
