@@ -367,7 +367,7 @@ def test_files_that_cannot_be_read_or_written_are_one_line(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"test.jsonl: Permission denied"):
+    with pytest.raises(UserError, match=r"train.jsonl: Permission denied"):
         encode(settings)
     with pytest.raises(UserError, match=r"train.jsonl: Permission denied"):
         read_split(resolve_task(parse_config(settings).task), "train")
