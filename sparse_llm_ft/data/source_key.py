@@ -9,6 +9,7 @@ from typing import Any
 
 from sparse_llm_ft.data.reading import hub_rows, split_files
 from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.errors import UserError
 
 _END = 2**20
 
@@ -22,8 +23,11 @@ def source_of(task: Task, split: str, further: str | None) -> list[str]:
         return [str(task.hub_id), rows._fingerprint]
     found = []
     for path in files:
-        with path.open("rb") as file:
-            found += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+        try:
+            with path.open("rb") as file:
+                found += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
     return found
 
 
