@@ -9,7 +9,7 @@ import pytest
 import yaml
 from context.test_refusals import BAD
 
-from helpers.forked_ranks import run_worlds
+from helpers.fork_server import run_worlds
 from sparse_llm_ft.config import merge
 
 pytestmark = pytest.mark.distributed
