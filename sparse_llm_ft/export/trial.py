@@ -99,7 +99,7 @@ def _try_adapter(context: RunContext, plan: AdapterPlan, folder: Path) -> None:
     except ValueError as error:
         raise ConfigError(
             "adapter.target_modules",
-            f"PEFT takes no adapters on such modules of {model.name!r} ({' '.join(str(error).split())[:300]})",
+            f"PEFT takes no adapters on such modules of {model.name!r} ({reason_of(error)})",
             "expected other modules",
         ) from error
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False)

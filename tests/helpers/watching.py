@@ -25,7 +25,7 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
         from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
         from sparse_llm_ft.training.loop import Loop
 
-        encode, read = CausalLMPreprocessor.__call__, Loop._read
+        encode, read = CausalLMPreprocessor.__call__, Loop._read_samples
 
         def counted(self: CausalLMPreprocessor, example: Any) -> Any:
             with (logs / f"encoded-{rank}.txt").open("a") as file:
@@ -40,7 +40,7 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
                 file.write(json.dumps([[shown(unit) for unit in micro] for micro in result[0]]) + "\n")
             return result
 
-        CausalLMPreprocessor.__call__, Loop._read = counted, told
+        CausalLMPreprocessor.__call__, Loop._read_samples = counted, told
 
     return before
 

@@ -150,5 +150,5 @@ def test_bart_begins_with_the_token_it_is_made_to(settings: dict, tmp_path: Path
     with pytest.raises(SystemExit) as stop:
         main(["generate", settings["output_dir"], "tom", "--max-new-tokens", "200"])
     assert stop.value.code == 2
-    assert "error: evaluation.max_new_tokens: 200, and " in (said := capsys.readouterr().err)
+    assert "error: evaluation.max_new_tokens: 200, but " in (said := capsys.readouterr().err)
     assert said.endswith("has 64 positions; expected at most 64\n")

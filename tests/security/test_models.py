@@ -87,7 +87,7 @@ def test_code_of_a_model_runs_only_where_the_setting_says_so(
     mark = tmp_path / "mark"
     folder = with_code(Path(settings["model"]["name"]), tmp_path / "own", mark)
     for build in (empty_model, load_model):
-        with pytest.raises(ConfigError, match=r"model.name: .* cannot be loaded"):
+        with pytest.raises(ConfigError, match=r"model.trust_remote_code: false, but .* needs code of its own"):
             build(config(folder))
     assert not mark.exists() and not parse_config(settings).model.trust_remote_code
     trusting = merge(settings, {"model": {"name": str(folder), "trust_remote_code": True}})
