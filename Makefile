@@ -28,7 +28,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 quickstart: $(READY)  ## train a tiny Llama on PROCESSES=2 processes, in about a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
 
-test: $(READY)  ## run the tests, in about 12 minutes on two cores
+test: $(READY)  ## run the tests, in about 6 minutes on two cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
