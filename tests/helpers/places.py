@@ -90,9 +90,9 @@ def _drop(die: Die) -> None:
 
     remove = checkpoints.shutil.rmtree
 
-    def half(path: Path, *args: Any, **kwargs: Any) -> None:
-        if path.name.startswith("step-"):
-            next(path.glob("*.safetensors")).unlink()
+    def half(path: str | Path, *args: Any, **kwargs: Any) -> None:  # tempfile removes its folders with it, too
+        if Path(path).name.startswith("step-"):
+            next(Path(path).glob("*.safetensors")).unlink()
             die()
         remove(path, *args, **kwargs)
 
