@@ -1,4 +1,4 @@
-"""What is said in one line: however long its parts are, what would be right stays in it."""
+"""Errors are one line. However long their parts are, the line keeps the advice at its end."""
 
 from __future__ import annotations
 

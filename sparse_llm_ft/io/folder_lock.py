@@ -18,7 +18,8 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What flock fails with on a file system that has no locks."""
 
 
 class FolderLock:
@@ -46,7 +47,7 @@ class FolderLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             self._claim()
 

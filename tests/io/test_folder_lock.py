@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.io import folder_lock
+from sparse_llm_ft.io.content_cache import ContentCache
 from sparse_llm_ft.io.folder_lock import OWNER_FILE, FolderLock
 
 
@@ -83,3 +84,13 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
         FolderLock(tmp_path).acquire()
+
+
+def test_a_cache_is_written_without_flock(tmp_path: Path, no_flock: None) -> None:
+    def read(folder: Path) -> str:
+        return (folder / "text").read_text()
+
+    cache = ContentCache(tmp_path / "cache", read)
+    cache.write("key", lambda folder: Path(folder / "text").write_text("made") and None)
+    assert cache.load("key") == "made"
+    assert {path.name for path in cache.folder.iterdir()} <= {"key", ".key.lock"}  # nobody holds it any more
