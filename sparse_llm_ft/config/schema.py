@@ -27,6 +27,8 @@ class ModelConfig(Section):
         quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation in
             `dtype`).
         trust_remote_code: whether code from the model's repository or folder may run in this process.
+        resize_embeddings: give the input embeddings and the output head a row for each token of the tokenizer, if it
+            has more than they do.
     """
 
     name: FilePath = Field(min_length=1)
@@ -36,6 +38,7 @@ class ModelConfig(Section):
     gradient_checkpointing: StrictBool = False
     attn_implementation: str | None = None
     trust_remote_code: StrictBool = False
+    resize_embeddings: StrictBool = False
 
 
 class TaskConfig(Section):

@@ -12,7 +12,7 @@ from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
-from sparse_llm_ft.context.trained_modules import check_trained, modules_to_save, token_rows
+from sparse_llm_ft.context.trained_modules import check_trained, covers, modules_to_save, remark_on_new_rows, token_rows
 from sparse_llm_ft.data.chat import ChatFormat, apply_chat_settings, with_date
 from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task, escaped_columns
@@ -93,7 +93,7 @@ class RunContext:
         reached = text_modules(empty, config.model.name)
         found = find_targets(empty, config.adapter.target_modules, reached)
         # What is fully trained, such as a fresh pooler, gets no adapter.
-        targets = {n: shape for n, shape in found.items() if not any(n == w or n.startswith(f"{w}.") for w in whole)}
+        targets = {name: shape for name, shape in found.items() if not covers(whole, name)}
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, whole)
         # Text: lengths, tokenizer, loss.
         check_lengths(config, task, task_mode, empty)
@@ -111,6 +111,8 @@ class RunContext:
         )
         first = context.first_phase()  # refuses methods that do not fit this many adapters
         check_trained(config, first.plan, empty)
+        for line in remark_on_new_rows(first.plan, empty):
+            console.log(line)
         context._check_coverage(FULL_MODEL in first.plan.trained, reached)
         return context
 

@@ -12,6 +12,7 @@ from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.linear import linear_shape
 from sparse_llm_ft.model.loading import head_modules
+from sparse_llm_ft.model.resizing import new_rows
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask
 
 
@@ -81,7 +82,7 @@ def token_rows(
             raise ConfigError(
                 setting,
                 f"{token!r} is number {number}, and the model has embeddings for {embeddings.num_embeddings} tokens",
-                "expected a model whose embeddings were resized with its tokenizer",
+                "set model.resize_embeddings: true, or choose a model that was resized with its tokenizer",
             )
         found.add(number)
     tables = [embeddings]
@@ -122,6 +123,24 @@ def check_trained(config: RunConfig, plan: AdapterPlan, empty: PreTrainedModel) 
             f"embeddings whose weight the output head shares, which PEFT does not tie under tuner {tuner.name}",
             "expected another method",
         )
+
+
+def remark_on_new_rows(plan: AdapterPlan, empty: PreTrainedModel) -> list[str]:
+    """A log line about rows that ``model.resize_embeddings`` has added, and whether the plan trains them."""
+    added = new_rows(empty)
+    if not added:
+        return []
+    name = _name_of(empty, empty.get_input_embeddings())
+    trained = set(plan.rows[name].indices) if name in plan.rows else {*added} if covers(plan.trained, name) else set()
+    line = f"model.resize_embeddings: {len(added)} rows are new in {name}, {added[0]} to {added[-1]}"
+    left = [row for row in added if row not in trained]
+    fix = "; adapter.trainable_tokens or adapter.modules_to_save would"
+    return [line + (f"; nothing trains {len(left)} of them{fix}" if left else "")]
+
+
+def covers(trained: Collection[str], name: str) -> bool:
+    """Whether modules that are trained whole hold the module `name`."""
+    return any(module == FULL_MODEL or name == module or name.startswith(f"{module}.") for module in trained)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

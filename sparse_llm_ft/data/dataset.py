@@ -229,8 +229,7 @@ class SplitBuilder:
             "model.name",
             f"{self.config.model.name!r} has embeddings for {self.embeddings} tokens, and {who} tokens beyond them, "
             f"such as {self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})",
-            "expected a model that was resized with its tokenizer: model.resize_token_embeddings(len(tokenizer)), then "
-            "model.save_pretrained, in transformers",
+            "set model.resize_embeddings: true, and adapter.trainable_tokens to train their rows",
         )
 
     def _checked(self, sample: Any) -> Any:

@@ -39,7 +39,8 @@ from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
-from sparse_llm_ft.model.loading import device, load_model
+from sparse_llm_ft.model.loading import device, load_model, load_tokenizer
+from sparse_llm_ft.model.resizing import grow_embeddings, token_count
 
 SLICE_BYTES = 16 * 2**20
 """Bytes of a tensor that are read at a time. Host memory holds no more of a tensor that goes to a GPU. Quantising on a
@@ -96,14 +97,28 @@ def load_sharded_model(
         stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
         # Reading is a collective: one tensor after the other, in this thread.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
-        stack.enter_context(_shard_what_is_set(deepspeed_settings))
-        return load_model(config, task_mode, seed)
+        shard = _sharder(deepspeed_settings)
+        with _shard_what_is_set(shard):
+            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed)
+    if config.resize_embeddings:
+
+        def place(parameter: nn.Parameter) -> None:
+            parameter.data = parameter.data.to(device())
+            shard(parameter)
+
+        grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, _gathered, place)
+    return model
 
 
 def gathered_copy(parameter: nn.Parameter) -> torch.Tensor:
     """Collective. A full copy of a parameter on the CPU, as float32, whether or not it is sharded."""
+    return _gathered(parameter).float()
+
+
+def _gathered(parameter: nn.Parameter) -> torch.Tensor:
+    """Collective. `gathered_copy`, in the parameter's own type."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-        return parameter.detach().float().cpu().clone()
+        return parameter.detach().cpu().clone()
 
 
 @dataclass(frozen=True)
@@ -254,9 +269,8 @@ def _run_or_fail_together(action: Callable[[], None] | None) -> None:
         raise OSError(str(failure or "another process could not read its weights"))
 
 
-@contextmanager
-def _shard_what_is_set(settings: Mapping[str, object]) -> Iterator[None]:
-    """Collective. A context in which every parameter set on a module is sharded, unless it is on the meta device."""
+def _sharder(settings: Mapping[str, object]) -> Callable[[nn.Parameter], None]:
+    """Collective. A function, collective too, that shards one parameter as DeepSpeed does."""
     first = nn.Parameter(torch.zeros(1))
     deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=dict(settings))
 
@@ -268,6 +282,13 @@ def _shard_what_is_set(settings: Mapping[str, object]) -> Iterator[None]:
         )
         if alone:  # transformers' loop refers to it until it has read the next one
             memory.resize_(0)
+
+    return shard
+
+
+@contextmanager
+def _shard_what_is_set(shard: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Collective. A context in which every parameter set on a module is sharded, unless it is on the meta device."""
 
     def on_set(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.is_meta or hasattr(parameter, "ds_id"):

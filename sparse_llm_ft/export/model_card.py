@@ -14,6 +14,7 @@ from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.sanitize import is_local, public_name, public_settings
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.model.architecture import auto_class
+from sparse_llm_ft.model.resizing import new_rows
 from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
 from sparse_llm_ft.run_folder import SUMMARY_FILE
@@ -98,12 +99,19 @@ def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -
         return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
     native = "\nimport sparse_llm_ft.adapters  # registers the tuner with PEFT\n" if options.to == "native" else ""
     outputs = f", num_labels={run.task_mode.outputs}" if run.task_mode.outputs else ""
+    torch, resize = "", ""
+    if added := new_rows(run.empty):
+        torch = "import torch\n"
+        resize = (
+            f"torch.manual_seed({run.config.seed})  # the base has had {len(added)} rows less\n"
+            f"base.resize_token_embeddings({added.stop})\n"
+        )
     return f"""\
-from peft import PeftModel
+{torch}from peft import PeftModel
 from transformers import {auto}
 {native}
 base = {auto}.from_pretrained("{base}"{outputs})
-model = PeftModel.from_pretrained(base, "{repo_id}")"""
+{resize}model = PeftModel.from_pretrained(base, "{repo_id}")"""
 
 
 def _adapter_table(run: TrainedRun) -> str:

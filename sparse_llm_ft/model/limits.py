@@ -40,7 +40,7 @@ def tokenizer_for(config: ModelConfig, task_mode: TaskMode, model: PreTrainedMod
             raise ConfigError(
                 "model.name",
                 f"{config.name!r} has a tokenizer whose {name} is {number}, but embeddings for {rows} tokens",
-                "expected a model whose embeddings were resized with its tokenizer",
+                "set model.resize_embeddings: true, or choose a model that was resized with its tokenizer",
             )
     limit = _learned_positions(model)
     if task_mode.has_head and limit is not None:

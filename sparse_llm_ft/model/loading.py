@@ -35,6 +35,7 @@ from sparse_llm_ft.model.architecture import (
 )
 from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
+from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -113,8 +114,13 @@ def empty_model(
         attn_implementation: None takes the model's default.
 
     Raises:
-        ConfigError: the model cannot be loaded, or does not support the mode.
+        ConfigError: the model cannot be loaded, does not support the mode, or cannot be resized.
     """
+    model = _empty_as_stored(config, attn_implementation, task_mode)
+    return resized(model, config, load_tokenizer(config, task_mode)) if config.resize_embeddings else model
+
+
+def _empty_as_stored(config: ModelConfig, attn_implementation: str | None, task_mode: TaskMode) -> PreTrainedModel:
     settings = _settings(config)
     builder, purpose = auto_class(settings, task_mode.mode), ARCHITECTURES[task_mode.mode].purpose
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -184,7 +190,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     """The frozen base with its weights, on this process's device.
 
     Args:
-        seed: seeds torch's generators, so that a new head is the same on every rank.
+        seed: seeds torch's generators, so that a new head and new rows of embeddings are the same on every rank.
 
     Raises:
         ConfigError: the weights cannot be loaded.
@@ -211,6 +217,13 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
 
     remember_fixed(model)
+    if config.resize_embeddings:
+
+        def place(parameter: nn.Parameter) -> None:
+            parameter.data = parameter.data.to(options.get("device_map", {"": "cpu"})[""])
+
+        grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, place=place)
+
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from helpers.contexts import open_context
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
+from helpers.tiny_files import NEW_TOKENS, grow_tokenizer, write_rows
 from helpers.tiny_models import logits
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.export.export import export_run
+from sparse_llm_ft.export.model_card import model_card
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.inference.trained_run import load_trained, read_run
 from sparse_llm_ft.plan import AdapterPlan
@@ -99,6 +101,16 @@ def test_settings_that_would_do_nothing_or_could_not_be_exported_are_refused(set
         open_context(parse_config(merge(q_proj, {"model": {"quantization": "nf4"}})))
 
 
+@pytest.fixture(scope="module")
+def grown(model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny Llama under a tokenizer with tokens that it has no rows for, and answers that hold them."""
+    folder = tmp_path_factory.mktemp("grown")
+    for path in data_folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_rows(folder / path.name, [row | {"answer": f"<think> {row['answer']} </think>"} for row in rows])
+    return grow_tokenizer(model_folder, folder / "model"), folder
+
+
 CASES: dict[str, dict[str, Any]] = {
     "rows-0": {"adapter": {"trainable_tokens": ["anna", "red"]}, "deepspeed": {"zero_stage": 0}},
     "rows-2": {"adapter": {"trainable_tokens": ["anna", "red"]}, "deepspeed": {"zero_stage": 2}},
@@ -112,13 +124,35 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "whole-3": {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}, "deepspeed": {"zero_stage": 3}},
     "whole-tied": {"adapter": {"modules_to_save": ["embed_tokens"]}, "model": {"name": "tied"}},
+    "grown-2": {"adapter": {"trainable_tokens": NEW_TOKENS}, "model": {"name": "grown"}},
+    "grown-3": {
+        "adapter": {"trainable_tokens": NEW_TOKENS},
+        "model": {"name": "grown"},
+        "deepspeed": {"zero_stage": 3},
+        "training": {"save_every": 4},
+    },
+    "grown-untrained-3": {"model": {"name": "grown"}, "deepspeed": {"zero_stage": 3}},
+    "grown-whole-3": {
+        "adapter": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "model": {"name": "grown"},
+        "deepspeed": {"zero_stage": 3},
+    },
+    "grown-nf4-3": {
+        "adapter": {"trainable_tokens": NEW_TOKENS},
+        "model": {"name": "grown", "quantization": "nf4"},
+        "deepspeed": {"zero_stage": 3},
+    },
     "whole-nf4": {"adapter": {"modules_to_save": ["lm_head"]}, "model": {"quantization": "nf4"}},
 }
 
 
 @pytest.fixture(scope="module")
 def results(
-    model_folder: Path, tied_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    model_folder: Path,
+    tied_folder: Path,
+    data_folder: Path,
+    grown: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[dict, str]]:
     """Two ranks run every case: its settings, and what is wrong, if anything."""
     folder = tmp_path_factory.mktemp("tokens")
@@ -127,6 +161,9 @@ def results(
         tree = merge(run_settings(model_folder, data_folder, folder / name), case)
         if tree["model"]["name"] == "tied":
             tree["model"]["name"] = str(tied_folder)
+        if tree["model"]["name"] == "grown":
+            tree["model"] |= {"name": str(grown[0]), "resize_embeddings": True}
+            tree["task"]["path"] = str(grown[1])
         trees[name] = tree
     statuses = run_worlds({n: {"trees": t, "world_size": 2} for n, t in trees.items()}, folder / "logs")
     return {
@@ -144,14 +181,19 @@ def test_a_run_trains_what_is_named_alone_and_stock_peft_computes_the_same(
     run = read_run(tree["output_dir"])
     trained = load_trained(run)
     base = AutoModelForCausalLM.from_pretrained(tree["model"]["name"], dtype="float32")
+    if tree["model"].get("resize_embeddings"):  # as the model card says
+        torch.manual_seed(0)
+        base.resize_token_embeddings(len(run.context.tokenizer))
     before, after = base.get_input_embeddings().weight, trained.get_base_model().get_input_embeddings().weight
     moved = (before != after).any(1).nonzero().flatten().tolist()
     if run.plan.rows:
         vocabulary = run.context.tokenizer.get_vocab()
-        assert moved == sorted(vocabulary[token] for token in ("anna", "red"))
+        assert moved == sorted(vocabulary[token] for token in tree["adapter"]["trainable_tokens"])
         assert run.state.tensors[f"{EMBEDDINGS}.weight"].shape == (2, 16)
     elif EMBEDDINGS in run.plan.trained:
         assert len(moved) > 2
+    else:
+        assert not moved
     if tree["model"].get("quantization", "none") != "none":
         return
     expected = logits(trained, IDS)
@@ -168,3 +210,49 @@ def test_every_stage_trains_the_same_rows(results: dict) -> None:
         assert other.keys() == first.keys()
         for name in (f"{EMBEDDINGS}.weight", f"{HEAD}.weight"):
             torch.testing.assert_close(other[name], first[name], rtol=0, atol=1e-4)
+
+
+def test_a_grown_base_is_resumed_evaluated_and_described(results: dict, tmp_path: Path) -> None:
+    tree, problem = results["grown-3"]
+    assert not problem, problem
+    folder, resumed = Path(tree["output_dir"]), tmp_path / "resumed"
+    shutil.copytree(folder, resumed)
+    for left in ("adapter", "checkpoints/step-00000008"):
+        shutil.rmtree(resumed / left)
+    (resumed / "summary.json").unlink()
+    worlds: dict[str, Any] = {"resume": {"trees": tree | {"output_dir": str(resumed)}, "world_size": 2}}
+    for name, ranks in (("one", 1), ("two", 2)):
+        command = ["evaluate", str(resumed), "--output", str(tmp_path / name)]
+        worlds[name] = {"trees": {"command": command}, "world_size": ranks}
+    worlds["generate"] = {"trees": {"command": ["generate", str(resumed), "anna <think> ?"]}, "world_size": 1}
+    statuses = run_worlds(worlds, tmp_path / "logs")
+    for name, ranks in statuses.items():
+        assert ranks and not any(ranks), last_lines(tmp_path / "logs" / name)
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (folder / name).read_bytes()
+    after = json.loads((folder / "summary.json").read_text())["metrics"]["after"]
+    for name in ("one", "two"):
+        again = json.loads((tmp_path / name / "metrics.json").read_text())["metrics"]
+        assert again["loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+    run = read_run(str(folder))
+    lines = model_card(run, "me/tiny", ExportOptions("peft"))
+    assert "torch.manual_seed(0)  # the base has had 2 rows less\nbase.resize_token_embeddings(" in lines
+    assert "resize_token_embeddings" not in model_card(run, "me/tiny", ExportOptions("merged"))
+
+
+def test_the_log_says_which_rows_are_new_and_untrained(
+    settings: dict, grown: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = merge(settings, {"model": {"name": str(grown[0]), "resize_embeddings": True}})
+    for adapter, ending in (
+        ({}, "; nothing trains 2 of them; adapter.trainable_tokens or adapter.modules_to_save would"),
+        ({"trainable_tokens": NEW_TOKENS[:1]}, "; nothing trains 1 of them; adapter.trainable_tokens"),
+        ({"trainable_tokens": NEW_TOKENS}, ""),
+        ({"modules_to_save": ["embed_tokens"]}, ""),
+    ):
+        context = open_context(parse_config(with_settings(tree, **adapter)))
+        first = context.embeddings - 2
+        line = f"model.resize_embeddings: 2 rows are new in {EMBEDDINGS}, {first} to {first + 1}{ending}"
+        output = " ".join(capsys.readouterr().out.split())
+        assert line in output and (ending or "nothing trains" not in output)

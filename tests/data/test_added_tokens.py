@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from helpers.contexts import open_context
+from helpers.tiny_files import grow_tokenizer
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.dataset import SplitBuilder
 from sparse_llm_ft.data.rows import Example
@@ -21,15 +21,7 @@ from sparse_llm_ft.training.run import Run
 @pytest.fixture
 def added(settings: dict, model_folder: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run whose tokenizer has two tokens more than the model has embeddings."""
-    folder = tmp_path / "added"
-    folder.mkdir()
-    for path in model_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = json.loads((model_folder / "config.json").read_text())["vocab_size"]
-    tokenizer.add_tokens([f"<filler{i}>" for i in range(rows - len(tokenizer))] + ["<think>", "</think>"])
-    tokenizer.save_pretrained(folder)
-    settings["model"]["name"] = str(folder)
+    settings["model"]["name"] = str(grow_tokenizer(model_folder, tmp_path / "added"))
     settings["task"]["path"] = str(tmp_path / "data")
     (tmp_path / "data").mkdir()
     return settings
@@ -46,7 +38,7 @@ def test_rows_with_tokens_beyond_the_embeddings_are_counted(added: dict) -> None
     message = (
         r"model.name: .*has embeddings for \d+ tokens, and 2 of 4 train samples have .*, such as '<think>' \(id \d+\)"
     )
-    with pytest.raises(ConfigError, match=message + r"; expected a model that was resized .*resize_token_embeddings"):
+    with pytest.raises(ConfigError, match=message + "; set model.resize_embeddings: true"):
         prepare(added, ["red", "<think> red", "book", "<think> red </think>"])
 
 

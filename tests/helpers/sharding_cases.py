@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.case_tools import (
     MODEL,
@@ -44,6 +45,7 @@ from sparse_llm_ft.engine.sharded_loading import Reads, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.model.loading import DTYPES, head_modules, load_model
+from sparse_llm_ft.model.resizing import new_rows
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
 KINDS = (("bfloat16", "nf4"), ("bfloat16", "none"), ("float32", "none"))
@@ -88,6 +90,28 @@ def a_sharded_base_is_the_base_loaded_whole() -> None:
             check_equal(expected, sharded)
             tied = sharded.get_output_embeddings().weight is sharded.get_input_embeddings().weight
             assert tied == sharded.config.tie_word_embeddings == folder.endswith("tied")
+
+
+@case
+def embeddings_grow_on_a_sharded_base_as_on_a_whole_one() -> None:
+    """The same bits, tied or not, with 4-bit layers or not; then the base trains."""
+    for name, tied in (("several", False), ("tied", True)):
+        folder = Path(in_files(name, tied=tied))
+        grown = folder.with_name(f"{name}-grown")
+        if WORLD.rank == 0 and not grown.exists():
+            shutil.copytree(folder, grown)
+            tokenizer = AutoTokenizer.from_pretrained(MODEL)
+            tokenizer.add_tokens([f"<t{i}>" for i in range(104 - len(tokenizer))])
+            tokenizer.save_pretrained(grown)
+        dist.barrier()
+        for dtype, quantization in KINDS:
+            config = ModelConfig(name=str(grown), dtype=dtype, quantization=quantization, resize_embeddings=True)
+            whole, sharded = load_model(config, seed=4), load_sharded_model(config, settings_of(dtype), seed=4)
+            assert new_rows(sharded) == new_rows(whole) == range(101, 104)
+            assert sharded.get_input_embeddings().weight.ds_shape == whole.get_input_embeddings().weight.shape
+            check_equal(whole, sharded)
+            assert (sharded.get_output_embeddings().weight is sharded.get_input_embeddings().weight) == tied
+    assert losses_of(whole, dtype) == losses_of(sharded, dtype)
 
 
 def check_equal(expected: nn.Module, sharded: nn.Module) -> None:

@@ -52,6 +52,23 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+NEW_TOKENS = ["<think>", "</think>"]
+
+
+def grow_tokenizer(model: Path, folder: Path) -> Path:
+    """A copy of a model whose tokenizer has `NEW_TOKENS`, beyond the rows of its embeddings."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([*(f"<filler{i}>" for i in range(rows - len(tokenizer))), *NEW_TOKENS])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_labelled(folder: Path) -> None:
     """40 training and 12 validation rows with the columns ``sentence`` and ``label``, 1 where the sentence has "red".
 
