@@ -110,7 +110,14 @@ class RunFolder:
     @staticmethod
     def identity(config: RunConfig) -> str:
         """A hash that two configs share if and only if a run with one may resume from a checkpoint of the other."""
-        return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+        return _hash(config.model_dump(mode="json"))
+
+    def stored_identity(self) -> str:
+        """`identity` of the run in this folder, as it was written: settings that have come since do not count.
+
+        The folder's config.yaml must be readable (`config`).
+        """
+        return _hash(read_yaml(self.path / CONFIG_FILE))
 
     def lock(self) -> None:
         """Hold the folder until this process ends, in whatever way.
@@ -237,6 +244,10 @@ def _fixed(config: Mapping[str, object]) -> dict[str, object]:
     """Dotted name -> value of the settings in which a resumed run must not differ."""
     free = _FREE | _free_of_methods(config.get("method"))
     return {key: value for key, value in _leaves(config) if key not in free and not key.startswith("deepspeed.")}
+
+
+def _hash(config: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(_fixed(config), sort_keys=True).encode()).hexdigest()
 
 
 def _undecided(config: RunConfig) -> set[str]:

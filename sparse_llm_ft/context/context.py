@@ -60,7 +60,7 @@ class RunContext:
     objective: Objective[Any]
 
     @classmethod
-    def open(cls, config: RunConfig, world: World, task: Task) -> RunContext:
+    def open(cls, config: RunConfig, world: World, task: Task, begun: bool = False) -> RunContext:
         """Check every setting that model and DeepSpeed can check before weights are loaded.
 
         `train`, `derive`, `check` and `evaluate` all call it, so they refuse the same settings. It is not a collective:
@@ -68,6 +68,7 @@ class RunContext:
 
         Args:
             task: the result of `preflight`.
+            begun: whether the run has a plan already, in a checkpoint; so has one whose folder holds checkpoints.
 
         Raises:
             ConfigError: naming the setting.
@@ -113,21 +114,22 @@ class RunContext:
         check_trained(config, first.plan, empty)
         for line in remark_on_new_rows(first.plan, empty):
             console.log(line)
-        context._check_coverage(FULL_MODEL in first.plan.trained, reached)
+        context._check_coverage(FULL_MODEL in first.plan.trained, reached, begun or folder.has_checkpoints())
         return context
 
-    def _check_coverage(self, full: bool, reached: Collection[str] | None) -> None:
+    def _check_coverage(self, full: bool, reached: Collection[str] | None, begun: bool) -> None:
         """Refuse settings that would leave weights out without a word, and log which ones a run leaves out.
 
         Args:
             full: whether the run trains the base itself.
             reached: of a multimodal model, the modules that a text reaches.
+            begun: whether the run has its plan; then nothing of it is decided here.
         """
         linear = linear_modules(self.empty)
         if reached is not None and (others := unreached(linear, reached)):
             names, decay = ", ".join(others[:5]), self.config.training.weight_decay
             self.console.log(f"a text does not reach {names} of {self.config.model.name}, which stay as they are")
-            if full and decay:
+            if full and decay and not begun:
                 raise ConfigError(
                     "training.weight_decay",
                     f"{decay:g} would shrink weights of {names}, which no text trains",
@@ -135,7 +137,8 @@ class RunContext:
                 )
         if not self.left_out.kinds or full:
             return
-        refuse_left_out(self.config.adapter.target_modules, self.left_out, self.targets)
+        if not begun:
+            refuse_left_out(self.config.adapter.target_modules, self.left_out, self.targets)
         self.console.log(f"no adapter can go on {self.left_out.describe()}, which stay as they are")
         if self.config.model.quantization != "none":
             self.console.log(

@@ -101,8 +101,8 @@ def read_run(
         )
 
     # The checkpoint: every process loads rank 0's step.
-    context = RunContext.open(config, world, resolve_task(config.task))
-    found, complaints = newest_valid(folder.checkpoints, context.expected, RunFolder.identity(stored))
+    context = RunContext.open(config, world, resolve_task(config.task), begun=True)
+    found, complaints = newest_valid(folder.checkpoints, context.expected, folder.stored_identity())
     if found is None:
         raise UserError("; ".join((*complaints, f"{path}: no usable checkpoint")))
     step = broadcast(found.step)

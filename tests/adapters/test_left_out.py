@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from helpers.contexts import open_context
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_models import llama
+from helpers.trained_runs import make_run
 from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.export.export import export_run
+from sparse_llm_ft.export.options import ExportOptions
+from sparse_llm_ft.inference.trained_run import read_run
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.training.run import Run
 
@@ -134,6 +142,33 @@ def test_every_command_refuses_all_linear_on_experts_but_not_when_all_is_trained
         open_context(parse_config(mixtral))
     mixtral["method"] = {"name": "full"}
     assert open_context(parse_config(mixtral)).left_out.kinds.keys() == BOTH
+
+
+def test_a_run_that_was_made_with_all_linear_is_still_measured_written_and_resumed(
+    mixtral: dict, tmp_path: Path
+) -> None:
+    """The refusal is for those who plan a run. This one is from a release without a setting that has come since."""
+    attention = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"]
+    plan, tree = AdapterPlan({name: ModuleAdapter(4, 8.0) for name in attention}), parse_config(mixtral).model_dump()
+    folder, moved = Path(mixtral["output_dir"]), tmp_path / "moved"
+    make_run(mixtral, plan)
+    assert open_context(parse_config(mixtral)).left_out.kinds.keys() == BOTH  # to resume it
+
+    shutil.rmtree(folder)
+    del tree["model"]["resize_embeddings"]
+    with mock.patch.object(RunFolder, "identity", lambda config: RunFolder(folder).stored_identity()):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
+        make_run(mixtral, plan)
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
+    folder.rename(moved)
+    run = read_run(str(moved))
+    assert set(run.plan.active) == set(attention)
+    for form in ("peft", "merged"):
+        export_run(run, tmp_path / form, ExportOptions(form))
+    command = {"command": ["evaluate", str(moved), "--output", str(tmp_path / "again")]}
+    statuses = run_worlds({"again": {"trees": command, "world_size": 1}}, tmp_path / "logs")
+    assert statuses == {"again": [0]}, last_lines(tmp_path / "logs" / "again")
 
 
 def test_plan_log_and_summary_show_what_gets_no_adapters(mixtral: dict, tmp_path: Path, capsys: Any) -> None:
