@@ -220,11 +220,15 @@ class AdapterPlan:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Group -> the modules that share its adapter."""
+        """Group -> the modules that share its adapter, sorted: PEFT sorts what it saves, and a group's first module has
+        its tensors.
+        """
         found: dict[str, list[str]] = {}
-        for name, adapter in self.active.items():
-            if adapter.group is not None:
-                found.setdefault(adapter.group, []).append(name)
+        active = self.active
+        for name in sorted(active):
+            group = active[name].group
+            if group is not None:
+                found.setdefault(group, []).append(name)
         return found
 
     @property

@@ -16,7 +16,7 @@ from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.linear import LinearLayer, sides
+from sparse_llm_ft.model.linear import LinearLayer, refuse_shared_weights, sides
 from sparse_llm_ft.plan import AdapterPlan, PlanError, uniform_plan, with_omega
 
 Linear = LinearLayer | SparseLoraLayer
@@ -144,6 +144,11 @@ class SparseLoraModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names: one adapter for each row is not supported; expected None, and set_adapter")
         return nullcontext()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SparseLoraLayer)}
+        refuse_shared_weights(self.model, layers)
 
     def set_plan(self, plan: AdapterPlan, adapter_name: str = "default", fresh: bool = False) -> None:
         """Change the model to `plan`: remove the adapters that it lacks, rebuild those that differ, keep the rest.

@@ -52,7 +52,8 @@ def find_targets(
         reached: the modules that may get adapters (`text_modules`); None: all.
 
     Raises:
-        ConfigError: nothing matches, or an ending of the list matches nothing; it lists the endings that exist.
+        ConfigError: nothing matches, or an ending of the list matches nothing (it lists the endings that exist), or a
+            layer has two names.
     """
     linear = {name: shape for name, shape in linear_modules(model).items() if reached is None or name in reached}
     if target_modules == ALL_LINEAR:
@@ -77,7 +78,22 @@ def find_targets(
         matches = re.compile(target_modules).fullmatch if isinstance(target_modules, str) else lambda _: None
         others = {name: module for name, module in model.named_modules() if name and matches(name)}
         raise _no_match(target_modules, linear, others, model)
+    _refuse_second_names(model, found)
     return {name: shape for name, shape in linear.items() if name in found}
+
+
+def _refuse_second_names(model: nn.Module, found: Collection[str]) -> None:
+    """A layer that its model has under two names: PEFT would put a wrapper at one, and the other would stay bare."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if linear_shape(module) is None or (other := first.setdefault(id(module), name)) == name:
+            continue
+        if other.removesuffix(".base_layer") in found:
+            raise ConfigError(
+                "adapter.target_modules",
+                f"{other} and {name} are one layer, and an adapter would be on one of them alone",
+                "expected other layers",
+            )
 
 
 def check_plan(model: nn.Module, plan: AdapterPlan) -> None:

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
-from sparse_llm_ft.model.loading import device, load_model, load_tokenizer
+from sparse_llm_ft.model.loading import device, load_model, load_tokenizer, silence
 from sparse_llm_ft.model.resizing import grow_embeddings, token_count
 
 SLICE_BYTES = 16 * 2**20
@@ -106,7 +106,8 @@ def load_sharded_model(
             parameter.data = parameter.data.to(device())
             shard(parameter)
 
-        grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, _gathered, place)
+        with silence():
+            grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, _gathered, place)
     return model
 
 

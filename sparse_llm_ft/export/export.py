@@ -104,8 +104,9 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
 
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
-    model = merge_adapters(load_trained(run, dequantize=True))
+    trained = load_trained(run, dequantize=True)
     try:
+        model = merge_adapters(trained)
         save_whole_model(folder, model, run.context, max_shard_size)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         reason = reason_of(error)

@@ -7,6 +7,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from sparse_llm_ft.model.linear import refuse_shared_weights
+
 
 @torch.no_grad()
 def merge_adapters(model: PeftModel) -> PreTrainedModel:
@@ -16,10 +18,11 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
     Weights must not be quantised (`load_trained` with ``dequantize``).
 
     Raises:
-        ValueError: a layer is quantised, or a merged weight is not finite.
+        ValueError: a layer is quantised or shares its weight, or a merged weight is not finite.
     """
     base = model.get_base_model()
     layers = [(name, module) for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    refuse_shared_weights(base, dict(layers))
     for name, layer in layers:
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype

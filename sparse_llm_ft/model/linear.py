@@ -4,7 +4,7 @@ is stored transposed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,25 @@ def sides(layer: LinearLayer) -> Shape:
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear layer stores its weight as (in_features, out_features)."""
     return isinstance(module, Conv1D)
+
+
+def refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to merge into a weight that another module has too: it would change that one as well.
+
+    Args:
+        layers: the layers to merge into, with adapters or not: name -> module.
+
+    Raises:
+        ValueError: naming the two.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for layer in layers.values():
+        weight: Any = getattr(layer, "base_layer", layer).weight
+        if len(names := owners[id(weight)]) > 1:
+            raise ValueError(f"{names[0]} and {names[1]} share one weight, and a merge into one would change both")
 
 
 def any_transposed(model: nn.Module, names: Iterable[str]) -> bool:

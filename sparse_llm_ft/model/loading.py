@@ -222,7 +222,8 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         def place(parameter: nn.Parameter) -> None:
             parameter.data = parameter.data.to(options.get("device_map", {"": "cpu"})[""])
 
-        grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, place=place)
+        with silence():  # transformers says how it draws
+            grow_embeddings(model, token_count(load_tokenizer(config, task_mode)), seed, place=place)
 
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)

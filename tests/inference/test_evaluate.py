@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
 
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
@@ -20,6 +22,11 @@ METHODS: dict[str, Any] = {
     "full": "full",
     "head": "lora",
 }
+
+
+TEMPLATE = """\
+{% if strftime_now('%Y') == '2001' %}anna{% elif strftime_now('%Y') == '2002' %}tom tom{% else %}a red cake{% endif %} \
+{% for m in messages %}{{ m['content'] }} {% endfor %}{% if loud is defined and loud %}in the park{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,28 @@ def runs(
         ):
             output = ["--output", str(folder / f"{name}-{other}")]
             worlds[f"{name}-{other}"] = {"trees": {"command": [*again, *output, *settings]}, "world_size": ranks}
+    worlds |= chats(run_settings(model_folder, data_folder, folder / "chat"), folder)
     statuses = run_worlds(worlds, folder / "logs")
     for name, ranks in statuses.items():
         assert ranks and not any(ranks), last_lines(folder / "logs" / name)
     return folder
+
+
+def chats(tree: dict, folder: Path) -> dict[str, Any]:
+    """A run of two ranks that live in 2001 and 2002, evaluated in 2010; and one whose template has no argument."""
+    (folder / "dated.jinja").write_text(TEMPLATE)
+    tree["task"] |= {"chat_template": str(folder / "dated.jinja"), "chat_template_kwargs": {"loud": True}}
+    quiet = tree | {"task": tree["task"] | {"chat_template_kwargs": {}}, "output_dir": str(folder / "quiet")}
+    again = ["evaluate", str(folder / "chat"), "--output", str(folder / "chat-same")]
+    worlds = {
+        "chat-train": {"trees": tree, "world_size": 2},
+        "quiet-train": {"trees": quiet, "world_size": 2},
+        "chat-same": {"trees": {"command": again}, "world_size": 2},
+    }
+    for name, world in worlds.items():
+        year = 2010 if name == "chat-same" else 2001
+        world["before"] = ["helpers.clocks", "years", year, str(folder / f"clock-{name}")]
+    return worlds
 
 
 def read(path: Path) -> Any:
@@ -79,6 +104,27 @@ def test_ranks_batches_and_stages_change_nothing(runs: Path, name: str, other: s
     assert (two["world_size"], two["zero_stage"]) == (2, 3 if other == "stage-3" else 2)
     rows = [(runs / f"{name}-{which}" / "predictions.jsonl").read_text() for which in ("same", other)]
     assert rows[0] == rows[1]
+
+
+def test_a_template_sees_the_date_that_the_run_began_with_on_every_rank(runs: Path, model_folder: Path) -> None:
+    dates = [path.read_text() for path in sorted(runs.glob("clock-*/date-*"))]
+    assert dates == ["2001-05-01T12:30:00"] * 6
+    result = read(runs / "chat-same" / "metrics.json")["metrics"]
+    after = read(runs / "chat" / "summary.json")["metrics"]["after"]
+    assert result == pytest.approx(after, rel=1e-6)
+    quiet = read(runs / "quiet" / "summary.json")["metrics"]["before"]
+    assert quiet["loss"] != pytest.approx(read(runs / "chat" / "summary.json")["metrics"]["before"]["loss"], rel=1e-3)
+    samples = {}
+    for name in ("chat-train", "chat-same", "quiet-train"):
+        files = sorted((runs / f"clock-{name}").glob("cache/sparse_llm_ft/*/samples.arrow"))
+        samples[name] = {
+            tuple(row["prompt_ids"][:1] + row["prompt_ids"][-3:]) for f in files for row in Dataset.from_file(str(f))
+        }
+    loud, other, plain = samples.values()
+    vocabulary = AutoTokenizer.from_pretrained(model_folder).get_vocab()
+    assert {prompt[0] for prompt in loud | other | plain} == {vocabulary["anna"]}
+    park = tuple(vocabulary[word] for word in ("in", "the", "park"))
+    assert {prompt[1:] for prompt in loud | other} == {park} and park not in {prompt[1:] for prompt in plain}
 
 
 def test_a_run_is_only_read(runs: Path) -> None:
