@@ -14,7 +14,7 @@ from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.console import escape_unencodable, silence_libraries
+from sparse_llm_ft.io.console import ended_by_reader, escape_unencodable, silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
     world = find_world() if {"train", "derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
-    with one_line_errors(world):
+    with ended_by_reader(), one_line_errors(world):
         escape_unencodable()
         options = _parse(arguments)
         if options.command is _train:

@@ -19,13 +19,13 @@ from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import check_deepspeed
-from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
+from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, find_quantization
-from sparse_llm_ft.model.multimodal import text_modules, unreached
+from sparse_llm_ft.model.multimodal import text_modules, unreached, unreached_parts
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.phase import Phase
@@ -92,6 +92,7 @@ class RunContext:
         empty = empty_model(config.model, config.model.attn_implementation, task_mode)
         whole = modules_to_save(config, empty)
         reached = text_modules(empty, config.model.name)
+        remember_fixed(empty, unreached_parts(empty, config.model.name))
         found = find_targets(empty, config.adapter.target_modules, reached)
         # What is fully trained, such as a fresh pooler, gets no adapter.
         targets = {name: shape for name, shape in found.items() if not covers(whole, name)}
@@ -127,14 +128,8 @@ class RunContext:
         """
         linear = linear_modules(self.empty)
         if reached is not None and (others := unreached(linear, reached)):
-            names, decay = ", ".join(others[:5]), self.config.training.weight_decay
+            names = ", ".join(others[:5])
             self.console.log(f"a text does not reach {names} of {self.config.model.name}, which stay as they are")
-            if full and decay and not begun:
-                raise ConfigError(
-                    "training.weight_decay",
-                    f"{decay:g} would shrink weights of {names}, which no text trains",
-                    "expected 0 for a multimodal model that is trained whole",
-                )
         if not self.left_out.kinds or full:
             return
         if not begun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_llm_ft.config import RunConfig, check_steps, check_world
+from sparse_llm_ft.config import RunConfig, check_world
 from sparse_llm_ft.data.reading import check_columns, check_references, has_split
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
@@ -25,7 +25,6 @@ def preflight(config: RunConfig, world: World) -> Task:
     folder.check(config)
     task = resolve_task(config.task)
     check_columns(task, "train")
-    check_steps(config, config.training.max_steps)
     if config.training.eval_every is not None:
         if not has_split(task, "validation"):
             raise ConfigError(

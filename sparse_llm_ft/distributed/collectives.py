@@ -141,11 +141,13 @@ class Coordination:
     """How several ranks share work whose result all of them need; the default is a single process.
 
     Attributes:
+        on_rank_zero: runs an action on rank 0 while the others wait.
         on_leaders: runs an action on one process of each node while the node's others wait.
-        on_every_rank: runs an action on every rank. For both, a failure on one rank stops all ranks.
+        on_every_rank: runs an action on every rank. For all three, a failure on one rank stops all ranks.
         broadcast: returns rank 0's text.
     """
 
+    on_rank_zero: Callable[[Callable[[], None]], None]
     on_leaders: Callable[[Callable[[], None]], None]
     on_every_rank: Callable[[Callable[[], None]], None]
     broadcast: Callable[[str], str]
@@ -157,7 +159,12 @@ def coordinate(world: World, what: str) -> Coordination:
     Args:
         what: the work, for the progress lines of `run_on_local_leaders`.
     """
-    return Coordination(partial(run_on_local_leaders, world, what=what), run_on_every_rank, broadcast_text)
+    return Coordination(
+        partial(run_on_rank_zero, world),
+        partial(run_on_local_leaders, world, what=what),
+        run_on_every_rank,
+        broadcast_text,
+    )
 
 
 def _run_alone(action: Callable[[], None]) -> None:
@@ -167,7 +174,7 @@ def _run_alone(action: Callable[[], None]) -> None:
         raise UserError(str(error)) from error
 
 
-ALONE = Coordination(_run_alone, _run_alone, str)
+ALONE = Coordination(_run_alone, _run_alone, _run_alone, str)
 """A single process; a file that cannot be read is a `UserError`."""
 
 

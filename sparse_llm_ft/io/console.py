@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
+import select
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from io import TextIOWrapper
 from typing import Any
@@ -122,3 +126,27 @@ def silence_libraries() -> None:
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
+
+
+@contextmanager
+def ended_by_reader() -> Iterator[None]:
+    """End as other commands do, without a traceback, if nobody reads standard output any more
+    (``| head``): with status 141, a shell's for SIGPIPE.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, and not when the interpreter ends
+    except BrokenPipeError:
+        if sys.stdout is None or not _without_reader(sys.stdout.fileno()):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _without_reader(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -38,13 +40,19 @@ _FIXED = "_sparse_llm_ft_fixed"
 """Attribute of a loaded model: names of its parameters that are never trained."""
 
 
-def remember_fixed(model: nn.Module) -> None:
-    """Note which parameters a freshly built model itself does not train, such as sinusoidal positions (Marian).
+def remember_fixed(model: nn.Module, parts: Sequence[str] = ()) -> None:
+    """Note which parameters of a freshly built model are never trained: those that its class fixes, such as sinusoidal
+    positions (Marian), and those of `parts`.
 
-    Their values follow from the config: transformers does not save them, and computes them when it loads the model.
+    The former follow from the config: transformers does not save them, and computes them when it loads the model.
+
+    Args:
+        parts: modules that no sample reaches (`unreached_parts`).
     """
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad or name in unsaved}
+    inside = tuple(f"{part}." for part in parts)
+    fixed |= {name for name, _ in model.named_parameters() if name.startswith(inside)}
     setattr(model, _FIXED, frozenset(fixed))
 
 

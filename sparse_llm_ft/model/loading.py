@@ -34,6 +34,7 @@ from sparse_llm_ft.model.architecture import (
     has_head,
 )
 from sparse_llm_ft.model.buffers import remember_fixed
+from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
 
@@ -216,7 +217,8 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
 
-    remember_fixed(model)
+    multimodal = is_multimodal(model)
+    remember_fixed(model, unreached_parts(empty_model(config, task_mode=task_mode), config.name) if multimodal else ())
     if config.resize_embeddings:
 
         def place(parameter: nn.Parameter) -> None:

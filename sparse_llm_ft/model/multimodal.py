@@ -82,7 +82,7 @@ def unreached(names: Collection[str], reached: Collection[str]) -> list[str]:
     """The outermost modules without any of the `reached` names that hold all `names` which are not reached.
 
     Args:
-        names: of linear layers.
+        names: of layers with weights.
     """
     used = {part for name in names if name in reached for part in _parents(name)}
     found: dict[str, None] = {}
@@ -90,6 +90,30 @@ def unreached(names: Collection[str], reached: Collection[str]) -> list[str]:
         if name not in reached:
             found.setdefault(next(part for part in _parents(name) if part not in used))
     return list(found)
+
+
+def unreached_parts(model: PreTrainedModel, name: str) -> list[str]:
+    """The outermost modules of a multimodal model that a text does not reach: towers, projectors, layers that look at
+    an image. Training a text changes none of their weights. None for a model of text alone.
+
+    A single layer counts if it is linear; another one may be used by its parent without being called.
+
+    Args:
+        model, name: as in `text_modules`.
+    """
+    reached = text_modules(model, name)
+    if reached is None:
+        return []
+    called, failure = _called(model)
+    used, head = reached | (called if failure is None else set()), model.get_output_embeddings()
+    names = []
+    for path, module in model.named_modules():
+        linear = linear_shape(module) is not None
+        alone = not linear and (failure is not None or not any(True for _ in module.children()))
+        by_parent = alone and path not in used and (failure is not None or path.rpartition(".")[0] in used)
+        if module is not head and not by_parent and any(True for _ in module.parameters(recurse=False)):
+            names.append(path)
+    return unreached(names, used)
 
 
 def _parents(name: str) -> list[str]:

@@ -22,6 +22,7 @@ from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
 from sparse_llm_ft.report import write_report
@@ -181,11 +182,12 @@ def describe_phase(context: RunContext, phase: Phase) -> list[str]:
     plan = phase.plan
     kinds = Counter(module_kind(name).rpartition(".")[2] for name in plan.active)
     adapters = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
-    rows = row_masks(plan)
+    rows, fixed = row_masks(plan), fixed_parameters(context.empty)
     whole = sum(
         len(rows[full].indices) * parameter.shape[1] if (full := f"{name}.{own}") in rows else parameter.numel()
         for name in plan.trained
         for own, parameter in context.empty.get_submodule(name).named_parameters()
+        if f"{name}.{own}".removeprefix(".") not in fixed
     )
     left_out = context.left_out
     return [

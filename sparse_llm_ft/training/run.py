@@ -129,7 +129,8 @@ class Run:
         context = context.dated(ranks.broadcast)
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
-        ranks.on_every_rank(lambda: try_export(context, context.first_phase().plan))
+        # As at the run's end: on other ranks transformers saves nothing.
+        ranks.on_rank_zero(lambda: try_export(context, context.first_phase().plan))
         splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks, context.embeddings)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)

@@ -13,6 +13,7 @@ from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.cli.task_listing import list_tasks, show_task
 from sparse_llm_ft.data.tasks import TASKS
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.console import ended_by_reader
 
 
 def test_every_task_is_listed_with_its_data_set_and_metrics() -> None:
@@ -81,3 +82,21 @@ def test_tasks_are_listed_and_shown_without_torch() -> None:
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(length: int) -> None:
+    """As in ``sparse-llm-ft tasks dialogsum | head -1``, whether or not the output fits into Python's buffer."""
+    code = (
+        "from sparse_llm_ft.cli import main, task_listing\n"
+        f"task_listing.show_task = lambda *_: 'x' * {length}\n"
+        "main.main(['tasks', 'dialogsum'])\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
+
+
+def test_another_broken_pipe_is_an_error_still() -> None:
+    with pytest.raises(BrokenPipeError, match="a server's"), ended_by_reader():
+        raise BrokenPipeError("a server's")

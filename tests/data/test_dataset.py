@@ -174,17 +174,22 @@ def test_only_the_first_rank_of_a_node_tokenises(
     monkeypatch.setattr(collectives, "_worst", lambda own: own)  # there is no other process here
     waits = lambda action: run_on_local_leaders(World(3, 4, 1, 2), action)  # noqa: E731
     with pytest.raises(UserError, match="No such file"):
-        encode(settings, ranks=Coordination(waits, ALONE.on_every_rank, lambda text: "of rank 0"))
+        encode(settings, ranks=Coordination(ALONE.on_rank_zero, waits, ALONE.on_every_rank, lambda text: "of rank 0"))
     assert not calls
     said: list[str] = []
     leads = lambda action: run_on_local_leaders(World(2, 4, 0, 2), action)  # noqa: E731
-    first = encode(settings, ranks=Coordination(leads, ALONE.on_every_rank, lambda text: said.append(text) or text))
+    first = encode(
+        settings,
+        ranks=Coordination(ALONE.on_rank_zero, leads, ALONE.on_every_rank, lambda text: said.append(text) or text),
+    )
     assert len(calls) == 45 and all(said)
     heard = iter(said)
-    second = encode(settings, ranks=Coordination(waits, ALONE.on_every_rank, lambda text: next(heard)))
+    second = encode(
+        settings, ranks=Coordination(ALONE.on_rank_zero, waits, ALONE.on_every_rank, lambda text: next(heard))
+    )
     assert list(second.train) == list(first.train) and len(calls) == 45
     with pytest.raises(UserError, match=r"task: this node's .* rows or tokenizer differ from those on rank 0's node"):
-        encode(settings, ranks=Coordination(leads, ALONE.on_every_rank, lambda text: "of rank 0"))
+        encode(settings, ranks=Coordination(ALONE.on_rank_zero, leads, ALONE.on_every_rank, lambda text: "of rank 0"))
 
 
 LONG = " ".join(["anna"] * 40)

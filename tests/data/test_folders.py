@@ -17,6 +17,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import COMPRESSED
 from sparse_llm_ft.data.reading import has_split, read_split
 from sparse_llm_ft.data.task_config import resolve_task
+from sparse_llm_ft.data.tasks import template_columns
 from sparse_llm_ft.errors import ConfigError, UserError
 
 ROWS = {"train": [{"text": f"t{i}", "answer": f"a{i}"} for i in range(25)], "test": [{"text": "q", "answer": "b"}]}
@@ -125,6 +126,24 @@ def test_a_plain_file_comes_first_and_two_layouts_are_an_error(tmp_path: Path) -
     for split, rows in ROWS.items():
         (tmp_path / f"{split}.jsonl").write_bytes(lines(rows[:1]))
     assert splits_of(tmp_path)["train"] == WANTED["train"][:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "references"),
+    [
+        ("e2e_nlg", {"meaning_representation": "name[The Kettle]"}, ("T.", "U.")),
+        ("xsum", {"document": "The Kettle moved.", "xsum_id": "1"}, ("T.",)),
+    ],
+)
+def test_gems_columns_beside_the_originals(name: str, row: dict, references: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(lines([row | {"gem_id": "g", "target": "T.", "references": []}]))
+    (tmp_path / "test.jsonl").write_bytes(lines([row | {"target": "T.", "references": ["T.", "U."]}]))
+    task = resolve_task(TaskConfig(name=name, path=str(tmp_path)))
+    (learned,), (measured,) = read_split(task, "train"), read_split(task, "test")
+    assert learned.completion == " T." and "The Kettle" in learned.prompt and measured.references == references
+    (tmp_path / "train.jsonl").write_bytes(lines([row | {"text": "T."}]))
+    with pytest.raises(UserError, match=f"no column '{template_columns(task.completion)[0]}'"):
+        read_split(task, "train")
 
 
 def test_gems_columns_of_dart(tmp_path: Path) -> None:

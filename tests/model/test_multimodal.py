@@ -15,14 +15,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
 from helpers.contexts import open_context
+from helpers.fork_server import run_worlds
+from helpers.forked_ranks import last_lines
 from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.export.whole_model import check_values, save_whole_model
+from sparse_llm_ft.inference.trained_run import read_run
 from sparse_llm_ft.model.architecture import auto_class, mode_of
+from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.loading import empty_model, load_model, set_use_cache
 from sparse_llm_ft.model.multimodal import text_modules, unreached
+from sparse_llm_ft.training.records import describe_phase
 
 TEXT = {
     "vocab_size": 64,
@@ -229,10 +234,29 @@ def test_a_run_logs_what_gets_no_adapters(settings: dict, gemma3_folder: Path, c
     assert context.task_mode == CAUSAL_LM
     assert "a text does not reach model.vision_tower of " in capsys.readouterr().out
 
-    settings |= {"method": {"name": "full"}}
-    settings["training"] |= {"weight_decay": 0.1}
-    with pytest.raises(ConfigError, match=r"training\.weight_decay: 0\.1 would shrink weights of model\.vision_tower"):
-        open_context(parse_config(settings))
+
+def test_full_trains_what_a_text_reaches_and_keeps_no_state_for_the_rest(
+    settings: dict, gemma3_folder: Path, tmp_path: Path
+) -> None:
+    settings["model"]["name"] = str(gemma3_folder)
+    settings |= {"method": {"name": "full"}, "deepspeed": {"zero_stage": 3}}
+    settings["training"] |= {"weight_decay": 0.1, "max_steps": 2}
+    towers = ("model.vision_tower.", "model.multi_modal_projector.")
+    context = open_context(parse_config(settings))
+    names = [name for name, _ in context.empty.named_parameters()]
+    kept = {name for name in names if name.startswith(towers)}
+    assert fixed_parameters(context.empty) == kept and len(kept) > 20
+    count = sum(p.numel() for name, p in context.empty.named_parameters() if name not in kept)
+    assert describe_phase(context, context.first_phase())[-1] == f"{count:,} trainable parameters"
+    statuses = run_worlds({"run": {"trees": settings, "world_size": 2}}, tmp_path / "logs")
+    assert statuses == {"run": [0, 0]}, last_lines(tmp_path / "logs" / "run")
+    folder = Path(settings["output_dir"])
+    state = read_run(str(folder)).state
+    assert set(state.tensors) == set(state.moments) == set(names) - kept
+    before, after = (load_file(path / "model.safetensors") for path in (gemma3_folder, folder / "model"))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if any(part.split(".")[1] in name for part in towers)}
 
 
 def test_a_whole_model_is_written_as_its_base_was(settings: dict, gemma3_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sparse_llm_ft.data.tasks.gem import gem_texts
 from sparse_llm_ft.data.tasks.task import Task
 from sparse_llm_ft.data.tasks.template import BadRow, Row, require
 
@@ -17,14 +18,8 @@ def flatten(row: Row) -> Iterator[Row]:
     if not _lists_of_text(triples) or any(len(triple) != 3 for triple in triples):
         raise BadRow("column 'tripleset' is not a list of [subject, relation, object]")
     linear = " ; ".join(" | ".join(triple) for triple in triples)
-    for text in _gem_texts(row) if "target" in row and "annotations" not in row else _annotated(row):
+    for text in gem_texts(row) if "target" in row and "annotations" not in row else _annotated(row):
         yield {**row, "triples": linear, "text": text}
-
-
-def _gem_texts(row: Row) -> list[Any]:
-    """The sentences of GEM's columns: ``references`` where it has any, as outside of train, or else ``target``."""
-    references = row.get("references")
-    return list(references) if isinstance(references, list) and references else [row["target"]]
 
 
 def _annotated(row: Row) -> list[Any]:

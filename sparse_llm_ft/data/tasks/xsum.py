@@ -1,5 +1,6 @@
 """XSum (Narayan et al., 2018)."""
 
+from sparse_llm_ft.data.tasks.gem import with_gem_columns
 from sparse_llm_ft.data.tasks.task import Task
 
 TASK = Task(
@@ -8,6 +9,7 @@ TASK = Task(
     hub_revision="refs/convert/parquet",
     prompt="Summarize the article in one sentence.\n\n{document}\n\nSummary:",
     completion=" {summary}",
+    flatten=with_gem_columns("summary"),
     metrics=("rouge",),
     description="summaries of news articles in one sentence",
     source="XSum, Narayan et al., 2018",
