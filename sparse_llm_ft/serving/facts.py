@@ -12,7 +12,7 @@ from typing import Any
 
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json
-from sparse_llm_ft.plan import MAX_RANK
+from sparse_llm_ft.plan import MAX_RANK, ModuleName
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -38,7 +38,7 @@ class AdapterFacts:
 
     Attributes:
         config: ``adapter_config.json``.
-        pairs: module -> shape of its A and B; names as in the base model.
+        pairs: module -> shape of its A and B; names as in the base model, layer by layer.
         others: names of all other tensors in the file.
         layers: number of layers of the base, if its config is known.
         architecture: name of the base's class, if its config is known.
@@ -167,6 +167,7 @@ def _tensors(path: Path) -> tuple[dict[str, PairShape], tuple[str, ...]]:
         if name == f"{PREFIX}{module}{A}" and len(a) == len(b) == 2 and a[0] == b[1]:
             pairs[module] = PairShape(a[0], a[1], b[0])
     paired = {f"{PREFIX}{module}{part}" for module in pairs for part in (A, B)}
+    pairs = {module: pairs[module] for module in sorted(pairs, key=lambda m: (ModuleName.parse(m).number or 0, m))}
     return pairs, tuple(name for name in shapes if name not in paired)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.serving import rules
 from sparse_llm_ft.serving.facts import AdapterFacts
-from sparse_llm_ft.serving.rules import Finding, Rule
+from sparse_llm_ft.serving.rules import Finding, Kind, Rule
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,20 @@ class Verdict:
         return not any(finding.kind in ("refused", "wrong") for finding in self.findings)
 
     def __str__(self) -> str:
-        texts = {
-            kind: [f.text for f in self.findings if f.kind == kind] for kind in ("refused", "wrong", "option", "note")
-        }
+        texts: dict[Kind, list[str]] = {"refused": [], "wrong": [], "option": [], "note": []}
+        for finding in self.findings:
+            texts[finding.kind].append(finding.text)
         if texts["refused"]:
             return "refused: " + "; ".join(texts["refused"])
         if texts["wrong"]:
-            return "wrong " + "; ".join(texts["wrong"])
+            wrong = sorted(texts["wrong"], key=lambda text: not text.startswith(_PLACES))
+            return f"wrong{' ' if wrong[0].startswith(_PLACES) else ': '}{'; '.join(wrong)}"
         loads = f"loads with {' '.join(texts['option'])}" if texts["option"] else "loads"
         return ", ".join((loads, *texts["note"]))
 
+
+_PLACES = ("by ", "in ")
+"""How texts begin that go on from "wrong"."""
 
 _PEFT = (rules.peft_type, rules.peft_shapes)
 _VLLM = (rules.not_a_lora, rules.vllm_features, rules.vllm_names, rules.vllm_rank)

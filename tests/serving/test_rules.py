@@ -76,16 +76,16 @@ CASES: list[tuple[str, AdapterFacts, str]] = [
     ("sglang", adapter(kinds=(KINDS[0], KINDS[2])), "loads"),
     ("sglang", adapter(kinds=("mlp.up_proj",)), "refused: 2 modules (model.layers.0.mlp.gate_proj"),
     ("sglang", adapter(kinds=("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")), "loads"),
-    ("sglang", adapter(others=("base_model.model.score.weight",)), "wrong drops base_model.model.score.weight"),
+    ("sglang", adapter(others=("base_model.model.score.weight",)), "wrong: drops base_model.model.score.weight"),
     # llama.cpp
     ("llama.cpp", adapter(ranks={Q0: 33}, rank_pattern={Q0: 33}, alpha_pattern={Q0: 33}, r=32, lora_alpha=32),
      f"wrong by factor 0.97 in {Q0}"),
     ("llama.cpp", adapter(ranks={Q0: 16}, rank_pattern={Q0: 16}), "loads"),
     ("llama.cpp", adapter(use_rslora=True, r=16, lora_alpha=16), "wrong by factor 0.25 in 12 modules"),
     ("llama.cpp", adapter(others=("base_model.model.score.weight",)), "refused: its converter ends at base_model"),
-    ("llama.cpp", adapter(others=("base_model.model.model.norm.weight",)), "wrong does not apply base_model."),
+    ("llama.cpp", adapter(others=("base_model.model.model.norm.weight",)), "wrong: does not apply base_model."),
     ("llama.cpp", adapter(fan_in_fan_out=True), "refused: the converter swaps A and B"),
-    ("llama.cpp", adapter(kinds=KINDS[:1], fan_in_fan_out=True), "wrong the converter swaps A and B"),
+    ("llama.cpp", adapter(kinds=KINDS[:1], fan_in_fan_out=True), "wrong: the converter swaps A and B"),
     # Ollama
     ("ollama", adapter(lora_alpha=8.0), "refused: lora_alpha is 8.0; it takes a whole number without a point"),
     ("ollama", adapter(architecture="Qwen2ForCausalLM"), "refused: it imports no adapters of Qwen2ForCausalLM"),
@@ -95,14 +95,15 @@ CASES: list[tuple[str, AdapterFacts, str]] = [
     ("ollama", adapter(kinds=KINDS[2:3], r=48, lora_alpha=48), "wrong in 2 modules (model.layers.0.self_attn.v_proj"),
     # TGI and LoRAX
     ("tgi", adapter(peft_type="VERA"), "refused: peft_type VERA is not LORA"),
-    ("tgi", adapter(layers=1), "wrong drops 6 modules (model.layers.0.self_attn.q_proj"),
+    ("tgi", adapter(layers=1), "wrong: drops 6 modules (model.layers.0.self_attn.q_proj"),
     ("tgi", adapter(kinds=KINDS[:1], base_layers=None), "loads"),
     ("tgi", adapter(ranks={Q0: 17}, rank_pattern={Q0: 17}), "refused: q_proj has different ranks in different layers"),
     ("tgi", adapter(r=12, lora_alpha=12), "wrong by factor 0.75 in 10 modules (model.layers.0.self_attn.k_proj"),
     ("tgi", adapter(r=12, lora_alpha=12, kinds=KINDS[:1]), "loads"),
     ("tgi", adapter(use_rslora=True), "loads"),
+    ("tgi", adapter(layers=1, alpha_pattern={Q0: 16}), f"wrong by factor 0.50 in {Q0}; drops 6 modules ("),
     ("tgi", adapter(alpha_pattern={Q0: 16}), f"wrong by factor 0.50 in {Q0}"),
-    ("tgi", adapter(others=("base_model.model.score.weight",)), "wrong drops base_model.model.score.weight"),
+    ("tgi", adapter(others=("base_model.model.score.weight",)), "wrong: drops base_model.model.score.weight"),
     ("tgi", adapter(r=256, lora_alpha=256), "loads, slowly: its kernels take ranks up to 128"),
 ]  # fmt: skip
 
