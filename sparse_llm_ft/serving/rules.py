@@ -252,15 +252,11 @@ def tgi_type(facts: AdapterFacts) -> Iterator[Finding]:
 
 def tgi_layers(facts: AdapterFacts) -> Iterator[Finding]:
     """`prepare_weights` returns None for a type of module that one layer lacks: the whole type is dropped silently."""
-    dropped = [
-        module
-        for kind, found in _by_kind(facts).items()
-        if len(found) < (facts.layers or max(found, default=-1) + 1)
-        for module in found.values()
-    ]
+    kinds = _by_kind(facts).values()
+    layers = facts.layers or max((number + 1 for found in kinds for number in found), default=0)
+    dropped = [module for found in kinds if len(found) < layers for module in found.values()]
     if dropped:
-        of = f"{facts.layers} layers" if facts.layers else "the layers below"
-        yield Finding("wrong", f"drops {_count(dropped)}: their type is not in all of {of}")
+        yield Finding("wrong", f"drops {_count(dropped)}: their type is not in all of {layers} layers")
 
 
 def tgi_stack(facts: AdapterFacts) -> Iterator[Finding]:

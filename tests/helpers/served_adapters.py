@@ -13,7 +13,7 @@ from typing import Any
 
 from sparse_llm_ft.adapters.tuners import rank_settings
 from sparse_llm_ft.methods.rank_growth import grow_ranks
-from sparse_llm_ft.plan import ModuleAdapter, Shape
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape
 from sparse_llm_ft.serving.ranks import served_rank
 
 LLAMA_3_8B: dict[str, Shape] = {
@@ -78,12 +78,64 @@ def grown(keep: int, r: int = 8) -> dict[str, int]:
     return grow_ranks(dict.fromkeys(survivors, r), TARGETS, budget, 512)
 
 
+def stock(folder: Path) -> None:
+    """PEFT's own files of a LoRA on the quickstart's base whose queries have another rank, and our form of the same."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sparse_llm_ft.adapters import peft_adapter, trained_parameters, write_peft_adapter
+
+    base = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"q_proj": 33},
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(folder / "stock")
+    tensors = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+    ranks = {n.rpartition(".")[0]: t.shape[0] for n, t in tensors.items() if n.endswith("lora_A")}
+    plan = AdapterPlan({name: ModuleAdapter(r, 32.0) for name, r in ranks.items()}, tuner="lora")
+    write_peft_adapter(folder / "stock-uniform", *peft_adapter(plan, tensors, str(base), None))
+
+
 def main(folder: Path) -> None:
     ranks = grown(keep=45)
     alike = served_rank(max(ranks.values()))
     adapters = {name: ModuleAdapter(r, 2.0 * r) for name, r in ranks.items()}  # lora_alpha 16 at r 8: scaling 2
     write_adapter(folder / "llama-patterns", sizes(ranks, TARGETS), **rank_settings(adapters))
     write_adapter(folder / "llama", sizes(dict.fromkeys(ranks, alike), TARGETS), r=alike, lora_alpha=alike)
+    for server in ("sglang", "tgi"):
+        write_fitted(folder / f"llama-{server}", server, ranks, alike)
+    stock(folder)
+
+
+def write_fitted(folder: Path, server: str, ranks: Mapping[str, int], rank: int) -> None:
+    """What `export --for` adds to the adapter of rank `rank`, on tensors without values."""
+    import torch
+
+    from sparse_llm_ft.export.for_server import fit
+
+    shapes = {}
+    for name in ranks:
+        d_out, d_in = TARGETS[name]
+        shapes |= {
+            f"base_model.model.{name}.lora_A.weight": (rank, d_in),
+            f"base_model.model.{name}.lora_B.weight": (d_out, rank),
+        }
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = {**LORA, "r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
+    config, fitted = fit(server, config, weights, TARGETS, 32)
+    modules = [
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in fitted if "lora_A" in name
+    ]
+    write_adapter(folder, sizes(dict.fromkeys(modules, rank), TARGETS), **config)
 
 
 if __name__ == "__main__":
