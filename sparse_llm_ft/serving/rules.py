@@ -143,7 +143,7 @@ def sglang_scaling(facts: AdapterFacts) -> Iterator[Finding]:
 def sglang_siblings(facts: AdapterFacts) -> Iterator[Finding]:
     """A layer's q, k and v are stacked by q's name, and need v (`normalize_qkv_proj`: KeyError); gate and up are
     stacked by gate's name (`normalize_gate_up_proj`). What is left over has no buffer (`get_target_module_name`:
-    ValueError), at the first request. Run.
+    ValueError), at the first request. Run: these functions, on all 127 sets of a Llama layer's modules.
     """
     missing = [name for name in missing_siblings(facts.pairs) if facts.is_lora]
     if missing:
