@@ -12,7 +12,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready$(if $(CONSTRAINTS),-constrained)
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: setup quickstart test test-fast test-long test-distributed test-all lint constraints clean help
+# llama.cpp's converter and library come in the sources of this package. Compiling them takes some twenty minutes.
+LLAMA_CPP_PYTHON ?= 0.3.36
+SERVERS ?= $(VENV)/servers
+
+.PHONY: setup quickstart test test-fast test-long test-distributed test-servers test-all lint constraints clean help
 
 setup: $(READY)  ## install into .venv; CONSTRAINTS=constraints.txt takes the exact tested versions
 
@@ -29,10 +33,10 @@ quickstart: $(READY)  ## train a tiny Llama on PROCESSES=2 processes, in about a
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
 
 test: $(READY)  ## run the tests, in about 6 minutes on two cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers" -n 2 --dist loadfile
 
 test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not distributed" -n 2 --dist loadfile $(FAST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not distributed and not servers" -n 2 --dist loadfile $(FAST)
 
 test-long: $(READY)  ## run the long tests alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
@@ -40,6 +44,17 @@ test-long: $(READY)  ## run the long tests alone
 # Every stage, dtype, world and offload; fifty kill trials; every fault. Hours on two cores.
 test-distributed: $(READY)  ## run all distributed and fault tests, long or not
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/launches tests/faults
+
+# Without a compiler the second half fails, and the tests that need it are skipped.
+$(SERVERS)/ready: $(READY)
+	mkdir -p $(SERVERS)/llama_cpp_python
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(SERVERS) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(SERVERS)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(SERVERS)/llama_cpp_python --strip-components 1
+	-CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" $(BIN)/python -m pip install --quiet --no-deps --target $(SERVERS)/site $(SERVERS)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz diskcache
+	touch $@
+
+test-servers: $(SERVERS)/ready  ## compare adapters with llama.cpp's own code, which it downloads and compiles once
+	SERVERS=$(SERVERS) $(BIN)/python -m pytest -m servers tests/servers
 
 test-all: test test-long  ## run every test
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sparse_llm_ft"
 FLOORS = (
     ("errors",),
     ("plan", "io"),
-    ("config", "distributed"),
+    ("config", "distributed", "serving"),
     ("phase", "run_folder", "report"),
     ("optim", "data"),
     ("model",),
@@ -100,7 +100,17 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["launch.train", "cli.main", "cli.run_commands", "cli.task_listing", "config", "context.preflight", "report"],
+    [
+        "launch.train",
+        "cli.main",
+        "cli.run_commands",
+        "cli.task_listing",
+        "cli.check_adapter",
+        "serving.commands",
+        "config",
+        "context.preflight",
+        "report",
+    ],
 )
 def test_what_runs_before_torch_does_not_import_it(module: str) -> None:
     """`--help`, a wrong setting, preflight and the report: they answer within a second."""

@@ -122,6 +122,7 @@ def peft_adapter(
     revision: str | None,
     task: str | None = "CAUSAL_LM",
     options: BaseOptions = _NONE,
+    patterns: bool = False,
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """PEFT's settings and tensors of trained adapters.
 
@@ -131,11 +132,12 @@ def peft_adapter(
         tensors: short parameter name -> value; all but omegas may lie on the meta device.
         task: PEFT's task type, see `task_type`.
         options: what follows from the base, see `base_options`.
+        patterns: see `to_stock_lora`; has no effect on an adapter that keeps its tuner.
     """
     tuner = tuner_of(plan)
     config: dict[str, object]
     if tuner.is_product:
-        config, weights = to_stock_lora(plan, tensors, task)
+        config, weights = to_stock_lora(plan, tensors, task, patterns)
     else:
         config = tuner.peft_config(plan).to_dict()
         config |= {"inference_mode": True, "task_type": task, "target_modules": sorted(plan.active)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparse_llm_ft.adapters.layer import SparseLoraLayer, scatter
 from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
 from sparse_llm_ft.plan import SHARED, AdapterPlan
+from sparse_llm_ft.serving.ranks import served_rank
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -71,23 +73,30 @@ def _prefixes() -> tuple[str, ...]:
 
 
 def to_stock_lora(
-    plan: AdapterPlan, tensors: Tensors, task: str | None = "CAUSAL_LM"
+    plan: AdapterPlan, tensors: Tensors, task: str | None = "CAUSAL_LM", patterns: bool = False
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """A LoRA that PEFT loads without this package: its ``adapter_config.json`` and its tensors.
 
-    omega is folded into B, masked rows and columns are zero, and a shared pair is written for each of its modules. PEFT
-    computes ``lora_alpha / r`` from one general pair and per-module exceptions (``rank_pattern``, ``alpha_pattern``);
-    the most frequent pair becomes the general one. Adapters with a trained omega <= 0 are left out. Fully trained
-    modules become ``modules_to_save``.
+    Masked rows and columns are zero, and a shared pair is written for each of its modules. Adapters with a trained
+    omega <= 0 are left out. Fully trained modules become ``modules_to_save``.
+
+    All modules get one rank R, ``r = lora_alpha = R``: the form that every server scales alike (serving/rules.py). R is
+    the largest rank, rounded up to what no server pads (`served_rank`); A gets rows of zeros and B columns of zeros.
+    omega and the scaling are multiplied into B, with one rounding of each entry to B's own precision. ΔW is otherwise
+    unchanged.
 
     Args:
         plan: the plan that was trained.
         tensors: short parameter name -> value, float32.
         task: PEFT's task type.
+        patterns: keep each module's rank and scaling, as ``rank_pattern`` and ``alpha_pattern`` besides the most
+            frequent pair; only omega is folded. No zeros are stored, but only PEFT and vLLM from 0.32 on read it.
     """
     kept = {name: a for name, a in plan.active.items() if _omega(name, plan, tensors) > 0}
     if not kept:
         raise ValueError("no adapter is on: every omega is 0 or negative")
+    tuner, rank = tuner_of(plan), served_rank(max(adapter.r for adapter in kept.values()))
+    uniform = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     config = {
         "peft_type": "LORA",
         "lora_dropout": plan.lora_dropout,
@@ -95,14 +104,16 @@ def to_stock_lora(
         "target_modules": sorted(kept),
         "inference_mode": True,
         "task_type": task,
-        **rank_settings(kept),
-        **tuner_of(plan).lora_options,
+        **({**rank_settings(kept), **tuner.lora_options} if patterns else uniform),
     }
     weights = {}
-    for name in kept:
+    for name, adapter in kept.items():
         a, b = full_pair(name, plan, tensors)
-        weights[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # a copy: a shared pair is written more than once
-        weights[f"base_model.model.{name}.lora_B.weight"] = b * _omega(name, plan, tensors)
+        factor = _omega(name, plan, tensors) * (1.0 if patterns else tuner.scaling(adapter))
+        zeros = 0 if patterns else rank - adapter.r
+        # Copies: a shared pair is written more than once.
+        weights[f"base_model.model.{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, zeros)).clone()
+        weights[f"base_model.model.{name}.lora_B.weight"] = F.pad((b.double() * factor).to(b.dtype), (0, zeros))
     settings, whole = saved_modules(plan, tensors)
     return config | settings, weights | whole
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_llm_ft import __version__
+from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _train(options, world)
             return
         silence_libraries()
-        if options.command is not _tasks:  # torch takes seconds to import
+        if not getattr(options, "without_torch", False):  # torch takes seconds to import
             prepare_cpu(world)
         options.command(options)
 
@@ -58,6 +59,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     summary.add_argument("run", metavar="RUN", help="a run's output_dir")
     summary.set_defaults(command=_summary)
     add_commands(commands)
+    add_check_adapter(commands)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
@@ -70,7 +72,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     tasks = commands.add_parser("tasks", help="list the tasks, or show one with an example")
     tasks.add_argument("name", nargs="?", metavar="TASK")
     tasks.add_argument("--path", metavar="FOLDER", help="show an example from these data")
-    tasks.set_defaults(command=_tasks)
+    tasks.set_defaults(command=_tasks, without_torch=True)
     options, rest = parser.parse_known_args(arguments)
     takes: list[str] | None = getattr(options, getattr(options, "rest", ""), None)
     if rest and (takes is None or any(argument.startswith("-") for argument in rest)):

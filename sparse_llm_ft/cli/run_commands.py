@@ -16,7 +16,7 @@ from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
-from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.export.options import TARGETS, ExportOptions, refuse_existing
 from sparse_llm_ft.run_folder import CONFIG_FILE, open_run
 
 if TYPE_CHECKING:
@@ -83,21 +83,30 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _add_form(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", default="peft", metavar="FORM", help=_TO)
     command.add_argument(
-        "--uniform-rank", action="store_true", help="with --to peft: one rank and one lora_alpha for all modules"
+        "--patterns", action="store_true", help="with --to peft: each module's own rank and scaling, for PEFT itself"
     )
+    command.add_argument("--rank", type=int, metavar="R", help="with --to peft: truncate every module to this rank")
+    command.add_argument("--for", dest="server", metavar="SERVER", help=f"with --to peft: {', '.join(TARGETS)}")
     command.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="with --to merged: largest file of weights"
     )
 
 
+def _form(options: argparse.Namespace) -> ExportOptions:
+    return ExportOptions.parse(options.to, options.patterns, options.rank, options.server, options.max_shard_size)
+
+
 def _export(options: argparse.Namespace) -> None:
-    form = ExportOptions.parse(options.to, options.uniform_rank, options.max_shard_size)
+    form = _form(options)
     output = Path(options.output or Path(options.run) / f"export-{form.to}")
     refuse_existing(output)
     run = _read(options)
     from sparse_llm_ft.export.export import export_run
+    from sparse_llm_ft.export.serve_lines import serve_lines
 
-    export_run(run, output, form)
+    lines = export_run(run, output, form)
+    for line in (*lines, *serve_lines(run, output, form, run.config.model.name, str(output))):
+        print(line, file=sys.stderr)
     print(json.dumps({"to": form.to, "folder": str(output), "step": run.state.progress.step}))
 
 
@@ -155,7 +164,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    form = ExportOptions.parse(options.to, options.uniform_rank, options.max_shard_size)
+    form = _form(options)
     if options.output and not options.dry_run:
         raise UserError(f"--output {options.output}: expected --dry-run beside it; else nothing stays on disk")
     check_name(options.repo_id)

@@ -5,41 +5,49 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sparse_llm_ft.adapters import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     SparseLoraConfig,
     base_options,
-    save_peft_adapter,
+    linear_modules,
+    peft_adapter,
     tuner_of,
+    write_peft_adapter,
 )
 from sparse_llm_ft.adapters.convert import is_omega, saved_name
 from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError, reason_of
+from sparse_llm_ft.export.for_server import fit
+from sparse_llm_ft.export.gguf_file import GGUF_FILE, check_gguf, modelfile, write_gguf
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
 from sparse_llm_ft.export.read_back import check_adapter
-from sparse_llm_ft.export.uniform_rank import to_uniform_rank
+from sparse_llm_ft.export.truncate import to_rank
 from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
 from sparse_llm_ft.model.architecture import task_type
-from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.serving.commands import GGUF_SERVERS
+
+TRUNCATION_FILE, MODELFILE = "truncation.json", "Modelfile"
 
 
-def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> None:
-    """Write the export into the new folder `output`, atomically.
+def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> list[str]:
+    """Write the export into the new folder `output`, atomically. Returns lines for people about it.
 
     Raises:
         UserError: `output` exists or cannot be written, or the run does not have this form.
     """
     refuse_existing(output)
     check_form(run, options)
-    write_new_folder(output, lambda folder: write_export(folder, run, options, run.config.model.name))
+    lines: list[str] = []
+    write_new_folder(output, lambda folder: lines.extend(write_export(folder, run, options, run.config.model.name)))
+    return lines
 
 
 def write_new_folder(output: Path, fill: Callable[[Path], None]) -> None:
@@ -66,8 +74,13 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
         raise UserError(
             f"--to native: {where} trained rows of its embeddings (adapter.trainable_tokens); use --to peft"
         )
-    if options.uniform_rank and not tuner.is_product:
-        raise UserError(f"--uniform-rank: {where} was trained with tuner {tuner.name}; expected a LoRA")
+    for option, given in ((f"--rank {options.rank}", options.rank), (f"--for {options.server}", options.server)):
+        if given is not None and not tuner.is_product:
+            raise UserError(
+                f"{option}: {where} was trained with tuner {tuner.name}, which servers do not load; use --to merged"
+            )
+    if options.server in GGUF_SERVERS:
+        check_gguf(run.empty, options.server)
     if options.to != "merged" and not run.plan.active:
         raise UserError(
             f"--to {options.to}: the newest checkpoint of {where} is from phase {run.phase.name}, which has no "
@@ -78,8 +91,8 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
         raise UserError(f"--to peft: every adapter of {where} is off (omega <= 0); use --to native")
 
 
-def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> None:
-    """Write the files into the empty folder `folder`.
+def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> list[str]:
+    """Write the files into the empty folder `folder`. Returns lines for people about what they hold.
 
     Args:
         base: the base model's name in the adapter's config.
@@ -89,18 +102,35 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
     elif options.to == "native":
         _write_native(folder, run, base)
     else:
-        written = save_peft_adapter(
-            folder,
-            run.plan,
-            run.state.tensors,
-            base,
-            run.config.model.revision,
-            task_type(run.empty),
-            base_options(run.empty, run.plan),
-        )
-        check_adapter(folder, *written)
-        if options.uniform_rank:
-            _rewrite_uniform(folder, run.plan)
+        return _write_peft(folder, run, options, base)
+    return []
+
+
+def _write_peft(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> list[str]:
+    """Write a stock adapter, at the rank and for the server that the options name."""
+    lines = []
+    settings = base_options(run.empty, run.plan)
+    task, revision, tensors = task_type(run.empty), run.config.model.revision, run.state.tensors
+    written, weights = peft_adapter(run.plan, tensors, base, revision, task, settings, options.patterns)
+    config: dict[str, Any] = written
+    if options.rank is not None:
+        ranks = {name: adapter.r for name, adapter in run.plan.active.items() if name in config["target_modules"]}
+        weights, truncation = to_rank(weights, ranks, options.rank)
+        config |= {"r": options.rank, "lora_alpha": options.rank}
+        lines = [truncation.describe(), f"each module's error: {TRUNCATION_FILE}"]
+        text = json.dumps(truncation.to_dict(), indent=2)
+        (folder / TRUNCATION_FILE).write_text(f"{text}\n", encoding="utf-8")
+    if options.server is not None:
+        layers = getattr(run.empty.config.get_text_config(), "num_hidden_layers", None)
+        config, weights = fit(options.server, config, weights, linear_modules(run.empty), layers)
+    if options.server in GGUF_SERVERS:
+        write_gguf(folder / GGUF_FILE, run.empty, config["lora_alpha"], weights)
+        if options.server == "ollama":
+            (folder / MODELFILE).write_text(modelfile(base), encoding="utf-8")
+        return lines
+    write_peft_adapter(folder, config, weights)
+    check_adapter(folder, config, weights)
+    return lines
 
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
@@ -128,10 +158,3 @@ def _write_native(folder: Path, run: TrainedRun, base: str) -> None:
     config.save_pretrained(folder)
     weights = {saved_name(name, plan): tensor.contiguous() for name, tensor in run.state.tensors.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def _rewrite_uniform(folder: Path, plan: AdapterPlan) -> None:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config, weights = to_uniform_rank(config, load_file(folder / ADAPTER_WEIGHTS), plan)
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from sparse_llm_ft.model.resizing import new_rows
 from sparse_llm_ft.plan import ModuleAdapter
 from sparse_llm_ft.report.grid import module_grid
 from sparse_llm_ft.run_folder import SUMMARY_FILE
+from sparse_llm_ft.serving.commands import GGUF_SERVERS
 
 _CARD = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
 
@@ -37,8 +38,15 @@ _FORMS = {
 _VERSIONS = ("python", "sparse-llm-ft", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 
-def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
-    """The card's text. It names no local folder, and leaves license and language to the uploader."""
+def model_card(
+    run: TrainedRun, repo_id: str, options: ExportOptions, remarks: Sequence[str] = (), commands: Sequence[str] = ()
+) -> str:
+    """The card's text. It names no local folder, and leaves license and language to the uploader.
+
+    Args:
+        remarks: lines about the export, such as what a smaller rank has cost.
+        commands: lines of `serve_lines`, with public names.
+    """
     config, task, progress = run.config, run.task, run.state.progress
     summary = run.folder.summary() if (run.folder.path / SUMMARY_FILE).is_file() else {}
     base = public_name(config.model.name)
@@ -56,12 +64,15 @@ def model_card(run: TrainedRun, repo_id: str, options: ExportOptions) -> str:
     card = _CARD.substitute(
         metadata=metadata_of(run, options).to_yaml(),
         title=repo_id.partition("/")[2],
-        form=_FORMS[options.to],
+        form="A LoRA in GGUF for" if options.server in GGUF_SERVERS else _FORMS[options.to],
         base=base + (" (a local model)" if is_local(config.model.name) else ""),
         task=config.task.name,
         method=config.method_name,
         quantization=quantization,
+        language="sh" if options.server in GGUF_SERVERS else "python",
         loading=_loading(run, base, repo_id, options),
+        remarks="".join(f"\nThis is the adapter at {remark}.\n" for remark in remarks),
+        serving=_serving(commands),
         plan=run.plan.describe(),
         steps=f"{progress.step:,}",
         phase=run.phase.name,
@@ -86,14 +97,22 @@ def metadata_of(run: TrainedRun, options: ExportOptions) -> ModelCardData:
     methods = [method.name.replace("_", "-") for method in config.method]
     return ModelCardData(
         base_model=None if is_local(config.model.name) else config.model.name,
-        library_name="transformers" if options.to == "merged" else "peft",
+        library_name=_library(options),
         tags=list(dict.fromkeys(["sparse-llm-ft", *methods])),
         datasets=[task.hub_id] if config.task.path is None and task.hub_id is not None else None,
     )
 
 
+def _library(options: ExportOptions) -> str:
+    if options.server in GGUF_SERVERS:
+        return "gguf"
+    return "transformers" if options.to == "merged" else "peft"
+
+
 def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -> str:
-    """The Python lines that load the uploaded model."""
+    """The lines that load the uploaded model: Python, or a shell's for GGUF."""
+    if options.server in GGUF_SERVERS:
+        return f"hf download {repo_id} --local-dir {repo_id.partition('/')[2]}"
     auto = auto_class(run.empty.config, run.task_mode.mode).__name__
     if options.to == "merged":
         return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
@@ -112,6 +131,11 @@ from transformers import {auto}
 {native}
 base = {auto}.from_pretrained("{base}"{outputs})
 {resize}model = PeftModel.from_pretrained(base, "{repo_id}")"""
+
+
+def _serving(commands: Sequence[str]) -> str:
+    """The section with the servers' commands; nothing without one."""
+    return f"\n## How to serve it\n\n```\n{chr(10).join(commands)}\n```\n" if commands else ""
 
 
 def _adapter_table(run: TrainedRun) -> str:

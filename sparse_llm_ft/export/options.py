@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.serving.ranks import LARGEST_RANK, served_rank
 
 Form = Literal["peft", "merged", "native"]
 
 _FORMS: dict[str, Form] = {form: form for form in get_args(Form)}
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "tgi")
+"""Values of ``--for``."""
+
 _SHARD_SIZE = re.compile(r"[1-9][0-9]*(KB|MB|GB|TB)")
 
 
@@ -21,16 +25,27 @@ class ExportOptions:
 
     Attributes:
         to: ``peft``, ``merged`` or ``native``.
-        uniform_rank: for ``peft``: one rank and one lora_alpha for all modules.
+        patterns: for ``peft``: each module keeps its rank and scaling, as PEFT's patterns.
+        rank: for ``peft``: truncate every ΔW to this rank.
+        server: for ``peft``: the server that the adapter must fit; None: none in particular.
         max_shard_size: for ``merged``: largest weight file, such as ``5GB`` (5 · 10⁹ bytes).
     """
 
     to: Form = "peft"
-    uniform_rank: bool = False
+    patterns: bool = False
+    rank: int | None = None
+    server: str | None = None
     max_shard_size: str = "5GB"
 
     @classmethod
-    def parse(cls, to: str, uniform_rank: bool, max_shard_size: str) -> ExportOptions:
+    def parse(
+        cls,
+        to: str,
+        patterns: bool = False,
+        rank: int | None = None,
+        server: str | None = None,
+        max_shard_size: str = "5GB",
+    ) -> ExportOptions:
         """The options of the command line.
 
         Raises:
@@ -38,11 +53,19 @@ class ExportOptions:
         """
         if to not in _FORMS:
             raise UserError(f"--to {to}: expected {', '.join(_FORMS)}")
-        if uniform_rank and to != "peft":
-            raise UserError(f"--uniform-rank: --to {to} has no ranks to make equal; expected --to peft")
+        given = {"--patterns": patterns, f"--rank {rank}": rank is not None, f"--for {server}": server is not None}
+        chosen = [option for option, is_given in given.items() if is_given]
+        if chosen and to != "peft":
+            raise UserError(f"{chosen[0]}: --to {to} writes no stock adapter; expected --to peft")
+        if patterns and len(chosen) > 1:
+            raise UserError(f"--patterns: {chosen[1]} gives all modules one rank; expected one of the two")
+        if rank is not None and not (1 <= rank <= LARGEST_RANK and served_rank(rank) == rank):
+            raise UserError(f"--rank {rank}: expected 8 or a multiple of 16, up to {LARGEST_RANK}")
+        if server is not None and server not in TARGETS:
+            raise UserError(f"--for {server}: expected {', '.join(TARGETS)}")
         if not _SHARD_SIZE.fullmatch(max_shard_size):
             raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB")
-        return cls(_FORMS[to], uniform_rank, max_shard_size)
+        return cls(_FORMS[to], patterns, rank, server, max_shard_size)
 
 
 def refuse_existing(output: Path) -> None:

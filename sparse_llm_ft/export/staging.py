@@ -10,13 +10,15 @@ from pathlib import Path
 import yaml
 
 from sparse_llm_ft.errors import UserError, holds_token
-from sparse_llm_ft.export.export import check_form, write_export, write_new_folder
+from sparse_llm_ft.export.export import MODELFILE, check_form, write_export, write_new_folder
 from sparse_llm_ft.export.model_card import model_card
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
 from sparse_llm_ft.export.sanitize import public_name, public_settings
+from sparse_llm_ft.export.serve_lines import serve_lines
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import MANIFEST
 from sparse_llm_ft.run_folder import CONFIG_FILE
+from sparse_llm_ft.serving.commands import GGUF_SERVERS
 
 CARD = "README.md"
 
@@ -33,10 +35,12 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
     base = public_name(run.config.model.name)
 
     def fill(folder: Path) -> None:
-        write_export(folder, run, options, base)
+        remarks = write_export(folder, run, options, base)
+        adapter = repo_id.partition("/")[2] if options.server in GGUF_SERVERS else repo_id
+        commands = serve_lines(run, folder, options, base, adapter)
         settings = yaml.safe_dump(public_settings(run.config), sort_keys=False, allow_unicode=True)
         (folder / CONFIG_FILE).write_text(settings, encoding="utf-8")
-        (folder / CARD).write_text(model_card(run, repo_id, options), encoding="utf-8")
+        (folder / CARD).write_text(model_card(run, repo_id, options, remarks[:1], commands), encoding="utf-8")
         _check_private(folder, run)
 
     write_new_folder(output, fill)
@@ -61,7 +65,7 @@ def _check_private(folder: Path, run: TrainedRun) -> None:
     config = run.config
     local = [Path(name).absolute() for name in (config.model.name, config.task.path) if name and Path(name).exists()]
     paths = {str(path) for path in (*local, run.folder.path.absolute(), Path(config.output_dir).absolute())}
-    for name in (CARD, CONFIG_FILE, "adapter_config.json", "config.json", "tokenizer_config.json"):
+    for name in (CARD, CONFIG_FILE, "adapter_config.json", "config.json", "tokenizer_config.json", MODELFILE):
         path = folder / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if holds_token(text):

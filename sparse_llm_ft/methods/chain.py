@@ -53,6 +53,10 @@ class Chain:
             return None
         return self._expand(phase.method, *following, targets)
 
+    def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """As `Method.remark`, by the method of the phase `before`."""
+        return self.methods[before.method].remark(before, after, targets)
+
     def resumed(self, phase: Phase) -> Phase:
         """As `Method.resumed`, by the phase's own method."""
         return self.methods[phase.method].resumed(phase)

@@ -76,3 +76,7 @@ class Method(ABC, Generic[S]):
         (`MethodSettings.free`).
         """
         return phase
+
+    def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """A line for log and summary on the change from `before`, a phase of this method, to `after`; None: nothing."""
+        return None

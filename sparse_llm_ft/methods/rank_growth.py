@@ -8,38 +8,53 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from sparse_llm_ft.plan import Shape
+from sparse_llm_ft.plan import MAX_RANK, Shape
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A of shape (r, d_in), B of shape (d_out, r)."""
 
 
-def grow_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int) -> dict[str, int]:
+def grow_ranks(
+    ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int, max_rank: int = MAX_RANK
+) -> dict[str, int]:
     """The largest ranks whose parameters fit `budget`, raised in turn.
 
-    Ranks are raised by one, in the order of `ranks`, until any further raise would exceed the budget. No rank exceeds
-    the smaller side of its matrix.
+    Ranks are raised by one, in the order of `ranks`, until any further raise would exceed the budget. No rank is raised
+    beyond the smaller side of its matrix or beyond `max_rank`, so that a part of the budget may be left over.
 
     Args:
         ranks: module -> present rank, which is never lowered.
         shapes: module -> (d_out, d_in); one more rank costs d_out + d_in parameters.
         budget: parameters that A and B of all modules may have together.
+        max_rank: no rank is raised beyond it.
 
     Raises:
         ValueError: the present ranks exceed the budget.
     """
     grown = dict(ranks)
-    left = budget - sum(r * sum(shapes[name]) for name, r in grown.items())
+    left = budget - parameters(grown, shapes)
     if left < 0:
         raise ValueError(f"the ranks already need {budget - left} parameters, more than the budget of {budget}")
     while True:
-        lowest = [n for n, r in grown.items() if r < min(shapes[n]) and sum(shapes[n]) <= left]
+        lowest = [n for n, r in grown.items() if r < min(*shapes[n], max_rank) and sum(shapes[n]) <= left]
         if not lowest:
             return grown
         for name in lowest:
             if sum(shapes[name]) <= left:
                 grown[name] += 1
                 left -= sum(shapes[name])
+
+
+def parameters(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> int:
+    """Number of values in A and B of all modules."""
+    return sum(r * sum(shapes[name]) for name, r in ranks.items())
+
+
+def left_over(ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int, max_rank: int) -> int:
+    """The parameters of `budget` that grown ranks do not use because of `max_rank`; 0 if it stops none of them."""
+    left = budget - parameters(ranks, shapes)
+    stopped = [name for name, r in ranks.items() if max_rank <= r < min(shapes[name]) and sum(shapes[name]) <= left]
+    return left if stopped else 0
 
 
 def expand_gaussian(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator) -> Pair:

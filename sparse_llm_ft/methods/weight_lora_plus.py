@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field, StrictInt
+
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.methods.weight_lora import WeightLora, WeightLoraSettings, is_matrix
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import MAX_RANK, AdapterPlan, ModuleAdapter, Shape
+from sparse_llm_ft.serving.ranks import LARGEST_RANK
 
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState
+    from sparse_llm_ft.config.schema import RunConfig
 
 
 class WeightLoraPlusSettings(WeightLoraSettings):
@@ -18,9 +24,22 @@ class WeightLoraPlusSettings(WeightLoraSettings):
 
     Attributes:
         expansion: ``gaussian`` adds random rows to A and zero columns to B; ``qr`` orthonormalises A first.
+        max_rank: no rank grows beyond it, and what the budget would allow is left over. The default is the largest rank
+            that servers of adapters take.
     """
 
     expansion: Literal["qr", "gaussian"] = "qr"
+    max_rank: StrictInt = Field(LARGEST_RANK, ge=1, le=MAX_RANK)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a `max_rank` below the rank that adapters begin with; the default only keeps them from growing."""
+        super().check_run(config)
+        if self.max_rank < min(config.adapter.r, LARGEST_RANK):
+            raise ConfigError(
+                "method.max_rank",
+                f"{self.max_rank} is less than adapter.r ({config.adapter.r}), with which the adapters begin",
+                f"expected {config.adapter.r} or more",
+            )
 
 
 class WeightLoraPlus(WeightLora):
@@ -37,7 +56,8 @@ class WeightLoraPlus(WeightLora):
 
         expansion = self.settings.expansion
         shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
-        ranks = rank_growth.grow_ranks({name: a.r for name, a in plan.active.items()}, shapes, budget)
+        before = {name: a.r for name, a in plan.active.items()}
+        ranks = rank_growth.grow_ranks(before, shapes, budget, self.settings.max_rank)
         expand = rank_growth.expand_qr if expansion == "qr" else rank_growth.expand_gaussian
         modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
         tensors = dict(state.tensors)
@@ -58,3 +78,19 @@ class WeightLoraPlus(WeightLora):
             replace(plan, modules=modules),
             replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
         )
+
+    def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """What `max_rank` leaves of the budget."""
+        from sparse_llm_ft.methods import rank_growth
+
+        if before.cut is None:
+            return None
+        budget = sum(a.matrices(targets[name]) for name, a in before.plan.active.items())
+        grown = (after.target_plan or after.plan).active  # a method after this one may add masks, but changes no rank
+        ranks = {name: a.r for name, a in grown.items()}
+        shapes = {name: before.plan.active[name].shape(targets[name]) for name in ranks}
+        left = rank_growth.left_over(ranks, shapes, budget, self.settings.max_rank)
+        if not left:
+            return None
+        limit = self.settings.max_rank
+        return f"ranks stop at method.max_rank {limit}: {left:,} of the budget's {budget:,} parameters are left over"

@@ -30,6 +30,7 @@ from sparse_llm_ft.report.data import PHASE_NUMBERS
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import Scores
+from sparse_llm_ft.serving.commands import run_lines
 from sparse_llm_ft.training.loop import Loop, Step
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -130,6 +131,8 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
         console.log(f"model: {folder.model}")
     else:
         console.log(f"adapter (stock PEFT): {folder.adapter}")
+        for line in run_lines(folder.adapter) if folder.adapter.is_dir() else ():
+            console.log(line)
     if folder.report.is_dir():
         console.log(f"pictures: {folder.report / 'index.html'}")
 

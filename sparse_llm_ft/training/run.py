@@ -170,7 +170,9 @@ class Run:
                 return self._finish(engine, phase, state)
             # Replace the adapters by the next plan's, around the same base.
             engine.close()
-            model, phase, state = self._change_phase(model, phase, *following, describe_measurement(scores, phase))
+            remarks = (describe_measurement(scores, phase), self.methods.remark(phase, following[0], self.targets))
+            measured = "; ".join(filter(None, remarks)) or None
+            model, phase, state = self._change_phase(model, phase, *following, measured)
 
     def derive(self) -> None:
         """Collective. Derive the ratios of the first phase and print them."""
@@ -284,6 +286,7 @@ class Run:
             f"{phase.plan.describe()}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
             + (" (no larger micro-batch both fits and divides)" if phase.batch_growth != "none" and not grown else "")
+            + (f"; {measured}" if measured else "")
         )
         # A method that starts afresh leaves the head out of its state: the head is then as it was loaded.
         tensors = self.head | state.tensors

@@ -51,8 +51,6 @@ def test_peft_loads_the_adapter(name: str, settings: dict, loud_folder: Path, tm
     before = logits(base)
     close(logits(PeftModel.from_pretrained(base, folder)), expected)
     assert (before - expected).abs().max() > 1e-2, "the adapters change something"
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config.get("use_rslora", False) == (name == "rslora")
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -83,16 +81,23 @@ def test_this_package_loads_its_native_form_which_is_as_small_as_the_checkpoint(
 
 
 @pytest.mark.parametrize("name", LORAS)
-def test_a_uniform_rank_changes_no_logit(name: str, settings: dict, loud_folder: Path, tmp_path: Path) -> None:
-    expected, folder = exported(settings, PLANS[name], tmp_path / "out", to="peft", uniform_rank=True)
+@pytest.mark.parametrize("patterns", [False, True])
+def test_one_rank_for_all_or_patterns_give_the_trained_models_logits(
+    name: str, patterns: bool, settings: dict, loud_folder: Path, tmp_path: Path
+) -> None:
+    expected, folder = exported(settings, PLANS[name], tmp_path / "out", patterns=patterns)
     config = json.loads((folder / "adapter_config.json").read_text())
-    largest = max(adapter.r for adapter in PLANS[name].active.values())
-    assert (config["r"], config["lora_alpha"]) == (largest, largest)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {} and "use_rslora" not in config
-    shapes = {t.shape[0] for key, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key}
-    assert shapes == {largest}
+    ranks = {t.shape[0] for key, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key}
+    if patterns:
+        assert ranks == {adapter.r for adapter in PLANS[name].active.values()}
+        assert config.get("use_rslora", False) == (name == "rslora")
+    else:
+        assert ranks == {8} and (config["r"], config["lora_alpha"]) == (8, 8)
+        assert type(config["lora_alpha"]) is int and "use_rslora" not in config
+        assert config["rank_pattern"] == config["alpha_pattern"] == {}
     base = AutoModelForCausalLM.from_pretrained(loud_folder, dtype=torch.float32)
-    close(logits(PeftModel.from_pretrained(base, folder)), expected)
+    difference = (logits(PeftModel.from_pretrained(base, folder)) - expected).abs().max()
+    assert difference <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("to", ["peft", "merged", "native"])
@@ -184,7 +189,8 @@ def test_a_quantised_layer_is_not_merged_into(settings: dict) -> None:
         ("full", {"to": "peft"}, "--to peft: .* trained the whole model"),
         ("full", {"to": "native"}, "--to native: .* trained the whole model"),
         ("dora", {"to": "native"}, "PEFT's own tuner dora; use --to peft"),
-        ("vera", {"uniform_rank": True}, "--uniform-rank: .* trained with tuner vera; expected a LoRA"),
+        ("vera", {"rank": 8}, "--rank 8: .* trained with tuner vera, which servers do not load; use --to merged"),
+        ("dora", {"server": "vllm"}, "--for vllm: .* trained with tuner dora, which servers do not load"),
     ],
 )
 def test_a_form_that_a_run_has_not_is_refused(

@@ -34,7 +34,12 @@ def test_it_writes_beside_the_run_and_never_over_anything(to: str, settings: dic
     ("arguments", "message"),
     [
         (["--to", "gguf"], "--to gguf: expected peft, merged, native"),
-        (["--to", "merged", "--uniform-rank"], "--uniform-rank: --to merged has no ranks"),
+        (["--to", "merged", "--patterns"], "--patterns: --to merged writes no stock adapter; expected --to peft"),
+        (["--to", "native", "--rank", "8"], "--rank 8: --to native writes no stock adapter; expected --to peft"),
+        (["--patterns", "--for", "vllm"], "--patterns: --for vllm gives all modules one rank; expected one of the two"),
+        (["--rank", "20"], "--rank 20: expected 8 or a multiple of 16, up to 512"),
+        (["--rank", "528"], "--rank 528: expected 8 or a multiple of 16, up to 512"),
+        (["--for", "onnx"], "--for onnx: expected vllm, sglang, llama.cpp, ollama, tgi"),
         (["--to", "merged", "--max-shard-size", "big"], "--max-shard-size big: expected a size such as 5GB"),
         (["--output", "."], "--output .: exists"),
         (["--output", "/dev/null/export"], "--output /dev/null/export: cannot be written"),

@@ -30,6 +30,7 @@ from sparse_llm_ft.export.model_card import metadata_of, model_card
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.sanitize import public_settings
 from sparse_llm_ft.inference.trained_run import read_run
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3]])
@@ -140,6 +141,25 @@ def test_the_card_says_what_was_done(settings: dict, capsys, data_folder: Path) 
     again = yaml.safe_load((run / "push-peft" / "config.yaml").read_text())
     assert again["model"]["name"] == "tiny-llama" and again["task"]["path"] == data_folder.name
     assert again["method"] == parse_config(settings).model_dump(mode="json")["method"]
+
+
+def test_the_card_has_the_servers_commands_and_what_a_rank_has_cost(settings: dict, capsys) -> None:
+    names = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(2) for kind in "qv"]
+    make_run(settings, AdapterPlan({name: ModuleAdapter(8, 16.0) for name in names}))
+    cards = {}
+    for options in ((), ("--rank", "32"), ("--for", "llama.cpp")):
+        output = Path(settings["output_dir"], "-".join(("push", *options)))
+        main(["push", settings["output_dir"], "me/tiny", "--dry-run", "--output", str(output), *options])
+        cards[options] = (output / "README.md").read_text()
+    capsys.readouterr()
+    served = "vllm: vllm serve tiny-llama --enable-lora{} --lora-modules tuned=me/tiny\n"
+    assert f"## How to serve it\n\n```\n{served.format('')}" in cards[()] and "relative error" not in cards[()]
+    assert served.format(" --max-lora-rank 32") in cards["--rank", "32"]
+    assert "This is the adapter at rank 32: relative error of ΔW 0.0000 over all modules" in cards["--rank", "32"]
+    gguf = cards["--for", "llama.cpp"]
+    assert "library_name: gguf" in gguf and "A LoRA in GGUF for tiny-llama" in gguf and "PeftModel" not in gguf
+    assert "```sh\nhf download me/tiny --local-dir tiny\n```" in gguf
+    assert "llama.cpp: llama-server --model BASE.gguf --lora tiny/adapter.gguf\n" in gguf
 
 
 def test_the_card_marks_shared_adapters_and_modules_without(settings: dict) -> None:

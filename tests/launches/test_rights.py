@@ -21,7 +21,7 @@ os.umask(int(sys.argv[1], 8))
 from sparse_llm_ft.cli.main import main
 run = sys.argv[3]
 main(["train", "--config", sys.argv[2]])
-for form in (["--to", "peft"], ["--to", "peft", "--uniform-rank", "--output", run + "/uniform"], ["--to", "merged"]):
+for form in (["--to", "peft"], ["--to", "peft", "--patterns", "--output", run + "/patterns"], ["--to", "merged"]):
     main(["export", run, *form])
 main(["export", run, "--to", "native"])
 main(["push", run, "me/tiny", "--dry-run"])

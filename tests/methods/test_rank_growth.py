@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_llm_ft.methods.rank_growth import expand_gaussian, expand_qr, grow_ranks, module_generator, pad_moments
+from sparse_llm_ft.methods.rank_growth import (
+    expand_gaussian,
+    expand_qr,
+    grow_ranks,
+    left_over,
+    module_generator,
+    pad_moments,
+)
 
 EXPANSIONS = {"gaussian": expand_gaussian, "qr": expand_qr}
 
@@ -66,6 +73,20 @@ def test_a_rank_stops_at_the_smaller_side_and_its_share_goes_to_others() -> None
     shapes = {"small": (2, 8), "large": (64, 64)}
     grown = grow_ranks({"small": 1, "large": 1}, shapes, 10 + 128 * 20 + 10)
     assert grown == {"small": 2, "large": 20}
+
+
+def test_a_cap_stops_ranks_and_what_it_leaves_of_the_budget_is_counted() -> None:
+    """left = budget - sum of r (d_out + d_in), where the cap and not a side or the budget stops a rank."""
+    shapes = {"small": (4, 20), "large": (40, 60)}
+    assert grow_ranks({"small": 2, "large": 2}, shapes, 5000, 16) == {"small": 4, "large": 16}
+    assert left_over({"small": 4, "large": 16}, shapes, 5000, 16) == 5000 - 4 * 24 - 16 * 100
+    # The budget stops both before the cap does, and the sides before the cap: nothing is left because of it.
+    ranks = grow_ranks({"small": 2, "large": 2}, shapes, 700, 16)
+    assert ranks == {"small": 4, "large": 6} and left_over(ranks, shapes, 700, 16) == 0
+    ranks = grow_ranks({"small": 2, "large": 2}, shapes, 10**6, 64)
+    assert ranks == {"small": 4, "large": 40} and left_over(ranks, shapes, 10**6, 64) == 0
+    # A rank above the cap is never lowered.
+    assert grow_ranks({"small": 2, "large": 20}, shapes, 5000, 16) == {"small": 4, "large": 20}
 
 
 def test_everything_kept_means_nothing_grows() -> None:

@@ -162,3 +162,39 @@ def test_rank_and_alpha_of_a_small_matrix() -> None:
     """A target smaller than r gets the rank that fits, with the scaling of the others."""
     phase = first_phase(rules(config("weight_lora", keep=1)), TARGETS | {"tiny": (1, 8)})
     assert phase.plan.active["tiny"].r == 1 and phase.plan.active["tiny"].scaling == 3.0
+
+
+@pytest.mark.parametrize(("max_rank", "expected"), [(2, (2, 2)), (3, (3, 3)), (4, (4, 4)), (512, (4, 4))])
+def test_max_rank_caps_growth_and_the_remark_says_what_is_left(max_rank: int, expected: tuple[int, int]) -> None:
+    """Budget: 2 * (14 + 20 + 14 + 20) = 136 parameters for a q of 14 and an up of 20 per rank."""
+    chain = rules(config("weight_lora_plus", max_rank=max_rank))
+    select = first_phase(chain)
+    after, _ = chain.next(select, state(select, [0.5, 0.0, 0.0, 0.7]), None, TARGETS)
+    ranks = tuple(adapter.r for adapter in after.plan.active.values())
+    assert ranks == expected
+    left = 136 - 14 * ranks[0] - 20 * ranks[1]
+    assert all(adapter.scaling == 3.0 for adapter in after.plan.active.values())
+    text = f"ranks stop at method.max_rank {max_rank}: {left} of the budget's 136 parameters are left over"
+    assert chain.remark(select, after, TARGETS) == (text if left else None)
+    assert chain.remark(after, after, TARGETS) is None
+
+
+def test_masks_of_a_following_method_do_not_count_as_left_over() -> None:
+    method = [{"name": "weight_lora_plus", "keep": 2, "steps": 5, "max_rank": 3}, {"name": "partial_lora"}]
+    settings = config()
+    settings = parse_config({**settings.model_dump(mode="json", exclude={"method"}), "method": method})
+    chain = rules(settings)
+    select = first_phase(chain)
+    after, _ = chain.next(select, state(select, [0.5, 0.0, 0.0, 0.7]), None, TARGETS)
+    assert after.method == 1
+    assert chain.remark(select, after, TARGETS) == (
+        "ranks stop at method.max_rank 3: 34 of the budget's 136 parameters are left over"
+    )
+
+
+def test_a_cap_below_the_initial_rank_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^method.max_rank: 1 is less than adapter.r \(2\)"):
+        config("weight_lora_plus", max_rank=1)
+    tree = config("weight_lora_plus").model_dump(mode="json")  # as config.yaml has it, with the default
+    tree["adapter"] |= {"r": 600}
+    assert parse_config(tree).method[0].max_rank == 512
