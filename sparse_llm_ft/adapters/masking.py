@@ -71,7 +71,9 @@ def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 @torch.no_grad()
 def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
-    """Set the masked columns of every A and rows of every B to 0: entries that are never trained must add nothing."""
+    """Set the masked columns of every A and rows of every B and v to 0: entries that are never trained must add
+    nothing.
+    """
     matrices = _matrices(plan)
     for name, parameter in trained_parameters(model).items():
         if name in matrices:
@@ -79,11 +81,11 @@ def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
             kept = torch.zeros(mask.kept.size, dtype=parameter.dtype, device=parameter.device)
             if not kept.is_meta:
                 kept[torch.tensor(mask.kept.indices, device=kept.device)] = 1.0
-            parameter.mul_(kept.unsqueeze(1 - mask.dimension))
+            parameter.mul_(kept.view([-1 if axis == mask.dimension else 1 for axis in range(parameter.dim())]))
 
 
 def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
-    """The masks of A and B that the optimizer applies."""
+    """The masks of A, B and v that the optimizer applies."""
     found: dict[str, RowColumnMask] = {}
     if plan.masking == "optimizer":
         for owner, name in plan.matrix_owners().items():
@@ -92,6 +94,9 @@ def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
                 found[f"{owner}.lora_A"] = RowColumnMask(1, adapter.cols, adapter.cols.size)
             if adapter.rows is not None:
                 found[f"{owner}.lora_B"] = RowColumnMask(0, adapter.rows, adapter.r)
+        for name, adapter in plan.active.items():
+            if adapter.train_vectors and adapter.rows is not None:
+                found[f"{name}.lora_v"] = RowColumnMask(0, adapter.rows, 1)
     return found
 
 

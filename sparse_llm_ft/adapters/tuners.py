@@ -85,7 +85,8 @@ class Tuner:
             adapter = active[name]
             rows, columns = adapter.shape(targets[name])
             found |= {f"{owner}.lora_A": (adapter.r, columns), f"{owner}.lora_B": (rows, adapter.r)}
-            found |= {f"{owner}.{part}": shape for part, shape in self.vectors(adapter, targets[name]).items()}
+        for name, adapter in active.items():
+            found |= {f"{name}.{part}": shape for part, shape in self.vectors(adapter, targets[name]).items()}
         return found | {f"{name}.lora_omega": (1,) for name, adapter in active.items() if adapter.train_omega}
 
     def saved_name(self, name: str) -> str:
@@ -106,6 +107,10 @@ class SparseLora(Tuner):
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
         """A configuration that holds the plan."""
         return SparseLoraConfig(plan=plan)
+
+    def vectors(self, adapter: ModuleAdapter, shape: Shape) -> dict[str, TensorShape]:
+        """Tied-LoRA's u and v, if they are trained."""
+        return {"lora_u": (adapter.r,), "lora_v": adapter.shape(shape)[:1]} if adapter.train_vectors else {}
 
 
 class RsLora(Tuner):

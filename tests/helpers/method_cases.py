@@ -36,7 +36,7 @@ from sparse_llm_ft.training.scorer import Scorer
 
 
 def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
-    """q_proj and up_proj of both layers share; v_proj has masks; the rest is plain."""
+    """q_proj and up_proj of both layers share; v_proj has masks; up_proj and v_proj have vectors; the rest is plain."""
     targets, plan = find_targets(model, "all-linear"), plan_for(model)
     modules = dict(plan.modules)
     for name, (rows, columns) in targets.items():
@@ -45,6 +45,8 @@ def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
         if name.endswith("v_proj"):
             kept = {"rows": IndexMask(rows, (0, rows - 1)), "cols": IndexMask(columns, tuple(range(1, columns, 2)))}
             modules[name] = replace(modules[name], **kept)
+        if name.endswith(("up_proj", "v_proj")):
+            modules[name] = replace(modules[name], train_vectors=True)
     return replace(plan, modules=modules)
 
 
