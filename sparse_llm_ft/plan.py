@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from sparse_llm_ft.plan_masks import IndexMask, PlanError
+from sparse_llm_ft.plan_masks import EntryBits, EntryMasks, IndexMask, PlanError
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a target module, however its weight is stored."""
@@ -76,6 +76,8 @@ class ModuleAdapter:
         rows, cols: which outputs the adapter writes and which inputs it reads (Partial-LoRA, eq. 6); None: all.
         train_vectors: whether the module trains two vectors of its own, u (r) between A and B and v (kept rows) behind
             B, which start at 1 (Tied-LoRA). False: u = v = 1.
+        entries: single entries of A and B that are trained, the others being 0; in place of `rows` and `cols`, and
+            under `masking` optimizer alone. None: all.
     """
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -86,9 +88,12 @@ class ModuleAdapter:
     rows: IndexMask | None = None
     cols: IndexMask | None = None
     train_vectors: bool = False
+    entries: EntryMasks | None = None
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
+        if self.entries is not None and (self.rows is not None or self.cols is not None):
+            raise PlanError("an adapter has a mask of rows or columns beside one of entries")
 
     @property
     def scaling(self) -> float:
@@ -136,12 +141,18 @@ class AdapterPlan:
             raise PlanError("a plan needs at least one module with an adapter, or one fully trained module")
         if not self.rows.keys() <= set(self.trained):
             raise PlanError("a plan trains rows of a module that it does not train")
+        if self.masking == "compact" and any(adapter.entries for adapter in self.active.values()):
+            raise PlanError("masking compact cannot leave single entries out")
         self._check_groups()
 
     def _check_groups(self) -> None:
         """Refuse a group whose members have different adapters; only omega, u and v are each module's own."""
         for group, names in self.groups.items():
-            alike = {(a.r, a.lora_alpha, a.rows, a.cols) for name in names if (a := self.modules[name]) is not None}
+            alike = {
+                (a.r, a.lora_alpha, a.rows, a.cols, a.entries)
+                for name in names
+                if (a := self.modules[name]) is not None
+            }
             if len(alike) > 1:
                 raise PlanError(f"group {group!r}: its modules differ in rank, lora_alpha or mask")
 
@@ -155,7 +166,7 @@ class AdapterPlan:
         """The active adapters as their layers are built: without masks if the optimizer applies them."""
         if self.masking == "compact":
             return self.active
-        return {name: replace(adapter, rows=None, cols=None) for name, adapter in self.active.items()}
+        return {name: replace(adapter, rows=None, cols=None, entries=None) for name, adapter in self.active.items()}
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -250,10 +261,20 @@ SHARED = "shared"
 def _module_to_dict(adapter: ModuleAdapter) -> dict[str, object]:
     masks = {name: kept.to_dict() for name in ("rows", "cols") if (kept := getattr(adapter, name)) is not None}
     values = {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
+    if adapter.entries is not None:
+        values["entries"] = {"a": adapter.entries.a.to_dict(), "b": adapter.entries.b.to_dict()}
     return {name: value for name, value in values.items() if value or name not in _WRITTEN_IF_SET}
 
 
-_WRITTEN_IF_SET = frozenset({"train_vectors"})
+def _entries_from_dict(data: object) -> EntryMasks | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or set(data) != {"a", "b"}:
+        raise PlanError(f"{data!r:.60} are not masks of entries")
+    return EntryMasks(EntryBits.from_dict(data["a"]), EntryBits.from_dict(data["b"]))
+
+
+_WRITTEN_IF_SET = frozenset({"train_vectors", "entries"})
 """Fields of `ModuleAdapter` that few plans have."""
 
 
@@ -271,7 +292,7 @@ def _module_from_dict(name: str, value: object, shapes: Mapping[str, Shape] | No
             key: None if value[key] is None else IndexMask.from_dict(value[key], side)
             for key, side in zip(("rows", "cols"), sides, strict=True)
         }
-        return ModuleAdapter(**(value | masks))
+        return ModuleAdapter(**(value | masks | {"entries": _entries_from_dict(value.get("entries"))}))
     except PlanError as error:
         raise PlanError(f"module {name!r:.60}: {error}") from None
 
@@ -335,3 +356,8 @@ def module_kind(name: str) -> str:
 def group_name(kind: str, shape: Shape) -> str:
     """The group of modules of one kind and shape; only modules of equal shape can share."""
     return f"{kind.replace('.', '-')}-{shape[0]}x{shape[1]}"
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a trained tensor is the A or B of an adapter, by its short name."""
+    return name.endswith((".lora_A", ".lora_B"))

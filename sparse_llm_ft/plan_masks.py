@@ -1,4 +1,4 @@
-"""Masks of a plan as plain values: which rows of B and columns of A an adapter has."""
+"""Masks of a plan as plain values: which rows of B and columns of A an adapter has, or which of their entries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sparse_llm_ft.errors import one_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class PlanError(ValueError):
@@ -70,3 +74,67 @@ class IndexMask:
         if len(bits) != (size + 7) // 8:
             raise PlanError(f"a mask of size {size!r:.40} has {len(bits)} bytes")
         return cls(size, tuple(i for i in range(len(bits) * 8) if bits[i // 8] >> i % 8 & 1))
+
+
+@dataclass(frozen=True)
+class EntryBits:
+    """The trained entries of one matrix: a bit each, row by row, the lowest bit of a byte first.
+
+    Attributes:
+        size: number of the matrix's entries.
+    """
+
+    size: int
+    bits: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.bits) != (self.size + 7) // 8:
+            raise PlanError(f"a mask of {self.size} entries has {len(self.bits)} bytes")
+        if self.size % 8 and self.bits[-1] >> self.size % 8:
+            raise PlanError(f"a mask of {self.size} entries has a bit beyond them")
+
+    @classmethod
+    def of(cls, kept: np.ndarray[Any, np.dtype[np.bool_]]) -> EntryBits:
+        """The mask of an array of bools, of any shape: true is trained."""
+        import numpy as np  # settings are checked without it
+
+        return cls(kept.size, np.packbits(kept, axis=None, bitorder="little").tobytes())
+
+    def flags(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """(stop - start,) bools, true is trained. Unpacks no more than these; None: to the end."""
+        import numpy as np
+
+        stop, first = self.size if stop is None else stop, start // 8
+        packed = np.frombuffer(self.bits[first : (stop + 7) // 8], np.uint8)
+        return np.unpackbits(packed, bitorder="little")[start - 8 * first : stop - 8 * first].astype(bool)
+
+    @property
+    def kept(self) -> int:
+        """How many entries are trained."""
+        return int.from_bytes(self.bits, "little").bit_count()
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values."""
+        return {"size": self.size, "bits": base64.b64encode(self.bits).decode()}
+
+    @classmethod
+    def from_dict(cls, data: object) -> EntryBits:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: it is no such mask.
+        """
+        if not isinstance(data, dict) or set(data) != {"size", "bits"} or type(data["size"]) is not int:
+            raise PlanError(f"{data!r:.60} is not a mask of entries")
+        try:
+            return cls(data["size"], base64.b64decode(data["bits"], validate=True))
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise PlanError(f"{data!r:.60} is not a mask of entries ({error})") from None
+
+
+@dataclass(frozen=True)
+class EntryMasks:
+    """The trained entries of A (r, d_in) and B (d_out, r)."""
+
+    a: EntryBits
+    b: EntryBits

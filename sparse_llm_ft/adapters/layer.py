@@ -74,9 +74,8 @@ class Vectors(nn.ParameterDict):
         return vector
 
     def forward(self, adapter_name: str) -> torch.Tensor:
-        """The vector."""
-        vector: torch.Tensor = self[adapter_name]
-        return vector
+        """A copy of the vector: ZeRO-3 shards the parameter again when this returns."""
+        return self[adapter_name].clone()
 
 
 class Omegas(Vectors):

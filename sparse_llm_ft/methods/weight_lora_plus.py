@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from sparse_llm_ft.methods.weight_lora import WeightLora, WeightLoraSettings, is_matrix
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape
+from sparse_llm_ft.methods.weight_lora import WeightLora, WeightLoraSettings
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, is_matrix
 
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState

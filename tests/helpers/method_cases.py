@@ -227,6 +227,19 @@ def lora_plus_groups_are_those_of_peft() -> None:
 
 
 @case
+def what_is_trained_whole_has_a_rate_of_its_own() -> None:
+    base = base_model()
+    plan = replace(plan_for(base), trained=("model.norm",))
+    for stage in (2, 3):
+        model = add_adapters(base if stage == 2 else base_model(), plan)
+        engine = Engine(model, replace(engine_settings(stage, 2), head_lr_factor=4.0), plan)
+        rate = next(make_loop(engine, plan, 2, Progress()).steps()).learning_rate
+        rates = {group["name"]: group["lr"] for group in engine._optimizer.param_groups}
+        assert rates == {"adapter": rate, "whole": 4.0 * rate} and rate > 0
+        engine.close()
+
+
+@case
 def every_rank_draws_the_same_masks() -> None:
     """Also from a derivation that only rank 0 has in its cache."""
     from sparse_llm_ft.distributed.collectives import broadcast_bytes

@@ -162,3 +162,11 @@ def test_rank_and_alpha_of_a_small_matrix() -> None:
     """A target smaller than r gets the rank that fits, with the scaling of the others."""
     phase = first_phase(rules(config("weight_lora", keep=1)), TARGETS | {"tiny": (1, 8)})
     assert phase.plan.active["tiny"].r == 1 and phase.plan.active["tiny"].scaling == 3.0
+
+
+def test_more_than_one_epoch_of_selection_is_a_remark() -> None:
+    """Section 3.3: T is at most one epoch."""
+    (settings,) = config(steps=12).method
+    assert settings.remarks(12) == []
+    (line,) = settings.remarks(11)
+    assert line.startswith("method.steps is 12, more than the 11 steps of one epoch")
