@@ -64,8 +64,8 @@ SMOLLM = Model(
     (
         "SmolLM2-135M-Instruct in bfloat16, adapters of rank 8 on the query and value projections, learning rate",
         "0.001, also of Partial-LoRA, whose masks would want several times LoRA's rate. D_t has 64 samples. One seed.",
-        "The tables show that the model learns each task, and how each is measured. With so few samples, differences of",
-        "a few points between methods say nothing.",
+        "The tables show that the model learns each task, and how each is measured. With so few samples, differences",
+        "of a few points between methods say nothing.",
     ),
 )
 MINILM = Model(

@@ -17,7 +17,7 @@ from sparse_llm_ft.config import RunConfig, check_steps, parse_config  # noqa: E
 from sparse_llm_ft.methods.chain import build_methods  # noqa: E402
 from sparse_llm_ft.plan import uniform_plan  # noqa: E402
 from systems import SYSTEMS, System  # noqa: E402
-from tables import CLAIMS  # noqa: E402
+from tables import CLAIMS, PUBLISHED, _untested  # noqa: E402
 
 KINDS = {"attention.self.query": (384, 384), "attention.self.key": (384, 384), "attention.self.value": (384, 384)}
 KINDS |= {"attention.output.dense": (384, 384), "intermediate.dense": (1536, 384), "output.dense": (384, 1536)}
@@ -52,6 +52,12 @@ def test_every_system_is_a_run(setting: Setting, tmp_path: Path) -> None:
 def test_every_claim_is_about_systems_that_run() -> None:
     names = {system.name for system in SYSTEMS}
     assert {side for claim in CLAIMS for side in claim[1:3]} <= names
+
+
+def test_masks_that_keep_another_share_than_the_papers_do_not_test_its_claim() -> None:
+    assert _untested("Partial-LoRA", 0.02) == "not tested: 2% of the values, the paper 10% to 24%"
+    assert [_untested("Partial-LoRA", share) for share in (0.05, 0.18, 0.4)] == [None] * 3
+    assert _untested("LoRA-drop", 0.02) is None and PUBLISHED.keys() <= {system.name for system in SYSTEMS}
 
 
 def test_budgets_are_equal_where_the_papers_have_them_equal(tmp_path: Path) -> None:
