@@ -66,7 +66,12 @@ MINILM = Setting(
         "model": {"dtype": "float32"},
         "task": {"max_length": 48},
         "adapter": {"target_modules": r".*encoder\.layer\..*"},
-        "training": {"micro_batch_size": 16, "global_batch_size": 16, "warmup_steps": 2},
+        "training": {
+            "micro_batch_size": 16,
+            "global_batch_size": 16,
+            "warmup_steps": 2,
+            "head_learning_rate": 4e-3,  # not searched: the search is for adapters
+        },
         "evaluation": {"micro_batch_size": 32},
     },
     # Nothing learns them in so few steps: three seeds of chance say no more than one.
@@ -91,8 +96,8 @@ SMOLLM2 = Setting(
         "training": {"micro_batch_size": 8, "global_batch_size": 8, "warmup_steps": 2},
         "evaluation": {"micro_batch_size": 32},
     },
-    # Before training the model answers no better than chance, and forward passes are slow.
-    settings={"partial_lora": {"shots": 2, "floor_metric": "loss"}, "lora_drop": {"pilot_epochs": 1}},
+    # Before training the model answers no better than chance, and forward passes are slow: D_t is 64 samples.
+    settings={"partial_lora": {"shots": 32, "floor_metric": "loss"}, "lora_drop": {"pilot_epochs": 1}},
 )
 SETTINGS = (MINILM, SMOLLM2)
 
@@ -135,6 +140,9 @@ class Job:
         }
         for section, values in setting.sections.items():
             tree[section] = tree.get(section, {}) | values
+        tree["adapter"] |= self.system.adapter
+        if self.system.method == {"name": "full"}:  # its head is a part of the model
+            tree["training"].pop("head_learning_rate", None)
         if self.task in setting.max_length:
             tree["task"]["max_length"] = setting.max_length[self.task]
         return tree

@@ -43,7 +43,9 @@ class CutRule:
 
 @dataclass(frozen=True)
 class Subset:
-    """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class."""
+    """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class; with neither, what
+    the task has for a few-shot set (`default_size`).
+    """
 
     fraction: Amount | None
     shots: Count | None
@@ -55,14 +57,14 @@ class ScoringSpec:
     """What is scored at a phase's end, on its subset.
 
     Attributes:
-        kind: ``lora_output`` gives `OutputScores`, ``derivation`` a `Derivation`.
+        kind: ``lora_output`` gives `OutputScores`, ``entries`` `EntryScores`, ``derivation`` a `Derivation`.
         derivation: settings of a derivation.
         search: whether to search for ratios (Algorithm 1), or only to compute importance.
         compare: also compute the other importances, to see how far they agree.
         cache_dir: folder of cached derivations; None: the user's cache folder.
     """
 
-    kind: Literal["lora_output", "derivation"]
+    kind: Literal["lora_output", "entries", "derivation"]
     derivation: DerivationSettings = field(default_factory=DerivationSettings)
     search: bool = True
     compare: bool = False

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from sparse_llm_ft.errors import one_line
+from sparse_llm_ft.plan_masks import EntryBits, EntryMasks, IndexMask, PlanError
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a target module, however its weight is stored."""
@@ -28,13 +26,6 @@ MAX_RANK = 2**16
 """More than any adapter needs, and little enough to allocate if a plan from outside claims it."""
 
 MAX_KEYS = 10_000
-
-
-class PlanError(ValueError):
-    """A plan contradicts itself or its model; the message is one line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
 
 
 def check_fields(kind: type, data: object) -> None:
@@ -72,63 +63,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class IndexMask:
-    """The kept rows of B, or columns of A: ascending indices out of `size`.
-
-    Attributes:
-        size: out_features (rows) or in_features (columns) of the module.
-    """
-
-    size: int
-    indices: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.indices:
-            raise PlanError("a mask keeps at least one row and one column")
-        if self.indices[0] < 0 or self.indices[-1] >= self.size:
-            raise PlanError(f"kept indices must lie in 0 to {self.size - 1}")
-        if any(a >= b for a, b in zip(self.indices, self.indices[1:], strict=False)):
-            raise PlanError("kept indices must ascend")
-
-    @classmethod
-    def of(cls, size: int, indices: Sequence[int]) -> IndexMask | None:
-        """A mask that keeps `indices`, or None where these are all."""
-        return None if len(indices) == size else cls(size, tuple(indices))
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON values, with one bit per index: plans of large models are read and written at every phase."""
-        bits = bytearray((self.size + 7) // 8)
-        for index in self.indices:
-            bits[index // 8] |= 1 << index % 8
-        return {"size": self.size, "bits": base64.b64encode(bits).decode()}
-
-    @classmethod
-    def from_dict(cls, data: object, side: int | None = None) -> IndexMask:
-        """Read what `to_dict` wrote. The bits must be as many as the size claims.
-
-        Args:
-            side: the required size; None: any.
-
-        Raises:
-            PlanError: it is no such mask.
-        """
-        if not isinstance(data, dict) or set(data) != {"size", "bits"} or type(data["size"]) is not int:
-            raise PlanError(f"{data!r:.60} is not a mask")
-        size = data["size"]
-        if side is not None and size != side:
-            raise PlanError(f"a mask of size {size!r:.40} where its matrix has {side}")
-        try:
-            bits = base64.b64decode(data["bits"], validate=True)
-        except (TypeError, ValueError, binascii.Error):
-            raise PlanError(f"{data!r:.60} is not a mask") from None
-        if len(bits) != (size + 7) // 8:
-            raise PlanError(f"a mask of size {size!r:.40} has {len(bits)} bytes")
-        return cls(size, tuple(i for i in range(len(bits) * 8) if bits[i // 8] >> i % 8 & 1))
-
-
-@dataclass(frozen=True)
 class ModuleAdapter:
-    """The adapter of one module: ``y = W x + omega * (lora_alpha / r) * scatter_rows(B A x[cols])``.
+    """The adapter of one module: ``y = W x + omega * (lora_alpha / r) * scatter_rows(v * B (u * A x[cols]))``.
 
     Attributes:
         r: rank; A has shape ``(r, kept columns)``, B ``(kept rows, r)``.
@@ -138,6 +74,10 @@ class ModuleAdapter:
         group: modules of one group share one A and one B (LoRA-drop); a name without dots. None: the module has its
             own.
         rows, cols: which outputs the adapter writes and which inputs it reads (Partial-LoRA, eq. 6); None: all.
+        train_vectors: whether the module trains two vectors of its own, u (r) between A and B and v (kept rows) behind
+            B, which start at 1 (Tied-LoRA). False: u = v = 1.
+        entries: single entries of A and B that are trained, the others being 0; in place of `rows` and `cols`, and
+            under `masking` optimizer alone. None: all.
     """
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -147,9 +87,13 @@ class ModuleAdapter:
     group: Annotated[str, Field(pattern=r"^[^.]+$")] | None = None
     rows: IndexMask | None = None
     cols: IndexMask | None = None
+    train_vectors: bool = False
+    entries: EntryMasks | None = None
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
+        if self.entries is not None and (self.rows is not None or self.cols is not None):
+            raise PlanError("an adapter has a mask of rows or columns beside one of entries")
 
     @property
     def scaling(self) -> float:
@@ -197,12 +141,18 @@ class AdapterPlan:
             raise PlanError("a plan needs at least one module with an adapter, or one fully trained module")
         if not self.rows.keys() <= set(self.trained):
             raise PlanError("a plan trains rows of a module that it does not train")
+        if self.masking == "compact" and any(adapter.entries for adapter in self.active.values()):
+            raise PlanError("masking compact cannot leave single entries out")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """Refuse a group whose members have different adapters; only omega is each module's own."""
+        """Refuse a group whose members have different adapters; only omega, u and v are each module's own."""
         for group, names in self.groups.items():
-            alike = {(a.r, a.lora_alpha, a.rows, a.cols) for name in names if (a := self.modules[name]) is not None}
+            alike = {
+                (a.r, a.lora_alpha, a.rows, a.cols, a.entries)
+                for name in names
+                if (a := self.modules[name]) is not None
+            }
             if len(alike) > 1:
                 raise PlanError(f"group {group!r}: its modules differ in rank, lora_alpha or mask")
 
@@ -216,7 +166,7 @@ class AdapterPlan:
         """The active adapters as their layers are built: without masks if the optimizer applies them."""
         if self.masking == "compact":
             return self.active
-        return {name: replace(adapter, rows=None, cols=None) for name, adapter in self.active.items()}
+        return {name: replace(adapter, rows=None, cols=None, entries=None) for name, adapter in self.active.items()}
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -314,7 +264,22 @@ SHARED = "shared"
 
 def _module_to_dict(adapter: ModuleAdapter) -> dict[str, object]:
     masks = {name: kept.to_dict() for name in ("rows", "cols") if (kept := getattr(adapter, name)) is not None}
-    return {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
+    values = {known.name: getattr(adapter, known.name) for known in fields(adapter)} | masks
+    if adapter.entries is not None:
+        values["entries"] = {"a": adapter.entries.a.to_dict(), "b": adapter.entries.b.to_dict()}
+    return {name: value for name, value in values.items() if value or name not in _WRITTEN_IF_SET}
+
+
+def _entries_from_dict(data: object) -> EntryMasks | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or set(data) != {"a", "b"}:
+        raise PlanError(f"{data!r:.60} are not masks of entries")
+    return EntryMasks(EntryBits.from_dict(data["a"]), EntryBits.from_dict(data["b"]))
+
+
+_WRITTEN_IF_SET = frozenset({"train_vectors", "entries"})
+"""Fields of `ModuleAdapter` that few plans have."""
 
 
 def _module_from_dict(name: str, value: object, shapes: Mapping[str, Shape] | None) -> ModuleAdapter | None:
@@ -323,15 +288,15 @@ def _module_from_dict(name: str, value: object, shapes: Mapping[str, Shape] | No
     if value is None:
         return None
     known = {field.name for field in fields(ModuleAdapter)}
-    if not isinstance(value, dict) or set(value) != known:
-        raise PlanError(f"module {name!r:.60} needs exactly the keys {', '.join(sorted(known))}")
+    if not isinstance(value, dict) or set(value) | _WRITTEN_IF_SET != known:
+        raise PlanError(f"module {name!r:.60} needs the keys {', '.join(sorted(known - _WRITTEN_IF_SET))}")
     try:
         sides = (None, None) if shapes is None else shapes[name]
         masks = {
             key: None if value[key] is None else IndexMask.from_dict(value[key], side)
             for key, side in zip(("rows", "cols"), sides, strict=True)
         }
-        return ModuleAdapter(**(value | masks))
+        return ModuleAdapter(**(value | masks | {"entries": _entries_from_dict(value.get("entries"))}))
     except PlanError as error:
         raise PlanError(f"module {name!r:.60}: {error}") from None
 
@@ -395,3 +360,8 @@ def module_kind(name: str) -> str:
 def group_name(kind: str, shape: Shape) -> str:
     """The group of modules of one kind and shape; only modules of equal shape can share."""
     return f"{kind.replace('.', '-')}-{shape[0]}x{shape[1]}"
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a trained tensor is the A or B of an adapter, by its short name."""
+    return name.endswith((".lora_A", ".lora_B"))

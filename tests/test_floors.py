@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "sparse_llm_ft"
 
 FLOORS = (
     ("errors",),
+    ("plan_masks",),
     ("plan", "io"),
     ("config", "distributed", "serving"),
     ("phase", "run_folder", "report"),

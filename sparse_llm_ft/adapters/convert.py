@@ -19,8 +19,9 @@ Tensors = Mapping[str, torch.Tensor]
 def trained_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
     """The parameters that require gradients, in the model's order, under short names without wrappers.
 
-    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,). A group's parameters
-    appear once, as ``shared.<group>.lora_A`` and ``shared.<group>.lora_B``. PEFT's own tuners follow the same pattern
+    ``<module>.lora_A`` (r, d_in), ``<module>.lora_B`` (d_out, r), ``<module>.lora_omega`` (1,), ``<module>.lora_u``
+    (r,), ``<module>.lora_v`` (d_out,). A group's A and B appear once, as ``shared.<group>.lora_A`` and
+    ``shared.<group>.lora_B``. PEFT's own tuners follow the same pattern
     (``<module>.lora_magnitude_vector``, ...). A parameter of the base has its own name.
     """
     groups = {
@@ -55,7 +56,7 @@ def saved_name(name: str, plan: AdapterPlan) -> str:
     if name.startswith(f"{SHARED}."):
         group, _, part = name.removeprefix(f"{SHARED}.").rpartition(".")
         name = f"{plan.groups[group][0]}.{part}"
-    return f"base_model.model.{name}" + ("" if is_omega(name) or not is_adapter(name) else ".weight")
+    return tuner_of(plan).saved_name(name)
 
 
 def is_omega(name: str) -> bool:
@@ -77,8 +78,8 @@ def to_stock_lora(
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """A LoRA that PEFT loads without this package: its ``adapter_config.json`` and its tensors.
 
-    Masked rows and columns are zero, and a shared pair is written for each of its modules. Adapters with a trained
-    omega <= 0 are left out. Fully trained modules become ``modules_to_save``.
+    v is folded into B and u into A, masked rows and columns are zero, and a shared pair is written for each of its
+    modules. Adapters with a trained omega <= 0 are left out. Fully trained modules become ``modules_to_save``.
 
     All modules get one rank R, ``r = lora_alpha = R``: the form that every server scales alike (serving/rules.py). R is
     the largest rank, rounded up to what no server pads (`served_rank`); A gets rows of zeros and B columns of zeros.
@@ -137,12 +138,19 @@ def saved_modules(plan: AdapterPlan, tensors: Tensors) -> tuple[dict[str, object
 
 
 def full_pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, d_in) and B (d_out, r) of one module, with zeros at masked rows and columns."""
-    adapter, owner = plan.active[name], plan.owners[name]
-    return (
-        scatter(tensors[f"{owner}.lora_A"], None, adapter.cols),
-        scatter(tensors[f"{owner}.lora_B"], adapter.rows, None),
-    )
+    """A (r, d_in) and B (d_out, r) of one module, with u and v in them and zeros at masked rows and columns."""
+    adapter = plan.active[name]
+    a, b = _pair(name, plan, tensors)
+    return scatter(a, None, adapter.cols), scatter(b, adapter.rows, None)
+
+
+def _pair(name: str, plan: AdapterPlan, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """diag(u) A and diag(v) B of one module: the kept columns and rows alone."""
+    owner = plan.owners[name]
+    a, b = tensors[f"{owner}.lora_A"], tensors[f"{owner}.lora_B"]
+    if plan.active[name].train_vectors:
+        a, b = tensors[f"{name}.lora_u"][:, None] * a, tensors[f"{name}.lora_v"][:, None] * b
+    return a, b
 
 
 def base_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -158,8 +166,8 @@ def residual_norms(plan: AdapterPlan, tensors: Tensors) -> dict[str, float]:
     if not tuner.is_product:
         return {}
     norms = {}
-    for name, owner in plan.owners.items():
-        a, b = tensors[f"{owner}.lora_A"].double(), tensors[f"{owner}.lora_B"].double()
+    for name in plan.active:
+        a, b = (matrix.double() for matrix in _pair(name, plan, tensors))
         product = float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
         norms[name] = max(_omega(name, plan, tensors), 0.0) * tuner.scaling(plan.active[name]) * product
     return norms

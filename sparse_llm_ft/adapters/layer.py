@@ -1,6 +1,7 @@
 """The adapter layer: one wrapped linear module and the adapters on it.
 
-y = W x + gate(omega) * (lora_alpha / r) * scatter_rows(B (A dropout(x[cols])))      x: (..., d_in), y: (..., d_out)
+y = W x + gate(omega) * (lora_alpha / r) * scatter_rows(v * B (u * (A dropout(x[cols]))))
+x: (..., d_in), y: (..., d_out), u: (r,), v: (kept rows,); u and v are 1 unless the plan trains them
 
 Masked rows and columns do not exist: A is (r, kept columns), B is (kept rows, r). Modules of one group share one A and
 one B. They belong to the group's first module, like an adapter of its own, so that they are one parameter of the model
@@ -64,13 +65,21 @@ class Pair(nn.Module):
             nn.init.zeros_(self.lora_B.weight)
 
 
-class Omegas(nn.ParameterDict):
-    """Adapter name -> trained omega, (1,). It is called as a module, whose hooks fetch values that are offloaded."""
+class Vectors(nn.ParameterDict):
+    """Adapter name -> a trained vector. It is called as a module, whose hooks fetch values that are offloaded."""
 
     def __call__(self, adapter_name: str) -> torch.Tensor:
         """`forward`, which torch's own ParameterDict forbids."""
-        gated: torch.Tensor = nn.Module.__call__(self, adapter_name)
-        return gated
+        vector: torch.Tensor = nn.Module.__call__(self, adapter_name)
+        return vector
+
+    def forward(self, adapter_name: str) -> torch.Tensor:
+        """A copy of the vector: ZeRO-3 shards the parameter again when this returns."""
+        return self[adapter_name].clone()
+
+
+class Omegas(Vectors):
+    """Adapter name -> trained omega, (1,)."""
 
     def forward(self, adapter_name: str) -> torch.Tensor:
         """The gated omega."""
@@ -86,6 +95,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
     lora_omega: Omegas
+    lora_u: Vectors
+    lora_v: Vectors
     active_adapters: list[str]
     get_base_weight: Callable[[], torch.Tensor]
     set_base_weight: Callable[[torch.Tensor], None]
@@ -95,7 +106,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     disable_adapters: bool
     merged: bool
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_omega")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_omega", "lora_u", "lora_v")
     other_param_names = ("adapters", "lora_dropout", "_scale", "_shared", "lora_rows", "lora_cols")
 
     observe: Callable[[torch.Tensor], None] | None = None
@@ -120,7 +131,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.lora_omega = Omegas()
+        self.lora_omega, self.lora_u, self.lora_v = Omegas(), Vectors(), Vectors()
         # Indices are buffers: they move to devices with the module, and are not saved.
         self.lora_rows, self.lora_cols = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
         self.cast_input_dtype_enabled = True
@@ -151,7 +162,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         for parts in (self.lora_A, self.lora_B, self._shared, self.lora_rows, self.lora_cols):
             if adapter_name in parts:
                 del parts[adapter_name]
-        # Build A and B, the indices of kept rows and columns, and omega.
+        # Build A and B, the indices of kept rows and columns, omega, u and v.
         pair = Pair(self.out_features, self.in_features, adapter) if shared is None else shared
         if shared is None or owns_shared:
             self.lora_A[adapter_name], self.lora_B[adapter_name] = pair.lora_A, pair.lora_B
@@ -160,10 +171,16 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         for buffers, kept in ((self.lora_rows, adapter.rows), (self.lora_cols, adapter.cols)):
             if kept is not None:
                 buffers[adapter_name] = torch.tensor(kept.indices, device=self.base_layer.weight.device)
-        if adapter.train_omega:
-            self.lora_omega[adapter_name] = nn.Parameter(torch.full((1,), float(adapter.omega)))
-        elif adapter_name in self.lora_omega:
-            del self.lora_omega[adapter_name]
+        rows, _ = adapter.shape((self.out_features, self.in_features))
+        for vectors, trained, size, value in (
+            (self.lora_omega, adapter.train_omega, 1, adapter.omega),
+            (self.lora_u, adapter.train_vectors, adapter.r, 1.0),
+            (self.lora_v, adapter.train_vectors, rows, 1.0),
+        ):
+            if trained:
+                vectors[adapter_name] = nn.Parameter(torch.full((size,), float(value)))
+            elif adapter_name in vectors:
+                del vectors[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -171,8 +188,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """Convert this adapter's parameters to `dtype`."""
         for part in self.pair(adapter_name):
             part.to(dtype)
-        if adapter_name in self.lora_omega:
-            self.lora_omega[adapter_name].data = self.lora_omega[adapter_name].data.to(dtype)
+        for vectors in (self.lora_omega, self.lora_u, self.lora_v):
+            if adapter_name in vectors:
+                vectors[adapter_name].data = vectors[adapter_name].data.to(dtype)
 
     def drop_shared(self, adapter_name: str) -> None:
         """Let go of the adapter's group, whose pair will be built anew."""
@@ -266,14 +284,20 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if name in self.lora_cols:
             x = x.index_select(-1, self.lora_cols[name])
         hidden = down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype)))  # (..., r)
+        if name in self.lora_u:
+            hidden = hidden * self.lora_u(name)
         # Scale the r-wide tensor, not the d_out-wide one: fewer bytes are saved for backward.
-        return up(hidden * (self.omega(name) * self.get_scaling(name)))
+        output: torch.Tensor = up(hidden * (self.omega(name) * self.get_scaling(name)))
+        return output * self.lora_v(name) if name in self.lora_v else output
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Omega * (lora_alpha / r) * B A, shape (d_out, d_in), float32."""
+        """Omega * (lora_alpha / r) * diag(v) B diag(u) A, shape (d_out, d_in), float32."""
         down, up = self.pair(adapter)
         omega = self.omega(adapter)
-        delta: torch.Tensor = (up.weight.float() @ down.weight.float()) * self.get_scaling(adapter)
+        a, b = down.weight.float(), up.weight.float()
+        if adapter in self.lora_u:
+            a, b = self.lora_u(adapter).float()[:, None] * a, self.lora_v(adapter).float()[:, None] * b
+        delta: torch.Tensor = (b @ a) * self.get_scaling(adapter)
         delta = delta * (omega.float() if isinstance(omega, torch.Tensor) else omega)
         return scatter(delta, self.adapters[adapter].rows, self.adapters[adapter].cols)
 

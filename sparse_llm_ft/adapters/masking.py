@@ -1,8 +1,9 @@
-"""A plan's row and column masks in the optimizer: which entries of which parameter, and the two layouts of tensors.
+"""A plan's masks in the optimizer: which entries of which parameter, and the two layouts of tensors.
 
 Under ``masking: optimizer`` the layers' A and B are full, their masked entries are and stay 0, and only the optimizer
 knows the masks. A `TrainState` always holds the kept rows and columns alone (compact layout), so methods, checkpoints
-and export need not know where a mask is applied.
+and export need not know where a mask is applied. Where single entries are masked, it holds the
+matrices with their zeros.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import nn
 from sparse_llm_ft.adapters.convert import trained_parameters
 from sparse_llm_ft.adapters.layer import scatter
 from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
-from sparse_llm_ft.optim.masks import RowColumnMask
+from sparse_llm_ft.optim.masks import Mask, PackedMask, RowColumnMask
 from sparse_llm_ft.plan import AdapterPlan, IndexMask
 
 Tensors = dict[str, torch.Tensor]
 
 
-def optimizer_masks(plan: AdapterPlan, parameters: Mapping[str, TensorShape] | None = None) -> dict[str, RowColumnMask]:
+def optimizer_masks(plan: AdapterPlan, parameters: Mapping[str, TensorShape] | None = None) -> dict[str, Mask]:
     """The optimizer's masks: short parameter name -> mask; of the adapters none if layers are compact.
 
     Beside A and B, they cover vectors with one entry per row (`Tuner.masked_vectors`), and embeddings of which only
@@ -30,12 +31,21 @@ def optimizer_masks(plan: AdapterPlan, parameters: Mapping[str, TensorShape] | N
     Args:
         parameters: short name -> full shape of what is trained; needed for `AdapterPlan.rows`.
     """
-    masks = _matrices(plan)
+    masks: dict[str, Mask] = {**_matrices(plan), **entry_masks(plan)}
     masks |= {name: RowColumnMask(0, kept, (parameters or {})[name][1]) for name, kept in row_masks(plan).items()}
     if plan.masking == "optimizer":
         for part in tuner_of(plan).masked_vectors:
             masks |= {f"{n}.{part}": RowColumnMask(0, a.rows, 1) for n, a in plan.active.items() if a.rows is not None}
     return masks
+
+
+def entry_masks(plan: AdapterPlan) -> dict[str, PackedMask]:
+    """The masks of single entries: short parameter name -> mask."""
+    found: dict[str, PackedMask] = {}
+    for owner, name in plan.matrix_owners().items():
+        if (entries := plan.active[name].entries) is not None:
+            found |= {f"{owner}.lora_A": PackedMask(entries.a), f"{owner}.lora_B": PackedMask(entries.b)}
+    return found
 
 
 def to_compact(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -71,19 +81,22 @@ def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 @torch.no_grad()
 def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
-    """Set the masked columns of every A and rows of every B to 0: entries that are never trained must add nothing."""
-    matrices = _matrices(plan)
+    """Set masked entries of every A, B and v to 0: what is never trained must add nothing."""
+    matrices, entries = _matrices(plan), entry_masks(plan)
     for name, parameter in trained_parameters(model).items():
+        if name in entries and not parameter.is_meta:
+            flags = torch.from_numpy(entries[name].entries.flags()).view(parameter.shape)
+            parameter.mul_(flags.to(parameter.device, parameter.dtype))
         if name in matrices:
             mask = matrices[name]
             kept = torch.zeros(mask.kept.size, dtype=parameter.dtype, device=parameter.device)
             if not kept.is_meta:
                 kept[torch.tensor(mask.kept.indices, device=kept.device)] = 1.0
-            parameter.mul_(kept.unsqueeze(1 - mask.dimension))
+            parameter.mul_(kept.view([-1 if axis == mask.dimension else 1 for axis in range(parameter.dim())]))
 
 
 def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
-    """The masks of A and B that the optimizer applies."""
+    """The masks of A, B and v that the optimizer applies."""
     found: dict[str, RowColumnMask] = {}
     if plan.masking == "optimizer":
         for owner, name in plan.matrix_owners().items():
@@ -92,6 +105,9 @@ def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
                 found[f"{owner}.lora_A"] = RowColumnMask(1, adapter.cols, adapter.cols.size)
             if adapter.rows is not None:
                 found[f"{owner}.lora_B"] = RowColumnMask(0, adapter.rows, adapter.r)
+        for name, adapter in plan.active.items():
+            if adapter.train_vectors and adapter.rows is not None:
+                found[f"{name}.lora_v"] = RowColumnMask(0, adapter.rows, 1)
     return found
 
 

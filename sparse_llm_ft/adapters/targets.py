@@ -172,6 +172,13 @@ def check_modules(plan: AdapterPlan, targets: Mapping[str, Shape]) -> None:
         for kept, size in ((adapter.rows, out_features), (adapter.cols, in_features)):
             if kept is not None and kept.size != size:
                 raise PlanError(f"module {name!r}: a mask of size {kept.size} where its matrix has {size}")
+        if (entries := adapter.entries) is not None:
+            sizes = (adapter.r * in_features, out_features * adapter.r)
+            if (entries.a.size, entries.b.size) != sizes:
+                raise PlanError(
+                    f"module {name!r}: masks of {entries.a.size} and {entries.b.size} entries where its A and B have "
+                    f"{sizes[0]} and {sizes[1]}"
+                )
         if tuner.bounded_rank and adapter.r > min(targets[name]):
             raise PlanError(
                 f"module {name!r}: rank {adapter.r} is larger than its matrix ({out_features} × {in_features})"

@@ -85,7 +85,8 @@ class Tuner:
             adapter = active[name]
             rows, columns = adapter.shape(targets[name])
             found |= {f"{owner}.lora_A": (adapter.r, columns), f"{owner}.lora_B": (rows, adapter.r)}
-            found |= {f"{owner}.{part}": shape for part, shape in self.vectors(adapter, targets[name]).items()}
+        for name, adapter in active.items():
+            found |= {f"{name}.{part}": shape for part, shape in self.vectors(adapter, targets[name]).items()}
         return found | {f"{name}.lora_omega": (1,) for name, adapter in active.items() if adapter.train_omega}
 
     def saved_name(self, name: str) -> str:
@@ -106,6 +107,10 @@ class SparseLora(Tuner):
     def peft_config(self, plan: AdapterPlan) -> PeftConfig:
         """A configuration that holds the plan."""
         return SparseLoraConfig(plan=plan)
+
+    def vectors(self, adapter: ModuleAdapter, shape: Shape) -> dict[str, TensorShape]:
+        """Tied-LoRA's u and v, if they are trained."""
+        return {"lora_u": (adapter.r,), "lora_v": adapter.shape(shape)[:1]} if adapter.train_vectors else {}
 
 
 class RsLora(Tuner):
@@ -236,8 +241,10 @@ def count_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> int:
     """Number of values that the plan's adapters train, without masked entries and `AdapterPlan.trained`."""
     tuner = tuner_of(plan)
     masked_rows = sum(targets[name][0] - a.shape(targets[name])[0] for name, a in plan.active.items())
+    single = [entries for name in plan.matrix_owners().values() if (entries := plan.active[name].entries) is not None]
+    masked = sum(mask.size - mask.kept for entries in single for mask in (entries.a, entries.b))
     whole = sum(math.prod(shape) for shape in tuner.shapes(plan, targets).values())
-    return whole - masked_rows * len(tuner.masked_vectors)
+    return whole - masked - masked_rows * len(tuner.masked_vectors)
 
 
 def count_stored_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> int:
@@ -246,10 +253,10 @@ def count_stored_parameters(plan: AdapterPlan, targets: Mapping[str, Shape]) -> 
 
 
 def native_plan(plan: AdapterPlan) -> AdapterPlan:
-    """A plan with the same ΔW in this package's layers, for tuners whose ΔW is a product."""
+    """A plan with the same ΔW in this package's layers, for tuners whose ΔW is a product. Masked entries are zeros."""
     tuner = tuner_of(plan)
     modules = {
-        name: a and replace(a, lora_alpha=a.lora_alpha * (tuner.scaling(a) / a.scaling))
+        name: a and replace(a, lora_alpha=a.lora_alpha * (tuner.scaling(a) / a.scaling), entries=None)
         for name, a in plan.modules.items()
     }
     return replace(plan, modules=modules, tuner=SPARSE_LORA, masking="compact")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.adapters.targets import check_modules
@@ -77,8 +77,7 @@ def validate_state(state: TrainState, phase: Phase, real: Expected) -> None:
 
 def _check_callback(state: TrainState, phase: Phase, real: Expected) -> None:
     plan, tuner = phase.plan, tuner_of(phase.plan)
-    # A callback sees parameters as the layers hold them, masked entries included.
-    shapes = tuner.shapes(replace(plan, modules=plan.layers), real.targets) if tuner.allocates_ranks else {}
+    shapes = tuner.shapes(plan, real.targets) if tuner.allocates_ranks else {}
     for key, tensor in state.callback_tensors.items():
         if not is_sensitivity(key, tuple(tensor.shape), shapes):
             raise PlanError(f"tensor {key!r:.100} belongs to no callback of the phase")

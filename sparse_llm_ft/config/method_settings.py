@@ -54,6 +54,14 @@ class MethodSettings(Section):
         """These settings, under which no phase gets a larger micro-batch."""
         return self
 
+    def remarks(self, epoch_steps: int) -> list[str]:
+        """Log lines about settings that are allowed and differ from the method's paper.
+
+        Args:
+            epoch_steps: optimizer steps of one pass over the training set.
+        """
+        return []
+
     def check(self, total_steps: int | None) -> None:
         """Refuse settings that contradict each other or the run's length.
 

@@ -28,6 +28,7 @@ METHODS: dict[str, str] = {
     "full": "sparse_llm_ft.methods.full:Full",
     "tied_lora": "sparse_llm_ft.methods.tied_lora:TiedLora",
     "sparse_adapter": "sparse_llm_ft.methods.sparse_adapter:SparseAdapter",
+    "random_masking": "sparse_llm_ft.methods.random_masking:RandomMasking",
     "partial_lora": "sparse_llm_ft.methods.partial_lora:PartialLora",
     "lora_drop": "sparse_llm_ft.methods.lora_drop:LoraDrop",
     "weight_lora": "sparse_llm_ft.methods.weight_lora:WeightLora",

@@ -123,6 +123,9 @@ class TrainingConfig(Section):
     Attributes:
         micro_batch_size: samples a rank sees in one forward pass.
         global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
+        learning_rate: of the adapters, or of the whole model.
+        head_learning_rate: of what is trained whole beside adapters: a fresh head, ``adapter.modules_to_save``,
+            ``adapter.trainable_tokens``. It follows the same schedule; None: `learning_rate`.
         epochs: passes over the training set; unused when `max_steps` is given.
         max_steps: optimizer steps of the whole run.
         schedule: the learning rate after `warmup_steps` (a linear rise from the first step on).
@@ -136,6 +139,7 @@ class TrainingConfig(Section):
     micro_batch_size: Int = Field(1, ge=1)
     global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
     learning_rate: Float = Field(1e-4, gt=0)
+    head_learning_rate: Float | None = Field(None, gt=0)
     epochs: Float = Field(1.0, gt=0)
     max_steps: Int | None = Field(None, ge=1)
     warmup_steps: Int = Field(0, ge=0)

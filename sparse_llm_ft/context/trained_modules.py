@@ -104,6 +104,11 @@ def check_trained(config: RunConfig, plan: AdapterPlan, empty: PreTrainedModel) 
         ConfigError: the whole model is trained anyway, or PEFT's form of the tuner cannot hold what is trained.
     """
     adapter, tuner = config.adapter, tuner_of(plan)
+    if config.training.head_learning_rate is not None and (FULL_MODEL in plan.trained or not plan.trained):
+        why = "the whole model is trained" if plan.trained else "nothing is trained whole beside the adapters"
+        raise ConfigError(
+            "training.head_learning_rate", f"has no effect where {why}", "expected training.learning_rate alone"
+        )
     setting = "adapter.modules_to_save" if adapter.modules_to_save else "adapter.trainable_tokens"
     if FULL_MODEL in plan.trained:
         if adapter.modules_to_save or adapter.trainable_tokens:

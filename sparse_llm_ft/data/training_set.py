@@ -11,7 +11,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, DatasetSubset
 from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.streaming import StreamingDataset
-from sparse_llm_ft.data.subset import stratified
+from sparse_llm_ft.data.subset import default_size, stratified
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.phase import Subset
 
@@ -31,7 +31,10 @@ class TrainingSet:
             return self.samples  # type: ignore[return-value]
         if subset is None:
             return self.samples
-        chosen = stratified(self.strata, fraction=subset.fraction, shots=subset.shots, seed=subset.seed)
+        strata, fraction, shots = self.strata, subset.fraction, subset.shots
+        if fraction is None and shots is None:
+            fraction, shots = default_size(strata, self.task.few_shot_fraction)
+        chosen = stratified(strata, fraction=fraction, shots=shots, seed=subset.seed)
         return DatasetSubset(self.samples, chosen)
 
     @property

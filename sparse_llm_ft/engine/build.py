@@ -59,16 +59,22 @@ def untrained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def engine_settings(config: RunConfig, phase: Phase, world_size: int) -> EngineSettings:
-    """The settings of the phase's engine; the phase's batch sizes must be set."""
+    """The settings of the phase's engine; the phase's batch sizes must be set.
+
+    A phase with a learning rate of its own has it for the head too: then it fits the head alone.
+    """
+    training = config.training
+    head_rate = None if phase.learning_rate is not None else training.head_learning_rate
     return EngineSettings(
         zero_stage=config.deepspeed.zero_stage,
         dtype=config.model.dtype,
         micro_batch_size=phase.micro_batch_size,
         accumulation_steps=phase.global_batch_size // (phase.micro_batch_size * world_size),
-        max_grad_norm=config.training.max_grad_norm,
-        weight_decay=config.training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        weight_decay=training.weight_decay,
         omega_lr=phase.omega_lr,
         omega_algorithm=phase.omega_algorithm,
         extra=config.deepspeed.extra,
         lora_b_lr_factor=phase.lora_b_lr_factor,
+        head_lr_factor=1.0 if head_rate is None else head_rate / training.learning_rate,
     )

@@ -81,7 +81,8 @@ class EngineSettings:
         dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
         omega_lr, omega_algorithm: learning rate and optimizer of trained omegas.
         extra: DeepSpeed's own settings, merged into ours.
-        lora_b_lr_factor: B's learning rate divided by that of everything else (LoRA+).
+        lora_b_lr_factor: B's learning rate divided by that of the other adapter parameters (LoRA+).
+        head_lr_factor: the learning rate of what is trained whole beside adapters, divided by that of the adapters.
     """
 
     zero_stage: int
@@ -94,6 +95,7 @@ class EngineSettings:
     omega_algorithm: Literal["adamw", "sgd"]
     extra: Mapping[str, object]
     lora_b_lr_factor: float = 1.0
+    head_lr_factor: float = 1.0
 
     def to_deepspeed(self) -> dict[str, object]:
         """DeepSpeed's configuration as a dict."""
@@ -222,7 +224,11 @@ class Engine:
             False if the gradients were not finite. Then no update was made, and nothing has changed.
         """
         settings = self.settings
-        rates = {"omega": settings.omega_lr, "lora_B": learning_rate * settings.lora_b_lr_factor}
+        rates = {
+            "omega": settings.omega_lr,
+            "lora_B": learning_rate * settings.lora_b_lr_factor,
+            "whole": learning_rate * settings.head_lr_factor,
+        }
         for group in self._optimizer.param_groups:
             group["lr"] = rates.get(group["name"], learning_rate)
         if self._engine.is_gradient_accumulation_boundary():
@@ -230,6 +236,11 @@ class Engine:
             self._optimizer.gradient_scale = self.clip_factor if math.isfinite(self.grad_norm) else None
         self._engine.step()
         return self._optimizer.gradient_scale is not None
+
+    def discard(self) -> None:
+        """Collective. End a micro-step as `step` does, but let no update come of the gradients."""
+        self._optimizer.gradient_scale = None
+        self._engine.step()
 
     @property
     def clip_factor(self) -> float:

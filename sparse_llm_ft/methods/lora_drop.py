@@ -16,6 +16,7 @@ from pydantic import Field, StrictBool
 
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.config.types import Float, Share
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
@@ -33,8 +34,8 @@ class LoraDropSettings(MethodSettings):
         pilot_epochs: n, passes of the pilot over the sample.
         threshold: T; each module type keeps its most important layers until their shares sum to T.
         share: whether the others share one LoRA per type and shape; false removes them.
-        choose: which layers keep their own: the ones of highest ``importance``, or as many ``inverted`` (the least
-            important), ``random``, or ``top`` (the highest layers).
+        choose: which layers keep their own (section 4.4): the k of highest ``importance``; k ``random`` ones; the k
+            ``top`` layers; or ``inverted``, all but the k important ones, which share instead.
     """
 
     composes = "shares"
@@ -95,13 +96,13 @@ class LoraDrop(Method[LoraDropSettings]):
         kept: set[str] = set()
         for kind, names in types.items():
             important = select_layers({name: y[name] for name in names}, self.settings.threshold)
-            kept |= set(self._instead(kind, names, important, y))
+            kept |= set(self._instead(kind, names, important))
         return kept
 
-    def _instead(self, kind: str, names: Sequence[str], important: Sequence[str], y: Mapping[str, float]) -> list[str]:
+    def _instead(self, kind: str, names: Sequence[str], important: Sequence[str]) -> list[str]:
         k = len(important)
         if self.settings.choose == "inverted":
-            return sorted(names, key=lambda name: y[name])[:k]
+            return [name for name in names if name not in important]
         if self.settings.choose == "random":
             return random.Random(f"{self.inputs.seed} {kind}").sample(list(names), k)
         if self.settings.choose == "top":
@@ -109,6 +110,12 @@ class LoraDrop(Method[LoraDropSettings]):
         return list(important)
 
     def _shared(self, plan: AdapterPlan, kept: set[str], targets: Mapping[str, Shape]) -> AdapterPlan:
+        """The plan in which all modules but the `kept` ones share, or are left without adapter."""
+        if not kept and not self.settings.share:
+            raise TrainingError(
+                f"every layer is among the important ones at method.threshold {self.settings.threshold:g}, so inverted "
+                "keeps none and none shares; lower method.threshold, or set method.share=true"
+            )
         modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
         for name, adapter in plan.active.items():
             if name not in kept:

@@ -1,16 +1,18 @@
-"""Draws a plan's masks of rows and columns, also for shared pairs, and reduces trained tensors to them."""
+"""A plan's masks: of rows and columns, also for shared pairs, or of single entries. Reduces trained tensors to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
+from sparse_llm_ft.plan_masks import EntryBits, EntryMasks
 from sparse_llm_ft.scoring import Importance, draw_masks
-from sparse_llm_ft.scoring.masks import Selection
+from sparse_llm_ft.scoring.masks import Selection, generator
 
 Ratios = Mapping[str, tuple[float, float]]
 
@@ -69,6 +71,46 @@ def _members(plan: AdapterPlan) -> dict[str, list[str]]:
     for name, owner in plan.owners.items():
         members.setdefault(owner, []).append(name)
     return members
+
+
+def random_entries(plan: AdapterPlan, targets: Mapping[str, Shape], share: float, seed: int) -> AdapterPlan:
+    """The plan with every entry of A and B kept with probability `share`, independently (Xu & Zhang, 2024).
+
+    The masks of a pair depend on `seed` and its name, not on other pairs.
+    """
+    masks = {}
+    for owner, name in plan.matrix_owners().items():
+        rows, columns = targets[name]
+        r = plan.active[name].r
+        b, a = (generator(seed, owner, axis).random(r * side) < share for axis, side in enumerate((rows, columns)))
+        masks[owner] = EntryMasks(EntryBits.of(a), EntryBits.of(b))
+    return _with_entries(plan, masks)
+
+
+def largest_entries(plan: AdapterPlan, scores: Mapping[str, torch.Tensor], share: float) -> AdapterPlan:
+    """The plan with the `share` of all entries of all A and B that score highest (Lee et al., 2019, algorithm 1); among
+    equals the earlier ones.
+
+    Args:
+        scores: ``<pair>.lora_A`` and ``<pair>.lora_B`` -> scores of the matrix's shape.
+    """
+    names = [f"{owner}.{part}" for owner in plan.matrix_owners() for part in ("lora_A", "lora_B")]
+    flat = torch.cat([scores[name].flatten() for name in names]).numpy()
+    kept = np.zeros(len(flat), dtype=bool)
+    kept[np.argsort(-flat, kind="stable")[: max(1, round(share * len(flat)))]] = True
+    ends = np.cumsum([scores[name].numel() for name in names])[:-1]
+    parts = [EntryBits.of(part) for part in np.split(kept, ends)]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return _with_entries(plan, dict(zip(plan.matrix_owners(), (EntryMasks(a, b) for a, b in pairs), strict=True)))
+
+
+def _with_entries(plan: AdapterPlan, masks: Mapping[str, EntryMasks]) -> AdapterPlan:
+    """The plan with the masks of its pairs, which its optimizer applies."""
+    owners = plan.owners
+    modules = {
+        name: adapter and replace(adapter, entries=masks[owners[name]]) for name, adapter in plan.modules.items()
+    }
+    return replace(plan, modules=modules, masking="optimizer")
 
 
 def mask_state(state: TrainState, plan: AdapterPlan) -> TrainState:

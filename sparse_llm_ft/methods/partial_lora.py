@@ -53,7 +53,8 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
     Attributes:
         shots: samples per class in D_t, the few-shot set from which ratios are derived.
-        sample_fraction: in place of `shots`, a stratified share of the training set.
+        sample_fraction: in place of `shots`, a stratified share of the training set. With neither, D_t is 2 % of a
+            small GLUE set, 5 % of a large one, and 16 samples per class of other tasks; 200 samples at least.
         selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
         ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
@@ -64,8 +65,6 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         masking: where masks are applied: in the sharded ``optimizer``, with full layers of any tuner; or ``compact``,
             in this package's layers, whose A and B are physically smaller and faster.
     """
-
-    DEFAULT_SHOTS: ClassVar[int] = 16
 
     shots: StrictInt | None = Field(None, ge=1)
     sample_fraction: Share | None = None
@@ -148,10 +147,9 @@ class PartialLora(Method[PartialLoraSettings]):
         if not settings.ranks:
             return self._masked(phase, plan, state, None, targets)
         # Masks need scores: take them on D_t.
-        shots = settings.shots if settings.sample_fraction else settings.shots or settings.DEFAULT_SHOTS
         measuring = replace(
             phase,
-            subset=Subset(settings.sample_fraction, shots, self.inputs.seed),
+            subset=Subset(settings.sample_fraction, settings.shots, self.inputs.seed),
             scoring=ScoringSpec(
                 "derivation",
                 settings.derivation,

@@ -17,7 +17,7 @@ from sparse_llm_ft.config.types import Float
 from sparse_llm_ft.errors import ConfigError, TrainingError
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import CutRule, Phase
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, with_omega
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, is_matrix, with_omega
 
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState
@@ -66,6 +66,15 @@ class WeightLoraSettings(MethodSettings):
     def without_growth(self) -> Self:
         """The survivors keep the micro-batch."""
         return self.model_copy(update={"batch_growth": "none"})
+
+    def remarks(self, epoch_steps: int) -> list[str]:
+        """Warn of a T beyond one epoch."""
+        if self.steps <= epoch_steps:
+            return []
+        return [
+            f"method.steps is {self.steps}, more than the {epoch_steps} steps of one epoch; the paper trains omega for "
+            "at most one (section 3.3)"
+        ]
 
     def check(self, total_steps: int | None) -> None:
         """Refuse a first cut after T, a T after the run's end, and an ineffective `lr_scaling`."""
@@ -181,8 +190,3 @@ def _only(plan: AdapterPlan, state: TrainState) -> TrainState:
         optimizer_steps=steps,
         callback=None,
     )
-
-
-def is_matrix(name: str) -> bool:
-    """Whether a trained tensor is the A or B of an adapter."""
-    return name.endswith((".lora_A", ".lora_B"))

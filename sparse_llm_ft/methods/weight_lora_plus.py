@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, StrictInt
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.methods.weight_lora import WeightLora, WeightLoraSettings, is_matrix
+from sparse_llm_ft.methods.weight_lora import WeightLora, WeightLoraSettings
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import MAX_RANK, AdapterPlan, ModuleAdapter, Shape
+from sparse_llm_ft.plan import MAX_RANK, AdapterPlan, ModuleAdapter, Shape, is_matrix
 from sparse_llm_ft.serving.ranks import LARGEST_RANK
 
 if TYPE_CHECKING:

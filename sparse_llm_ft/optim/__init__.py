@@ -2,7 +2,7 @@
 
 from sparse_llm_ft.optim.adapter_optimizer import MOMENTS, AdapterOptimizer
 from sparse_llm_ft.optim.iht import StoIHT, keep_largest
-from sparse_llm_ft.optim.masks import EntryMask, Mask, RowColumnMask
+from sparse_llm_ft.optim.masks import EntryMask, Mask, PackedMask, RowColumnMask
 from sparse_llm_ft.optim.sparse_adamw import SparseAdamW
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "AdapterOptimizer",
     "EntryMask",
     "Mask",
+    "PackedMask",
     "RowColumnMask",
     "SparseAdamW",
     "StoIHT",

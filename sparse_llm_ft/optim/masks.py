@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from sparse_llm_ft.plan import IndexMask
+from sparse_llm_ft.plan_masks import EntryBits
 
 
 class Mask(Protocol):
@@ -27,6 +29,17 @@ class EntryMask:
     def indices(self, start: int, stop: int) -> torch.Tensor:
         """See `Mask.indices`."""
         return self.entries.reshape(-1)[start:stop].nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """An element-wise mask as a plan holds it."""
+
+    entries: EntryBits
+
+    def indices(self, start: int, stop: int) -> torch.Tensor:
+        """See `Mask.indices`. Unpacks entries `start` to `stop` alone."""
+        return torch.from_numpy(np.flatnonzero(self.entries.flags(start, stop)))
 
 
 @dataclass(frozen=True)

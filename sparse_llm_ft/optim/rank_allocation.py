@@ -63,7 +63,8 @@ class RankAllocation:
         """As `AdaLoraModel.update_and_allocate` after optimizer step `step` (from 1).
 
         Args:
-            values: short name -> float32 value after the step, of every ``lora_A``, ``lora_B`` and ``lora_E``.
+            values: short name -> float32 value after the step, of every ``lora_A``, ``lora_B`` and ``lora_E``; of
+                masked ones the kept rows and columns alone.
             gradients: their gradients in that step.
 
         Returns:
@@ -121,7 +122,7 @@ def is_sensitivity(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[
     """Whether a tensor of `shape` under `key` can be one of `RankAllocation.tensors`.
 
     Args:
-        shapes: short name -> shape of the parameter in its layer.
+        shapes: short name -> shape of the parameter, of a masked one its kept rows and columns.
     """
     kind, _, name = key.partition("/")
     return kind in _SENSITIVITY and shapes.get(name.removesuffix(f".{_ADAPTER}")) == shape

@@ -56,6 +56,7 @@ _PHASE: _Converters = {"index": int, "name": str, "plan": AdapterPlan.from_dict,
 _PHASE_END: _Converters = {"scores": _scores, "delta_norms": _floats}
 _SCORES: Mapping[str, _Converters] = {
     "lora_output": {"y": _floats, "kept": frozenset},
+    "entries": {"samples": int},
     "omega": {"omega": _floats},
     "partial": {"ratios": _pairs, "overlap": _overlap},
 }

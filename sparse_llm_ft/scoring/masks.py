@@ -68,7 +68,7 @@ def draw_masks(
                 scores = importance[name].rows if axis == 0 else importance[name].cols
                 if len(scores) != size:
                     raise ValueError(f"module {name!r} has {len(scores)} scores on a side of size {size}")
-            pair.append(choose(size, ratio, scores, temperature, _generator(seed, name, axis)))
+            pair.append(choose(size, ratio, scores, temperature, generator(seed, name, axis)))
         masks[name] = (pair[0], pair[1])
     return masks
 
@@ -82,7 +82,7 @@ def _pair_of(name: str, ratios: Mapping[str, tuple[float, float]]) -> tuple[floa
     return ratios[name]
 
 
-def _generator(seed: int, module: str, axis: int) -> np.random.Generator:
+def generator(seed: int, module: str, axis: int) -> np.random.Generator:
     """The random generator of one side of one module: independent of other modules and of the machine."""
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(module.encode()), axis]))
 

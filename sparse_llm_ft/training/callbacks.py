@@ -9,11 +9,13 @@ import torch
 from peft import AdaLoraConfig
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, tuner_of
+from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.optim.rank_allocation import RankAllocation
 from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import AdapterPlan
 
 Gradients = Mapping[str, torch.Tensor]
 
@@ -75,17 +77,22 @@ class OmegaPruning:
 
 
 class AdaLoraRankAllocation:
-    """AdaLoRA's rank allocation, run on unsharded copies."""
+    """AdaLoRA's rank allocation, run on unsharded copies.
+
+    The copies hold kept rows and columns alone: PEFT's allocator ranks a singular value by the mean sensitivity of its
+    row of A and its column of B, and masked zeros would lower the means of strongly masked modules.
+    """
 
     needs_gradients = True
 
-    def __init__(self, allocation: RankAllocation, names: list[str], adapters: int) -> None:
-        self.allocation, self.names, self.adapters = allocation, names, adapters
+    def __init__(self, allocation: RankAllocation, names: list[str], plan: AdapterPlan) -> None:
+        self.allocation, self.names, self.plan = allocation, names, plan
 
     def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
         """Collective. Prune on AdaLoRA's schedule. Logs how many singular values are left."""
-        values = engine.values(self.names)
-        pruned = self.allocation.after_step(step, values, {name: gradients[name] for name in self.names})
+        values = to_compact(self.plan, engine.values(self.names))
+        kept = to_compact(self.plan, {name: gradients[name] for name in self.names})
+        pruned = self.allocation.after_step(step, values, kept)
         if pruned:
             engine.load(pruned)
         pattern = self.allocation.rank_pattern
@@ -93,7 +100,7 @@ class AdaLoraRankAllocation:
 
     def active_adapters(self, engine: Engine) -> int:
         """The number of all adapters: AdaLoRA prunes ranks, not adapters."""
-        return self.adapters
+        return len(self.plan.active)
 
     def to_dict(self) -> dict[str, object]:
         """See `RankAllocation.to_dict`."""
@@ -113,7 +120,7 @@ def build_callback(phase: Phase, state: TrainState, engine: Engine) -> Callback 
         names = [name for name in engine.parameters if is_adapter(name)]
         config = tuner.peft_config(phase.plan)
         assert isinstance(config, AdaLoraConfig), "only AdaLoRA allocates ranks"
-        allocation = RankAllocation(config, engine.values(names))
+        allocation = RankAllocation(config, to_compact(phase.plan, engine.values(names)))
         allocation.restore(state.callback, state.callback_tensors)
-        return AdaLoraRankAllocation(allocation, names, len(phase.plan.active))
+        return AdaLoraRankAllocation(allocation, names, phase.plan)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from sparse_llm_ft import __version__
@@ -19,6 +21,9 @@ from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.dataset import Splits
+from sparse_llm_ft.data.subset import LEAST
+from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
@@ -29,7 +34,7 @@ from sparse_llm_ft.report import write_report
 from sparse_llm_ft.report.data import PHASE_NUMBERS
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
-from sparse_llm_ft.scoring.scores import Scores
+from sparse_llm_ft.scoring.scores import EntryScores, Scores
 from sparse_llm_ft.serving.commands import run_lines
 from sparse_llm_ft.training.loop import Loop, Step
 
@@ -44,6 +49,11 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
         "phase": record.name,
         "loss": None if step.skipped else step.loss,
         "learning_rate": step.learning_rate,
+        **(
+            {}
+            if (factor := loop.engine.settings.head_lr_factor) == 1.0
+            else {"head_learning_rate": step.learning_rate * factor}
+        ),
         "grad_norm": None if step.skipped else step.grad_norm,
         "samples": loop.progress.samples,
         "tokens_per_second": step.tokens / step.seconds,
@@ -52,6 +62,26 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
         **({"skipped": True} if step.skipped else {}),
         **step.callback,
     }
+
+
+def remarks(context: RunContext, splits: Splits, data: TrainingSet, first: Phase) -> list[str]:
+    """Log lines about settings and data that a run can have and its user may not expect.
+
+    Args:
+        first: the run's first phase.
+    """
+    config, scoring = context.config, first.scoring
+    lines = [*context.remarks(), *splits.remarks(config.task)]
+    if data.size:  # unknown for a stream
+        epoch = math.ceil(data.size / config.training.global_batch_size)
+        lines += [line for method in config.method for line in method.remarks(epoch)]
+    derives = scoring is not None and scoring.kind == "derivation" and scoring.search
+    if derives and (count := len(data.subset(first.subset))) < LEAST:
+        lines.append(
+            f"D_t has only {count} samples: accuracies on it have standard errors of up to {50 / count**0.5:.0f} "
+            f"points, and ratios come from them; leave out method.shots and method.sample_fraction for {LEAST} or more"
+        )
+    return lines
 
 
 def summarize(
@@ -207,6 +237,8 @@ def describe_scores(
     """The phase's scores as JSON values; None without scores."""
     if isinstance(scores, Derivation):
         return scores.summary() | {"head_fitted": phase.target_plan is not None}
+    if isinstance(scores, EntryScores):
+        return {"kind": "entries", "samples": scores.samples}
     if scores is not None:
         own = [name for name, a in following.active.items() if a.group is None] if following else []
         return {"kind": "lora_output", "g": scores, "y": importance_by_type(scores, module_kind), "kept": own}
@@ -219,6 +251,9 @@ def describe_measurement(scores: Scores, phase: Phase) -> str | None:
     if isinstance(scores, Derivation):
         how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
+    if isinstance(scores, EntryScores):
+        count = sum(map(torch.numel, scores.values.values()))
+        return f"gradient times value of {count:,} entries on {scores.samples} samples"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"
 
 

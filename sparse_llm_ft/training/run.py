@@ -47,6 +47,7 @@ from sparse_llm_ft.training.records import (
     draw_report,
     finished_phase_file,
     phase_file,
+    remarks,
     show_summary,
     step_line,
     summarize,
@@ -147,8 +148,7 @@ class Run:
         """Lines for people: the data, the run's length, samples shortened or left out, the first phase and its size."""
         return [
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
-            *self.context.remarks(),
-            *self.splits.remarks(self.config.task),
+            *remarks(self.context, self.splits, self.data, self.first),
             *describe_phase(self.context, self.first),
         ]
 
@@ -206,7 +206,7 @@ class Run:
         phase = self._with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
-        for line in (*self.context.remarks(), *self.splits.remarks(self.config.task)):
+        for line in remarks(self.context, self.splits, self.data, first):
             self.console.log(line)
         return state, phase
 

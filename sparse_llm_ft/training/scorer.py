@@ -1,4 +1,4 @@
-"""`Scorer`: the scores of a phase, either LoRA outputs or a Partial-LoRA derivation (importance and ratios)."""
+"""`Scorer`: a phase's scores: LoRA outputs, single entries, or a Partial-LoRA derivation (importance and ratios)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.model.linear import LinearLayer
-from sparse_llm_ft.objectives.base import Objective, lengths_of
+from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
+from sparse_llm_ft.plan import is_matrix
 from sparse_llm_ft.scoring import Derivation, OutputScores, WorkShard, derive, measure_only
 from sparse_llm_ft.scoring.cache import (
     derivations_folder,
@@ -35,7 +36,7 @@ from sparse_llm_ft.scoring.cache import (
     save,
     to_bytes,
 )
-from sparse_llm_ft.scoring.scores import Scores
+from sparse_llm_ft.scoring.scores import EntryScores, Scores
 
 T = TypeVar("T")
 """The type of samples."""
@@ -62,6 +63,8 @@ class Scorer(Generic[T]):
             return None
         if phase.scoring.kind == "lora_output":
             return self.lora_output(engine.module, list(phase.plan.active), samples)
+        if phase.scoring.kind == "entries":
+            return self.entries(engine, samples)
         return self.derivation(engine, phase, phase.scoring, samples, values)
 
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[T]) -> dict[str, float]:
@@ -82,6 +85,32 @@ class Scorer(Generic[T]):
             for layer in layers.values():
                 layer.observe = None
         return scores.totals(self._sum)
+
+    def entries(self, engine: Engine, samples: Sequence[T]) -> EntryScores:
+        """Collective. ``|∂L/∂θ ⊙ θ|`` of every entry of A and B, L summed over all samples, without dropout.
+
+        Gradients come by the engine's own path, so they are the same at every ZeRO stage. Nothing is updated.
+        """
+        names = [name for name in engine.parameters if is_matrix(name)]
+        settings, device = engine.settings, next(engine.module.parameters()).device
+        world, size = self.world, settings.micro_batch_size
+        mean_of = world.size * settings.accumulation_steps  # DeepSpeed averages over these micro-batches
+        total = {name: torch.zeros(()) for name in names}
+        with evaluating(engine.module):
+            for start in range(0, len(samples), mean_of * size):
+                for step in range(settings.accumulation_steps):
+                    first = start + (step * world.size + world.rank) * size
+                    chosen = [samples[i] for i in range(first, min(first + size, len(samples)))]
+                    batch = self.objective.batch(chosen or [samples[0]])  # all ranks make equally many passes
+                    loss = self.objective.loss(engine.forward, {k: v.to(device) for k, v in batch.items()})
+                    engine.backward(loss * (mean_of if chosen else 0))
+                    if step == settings.accumulation_steps - 1:
+                        gradients = engine.gradients()
+                        total = {name: total[name] + gradients[name] for name in names}
+                    engine.discard()
+                exit_if_preempted()
+        values = engine.values(names)
+        return EntryScores({name: (total[name] * values[name]).abs() for name in names}, len(samples))
 
     def derivation(
         self,
@@ -148,7 +177,9 @@ class Scorer(Generic[T]):
         config, spec, training = self.config, phase.scoring, self.config.training
         assert spec is not None
         if phase.target_plan is not None:  # how the head is fitted: its values differ in the last bits from run to run
-            fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", *_CADENCE})
+            fitting = training.model_dump(
+                exclude={"micro_batch_size", "learning_rate", "head_learning_rate", *_CADENCE}
+            )
             head: object = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
         else:
             trained = values if phase.method else base_tensors(values)

@@ -32,6 +32,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mode": ({"task": {"mode": "seq2seq_lm"}}, "task.mode: seq2seq_lm, but"),
     "positions": ({"task": {"max_length": 100_000}}, "task.max_length: 100000, but"),
     "packing": ({"task": {"packing": True, "mode": "seq2seq_lm"}}, "task.packing: true, and task.mode is seq2seq_lm"),
+    "rate of a head": (
+        {"training": {"head_learning_rate": 0.1}},
+        "training.head_learning_rate: has no effect where nothing is trained whole beside the adapters",
+    ),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
 

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from sparse_llm_ft.data.subset import stratified
+from sparse_llm_ft.data.subset import default_size, stratified
+from sparse_llm_ft.data.tasks import TASKS
 
 LABELS = [0] * 50 + [1] * 30 + [2] * 3
 
@@ -68,3 +69,19 @@ def test_without_labels_it_is_a_plain_draw() -> None:
 def test_what_cannot_be_drawn_is_refused(labels: list, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stratified(labels, **settings, seed=0)
+
+
+def test_a_subset_of_no_given_size_is_the_tasks_share_or_shots_and_never_a_handful() -> None:
+    """Partial-LoRA, section 5: 2 % or 5 % of GLUE, 16 samples per class elsewhere; 200 samples at least are ours."""
+    labels = [i % 2 for i in range(67_349)]
+    assert default_size(labels, 0.05) == (0.05, None)  # SST-2
+    small = [i % 2 for i in range(3668)]  # MRPC, whose 2 % are 73
+    fraction, shots = default_size(small, 0.02)
+    assert shots is None and len(stratified(small, fraction=fraction, shots=None, seed=0)) == 200
+    assert default_size([None] * 5000, None) == (None, 200)  # a task without classes
+    assert default_size(labels, None) == (None, 100)
+    assert default_size([i % 20 for i in range(5000)], None) == (None, 16)
+    fraction, shots = default_size([0, 1, 0], 0.02)
+    assert stratified([0, 1, 0], fraction=fraction, shots=shots, seed=0) == [0, 1, 2]
+    for glue in (task for name, task in TASKS.items() if name.startswith("glue/")):
+        assert glue.few_shot_fraction == (0.05 if glue.name[5:] in ("sst2", "qqp", "mnli", "qnli") else 0.02)

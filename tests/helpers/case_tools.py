@@ -64,10 +64,14 @@ def engine_settings(stage: int, micro: int, dtype: str = "float32", algorithm: s
 def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Adapter values that are nowhere zero, the same on every rank."""
     generator = torch.Generator().manual_seed(7)
-    return {
-        name: torch.ones(1) if is_omega(name) else torch.randn(p.shape, generator=generator) * 0.2
-        for name, p in trained_parameters(model).items()
-    }
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        if is_omega(name):
+            return torch.ones(1)
+        around = 1.0 if name.endswith((".lora_u", ".lora_v")) else 0.0
+        return around + torch.randn(shape, generator=generator) * 0.2
+
+    return {name: drawn(name, p.shape) for name, p in trained_parameters(model).items()}
 
 
 def make_loop(

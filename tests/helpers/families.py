@@ -68,6 +68,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Class of the architecture's settings and what the published config.json has, of what sizes depend on."""
 
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SMALL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deberta-v3-base": (
+        "DebertaV2Config",
+        {
+            **_BASE,
+            "vocab_size": 128100,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 0,
+            "position_biased_input": False,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 256,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+        },
+    ),
+    "roberta-base": (
+        "RobertaConfig",
+        {**_BASE, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+    ),
+    "bart-large": (
+        "BartConfig",
+        {
+            "vocab_size": 50265,
+            "d_model": 1024,
+            "encoder_layers": 12,
+            "decoder_layers": 12,
+            "encoder_attention_heads": 16,
+            "decoder_attention_heads": 16,
+            "encoder_ffn_dim": 4096,
+            "decoder_ffn_dim": 4096,
+        },
+    ),
+}
+"""The same of the encoders and the encoder-decoder."""
+
 
 @cache
 def files(kind: str) -> dict[str, Tree]:
@@ -94,7 +131,7 @@ def settings(name: str, **changes: Any) -> Any:
     """The family's settings as transformers has them."""
     import transformers
 
-    kind, sizes = FAMILIES[name]
+    kind, sizes = (FAMILIES | SMALL_MODELS)[name]
     return getattr(transformers, kind)(**(sizes | changes))
 
 

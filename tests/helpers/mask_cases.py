@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 
 from helpers.case_tools import (
+    OBJECTIVE,
     PAIRED,
     PRODUCT,
+    SAMPLES,
     TRAINING,
     WORLD,
     base_model,
@@ -20,7 +22,7 @@ from helpers.case_tools import (
     plan_for,
     start_values,
 )
-from helpers.method_cases import sparse_plan
+from helpers.method_cases import scorer, sparse_plan
 from sparse_llm_ft.adapters import (
     add_adapters,
     count_parameters,
@@ -33,6 +35,7 @@ from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.methods.adalora import AdaLoraSchedule, adalora_plan
+from sparse_llm_ft.methods.masking import random_entries
 from sparse_llm_ft.methods.method import MethodInputs
 from sparse_llm_ft.optim import EntryMask
 from sparse_llm_ft.plan import AdapterPlan, IndexMask
@@ -270,3 +273,58 @@ def check_not_finite(where: Sequence[tuple[int, str]]) -> None:
         assert engine.optimizer_steps() == {"adapter": 2}, (stage, dtype)
         assert not all(torch.equal(value, before[name]) for name, value in engine.values().items())
         engine.close()
+
+
+@case
+def scores_of_entries_are_those_of_autograd_on_all_samples() -> None:
+    """At stages 0 to 3 on two ranks, the last global batch incomplete; nothing is updated, and the engine trains on."""
+    base = base_model()
+    plan = plan_for(base)
+    model = add_adapters(base, plan)
+    start = start_values(model)
+    parameters = trained_parameters(model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(start[name])
+    OBJECTIVE.loss(model.eval(), OBJECTIVE.batch(SAMPLES)).backward()
+    expected = {name: (parameter.grad * parameter).abs().detach() for name, parameter in parameters.items()}
+    for stage in (0, 1, 2, 3):
+        engine = Engine(add_adapters(base_model(), plan), engine_settings(stage, 2), plan)
+        engine.load(start)
+        found = scorer(WORLD).entries(engine, SAMPLES)
+        assert found.samples == len(SAMPLES) and found.values.keys() == expected.keys()
+        for name, values in found.values.items():
+            scale = float(expected[name].max())
+            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-5 * scale, msg=f"{stage}, {name}")
+        assert all(torch.equal(value, start[name]) for name, value in engine.values().items())
+        assert not any(m.any() for entry in engine.moments().values() for m in entry.values())
+        assert set(engine.optimizer_steps().values()) == {0}
+        assert next(make_loop(engine, plan, 2, Progress()).steps()).skipped is False
+        engine.close()
+
+
+@case
+def single_entries_that_a_plan_masks_never_change_and_have_no_moments() -> None:
+    """What is written down at stage 2 goes on at stage 3 with the same losses."""
+    base = base_model()
+    targets = find_targets(base, "all-linear")
+    plan = random_entries(plan_for(base), targets, 0.4, 0)
+    losses, state = [], None
+    for stage in (2, 0, 3):
+        engine = Engine(add_adapters(base_model(), plan), engine_settings(stage, 2), plan)
+        if state is None:
+            before = engine.values()
+            for _ in zip(range(4), make_loop(engine, plan, 2, Progress()).steps(), strict=False):
+                pass
+            check_untouched(plan, before, engine.values(), engine.moments())
+            kept = sum(map(len, engine._optimizer.kept.values()))
+            total = torch.tensor([kept])
+            torch.distributed.all_reduce(total)
+            assert int(total) == count_parameters(plan, targets) < 0.5 * count_stored_parameters(plan, targets)
+            state = TrainState(**engine.state_dict(), progress=Progress(4, 32), phase={})
+        engine.load_state_dict(state.engine_state)
+        loop = make_loop(engine, plan, 2, Progress(4, 32))
+        losses.append([step.loss for _, step in zip(range(4), loop.steps(), strict=False)])
+        engine.close()
+    for other in losses[1:]:
+        assert max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) < 1e-4, losses

@@ -36,7 +36,7 @@ from sparse_llm_ft.training.scorer import Scorer
 
 
 def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
-    """q_proj and up_proj of both layers share; v_proj has masks; the rest is plain."""
+    """q_proj and up_proj of both layers share; v_proj has masks; up_proj and v_proj have vectors; the rest is plain."""
     targets, plan = find_targets(model, "all-linear"), plan_for(model)
     modules = dict(plan.modules)
     for name, (rows, columns) in targets.items():
@@ -45,6 +45,8 @@ def sparse_plan(model: torch.nn.Module) -> AdapterPlan:
         if name.endswith("v_proj"):
             kept = {"rows": IndexMask(rows, (0, rows - 1)), "cols": IndexMask(columns, tuple(range(1, columns, 2)))}
             modules[name] = replace(modules[name], **kept)
+        if name.endswith(("up_proj", "v_proj")):
+            modules[name] = replace(modules[name], train_vectors=True)
     return replace(plan, modules=modules)
 
 
@@ -222,6 +224,19 @@ def lora_plus_groups_are_those_of_peft() -> None:
     found = {id(p): group["lr"] for group in engine._optimizer.param_groups for p in group["params"]}
     assert found == expected
     engine.close()
+
+
+@case
+def what_is_trained_whole_has_a_rate_of_its_own() -> None:
+    base = base_model()
+    plan = replace(plan_for(base), trained=("model.norm",))
+    for stage in (2, 3):
+        model = add_adapters(base if stage == 2 else base_model(), plan)
+        engine = Engine(model, replace(engine_settings(stage, 2), head_lr_factor=4.0), plan)
+        rate = next(make_loop(engine, plan, 2, Progress()).steps()).learning_rate
+        rates = {group["name"]: group["lr"] for group in engine._optimizer.param_groups}
+        assert rates == {"adapter": rate, "whole": 4.0 * rate} and rate > 0
+        engine.close()
 
 
 @case

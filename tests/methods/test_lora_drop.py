@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.method_settings import TARGETS, start, state
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.phase import Subset
 
 # Shares of q: .1 .2 .3 .4; of k: all equal; of up: all in layer 2.
@@ -56,14 +57,30 @@ def test_without_sharing_the_others_are_removed() -> None:
     assert groups == {} and set(phase.plan.active) == kept and len(kept) == 6
 
 
-@pytest.mark.parametrize(
-    ("choose", "expected_q"),
-    [("inverted", {"layers.0.attn.q", "layers.1.attn.q"}), ("top", {"layers.2.attn.q", "layers.3.attn.q"})],
-)
-def test_other_choices_keep_as_many(choose: str, expected_q: set[str]) -> None:
-    kept, _, _ = own({"threshold": 0.7, "choose": choose})
-    assert {name for name in kept if name.endswith("attn.q")} == expected_q
+def test_the_top_layers_are_as_many() -> None:
+    kept, _, _ = own({"threshold": 0.7, "choose": "top"})
+    assert {name for name in kept if name.endswith("attn.q")} == {"layers.2.attn.q", "layers.3.attn.q"}
     assert len(kept) == 6
+
+
+def test_inverted_shares_the_important_layers_and_the_others_keep_their_own() -> None:
+    """Section 4.4: "replace high-importance layers of LoRA with shared LoRA and retain the other LoRA"."""
+    important, _, _ = own({"threshold": 0.7})
+    kept, groups, _ = own({"threshold": 0.7, "choose": "inverted"})
+    assert kept == set(TARGETS) - important and len(kept) == 6
+    assert set().union(*groups.values()) == important
+
+
+def test_inverted_with_five_shares_of_which_two_are_important() -> None:
+    y = {f"layers.{i}.q": share for i, share in enumerate((0.5, 0.45, 0.03, 0.01, 0.01))}
+    chain, _ = start({"name": "lora_drop", "threshold": 0.9, "choose": "inverted"})
+    assert chain.methods[0].choose(y) == {"layers.2.q", "layers.3.q", "layers.4.q"}
+
+
+def test_inverted_without_sharing_needs_a_layer_that_is_not_important() -> None:
+    chain, pilot = start({"name": "lora_drop", "threshold": 1.0, "choose": "inverted", "share": False})
+    with pytest.raises(TrainingError, match=r"every layer is among the important ones at method\.threshold 1"):
+        chain.next(pilot, state(pilot), dict.fromkeys(TARGETS, 1.0), TARGETS)
 
 
 def test_a_random_choice_is_as_large_and_reproducible() -> None:

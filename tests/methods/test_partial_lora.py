@@ -23,7 +23,7 @@ def masked(method: dict, ratio: tuple[float, float] = (0.5, 0.25)) -> Phase:
 def test_a_causal_model_is_measured_before_any_step() -> None:
     _, phase = start({"name": "partial_lora", "importance": "snip", "accuracy_floor": 0.8})
     assert phase.name == "derive" and phase.steps == 0 and not phase.is_warmup
-    assert phase.subset == Subset(None, 16, 0)
+    assert phase.subset == Subset(None, None, 0)
     assert phase.scoring == ScoringSpec("derivation", DerivationSettings(importance="snip", accuracy_floor=0.8))
 
 
@@ -75,8 +75,8 @@ def test_targeted_masks_of_given_ratios_measure_importance_only() -> None:
     assert phase.scoring is not None and not phase.scoring.search
 
 
-def test_sparse_adapter_is_targeted_snip_at_its_sparsity() -> None:
-    chain, phase = start({"name": "sparse_adapter", "sparsity": 0.75})
+def test_sparse_adapters_rows_and_columns_are_targeted_snip_at_its_sparsity() -> None:
+    chain, phase = start({"name": "sparse_adapter", "rule": "rows_columns", "sparsity": 0.75})
     assert (phase.scoring.derivation.importance, phase.scoring.search) == ("snip", False)
     after, _ = chain.next(phase, state(phase), derivation((1.0, 1.0)), TARGETS)
     assert after.plan.active["layers.0.attn.q"].cols.indices == (6, 7)
@@ -110,7 +110,8 @@ def test_a_shared_pair_has_one_mask() -> None:
     after, _ = chain.next(phase, state(phase), derivation(), TARGETS)
     for members in after.plan.groups.values():
         assert len({(after.plan.active[n].rows, after.plan.active[n].cols) for n in members}) == 1
-    assert count_parameters(after.plan, TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2)
+    vectors = 4 * ((2 + 4) + (2 + 2) + (2 + 6))  # of every layer: u, and v at the kept rows
+    assert count_parameters(after.plan, TARGETS) == 2 * (4 + 2) + 2 * (2 + 2) + 2 * (6 + 2) + vectors
 
 
 def test_sharing_survives_the_fitting_of_a_head() -> None:

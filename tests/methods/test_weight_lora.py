@@ -198,3 +198,11 @@ def test_a_cap_below_the_initial_rank_is_refused() -> None:
     tree = config("weight_lora_plus").model_dump(mode="json")  # as config.yaml has it, with the default
     tree["adapter"] |= {"r": 600}
     assert parse_config(tree).method[0].max_rank == 512
+
+
+def test_more_than_one_epoch_of_selection_is_a_remark() -> None:
+    """Section 3.3: T is at most one epoch."""
+    (settings,) = config(steps=12).method
+    assert settings.remarks(12) == []
+    (line,) = settings.remarks(11)
+    assert line.startswith("method.steps is 12, more than the 11 steps of one epoch")

@@ -9,8 +9,11 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
-from sparse_llm_ft.adapters import trained_parameters
-from sparse_llm_ft.optim.rank_allocation import RankAllocation, is_singular_value
+from sparse_llm_ft.adapters import trained_parameters, tuner_of
+from sparse_llm_ft.adapters.masking import to_compact
+from sparse_llm_ft.optim.rank_allocation import RankAllocation, is_sensitivity, is_singular_value
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter
+from sparse_llm_ft.training.callbacks import AdaLoraRankAllocation
 
 SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12}
 
@@ -62,3 +65,47 @@ def test_a_budget_that_prunes_nothing_yet_is_no_error() -> None:
     values = {name: p.detach() for name, p in trained_parameters(model).items()}
     allocation = RankAllocation(config, values)
     assert allocation.after_step(1, values, {n: torch.ones_like(v) for n, v in values.items()}) == {}
+
+
+class Values:
+    """Stands in for an engine: the values that a callback reads and overwrites."""
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self.stored = values
+
+    def values(self, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: self.stored[name].clone() for name in names}
+
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        self.stored |= values
+
+
+def test_a_masked_module_is_ranked_by_the_entries_that_it_keeps() -> None:
+    """Kept entries of `masked` are more sensitive than those of `whole`, so `whole` loses its ranks first, although
+    most of its entries are zeros that never change.
+    """
+    rows, cols = IndexMask(8, (1, 6)), IndexMask(8, (0, 3))
+    modules = {"whole": ModuleAdapter(4, 8.0), "masked": ModuleAdapter(4, 8.0, rows=rows, cols=cols)}
+    options = {"target_r": 2, "tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 4, "orth_reg_weight": 0.0}
+    plan = AdapterPlan(modules, tuner="adalora", options=options, masking="optimizer")
+    values, gradients = {}, {}
+    for name, sensitivity in (("whole", 1.0), ("masked", 1.5)):
+        kept_a, kept_b = torch.zeros(4, 8), torch.zeros(8, 4)
+        kept_a[:, list(cols.indices) if name == "masked" else slice(None)] = 1.0
+        kept_b[list(rows.indices) if name == "masked" else slice(None)] = 1.0
+        values |= {f"{name}.lora_A": kept_a, f"{name}.lora_B": kept_b, f"{name}.lora_E": torch.ones(4, 1)}
+        gradients |= {
+            f"{name}.lora_A": sensitivity * torch.ones(4, 8),
+            f"{name}.lora_B": sensitivity * torch.ones(8, 4),
+        }
+        gradients |= {f"{name}.lora_E": torch.full((4, 1), 0.1)}
+    config = tuner_of(plan).peft_config(plan)
+    allocation = RankAllocation(config, to_compact(plan, values))
+    callback, engine = AdaLoraRankAllocation(allocation, list(values), plan), Values(values)
+    assert callback.active_adapters(engine) == 2
+    for step in range(1, 4):
+        logged = callback.after_step(engine, step, gradients)
+    assert logged == {"ranks": 4}
+    assert engine.stored["masked.lora_E"].bool().all() and not engine.stored["whole.lora_E"].any()
+    shapes = tuner_of(plan).shapes(plan, {"whole": (8, 8), "masked": (8, 8)})
+    assert all(is_sensitivity(key, tuple(t.shape), shapes) for key, t in callback.tensors().items())

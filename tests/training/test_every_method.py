@@ -68,14 +68,21 @@ KILLED = [
     ("weight_then_partial", 6),
     ("adalora", 5),
     ("rslora", 5),
+    ("sparse_adapter", 5),
     ("encoder-partial", 5),
 ]
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
 LONG = {
-    *("lora_plus", "tied_lora", "partial_imp", "partial_compact", "partial_dora", "pyramidal"),
-    *("partial_then_weight_plus", "encoder-vera", "encoder-partial_adalora", "encoder-lora_drop"),
+    *("lora_plus", "partial_imp", "partial_compact", "partial_dora", "pyramidal"),
+    *(
+        "sparse_rows_columns",
+        "partial_then_weight_plus",
+        "encoder-vera",
+        "encoder-partial_adalora",
+        "encoder-lora_drop",
+    ),
     "encoder-weight_then_partial",
 }
 """Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs."""
@@ -194,11 +201,26 @@ def test_the_plans_are_what_the_methods_say(trees: dict[str, dict], results: dic
 
 def test_parameters_count_what_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:
     """A mask makes the trained tensors smaller; a shared pair is counted and stored once."""
-    for name in ("lora_drop", "partial", "drop_then_partial", "encoder-partial", "sparse_adapter"):
+    for name in ("lora_drop", "partial", "drop_then_partial", "encoder-partial", "tied_lora"):
         run = Path(trees[name]["output_dir"])
         newest, _ = newest_valid(run / "checkpoints")
         count = sum(tensor.numel() for tensor in newest.state.tensors.values())
         assert json.loads((run / "summary.json").read_text())["phases"][-1]["trainable_parameters"] == count
+
+
+def test_masked_entries_are_zero_in_the_checkpoint_and_not_counted(trees: dict[str, dict], results: dict) -> None:
+    """Half of all entries under Sparse Adapter's rule, to one; under random masking about three tenths."""
+    for name, share in (("sparse_adapter", 0.5), ("random_masking", 0.3)):
+        run = Path(trees[name]["output_dir"])
+        newest, _ = newest_valid(run / "checkpoints")
+        tensors = newest.state.tensors
+        counted = json.loads((run / "summary.json").read_text())["phases"][-1]["trainable_parameters"]
+        total, nonzero = sum(t.numel() for t in tensors.values()), sum(int((t != 0).sum()) for t in tensors.values())
+        assert counted / total == pytest.approx(share, abs=0.03) and nonzero == counted
+        for key, moments in newest.state.moments.items():
+            assert torch.equal(moments["exp_avg_sq"] != 0, tensors[key] != 0)
+    measured = json.loads((Path(trees["sparse_adapter"]["output_dir"]) / "summary.json").read_text())["phases"][0]
+    assert measured["measured"].startswith("gradient times value of ") and measured["name"] == "warmup"
 
 
 def test_a_second_run_finds_the_derivation(trees: dict[str, dict], results: dict[str, str]) -> None:
@@ -206,6 +228,7 @@ def test_a_second_run_finds_the_derivation(trees: dict[str, dict], results: dict
     second = first.with_name(first.name + "-again")
     assert (first / "plan.json").read_text() == (second / "plan.json").read_text()
     assert f"ratios of 14 modules are in {first.parent / 'cache'}" in results["output"]
+    assert "D_t has only 6 samples: accuracies on it have standard errors of up to 20 points" in results["output"]
 
 
 def test_omega_is_logged_while_it_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:

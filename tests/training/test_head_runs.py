@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def trees(encoder_folder: Path, model_folder: Path, labelled_folder: Path, tmp_p
         "written-scores": (model_folder, folder / "scored", SCORED, "lora"),
         "written-answers": (model_folder, folder / "unanswerable", UNANSWERABLE, "lora"),
     }
-    return {name: mode_settings(*arguments, folder / f"run-{name}") for name, arguments in wanted.items()}
+    trees = {name: mode_settings(*arguments, folder / f"run-{name}") for name, arguments in wanted.items()}
+    trees["decoder-labels"]["training"]["head_learning_rate"] = 3 * trees["decoder-labels"]["training"]["learning_rate"]
+    return trees
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,17 @@ def test_a_decoder_with_a_head_is_measured_by_accuracy(trees: Trees, results: di
     found, rows = summary_of(trees["decoder-labels"])["metrics"]["after"], predictions_of(trees["decoder-labels"])
     accuracy = accuracy_score([row["label"] for row in rows], [row["prediction"] for row in rows])
     assert found["accuracy"] == pytest.approx(100 * accuracy) and {row["label"] for row in rows} == {"cake", "book"}
+
+
+def test_a_heads_own_rate_follows_the_schedule_and_is_logged(trees: Trees, results: dict[str, str]) -> None:
+    lines = {name: step_lines(trees[name]) for name in ("decoder-labels", "score-lora")}
+    assert all("head_learning_rate" not in line for line in lines["score-lora"])
+    rates = [(line["learning_rate"], line["head_learning_rate"]) for line in lines["decoder-labels"]]
+    assert len({rate for rate, _ in rates}) > 1
+    for rate, head in rates:
+        assert head == pytest.approx(3 * rate)
+
+
+def step_lines(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    text = (Path(tree["output_dir"]) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

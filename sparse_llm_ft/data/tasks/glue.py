@@ -18,10 +18,14 @@ _glue = partial(
     metrics=("accuracy",),
 )
 
+_SMALL, _LARGE = 0.02, 0.05
+"""Shares of the smaller and of the larger data sets from which Partial-LoRA (section 5) derives ratios."""
+
 TASKS = (
     _glue(
         name="glue/cola",
         hub_config="cola",
+        few_shot_fraction=_SMALL,
         prompt="Is this sentence grammatical?\n\n{sentence}\n\nAnswer:",
         labels=("no", "yes"),
         texts=("sentence",),
@@ -33,6 +37,7 @@ TASKS = (
     _glue(
         name="glue/sst2",
         hub_config="sst2",
+        few_shot_fraction=_LARGE,
         prompt="What is the sentiment of the review?\n\n{sentence}\n\nSentiment:",
         labels=("negative", "positive"),
         texts=("sentence",),
@@ -43,6 +48,7 @@ TASKS = (
     _glue(
         name="glue/mrpc",
         hub_config="mrpc",
+        few_shot_fraction=_SMALL,
         prompt="Do both sentences mean the same?\n\nFirst: {sentence1}\n\nSecond: {sentence2}\n\nAnswer:",
         labels=("no", "yes"),
         texts=("sentence1", "sentence2"),
@@ -54,6 +60,7 @@ TASKS = (
     _glue(
         name="glue/qqp",
         hub_config="qqp",
+        few_shot_fraction=_LARGE,
         prompt="Do both questions ask the same?\n\nFirst: {question1}\n\nSecond: {question2}\n\nAnswer:",
         labels=("no", "yes"),
         texts=("question1", "question2"),
@@ -65,6 +72,7 @@ TASKS = (
     _glue(
         name="glue/stsb",
         hub_config="stsb",
+        few_shot_fraction=_SMALL,
         prompt="How similar are both sentences, from 0 to 5?\n\nFirst: {sentence1}\n\nSecond: {sentence2}\n\nScore:",
         score=(0.0, 5.0),
         texts=("sentence1", "sentence2"),
@@ -76,6 +84,7 @@ TASKS = (
     _glue(
         name="glue/mnli",
         hub_config="mnli",
+        few_shot_fraction=_LARGE,
         prompt="Does the second text follow from the first?\n\nFirst: {premise}\n\nSecond: {hypothesis}\n\nAnswer:",
         labels=("yes", "maybe", "no"),  # entailment, neutral, contradiction
         texts=("premise", "hypothesis"),
@@ -88,6 +97,7 @@ TASKS = (
     _glue(
         name="glue/qnli",
         hub_config="qnli",
+        few_shot_fraction=_LARGE,
         prompt="Does the text answer the question?\n\nQuestion: {question}\n\nText: {sentence}\n\nAnswer:",
         labels=("yes", "no"),
         texts=("question", "sentence"),
@@ -98,6 +108,7 @@ TASKS = (
     _glue(
         name="glue/rte",
         hub_config="rte",
+        few_shot_fraction=_SMALL,
         prompt="Does the second text follow from the first?\n\nFirst: {sentence1}\n\nSecond: {sentence2}\n\nAnswer:",
         labels=("yes", "no"),  # entailment, not entailment
         texts=("sentence1", "sentence2"),

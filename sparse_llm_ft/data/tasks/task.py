@@ -41,6 +41,7 @@ class Task:
         messages: column of a chat, a list of ``{"role": ..., "content": ...}``; the last turn is the completion.
         hub_revision: branch of the hub's data set. Set if the main branch has a loading script, which `datasets` no
             longer runs: the hub's own conversion to parquet.
+        few_shot_fraction: share of the training set that Partial-LoRA derives ratios from; None: some shots per class.
         description, source: a short description and the paper, for display.
         example: an invented row in the hub's format, for display.
         path, on_bad_row, streaming: see `TaskConfig`; `resolve_task` sets them.
@@ -68,6 +69,7 @@ class Task:
     no_answer: str | None = None
     messages: str | None = None
     hub_revision: str | None = None
+    few_shot_fraction: float | None = None
     description: str = ""
     source: str = ""
     example: Row | None = None

@@ -1,0 +1,45 @@
+"""Random masking of single entries, as Xu & Zhang (2024) and Partial-LoRA's Table 1 ("Masking"), on LoRA's A and B.
+
+Xu & Zhang train single entries of the base's own weights. Here these stay frozen, quantised and sharded as for every
+other method, and the entries are the adapters': at the same share, it differs from Partial-LoRA by the masks' form
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sparse_llm_ft.config.method_settings import MethodSettings
+from sparse_llm_ft.config.types import Share
+from sparse_llm_ft.methods.method import Method
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import Shape
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.checkpoint.state import TrainState
+
+
+class RandomMaskingSettings(MethodSettings):
+    """The share of trained entries.
+
+    Attributes:
+        ratio: probability of an entry of A or B to be trained; all others are 0.
+    """
+
+    why_alone = "masks single entries, which no other method follows"
+
+    ratio: Share
+
+
+class RandomMasking(Method[RandomMaskingSettings]):
+    """One phase that trains randomly drawn entries of every A and B."""
+
+    settings_class = RandomMaskingSettings
+
+    def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
+        """The plan with masks of entries."""
+        from sparse_llm_ft.methods.masking import random_entries
+
+        return replace(phase, plan=random_entries(phase.plan, targets, self.settings.ratio, self.inputs.seed)), state
