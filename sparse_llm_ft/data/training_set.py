@@ -11,7 +11,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, DatasetSubset
 from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.streaming import StreamingDataset
-from sparse_llm_ft.data.subset import stratified
+from sparse_llm_ft.data.subset import halves, stratified
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.phase import Subset
 
@@ -32,6 +32,8 @@ class TrainingSet:
         if subset is None:
             return self.samples
         chosen = stratified(self.strata, fraction=subset.fraction, shots=subset.shots, seed=subset.seed)
+        if subset.part != "all":
+            chosen = halves(self.strata, chosen)[subset.part == "other_half"]
         return DatasetSubset(self.samples, chosen)
 
     @property

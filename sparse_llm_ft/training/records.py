@@ -212,7 +212,7 @@ def describe_scores(
 def describe_measurement(scores: Scores, phase: Phase) -> str | None:
     """The phase's scores in a line for the summary; None without scores."""
     if isinstance(scores, Derivation):
-        how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
+        how = "the head fitted on the other half of D_t" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"
 

@@ -30,7 +30,8 @@ def test_a_causal_model_is_measured_before_any_step() -> None:
 def test_a_fresh_head_is_fitted_alone_first_and_begins_anew_after() -> None:
     chain, phase = start({"name": "partial_lora", "sample_fraction": 0.05, "head_epochs": 7}, ("classifier",))
     assert phase.name == "head" and not phase.plan.active and phase.plan.trained == ("classifier",)
-    assert phase.is_warmup and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0)
+    assert phase.is_warmup and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0, "half")
+    assert phase.scored == Subset(0.05, None, 0, "other_half")
     after, begins = chain.next(phase, state(phase, head=True), derivation(), TARGETS)
     assert list(after.plan.active) == list(TARGETS) and after.plan.trained == ("classifier",)
     assert begins.tensors == {} and after.open_ended and not after.is_warmup
