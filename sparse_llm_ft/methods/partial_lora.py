@@ -60,7 +60,9 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
         ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
             layer's depth; or a JSON or YAML file with a ratio per module.
-        ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``.
+        ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``. Under ``derived`` (ours): the share
+            of LoRA's values that is trained. Derived ratios are multiplied by one factor to give it: the derivation
+            says where to keep more, and this how much.
         min_ratio: the smallest share that a module keeps, of rows and of columns (ours); smaller ratios are raised.
         mask_scaling: divide each adapter's output by the square root of its kept share of columns (ours). A keeps the
             variance of a full-width LoRA's, so without it A x has that much less.
@@ -117,10 +119,8 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         needs = self.ratios in ("balanced", "pyramidal")
         if needs and self.ratio is None:
             raise ConfigError("method.ratio", f"not given, and ratios is {self.ratios}", "expected 0 to 1")
-        if not needs and self.ratio is not None:
-            raise ConfigError(
-                "method.ratio", f"has no effect under ratios {self.ratios!r}", "expected ratios: balanced"
-            )
+        if not needs and not self.derives and self.ratio is not None:
+            raise ConfigError("method.ratio", "has no effect on ratios from a file", "expected ratios: balanced")
         if not needs and not self.derives and not Path(self.ratios).is_file():
             raise ConfigError(
                 "method.ratios",
@@ -238,7 +238,7 @@ class PartialLora(Method[PartialLoraSettings]):
         importance = None if scores is None else scores.importance
         if importance is not None and settings.flow_preservation:
             importance = preserve_flow(importance)
-        ratios = self._ratios(list(plan.active), scores)
+        ratios = self._ratios(list(plan.active), scores, targets)
         masked = masked_plan(plan, targets, ratios, importance, settings.selection, settings.temperature, inputs.seed)
         masked = replace(masked, masking=settings.masking)
         if settings.mask_scaling:
@@ -250,8 +250,10 @@ class PartialLora(Method[PartialLoraSettings]):
             return replace(phase, plan=adalora_plan(masked, settings.adalora, inputs)), state.fresh()
         return replace(phase, plan=masked), mask_state(state, plan, masked)
 
-    def _ratios(self, names: list[str], scores: Derivation | None) -> Mapping[str, tuple[float, float]]:
-        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file
+    def _ratios(
+        self, names: list[str], scores: Derivation | None, targets: Mapping[str, Shape]
+    ) -> Mapping[str, tuple[float, float]]:
+        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file, with_share
 
         settings = self.settings
         if settings.ratios == "balanced":
@@ -259,6 +261,8 @@ class PartialLora(Method[PartialLoraSettings]):
         if settings.derives:
             assert scores is not None
             ratios = scores.ratios
+            if settings.ratio is not None:
+                ratios = with_share(ratios, {name: targets[name] for name in names}, settings.ratio)
         elif settings.ratios == "pyramidal":
             ratios = pyramidal(names, float(settings.ratio or 0.0))
         else:

@@ -46,6 +46,7 @@ from sparse_llm_ft.training.records import (
     describe_phase,
     draw_report,
     finished_phase_file,
+    mask_remarks,
     phase_file,
     show_summary,
     step_line,
@@ -221,6 +222,8 @@ class Run:
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
             state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         # Open the phase's loop, record and logs.
+        for remark in mask_remarks(phase.plan, self.targets, self.config.adapter):
+            self.console.log(remark)
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(

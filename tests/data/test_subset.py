@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from sparse_llm_ft.data.subset import stratified
+from sparse_llm_ft.data.subset import halves, stratified
 
 LABELS = [0] * 50 + [1] * 30 + [2] * 3
 
@@ -68,3 +68,13 @@ def test_without_labels_it_is_a_plain_draw() -> None:
 def test_what_cannot_be_drawn_is_refused(labels: list, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stratified(labels, **settings, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_halves_share_every_class_and_no_sample(seed: int) -> None:
+    chosen = stratified(LABELS, fraction=None, shots=7, seed=seed)
+    first, second = halves(LABELS, chosen)
+    assert sorted(first + second) == chosen and not set(first) & set(second)
+    assert counts(first) == {0: 4, 1: 4, 2: 2} and counts(second) == {0: 3, 1: 3, 2: 1}
+    assert halves(LABELS, chosen) == (first, second)
+    assert halves([None] * 3, [0, 2]) == ([0], [2])
