@@ -142,7 +142,7 @@ def check_derivation(
 ) -> None:
     """Of each `step`-th module: all of them are of both layers, and the second ones are each kind once."""
     few = SAMPLES[:6]
-    floor = 1.0 if derivation == "single" else 0.9
+    floor = 1.0 if derivation == "single" else 0.9995  # between none and all on this model
     settings = {"derivation": derivation, "importance": importance, "accuracy_floor": floor}
     settings |= {"floor_metric": "loss", "micro_batch_size": 4}
     measure = ScoringSpec("derivation", compare=True, derivation=DerivationSettings.model_validate(settings))
