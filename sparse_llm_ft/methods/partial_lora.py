@@ -181,7 +181,7 @@ class PartialLora(Method[PartialLoraSettings]):
         if not needs_head:
             return replace(measuring, name="derive", steps=0), state
         assert measuring.subset is not None
-        if shots == 1:
+        if settings.shots == 1:
             raise ConfigError(
                 "method.shots",
                 "1, and a fresh head is fitted on half of the samples of each class",
