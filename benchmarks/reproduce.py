@@ -18,9 +18,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness import argument_parser
 
@@ -43,9 +44,8 @@ def prepare_data(source: Path, target: Path, setting: Setting, task: str) -> Pat
     return folder
 
 
-def _train(work: tuple[Job, Path, Path, Path]) -> str:
-    """Train one run in this process, with its output in a file beside it. Returns a line about it."""
-    job, models, data, runs = work
+def train_one(settings: Mapping[str, Any], folder: Path) -> str:
+    """Train the run in `folder` in this process, with its output in a file beside it. Returns a line about it."""
     from sparse_llm_ft.config import parse_config
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.context.preflight import preflight
@@ -53,14 +53,13 @@ def _train(work: tuple[Job, Path, Path, Path]) -> str:
     from sparse_llm_ft.errors import TrainingError
     from sparse_llm_ft.training.run import train
 
-    folder = job.folder(runs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             world = find_world()
             prepare_cpu(world)
-            config = parse_config(job.config(models, data, runs))
+            config = parse_config(dict(settings))
             train(RunContext.open(config, world, preflight(config, world)))
         except TrainingError as error:
             failed_file(folder).write_text(f"{error}\n")
@@ -73,6 +72,11 @@ def _train(work: tuple[Job, Path, Path, Path]) -> str:
             before = float(file_of_seconds.read_text()) if file_of_seconds.is_file() else 0.0
             file_of_seconds.write_text(f"{before + time.process_time():.1f}\n")
     return f"{folder}"
+
+
+def _train(work: tuple[Job, Path, Path, Path]) -> str:
+    job, models, data, runs = work
+    return train_one(job.config(models, data, runs), job.folder(runs))
 
 
 def train_all(jobs: Sequence[Job], models: Path, data: Path, runs: Path, processes: int) -> bool:

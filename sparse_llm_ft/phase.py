@@ -45,16 +45,20 @@ class CutRule:
 class Subset:
     """A stratified part of the training set: a `fraction` of it, or `shots` samples of each class; with neither, what
     the task has for a few-shot set (`default_size`).
+
+    Attributes:
+        part: ``half``: only every other sample of each class; ``other_half``: those that ``half`` leaves out.
     """
 
     fraction: Amount | None
     shots: Count | None
     seed: Count
+    part: Literal["all", "half", "other_half"] = "all"
 
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What is scored at a phase's end, on its subset.
+    """What is scored at a phase's end, on `Phase.scored`.
 
     Attributes:
         kind: ``lora_output`` gives `OutputScores`, ``entries`` `EntryScores`, ``derivation`` a `Derivation`.
@@ -115,6 +119,13 @@ class Phase:
     micro_batch_size: Count = 0
     global_batch_size: Count = 0
     lr_factor: Amount = 1.0
+
+    @property
+    def scored(self) -> Subset | None:
+        """What scores are taken on: `subset`, or where half of it is trained on, the other half."""
+        if self.subset is None or self.subset.part == "all":
+            return self.subset
+        return replace(self.subset, part="other_half")
 
     @property
     def open_ended(self) -> bool:

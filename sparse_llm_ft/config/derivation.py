@@ -10,6 +10,7 @@ from sparse_llm_ft.config.types import Section, Share
 
 MeasureName = Literal["svd", "snip", "imp"]
 FloorMetric = Literal["accuracy", "loss"]
+SearchName = Literal["single", "joint"]
 
 
 class ForwardPasses(Section):
@@ -23,9 +24,12 @@ class ForwardPasses(Section):
 
 
 class DerivationSettings(ForwardPasses):
-    """Algorithm 1 of Partial-LoRA (Damirchi et al., 2024).
+    """Algorithm 1 of Partial-LoRA (Damirchi et al., 2024), and a reading of it that is ours.
 
     Attributes:
+        derivation: what a search zeroes. ``single`` (Algorithm 1): the rows, or the columns, of one module, with all
+            others intact. ``joint`` (ours): those of all modules together, of each the least important ones that hold
+            one share of its importance; the search is over that share.
         importance: the measure that ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
         accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
         floor_metric: ``loss`` stops when the mean loss exceeds the base's / accuracy_floor instead, for bases that
@@ -33,6 +37,7 @@ class DerivationSettings(ForwardPasses):
         flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
     """
 
+    derivation: SearchName = "single"
     importance: MeasureName = "svd"
     accuracy_floor: Share = 0.9
     floor_metric: FloorMetric = "accuracy"

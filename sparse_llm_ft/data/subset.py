@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,3 +59,19 @@ def stratified(labels: Sequence[int | None], *, fraction: float | None, shots: i
         order = np.random.default_rng(sequence).permutation(len(indices))
         chosen += [indices[place] for place in order[: max(1, wanted)]]
     return sorted(chosen)
+
+
+def halves(labels: Sequence[int | None], indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Every other one of `indices` by class, and the rest. Of a class with an odd number the first half has one more.
+
+    Args:
+        labels: (samples,), the class of each sample.
+        indices: samples of a random subset, ascending.
+    """
+    first: list[int] = []
+    second: list[int] = []
+    seen: Counter[int | None] = Counter()
+    for index in indices:
+        (second if seen[labels[index]] % 2 else first).append(index)
+        seen[labels[index]] += 1
+    return first, second

@@ -11,7 +11,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, DatasetSubset
 from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.streaming import StreamingDataset
-from sparse_llm_ft.data.subset import default_size, stratified
+from sparse_llm_ft.data.subset import default_size, halves, stratified
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.phase import Subset
 
@@ -35,6 +35,8 @@ class TrainingSet:
         if fraction is None and shots is None:
             fraction, shots = default_size(strata, self.task.few_shot_fraction)
         chosen = stratified(strata, fraction=fraction, shots=shots, seed=subset.seed)
+        if subset.part != "all":
+            chosen = halves(strata, chosen)[subset.part == "other_half"]
         return DatasetSubset(self.samples, chosen)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -39,6 +40,20 @@ def masked_plan(
         rows, cols = drawn[plan.owners[name]]
         d_out, d_in = targets[name]
         modules[name] = replace(adapter, rows=IndexMask.of(d_out, rows), cols=IndexMask.of(d_in, cols))
+    return replace(plan, modules=modules)
+
+
+def scaled_masks(plan: AdapterPlan) -> AdapterPlan:
+    """The plan with each scaling multiplied by sqrt(columns / kept columns) (ours).
+
+    A is drawn as for all columns, so the variance of A x falls with the kept share, and Adam's steps on B change the
+    output less by its root. The plan's scaling makes up for it; layers, merging and export then need nothing.
+    """
+    modules = dict(plan.modules)
+    for name, adapter in plan.active.items():
+        if (cols := adapter.cols) is not None:
+            grown = adapter.lora_alpha * math.sqrt(cols.size / len(cols.indices))
+            modules[name] = replace(adapter, lora_alpha=grown)
     return replace(plan, modules=modules)
 
 
@@ -113,9 +128,20 @@ def _with_entries(plan: AdapterPlan, masks: Mapping[str, EntryMasks]) -> Adapter
     return replace(plan, modules=modules, masking="optimizer")
 
 
-def mask_state(state: TrainState, plan: AdapterPlan) -> TrainState:
-    """The state with only the kept rows of every B and columns of every A, moments included."""
+def mask_state(state: TrainState, before: AdapterPlan, plan: AdapterPlan) -> TrainState:
+    """The state with only the kept rows of every B and columns of every A, moments included.
+
+    Where the plan has another scaling than `before`, what was trained stays as it was at the kept places: B is divided
+    by their ratio. Its gradient is multiplied by it then, and so are the moments, the second one twice.
+    """
     first = {owner: plan.active[name] for owner, name in plan.matrix_owners().items()}
+    growth = {owner: first[owner].scaling / before.active[name].scaling for owner, name in plan.matrix_owners().items()}
+    powers = {"exp_avg": 1, "exp_avg_sq": 2}
+
+    def rescaled(name: str, tensor: torch.Tensor, power: int) -> torch.Tensor:
+        owner, _, part = name.rpartition(".")
+        factor = growth.get(owner, 1.0) if part == "lora_B" else 1.0
+        return tensor if factor == 1 else tensor * factor**power
 
     def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
         owner, _, part = name.rpartition(".")
@@ -124,6 +150,9 @@ def mask_state(state: TrainState, plan: AdapterPlan) -> TrainState:
         kept, dimension = (first[owner].cols, 1) if part == "lora_A" else (first[owner].rows, 0)
         return tensor if kept is None else tensor.index_select(dimension, torch.tensor(kept.indices))
 
-    tensors: Tensors = {name: cut(name, tensor) for name, tensor in state.tensors.items()}
-    moments = {n: {key: cut(n, moment) for key, moment in entry.items()} for n, entry in state.moments.items()}
+    tensors: Tensors = {name: rescaled(name, cut(name, tensor), -1) for name, tensor in state.tensors.items()}
+    moments = {
+        n: {key: rescaled(n, cut(n, moment), powers[key]) for key, moment in entry.items()}
+        for n, entry in state.moments.items()
+    }
     return replace(state, tensors=tensors, moments=moments)

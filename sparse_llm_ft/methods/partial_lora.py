@@ -1,6 +1,7 @@
 """Partial-LoRA (Damirchi et al., 2024): delta W = (u_row · B)(u_col · A) with masks u drawn by derived ratios (eq. 6).
 
-phase "head":    only if a fresh classification head is needed for importance or accuracy: fits the head alone, on D_t
+phase "head":    only if a fresh classification head is needed for importance or accuracy: fits the head alone, on half
+                 of D_t; importance and Algorithm 1 then take the other half
 phase "derive":  takes no step; computes importance of rows and columns, and Algorithm 1, on D_t
 phase "train":   trains the unmasked entries of A and B
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt
 
@@ -35,8 +36,9 @@ class MaskSettings(ForwardPasses, MethodSettings):
     """Settings of methods that score the base before they draw masks.
 
     Attributes:
-        head_epochs, head_learning_rate: passes over D_t, and their learning rate, in which a fresh classification head
-            is fitted alone before the base is scored.
+        head_epochs, head_learning_rate: passes over half of D_t, and their learning rate, in which a fresh
+            classification head is fitted alone before the base is scored on the other half. Accuracy on samples that
+            the head has seen would say little about the base.
         cache_dir: folder of cached derivations; null: the user's cache folder.
     """
 
@@ -59,7 +61,12 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
         ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
             layer's depth; or a JSON or YAML file with a ratio per module.
-        ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``.
+        ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``. Under ``derived`` (ours): the share
+            of LoRA's values that is trained. Derived ratios are multiplied by one factor to give it: the derivation
+            says where to keep more, and this how much.
+        min_ratio: the smallest share that a module keeps, of rows and of columns (ours); smaller ratios are raised.
+        mask_scaling: divide each adapter's output by the square root of its kept share of columns (ours). A keeps the
+            variance of a full-width LoRA's, so without it A x has that much less.
         compare_importance: also compute the other two importances, for the report's figure of their overlap.
         base: ``adalora`` masks AdaLoRA instead (Partial-AdaLoRA), with the settings `adalora`; ``dora`` masks DoRA.
         masking: where masks are applied: in the sharded ``optimizer``, with full layers of any tuner; or ``compact``,
@@ -72,13 +79,15 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
     temperature: Float = Field(1.0, gt=0)
     ratios: FilePath = "derived"
     ratio: Float | None = Field(None, ge=0, le=1)
+    min_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    mask_scaling: StrictBool = False
     compare_importance: StrictBool = False
     base: Literal["lora", "adalora", "dora"] = "lora"
     adalora: AdaLoraSchedule = AdaLoraSchedule()
     masking: Literal["optimizer", "compact"] = "optimizer"
 
     @property
-    def derivation(self) -> DerivationSettings:
+    def derivation_settings(self) -> DerivationSettings:
         """Those of the settings that a derivation reads."""
         return DerivationSettings.model_validate({key: getattr(self, key) for key in DerivationSettings.model_fields})
 
@@ -109,15 +118,19 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         needs = self.ratios in ("balanced", "pyramidal")
         if needs and self.ratio is None:
             raise ConfigError("method.ratio", f"not given, and ratios is {self.ratios}", "expected 0 to 1")
-        if not needs and self.ratio is not None:
-            raise ConfigError(
-                "method.ratio", f"has no effect under ratios {self.ratios!r}", "expected ratios: balanced"
-            )
+        if not needs and not self.derives and self.ratio is not None:
+            raise ConfigError("method.ratio", "has no effect on ratios from a file", "expected ratios: balanced")
         if not needs and not self.derives and not Path(self.ratios).is_file():
             raise ConfigError(
                 "method.ratios",
                 f"{self.ratios!r} is not a file",
                 "expected derived, balanced, pyramidal, or a JSON or YAML file",
+            )
+        if self.min_ratio and self.ratios == "balanced":
+            raise ConfigError("method.min_ratio", "has no effect under ratios 'balanced'", "expected method.ratio")
+        if self.mask_scaling and self.base == "adalora":
+            raise ConfigError(
+                "method.mask_scaling", "true, and AdaLoRA has one scaling for all", "expected base: lora or dora"
             )
         if self.adalora != AdaLoraSchedule() and self.base != "adalora":
             raise ConfigError("method.adalora", "has no effect under base lora", "expected base: adalora")
@@ -152,7 +165,7 @@ class PartialLora(Method[PartialLoraSettings]):
             subset=Subset(settings.sample_fraction, settings.shots, self.inputs.seed),
             scoring=ScoringSpec(
                 "derivation",
-                settings.derivation,
+                settings.derivation_settings,
                 search=settings.derives,
                 compare=settings.compare_importance,
                 cache_dir=settings.cache_dir,
@@ -165,9 +178,17 @@ class PartialLora(Method[PartialLoraSettings]):
         needs_head = has_head and not state.tensors and (settings.derives or settings.importance != "svd")
         if not needs_head:
             return replace(measuring, name="derive", steps=0), state
+        assert measuring.subset is not None
+        if settings.shots == 1:
+            raise ConfigError(
+                "method.shots",
+                "1, and a fresh head is fitted on half of the samples of each class",
+                "expected 2 or more, or method.sample_fraction",
+            )
         fit = replace(
             measuring,
             name="head",
+            subset=replace(measuring.subset, part="half"),
             plan=replace(plan, modules=dict.fromkeys(plan.modules)),
             target_plan=plan,
             epochs=settings.head_epochs,
@@ -208,32 +229,41 @@ class PartialLora(Method[PartialLoraSettings]):
         scores: Derivation | None,
         targets: Mapping[str, Shape],
     ) -> tuple[Phase, TrainState]:
-        from sparse_llm_ft.methods.masking import mask_state, masked_plan
+        from sparse_llm_ft.methods.masking import mask_state, masked_plan, scaled_masks
         from sparse_llm_ft.scoring import preserve_flow
 
         settings, inputs = self.settings, self.inputs
         importance = None if scores is None else scores.importance
         if importance is not None and settings.flow_preservation:
             importance = preserve_flow(importance)
-        ratios = self._ratios(list(plan.active), scores)
+        ratios = self._ratios(list(plan.active), scores, targets)
         masked = masked_plan(plan, targets, ratios, importance, settings.selection, settings.temperature, inputs.seed)
         masked = replace(masked, masking=settings.masking)
+        if settings.mask_scaling:
+            masked = scaled_masks(masked)
         if settings.base == "dora":
             masked = replace(masked, tuner="dora")
         if settings.base == "adalora":
             # AdaLoRA's matrices differ from those that may be trained already.
             return replace(phase, plan=adalora_plan(masked, settings.adalora, inputs)), state.fresh()
-        return replace(phase, plan=masked), mask_state(state, masked)
+        return replace(phase, plan=masked), mask_state(state, plan, masked)
 
-    def _ratios(self, names: list[str], scores: Derivation | None) -> Mapping[str, tuple[float, float]]:
-        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file
+    def _ratios(
+        self, names: list[str], scores: Derivation | None, targets: Mapping[str, Shape]
+    ) -> Mapping[str, tuple[float, float]]:
+        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file, with_share
 
         settings = self.settings
-        if settings.derives:
-            assert scores is not None
-            return scores.ratios
         if settings.ratios == "balanced":
             return balanced(names, float(settings.ratio or 0.0))
-        if settings.ratios == "pyramidal":
-            return pyramidal(names, float(settings.ratio or 0.0))
-        return ratios_from_file(settings.ratios, names)
+        if settings.derives:
+            assert scores is not None
+            ratios = scores.ratios
+            if settings.ratio is not None:
+                ratios = with_share(ratios, {name: targets[name] for name in names}, settings.ratio)
+        elif settings.ratios == "pyramidal":
+            ratios = pyramidal(names, float(settings.ratio or 0.0))
+        else:
+            ratios = ratios_from_file(settings.ratios, names)
+        least = settings.min_ratio
+        return {name: (max(rows, least), max(cols, least)) for name, (rows, cols) in ratios.items()}

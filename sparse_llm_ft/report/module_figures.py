@@ -79,9 +79,21 @@ def kept_fraction(report: RunReport) -> Drawing | None:
     return Drawing(
         figure,
         "Rows and columns kept",
-        "Which fraction of each module's outputs and inputs its adapter reaches, by layer and module type.",
+        "Which fraction of each module's outputs and inputs its adapter reaches, by layer and module type."
+        + _ratios_of_zero(report),
         f"Line charts by layer: {min(rows):.0%} to {max(rows):.0%} of the rows and "
         f"{min(columns):.0%} to {max(columns):.0%} of the columns are kept.",
+    )
+
+
+def _ratios_of_zero(report: RunReport) -> str:
+    """A sentence about derived ratios of 0; empty without any."""
+    ratios = [share for pair in (report.partial_scores or {"ratios": {}})["ratios"].values() for share in pair]
+    if 0 not in ratios:
+        return ""
+    return (
+        f" {ratios.count(0)} of {len(ratios)} derived ratios are 0: each of these modules can be zeroed entirely "
+        "without losing accuracy, so its ratios carry no information."
     )
 
 

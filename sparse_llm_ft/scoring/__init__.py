@@ -6,7 +6,7 @@ from sparse_llm_ft.scoring.derivation import Derivation, derive, measure_only
 from sparse_llm_ft.scoring.importance import Importance, overlap, preserve_flow, svd_importance
 from sparse_llm_ft.scoring.lora_output import OutputScores, importance_by_type, select_layers
 from sparse_llm_ft.scoring.masks import draw_masks
-from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file
+from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file, with_share
 
 __all__ = [
     "ALONE",
@@ -26,4 +26,5 @@ __all__ = [
     "ratios_from_file",
     "select_layers",
     "svd_importance",
+    "with_share",
 ]

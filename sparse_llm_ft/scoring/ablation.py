@@ -11,10 +11,13 @@ from torch import nn
 
 from sparse_llm_ft.config.derivation import FloorMetric
 from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.model.linear import LinearLayer
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.scoring.blocks import PrefixCache, recorded_calls
+from sparse_llm_ft.scoring.contracts import WorkShard
 
 Side = Literal["rows", "cols"]
+SIDES: tuple[Side, Side] = ("rows", "cols")
 
 
 @contextmanager
@@ -45,6 +48,16 @@ def zeroed(module: nn.Module, side: Side, keep: torch.Tensor, bias: torch.Tensor
         yield
     finally:
         handle.remove()
+
+
+def unsharded_biases(modules: Mapping[str, LinearLayer], shard: WorkShard) -> dict[str, torch.Tensor]:
+    """Collective if lockstep. Module -> a copy of its bias, (d_out,); without those that have none."""
+    biases = {}
+    for name, linear in modules.items():
+        if linear.bias is not None:
+            with shard.gather(linear):
+                biases[name] = linear.bias.detach().clone()
+    return biases
 
 
 class AblationEvaluator:

@@ -16,7 +16,8 @@ from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.model.linear import LinearLayer, sides
 from sparse_llm_ft.objectives.base import Objective, evaluating
-from sparse_llm_ft.scoring.ablation import AblationEvaluator
+from sparse_llm_ft.scoring.ablation import SIDES, AblationEvaluator
+from sparse_llm_ft.scoring.blocks import group_by_block
 from sparse_llm_ft.scoring.contracts import ALONE, T, WorkShard
 from sparse_llm_ft.scoring.gradients import gradient_importance
 from sparse_llm_ft.scoring.importance import (
@@ -27,7 +28,8 @@ from sparse_llm_ft.scoring.importance import (
     preserve_flow,
     svd_importance,
 )
-from sparse_llm_ft.scoring.layer_search import SIDES, LayerSearch
+from sparse_llm_ft.scoring.joint_search import JointSearch
+from sparse_llm_ft.scoring.layer_search import LayerSearch
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,20 +101,34 @@ class Derivation:
         accuracy = f"accuracy {self.mu:.3f} ± {self.standard_error:.3f} (majority {self.majority:.3f})"
         return (
             f"{accuracy} on {self.samples} samples; importance {self.settings.importance}, "
-            f"mean kept share {sum(kept) / len(kept):.3f}"
+            f"{self.settings.derivation} derivation, mean kept share {sum(kept) / len(kept):.3f}, "
+            f"{kept.count(0.0)} of {len(kept)} ratios 0"
+        )
+
+    def collapse(self) -> str | None:
+        """A sentence about ratios of 0, which say nothing about their modules; None if there are none."""
+        zeros = {name: sum(share == 0 for share in pair) for name, pair in self.ratios.items()}
+        total = sum(zeros.values())
+        if not total:
+            return None
+        return (
+            f"{total} of {2 * len(zeros)} ratios are 0 ({_by_layer(zeros)}): each of these modules can be zeroed "
+            "entirely without losing accuracy; their ratios carry no information; method.derivation: joint and "
+            "method.min_ratio avoid this"
         )
 
     def summary(self) -> dict[str, object]:
         """Everything but the importance as JSON values, for the report."""
         return {
             "kind": "partial",
+            "derivation": self.settings.derivation,
             "importance": self.settings.importance,
             "accuracy_floor": self.settings.accuracy_floor,
             "floor_metric": self.settings.floor_metric,
             **{key: getattr(self, key) for key in ("mu", "standard_error", "majority", "loss", "samples", "units")},
             "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
             "overlap": {pair: {n: list(shares) for n, shares in both.items()} for pair, both in self.overlaps.items()},
-            "notes": list(self.notes),
+            "notes": [*self.notes, *filter(None, [self.collapse()])],
         }
 
 
@@ -126,7 +142,10 @@ def derive(
     report: Callable[[int, int], None] | None = None,
     compare: bool = False,
 ) -> Derivation:
-    """Collective. Algorithm 1 for the rows and the columns of every module, each with all others intact.
+    """Collective. The kept shares of the rows and the columns of every module.
+
+    Under ``derivation: single`` Algorithm 1 searches each with all others intact; under ``joint`` all modules are cut
+    together (`JointSearch`, ours), in at most 16 passes over D_t. The rest of this text is about ``single``.
 
     It zeroes the least important indices one after the other until the metric on D_t falls below its floor, and keeps
     those that are left. `find_crossing` finds this point, and says what it means if the metric is not monotone.
@@ -142,7 +161,8 @@ def derive(
         model: on its device, and in evaluation mode meanwhile; its parameters neither change nor get gradients.
         modules: target name -> its linear layer (the base layer of a wrapped one).
         samples: D_t; the same on every rank.
-        report: called after each layer with the number of finished layers and of all.
+        report: called after each layer with the number of finished layers and of all; under ``joint``, after the rows
+            and after the columns.
         compare: also compute the other two importances, and how far their top indices agree.
 
     Raises:
@@ -150,9 +170,7 @@ def derive(
             answer, so that ratios would be noise (only with ``floor_metric: accuracy``).
         TrainingError: a score or the loss is not finite.
     """
-    units = sum(objective.scored(sample) for sample in samples)
-    if units == 0:
-        raise UserError(f"the few-shot subset has {len(samples)} samples and nothing to score; raise method.shots")
+    units = _scored_units(samples, objective)
     with evaluating(model), torch.no_grad():
         # The unmodified model sets the floor.
         batches = _batches(model, samples, objective, settings.micro_batch_size)
@@ -169,8 +187,13 @@ def derive(
         # Search for the ratios, in the order of importance.
         importance = _measure(model, modules, batches, objective, settings.importance, shard)
         scores = preserve_flow(importance) if settings.flow_preservation else importance
-        search = LayerSearch(model, modules, scores, evaluator, _floor(settings, correct, loss), shard)
-        ratios = search.run(report)
+        floor = _floor(settings, correct, loss)
+        notes: tuple[str, ...] = ()
+        if settings.derivation == "joint":
+            ratios = JointSearch(modules, scores, evaluator, floor, shard).run(report)
+        else:
+            search = LayerSearch(model, modules, scores, evaluator, floor, shard)
+            ratios, notes = search.run(report), search.notes
         # Compare the three importances, if asked for.
         overlaps: dict[str, dict[str, tuple[float, float]]] = {}
         if compare:
@@ -183,7 +206,7 @@ def derive(
             overlaps = {f"{a}-{b}": overlap(every[a], every[b], ratios) for a, b in combinations(every, 2)}
     mean_loss = loss / sum(objective.units(sample) for sample in samples)
     return Derivation(
-        settings, mu, error, majority, mean_loss, len(samples), units, ratios, importance, search.notes, overlaps
+        settings, mu, error, majority, mean_loss, len(samples), units, ratios, importance, notes, overlaps
     )
 
 
@@ -197,13 +220,48 @@ def measure_only(
 ) -> Derivation:
     """Collective. Only importance, for masks with given ratios; no accuracy is computed.
 
-    Arguments as in `derive`. Raises TrainingError if a score is not finite.
+    Arguments as in `derive`. Raises TrainingError if a score is not finite, and UserError if there is nothing to score.
     """
+    units = _scored_units(samples, objective)
     with evaluating(model), torch.no_grad():
         batches = _batches(model, samples, objective, settings.micro_batch_size)
         importance = _measure(model, modules, batches, objective, settings.importance, shard)
-    units = sum(objective.scored(sample) for sample in samples)
     return Derivation(settings, 0.0, 0.0, 0.0, 0.0, len(samples), units, {}, importance)
+
+
+def _scored_units(samples: Sequence[T], objective: Objective[T]) -> int:
+    units = sum(objective.scored(sample) for sample in samples)
+    if units == 0:
+        raise UserError(f"the few-shot subset has {len(samples)} samples and nothing to score; raise method.shots")
+    return units
+
+
+def _by_layer(zeros: Mapping[str, int]) -> str:
+    """Ratios of 0 by layer, with neighbours alike in one: ``encoder.layer.0-4: 12 of 12, encoder.layer.5: 8 of 12``.
+
+    Args:
+        zeros: module -> how many of its two ratios are 0.
+    """
+    groups, rest = group_by_block(zeros)
+    counts = {block: (sum(zeros[n] for n in names), 2 * len(names)) for block, names in groups.items()}
+    counts |= {name: (zeros[name], 2) for name in rest}
+    runs: list[list[str]] = []
+    for place in counts:
+        alike = runs and counts[runs[-1][-1]] == counts[place] and place in groups and runs[-1][-1] in groups
+        if alike and _stack_of(runs[-1][-1]) == _stack_of(place):
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    parts = []
+    for first, *others in runs:
+        to = f"-{others[-1].rpartition('.')[2]}" if others else ""
+        zero, total = counts[first]
+        parts += [f"{first}{to}: {zero} of {total}"] if zero else []
+    return ", ".join(parts)
+
+
+def _stack_of(block: str) -> str:
+    return block.rpartition(".")[0]
 
 
 def _batches(model: nn.Module, samples: Sequence[T], objective: Objective[T], size: int) -> list[Batch]:

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.model.linear import LinearLayer
-from sparse_llm_ft.scoring.ablation import AblationEvaluator, Side, zeroed
+from sparse_llm_ft.scoring.ablation import SIDES, AblationEvaluator, Side, unsharded_biases, zeroed
 from sparse_llm_ft.scoring.blocks import PrefixCache, find_blocks, group_by_block
 from sparse_llm_ft.scoring.contracts import WorkShard
 from sparse_llm_ft.scoring.importance import Importance, ranking
 from sparse_llm_ft.scoring.search import find_crossing, most_tests
-
-SIDES: tuple[Side, Side] = ("rows", "cols")
 
 
 class Job(NamedTuple):
@@ -144,7 +142,7 @@ class LayerSearch:
         shard = self._shard
         loads = [0] * shard.size if shard.lockstep else self._loads  # in lockstep, ranks wait at every layer
         shares = distribute(jobs, loads)
-        biases = self._biases(jobs)
+        biases = unsharded_biases({job.name: self._modules[job.name] for job in jobs}, shard)
         before = self._evaluator.forwards
         for job in shares[shard.rank]:
             passes = partial(self._test, job, biases.get(job.name))
@@ -153,16 +151,6 @@ class LayerSearch:
             made = (self._evaluator.forwards - before) // len(self._evaluator.batches)
             for _ in range(max(loads) - made):
                 self._evaluator.total(self._evaluator.metric)
-
-    def _biases(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
-        """Collective if lockstep. Unsharded copies of the modules' biases."""
-        biases = {}
-        for name in dict.fromkeys(job.name for job in jobs):
-            linear = self._modules[name]
-            if linear.bias is not None:
-                with self._shard.gather(linear):
-                    biases[name] = linear.bias.detach().clone()
-        return biases
 
     def _test(self, job: Job, bias: torch.Tensor | None, k: int) -> bool:
         """Whether the model is good enough with the k least important indices zeroed."""

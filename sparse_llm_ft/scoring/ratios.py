@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_yaml
-from sparse_llm_ft.plan import ModuleName
+from sparse_llm_ft.plan import ModuleName, Shape
 
 Ratio = tuple[float, float]
 """(p_row, p_col)"""
@@ -33,6 +33,25 @@ def pyramidal(names: Iterable[str], p: float) -> dict[str, Ratio]:
         value = p ** (1 if number is None else number + 1)
         ratios[name] = (value, value)
     return ratios
+
+
+def with_share(ratios: Mapping[str, Ratio], shapes: Mapping[str, Shape], share: float) -> dict[str, Ratio]:
+    """The ratios times one factor, none above 1, so that adapters of one rank keep `share` of their values (ours).
+
+    Ratios of 0 stay 0. If the others cannot hold the share, they are 1.
+
+    Args:
+        shapes: module -> (out_features, in_features).
+        share: of the sum of all sides.
+    """
+    sides = [(p, size) for name, shape in shapes.items() for p, size in zip(ratios[name], shape, strict=True)]
+    wanted = share * sum(size for _, size in sides)
+    low, high = 0.0, 1 / min((p for p, _ in sides if p), default=1.0)  # at `high` all but zeros are 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = sum(min(1.0, middle * p) * size for p, size in sides) >= wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return {name: (min(1.0, high * ratios[name][0]), min(1.0, high * ratios[name][1])) for name in shapes}
 
 
 def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.config.schema import AdapterConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.subset import LEAST
@@ -228,6 +230,32 @@ def describe_phase(context: RunContext, phase: Phase) -> list[str]:
         *([f"trained beside them: {plan.describe_trained()}"] if plan.trained and plan.active else []),
         *([f"without adapters: {left_out.describe()}"] if left_out.kinds and plan.active else []),
         f"{count_parameters(plan, context.targets) + whole:,} trainable parameters",
+        *mask_remarks(plan, context.targets, context.config.adapter),
+    ]
+
+
+def mask_remarks(plan: AdapterPlan, targets: Mapping[str, Shape], adapter: AdapterConfig) -> list[str]:
+    """A line about the learning rate that masks want; none for a plan that keeps nearly all.
+
+    Adam moves every kept entry of B by about the learning rate, whatever its gradient. To first order a step changes
+    the loss by the sum over the kept rows of that times A x, whose size falls with the root of the kept columns: by
+    p_row sqrt(p_col) of what it does without masks, times the plan's scaling over ``lora_alpha / r``
+    (``method.mask_scaling``). Its inverse, limited to 4 to 64, makes up for this; where it is large, curvature allows
+    less (ours).
+    """
+    shares = []
+    for name, a in plan.active.items():
+        rows, cols = a.shape(targets[name])
+        shares.append((rows / targets[name][0], cols / targets[name][1], a.scaling * adapter.r / adapter.lora_alpha))
+    effect = mean(p_row * p_col**0.5 * scale for p_row, p_col, scale in shares) if shares else 1.0
+    if effect > 0.5 or not any(a.rows or a.cols for a in plan.active.values()):
+        return []
+    p_row, p_col, _ = (mean(values) for values in zip(*shares, strict=True))
+    most = min(64, max(4, round(1 / effect)))
+    return [
+        f"masks keep p_row {p_row:.3f} and p_col {p_col:.3f} on average; Adam's first-order step is {effect:.3f} of "
+        f"LoRA's (p_row sqrt(p_col), times the scaling): consider LoRA's training.learning_rate x 4"
+        + (f" to x {most}" if most > 4 else "")
     ]
 
 
@@ -249,7 +277,7 @@ def describe_scores(
 def describe_measurement(scores: Scores, phase: Phase) -> str | None:
     """The phase's scores in a line for the summary; None without scores."""
     if isinstance(scores, Derivation):
-        how = "the head fitted on them first" if phase.target_plan is not None else "no head fitted"
+        how = "the head fitted on the other half of D_t" if phase.target_plan is not None else "no head fitted"
         return f"{scores.describe()}, {how}"
     if isinstance(scores, EntryScores):
         count = sum(map(torch.numel, scores.values.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -46,6 +46,7 @@ from sparse_llm_ft.training.records import (
     describe_phase,
     draw_report,
     finished_phase_file,
+    mask_remarks,
     phase_file,
     remarks,
     show_summary,
@@ -163,7 +164,7 @@ class Run:
         while True:
             # Train the phase and take its scores; the method makes the next phase from them.
             engine, state = self._train_phase(model, phase, state)
-            scores = self.scorer(engine, phase, self.data.subset(phase.subset), state.tensors)
+            scores = self.scorer(engine, phase, *self._scored(phase), state.tensors)
             following = self.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
@@ -184,9 +185,14 @@ class Run:
         # Fit the head, if the phase trains one; then derive.
         for _ in loop.steps():
             exit_if_preempted()
-        scores = self.scorer(engine, phase, self.data.subset(phase.subset), engine.values())
+        scores = self.scorer(engine, phase, *self._scored(phase), engine.values())
         engine.close()
         self.console.show_ratios(describe_measurement(scores, phase), getattr(scores, "ratios", {}))
+
+    def _scored(self, phase: Phase) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The samples that a phase's scores are taken on, and others that the phase trained on."""
+        scored = phase.scored
+        return self.data.subset(scored), () if scored == phase.subset else self.data.subset(phase.subset)
 
     def _begin(self, first: Phase) -> tuple[TrainState | None, Phase]:
         """Collective. Take the folder, find the state and phase to begin with, and write the folder's first files."""
@@ -219,6 +225,8 @@ class Run:
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
             state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         # Open the phase's loop, record and logs.
+        for remark in mask_remarks(phase.plan, self.targets, self.config.adapter):
+            self.console.log(remark)
         loop = self._loop(engine, phase, state)
         progress = loop.progress
         record = PhaseRecord.of(

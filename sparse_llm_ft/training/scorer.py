@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -53,10 +54,18 @@ class Scorer(Generic[T]):
     def __init__(self, config: RunConfig, world: World, objective: Objective[T], console: Console) -> None:
         self.config, self.world, self.objective, self.console = config, world, objective, console
 
-    def __call__(self, engine: Engine, phase: Phase, samples: Sequence[T], values: dict[str, torch.Tensor]) -> Scores:
+    def __call__(
+        self,
+        engine: Engine,
+        phase: Phase,
+        samples: Sequence[T],
+        fitted: Sequence[T],
+        values: dict[str, torch.Tensor],
+    ) -> Scores:
         """Collective. The scores that the phase asks for, on `samples`; None if it asks for none.
 
         Args:
+            fitted: samples that the phase's head was fitted on, none of them in `samples`.
             values: the trained parameters at the phase's end.
         """
         if phase.scoring is None:
@@ -65,7 +74,7 @@ class Scorer(Generic[T]):
             return self.lora_output(engine.module, list(phase.plan.active), samples)
         if phase.scoring.kind == "entries":
             return self.entries(engine, samples)
-        return self.derivation(engine, phase, phase.scoring, samples, values)
+        return self.derivation(engine, phase, phase.scoring, samples, fitted, values)
 
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[T]) -> dict[str, float]:
         """Collective. g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
@@ -118,6 +127,7 @@ class Scorer(Generic[T]):
         phase: Phase,
         spec: ScoringSpec,
         samples: Sequence[T],
+        fitted: Sequence[T],
         values: dict[str, torch.Tensor],
     ) -> Derivation:
         """Collective. Importance and ratios of the base's weights, from the cache if they were derived before.
@@ -127,15 +137,23 @@ class Scorer(Generic[T]):
         """
         names = list((phase.target_plan or phase.plan).active)
         folder = derivations_folder(spec.cache_dir)
-        key, found = self._from_cache(phase, folder, names, samples, values)
+        key, found = self._from_cache(phase, folder, names, samples, fitted, values)
         if found is not None:
             self.console.log(f"ratios of {len(names)} modules are in {folder}")
-            return found
-        importance = spec.derivation.importance
-        self.console.log(f"deriving on {len(samples)} samples: {len(names)} modules, importance {importance}")
+            return self._warned(found)
+        settings = spec.derivation
+        how = f"importance {settings.importance}" + (f", {settings.derivation} derivation" if spec.search else "")
+        apart = f" beside the {len(fitted)} that the head was fitted on" if len(fitted) else ""
+        self.console.log(f"deriving on {len(samples)} samples{apart}: {len(names)} modules, {how}")
         derivation = self._derive(engine, spec, names, samples)
         if self.world.rank == 0:
             self._keep(folder, key, derivation)
+        return self._warned(derivation)
+
+    def _warned(self, derivation: Derivation) -> Derivation:
+        """The derivation, with a line in the log where its ratios say nothing."""
+        if warning := derivation.collapse():
+            self.console.log(f"warning: {warning}")
         return derivation
 
     def _keep(self, folder: Path, key: str, derivation: Derivation) -> None:
@@ -161,18 +179,26 @@ class Scorer(Generic[T]):
             parameter.requires_grad_(False)
         try:
             if spec.search:
-                return derive(model, modules, samples, self.objective, settings, shard, self._report, spec.compare)
+                report = partial(self._report, "sides" if settings.derivation == "joint" else "layers")
+                return derive(model, modules, samples, self.objective, settings, shard, report, spec.compare)
             return measure_only(model, modules, samples, self.objective, settings, shard)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)
 
-    def _report(self, done: int, layers: int) -> None:
+    def _report(self, what: str, done: int, layers: int) -> None:
         """Collective. Log progress, and stop if a signal asked for it."""
-        self.console.log(f"derived {done} of {layers} layers")
+        self.console.log(f"derived {done} of {layers} {what}")
         exit_if_preempted()
 
-    def _key(self, phase: Phase, names: list[str], samples: Sequence[T], values: dict[str, torch.Tensor]) -> str:
+    def _key(
+        self,
+        phase: Phase,
+        names: list[str],
+        samples: Sequence[T],
+        fitted: Sequence[T],
+        values: dict[str, torch.Tensor],
+    ) -> str:
         """The cache key: a hash of the base's files, D_t, the head, and every setting that ratios depend on."""
         config, spec, training = self.config, phase.scoring, self.config.training
         assert spec is not None
@@ -180,7 +206,8 @@ class Scorer(Generic[T]):
             fitting = training.model_dump(
                 exclude={"micro_batch_size", "learning_rate", "head_learning_rate", *_CADENCE}
             )
-            head: object = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
+            order = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
+            head: object = [*order, hash_samples(fitted)]
         else:
             trained = values if phase.method else base_tensors(values)
             head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
@@ -197,7 +224,13 @@ class Scorer(Generic[T]):
         )
 
     def _from_cache(
-        self, phase: Phase, folder: Path, names: list[str], samples: Sequence[T], values: dict[str, torch.Tensor]
+        self,
+        phase: Phase,
+        folder: Path,
+        names: list[str],
+        samples: Sequence[T],
+        fitted: Sequence[T],
+        values: dict[str, torch.Tensor],
     ) -> tuple[str, Derivation | None]:
         """Collective. The key (empty except on rank 0) and the derivation stored under it. Rank 0 looks and sends what
         it finds to the others, whose nodes need not share its cache.
@@ -206,7 +239,7 @@ class Scorer(Generic[T]):
 
         def look() -> None:
             nonlocal key, data
-            key = self._key(phase, names, samples, values)
+            key = self._key(phase, names, samples, fitted, values)
             found = load(folder, key, warn=self.console.log)
             data = to_bytes(found) if found else b""
 

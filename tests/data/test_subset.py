@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from sparse_llm_ft.data.subset import default_size, stratified
+from sparse_llm_ft.data.subset import default_size, halves, stratified
 from sparse_llm_ft.data.tasks import TASKS
 
 LABELS = [0] * 50 + [1] * 30 + [2] * 3
@@ -85,3 +85,13 @@ def test_a_subset_of_no_given_size_is_the_tasks_share_or_shots_and_never_a_handf
     assert stratified([0, 1, 0], fraction=fraction, shots=shots, seed=0) == [0, 1, 2]
     for glue in (task for name, task in TASKS.items() if name.startswith("glue/")):
         assert glue.few_shot_fraction == (0.05 if glue.name[5:] in ("sst2", "qqp", "mnli", "qnli") else 0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_halves_share_every_class_and_no_sample(seed: int) -> None:
+    chosen = stratified(LABELS, fraction=None, shots=7, seed=seed)
+    first, second = halves(LABELS, chosen)
+    assert sorted(first + second) == chosen and not set(first) & set(second)
+    assert counts(first) == {0: 4, 1: 4, 2: 2} and counts(second) == {0: 3, 1: 3, 2: 1}
+    assert halves(LABELS, chosen) == (first, second)
+    assert halves([None] * 3, [0, 2]) == ([0], [2])

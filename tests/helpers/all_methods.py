@@ -23,6 +23,7 @@ METHODS: dict[str, Any] = {
     "partial": PARTIAL,
     "partial_imp": PARTIAL | {"importance": "imp", "selection": "stochastic", "compare_importance": True},
     "partial_compact": PARTIAL | {"masking": "compact"},
+    "partial_joint": PARTIAL | {"derivation": "joint", "ratio": 0.4, "mask_scaling": True, "min_ratio": 0.2},
     "partial_dora": PARTIAL | {"base": "dora"},
     "partial_adalora": PARTIAL | {"base": "adalora", "adalora": {"target_r": 2}},
     "pyramidal": {"name": "partial_lora", "ratios": "pyramidal", "ratio": 0.7},

@@ -129,6 +129,7 @@ def a_derivation_is_the_same_at_stages_2_and_3_and_for_every_world() -> None:
     check_derivation("svd", (2,), False, 2)
     check_derivation("snip", (3,), False, 5)
     check_derivation("svd", (3,), True, 5)
+    check_derivation("svd", (2, 3), False, 5, "joint")
 
 
 @long_case
@@ -138,10 +139,14 @@ def a_derivation_is_the_same_at_every_stage_with_every_importance() -> None:
             check_derivation(importance, (0, 1, 2, 3), four_bit, 2)
 
 
-def check_derivation(importance: str, stages: tuple[int, ...], four_bit: bool, step: int) -> None:
+def check_derivation(
+    importance: str, stages: tuple[int, ...], four_bit: bool, step: int, derivation: str = "single"
+) -> None:
     """Of each `step`-th module: all of them are of both layers, and the second ones are each kind once."""
     few = SAMPLES[:6]
-    settings = {"importance": importance, "accuracy_floor": 1.0, "floor_metric": "loss", "micro_batch_size": 4}
+    floor = 1.0 if derivation == "single" else 0.9995  # between none and all on this model
+    settings = {"derivation": derivation, "importance": importance, "accuracy_floor": floor}
+    settings |= {"floor_metric": "loss", "micro_batch_size": 4}
     measure = ScoringSpec("derivation", compare=True, derivation=DerivationSettings.model_validate(settings))
     plan = plan_for(base_model())
     modules = list(plan.active)[::step]

@@ -30,7 +30,8 @@ def test_a_causal_model_is_measured_before_any_step() -> None:
 def test_a_fresh_head_is_fitted_alone_first_and_begins_anew_after() -> None:
     chain, phase = start({"name": "partial_lora", "sample_fraction": 0.05, "head_epochs": 7}, ("classifier",))
     assert phase.name == "head" and not phase.plan.active and phase.plan.trained == ("classifier",)
-    assert phase.is_warmup and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0)
+    assert phase.is_warmup and phase.epochs == 7 and phase.subset == Subset(0.05, None, 0, "half")
+    assert phase.scored == Subset(0.05, None, 0, "other_half")
     after, begins = chain.next(phase, state(phase, head=True), derivation(), TARGETS)
     assert list(after.plan.active) == list(TARGETS) and after.plan.trained == ("classifier",)
     assert begins.tensors == {} and after.open_ended and not after.is_warmup
@@ -57,6 +58,54 @@ def test_ratio_zero_keeps_one_and_ratio_one_is_plain_lora(ratio: float) -> None:
         assert adapter.shape(TARGETS[name]) == ((1, 1) if ratio == 0 else TARGETS[name])
     if ratio == 1:
         assert all(a.rows is None and a.cols is None for a in phase.plan.active.values())
+
+
+def test_a_lower_bound_and_a_share_of_derived_ratios() -> None:
+    bounded = masked({"min_ratio": 0.375, "selection": "targeted"}, (0.25, 0.5))
+    for name, adapter in bounded.plan.active.items():
+        rows, columns = TARGETS[name]
+        assert adapter.shape(TARGETS[name]) == (int(0.375 * rows + 0.5), columns // 2)
+    whole = sum(adapter.matrices(TARGETS[name]) for name, adapter in start("lora")[1].plan.active.items())
+    shared = masked({"ratio": 0.5, "selection": "targeted"}, (0.25, 0.25))
+    kept = sum(adapter.matrices(TARGETS[name]) for name, adapter in shared.plan.active.items())
+    assert kept / whole == 0.5
+
+
+def test_a_head_needs_samples_for_both_halves() -> None:
+    with pytest.raises(ConfigError, match=r"method\.shots: 1, and a fresh head .* expected 2 or more"):
+        start({"name": "partial_lora", "shots": 1}, ("classifier",))
+    start({"name": "partial_lora", "shots": 1})
+
+
+def test_scaled_masks_make_up_for_the_columns_that_A_lacks() -> None:
+    """The scaling times sqrt(p_col) is LoRA's: with A drawn as for all columns, A x has LoRA's variance."""
+    plain, scaled = (masked({"mask_scaling": scaling}).plan for scaling in (False, True))
+    for name, adapter in plain.active.items():
+        kept = adapter.shape(TARGETS[name])[1] / TARGETS[name][1]
+        assert adapter.scaling == 3.0 and scaled.active[name].scaling * kept**0.5 == pytest.approx(3.0)
+        assert replace(scaled.active[name], lora_alpha=adapter.lora_alpha) == adapter
+    assert masked({"mask_scaling": True}, (0.5, 1.0)).plan.active["layers.0.attn.q"].scaling == 3.0
+
+
+def test_a_scaled_mask_leaves_what_was_trained_as_it_was() -> None:
+    """ΔW stays at the kept places, and so does Adam's next step of ΔW: B's gradient grows as its values shrink."""
+    masks = {"name": "partial_lora", "selection": "targeted", "mask_scaling": True}
+    method = [{"name": "weight_lora", "keep": 3, "steps": 5}, masks]
+    chain, select = start(method)
+    before = state(select)
+    derive, survivors = chain.next(select, before, None, TARGETS)
+    train, after = chain.next(derive, survivors, derivation(), TARGETS)
+    for name, adapter in train.plan.active.items():
+        rows, cols = torch.tensor(adapter.rows.indices), torch.tensor(adapter.cols.indices)
+        old, growth = select.plan.active[name].scaling, adapter.scaling / select.plan.active[name].scaling
+        assert growth > 1
+        was = old * before.tensors[f"{name}.lora_B"] @ before.tensors[f"{name}.lora_A"]
+        now = adapter.scaling * after.tensors[f"{name}.lora_B"] @ after.tensors[f"{name}.lora_A"]
+        torch.testing.assert_close(now, was[rows][:, cols])
+        for part, power, index in (("lora_A", 0, (slice(None), cols)), ("lora_B", 1, (rows,))):
+            old_moments, moments = before.moments[f"{name}.{part}"], after.moments[f"{name}.{part}"]
+            torch.testing.assert_close(moments["exp_avg"], old_moments["exp_avg"][index] * growth**power)
+            torch.testing.assert_close(moments["exp_avg_sq"], old_moments["exp_avg_sq"][index] * growth ** (2 * power))
 
 
 def test_given_ratios_need_no_measurement(tmp_path) -> None:
@@ -140,7 +189,11 @@ def test_partial_adalora_masks_adalora() -> None:
     [
         ({"shots": 4, "sample_fraction": 0.1}, "method.shots: given together with method.sample_fraction"),
         ({"ratios": "balanced"}, "method.ratio: not given, and ratios is balanced"),
-        ({"ratio": 0.5}, "method.ratio: has no effect under ratios 'derived'"),
+        ({"ratios": __file__, "ratio": 0.5}, "method.ratio: has no effect on ratios from a file"),
+        ({"ratios": "balanced", "ratio": 0.5, "min_ratio": 0.1}, "method.min_ratio: has no effect under ratios"),
+        ({"min_ratio": 1.5}, "method.min_ratio: 1.5 is not allowed"),
+        ({"derivation": "all"}, "method.derivation: 'all' is not allowed"),
+        ({"base": "adalora", "mask_scaling": True}, "method.mask_scaling: true, and AdaLoRA has one scaling"),
         ({"ratios": "nowhere.json"}, "method.ratios: 'nowhere.json' is not a file"),
         ({"adalora": {"target_r": 1}}, "method.adalora: has no effect under base lora"),
         ({"base": "adalora", "adalora": {"target_r": 2}}, "method.target_r: 2 leaves nothing to prune"),

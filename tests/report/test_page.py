@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_partial_lora(tmp_path: Path) -> None:
     written = write_report([partial_run(tmp_path / "run", layers=2)], tmp_path / "report")
     check(written)
     assert sorted(keys(written)) == sorted([*COMMON, "kept-fraction", "overlap"])
+
+
+def test_derived_ratios_of_zero_are_said(tmp_path: Path) -> None:
+    page, said = tmp_path / "report" / "index.html", "derived ratios are 0: each of these modules can be zeroed"
+    folder = partial_run(tmp_path / "run", layers=2)
+    write_report([folder], tmp_path / "report")
+    assert said not in page.read_text()
+    file = folder / "phases" / "00-head.json"
+    phase = json.loads(file.read_text())
+    ratios = phase["scores"]["ratios"]
+    first, second, *_ = ratios
+    phase["scores"]["ratios"] = ratios | {first: [0.0, 0.0], second: [0.0, 0.5]}
+    file.write_text(json.dumps(phase))
+    write_report([folder], tmp_path / "report")
+    assert f"3 of {2 * len(ratios)} {said}" in page.read_text()
 
 
 def test_an_unfinished_run(tmp_path: Path) -> None:

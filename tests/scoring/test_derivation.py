@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import threading
 from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from helpers.rank_threads import derive_on
 from helpers.scored_models import CLASSES, Row, RowObjective, bert, deberta, linears, llama, rows_for, spread
 from sparse_llm_ft.errors import TrainingError, UserError
-from sparse_llm_ft.scoring import Derivation, DerivationSettings, WorkShard, derive, preserve_flow
+from sparse_llm_ft.scoring import Derivation, DerivationSettings, derive, measure_only, preserve_flow
 from sparse_llm_ft.scoring.importance import ranking
 from sparse_llm_ft.scoring.layer_search import Job, distribute
 
@@ -153,57 +151,6 @@ def test_only_layers_below_a_target_are_passed_and_in_one_go() -> None:
     assert runs[0] == runs[2] == 6 + 2 and runs[3] > 6 + 2 + 1 + 2
 
 
-class Together:
-    """Sum over ranks that are threads."""
-
-    def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=60)
-        self._given: dict[int, torch.Tensor] = {}
-
-    def reducer(self, rank: int):
-        def reduce(tensor: torch.Tensor) -> torch.Tensor:
-            self._given[rank] = tensor
-            self._barrier.wait()
-            total = sum(self._given[r] for r in sorted(self._given))
-            self._barrier.wait()
-            return total
-
-        return reduce
-
-
-def derive_on(size: int, lockstep: bool, model: nn.Module, endings: tuple[str, ...], rows: list, settings):
-    """The derivation of each rank, and each rank's trace of layers, forward passes and gathers."""
-    together = Together(size)
-    results: dict[int, Derivation] = {}
-    traces: dict[int, list] = {rank: [] for rank in range(size)}
-    copies = [copy.deepcopy(model) for _ in range(size)]
-
-    def work(rank: int) -> None:
-        torch.set_num_threads(1)
-        own, trace = copies[rank], traces[rank]
-        modules = linears(own, *endings)
-        names = {module: name for name, module in modules.items()}
-        own.register_forward_pre_hook(lambda *_: trace.append("forward"))
-        for i, layer in enumerate(own.model.layers):
-            layer.input_layernorm.register_forward_hook(lambda *_, i=i: trace.append(i))
-
-        @contextmanager
-        def gather(module):
-            trace.append(names[module])
-            yield
-
-        shard = WorkShard(rank, size, lockstep, gather, together.reducer(rank))
-        results[rank] = derive(own, modules, rows, OBJECTIVE, settings, shard)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == size
-    return results, traces
-
-
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("measure", ["svd", "imp"])
 def test_ratios_do_not_depend_on_the_number_of_ranks(measure: str, lockstep: bool) -> None:
@@ -303,8 +250,9 @@ def test_accuracy_that_says_nothing_is_refused() -> None:
         derive(model, modules, wrong, OBJECTIVE, SETTINGS)
     found = derive(model, modules, wrong, OBJECTIVE, SETTINGS.model_copy(update={"floor_metric": "loss"}))
     assert found.mu == 0.0 and len(found.ratios) == 1
-    with pytest.raises(UserError, match="0 samples and nothing to score"):
-        derive(model, modules, [], OBJECTIVE, SETTINGS)
+    for score in (derive, measure_only):
+        with pytest.raises(UserError, match="0 samples and nothing to score"):
+            score(model, modules, [], OBJECTIVE, SETTINGS)
 
 
 def test_numbers_that_are_not_finite_stop_with_the_modules_name() -> None:
@@ -319,3 +267,16 @@ def test_numbers_that_are_not_finite_stop_with_the_modules_name() -> None:
         derive(model, linears(model, "q_proj"), rows, OBJECTIVE, SETTINGS)
     with pytest.raises(ValidationError, match="accuracy_floor"):
         DerivationSettings(accuracy_floor=0.0)
+
+
+def test_ratios_of_zero_are_said_with_their_layers() -> None:
+    kinds, half = ("q", "k"), (0.5, 0.5)
+    ratios = {f"h.{layer}.{kind}": (0.0, 0.0) for layer in range(3) for kind in kinds}
+    ratios |= {"h.3.q": (0.0, 0.25), "h.3.k": half, "h.4.q": half, "h.4.k": half, "h.5.q": (0.0, 0.0), "h.5.k": half}
+    found = Derivation(SETTINGS, 0.8, 0.02, 0.5, 0.4, 50, 50, ratios | {"pooler": (0.0, 0.1)}, {})
+    said = found.collapse()
+    assert said is not None and said in found.summary()["notes"]
+    assert said.startswith("16 of 26 ratios are 0 (h.0-2: 4 of 4, h.3: 1 of 4, h.5: 2 of 4, pooler: 1 of 2): each of")
+    assert "16 of 26 ratios 0" in found.describe()
+    whole = Derivation(SETTINGS, 0.8, 0.02, 0.5, 0.4, 50, 50, dict.fromkeys(ratios, half), {})
+    assert whole.collapse() is None and whole.summary()["notes"] == []

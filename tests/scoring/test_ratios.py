@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file
+from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file, with_share
 
 NAMES = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "pooler"]
 
@@ -18,6 +18,27 @@ def test_balanced_and_pyramidal() -> None:
         zip([*NAMES, "h.11.q_proj"], [(p, p) for p in (0.5, 0.5, 0.25, 0.5, 0.5**12)], strict=True)
     )
     assert pyramidal(NAMES, 1.0) == balanced(NAMES, 1.0) and pyramidal(NAMES, 0.0) == balanced(NAMES, 0.0)
+
+
+def test_ratios_are_multiplied_to_train_a_share() -> None:
+    shapes = {"a": (10, 30), "b": (20, 40)}
+    ratios = {"a": (0.1, 0.2), "b": (0.4, 0.0)}
+    sizes = 10 + 30 + 20 + 40
+
+    def trained(found: dict[str, tuple[float, float]]) -> float:
+        return sum(p * size for name in shapes for p, size in zip(found[name], shapes[name], strict=True)) / sizes
+
+    assert trained(ratios) == pytest.approx(0.15)
+    for share in (0.03, 0.15, 0.29):  # at 0.3 b's rows are whole
+        factor = share / 0.15
+        found = with_share(ratios, shapes, share)
+        assert found == {n: pytest.approx((r * factor, c * factor)) for n, (r, c) in ratios.items()}
+    bounded = with_share(ratios, shapes, 0.4)
+    assert bounded["b"] == (1.0, 0.0) and trained(bounded) == pytest.approx(0.4)
+    assert bounded["a"][1] == pytest.approx(2 * bounded["a"][0])
+    assert with_share(ratios, shapes, 0.7) == {"a": (1.0, 1.0), "b": (1.0, 0.0)}
+    assert with_share(dict.fromkeys(shapes, (0.0, 0.0)), shapes, 0.5) == dict.fromkeys(shapes, (0.0, 0.0))
+    assert with_share(ratios, shapes, 0.0) == {"a": pytest.approx((0, 0)), "b": pytest.approx((0, 0))}
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_a_fitted_head_is_said_in_the_summary(trees: dict[str, dict], results: d
         for name in ("partial", "encoder-partial")
     }
     assert summaries["partial"]["phases"][0]["measured"].endswith("no head fitted")
-    assert summaries["encoder-partial"]["phases"][0]["measured"].endswith("the head fitted on them first")
+    assert summaries["encoder-partial"]["phases"][0]["measured"].endswith("the head fitted on the other half of D_t")
 
 
 def test_adalora_prunes_to_its_target(trees: dict[str, dict], results: dict[str, str]) -> None:

@@ -1,0 +1,111 @@
+"""benchmarks/retest.py: settings that parse, which runs come next, and the table of finished ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import retest
+
+from sparse_llm_ft.config import parse_config
+
+Score = Callable[[retest.Run], dict[str, Any]]
+
+
+def write(run: retest.Run, out: Path, result: dict[str, Any]) -> None:
+    run.file(out).parent.mkdir(parents=True, exist_ok=True)
+    run.file(out).write_text(json.dumps(result))
+
+
+def finish(block: retest.Block, score: Score) -> None:
+    """All runs, as the command would make them."""
+    (block.out / "data").mkdir()
+    counts = {"train": 12000, "dropped": 3500, "dev": 872, "cut_off": 4000}
+    (block.out / "data" / "counts.json").write_text(json.dumps(counts))
+    for system in retest.SYSTEMS:
+        while runs := block.missing(system):
+            for run in runs:
+                write(run, block.out, score(run))
+
+
+def result(loss: float, accuracy: float = 80.0) -> dict[str, Any]:
+    accuracies = {"accuracy": accuracy, "accuracy_dev": accuracy + 1, "accuracy_cut_off": accuracy - 1}
+    return {"held_out_loss": loss, "values": 1000 + retest.HEAD_VALUES, "derived": [], **accuracies}
+
+
+def test_every_system_is_a_run_that_the_settings_allow(tmp_path: Path) -> None:
+    for system in retest.SYSTEMS:
+        tree = retest.Run(system, 1e-3, 0).config(Path("models"), tmp_path, tmp_path)
+        config = parse_config(tree | {"model": {"name": "org/base", "dtype": "float32"}})
+        assert config.training.max_steps == 1000 and config.seed == 0
+    assert len({system.folder for system in retest.SYSTEMS}) == len(retest.SYSTEMS)
+
+
+def test_the_search_comes_first_and_lora_s_before_all_others(tmp_path: Path) -> None:
+    block = retest.Block(tmp_path)
+    assert [block.missing(system) for system in retest.SYSTEMS[1:]] == [[]] * (len(retest.SYSTEMS) - 1)
+    runs = block.missing(retest.LORA)
+    assert [(run.learning_rate, run.seed) for run in runs] == [
+        (rate, seed) for seed in (100, 101) for rate in (2.5e-4, 1e-3, 4e-3)
+    ]
+    # 4e-3 is the best on one seed, and collapses on the other.
+    for run in runs:
+        loss = {2.5e-4: 0.45, 1e-3: 0.4, 4e-3: 0.3 if run.seed == 100 else 0.7}[run.learning_rate]
+        write(run, tmp_path, result(loss))
+    assert block.best_rate(retest.LORA) == 1e-3
+    assert [run.seed for run in block.missing(retest.LORA)] == [0, 1, 2, 3, 4]
+    assert block.rates(retest.BALANCED) == (1e-3, 4e-3, 1.6e-2)
+
+
+def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> None:
+    block = retest.Block(tmp_path)
+    generator = np.random.default_rng(0)
+    lora, others = generator.normal(82, 2, 5), generator.normal(-0.2, 0.3, 5)
+
+    def score(run: retest.Run) -> dict[str, Any]:
+        loss = 0.4 + abs(run.learning_rate - 4e-3)
+        accuracy = lora[run.seed] if run.measured else 0.0
+        if run.measured and run.system is retest.BALANCED:
+            accuracy += others[run.seed]
+        return result(loss, float(accuracy))
+
+    finish(block, score)
+    lines = [line for line in "\n".join(retest.page(block)).splitlines() if line.startswith("| ")]
+    rows = {cells[1]: cells[2:-1] for line in lines for cells in [[cell.strip() for cell in line.split("|")]]}
+    assert list(rows)[1:] == [system.name for system in retest.SYSTEMS]
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(others), scale=stats.sem(others))
+    row = rows[retest.BALANCED.name]
+    assert row[0] == "1,000" and row[1] == "0.004*"  # LoRA's best rate lies at an end of its own three
+    assert row[2:5] == [f"{mean(lora) + np.mean(others) + shift:.1f}" for shift in (1, -1, 0)]
+    assert row[5] == f"{np.mean(others):+.2f} ({low:+.2f} to {high:+.2f})" and row[6] == "yes" and row[7] == "5"
+    assert rows[retest.LORA.name][5:7] == ["", ""] and rows["Head alone"][0] == "0"
+    assert "Not complete" not in "\n".join(retest.page(block))
+    retest.Run(retest.LORA, 4e-3, 4).file(tmp_path).unlink()
+    assert f"Not complete: {retest.LORA.name}." in "\n".join(retest.page(block))
+
+
+def test_phrases_of_tested_sentences_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retest, "HELD_OUT", 1)
+    monkeypatch.setattr(retest, "CUT_OFF", 2)
+    texts = ["held out", "a fine film", "fine", "film of the year", "a fine film of the year ", "a refined one"]
+    source = tmp_path / "source" / retest.TASK
+    source.mkdir(parents=True)
+    for name, rows in (("train", texts), ("validation", ["a dev sentence", "held out"])):
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"sentence": t, "label": 0}) + "\n" for t in rows))
+    folder = retest.prepare_data(tmp_path / "source", tmp_path / "out")
+    read = lambda name: [json.loads(line)["sentence"] for line in (folder / name).read_text().splitlines()]  # noqa: E731
+    assert read("train.jsonl") == [] and read("validation.jsonl") == ["held out"]
+    assert read("test.jsonl") == ["a dev sentence", "held out", *texts[-2:]]
+    monkeypatch.setattr(retest, "CUT_OFF", 1)
+    folder = retest.prepare_data(tmp_path / "source", tmp_path / "again")
+    assert read("train.jsonl") == texts[1:5]  # "fine" is no word of "a refined one"
