@@ -9,174 +9,137 @@ both sides. Bytes are counted, not sampled. Writes results.json and results.md a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
-from compare_cases import CASES
-from compare_tables import page
-from compare_worker import SYSTEMS, TOOLKIT, Job
+from compare_cases import CASES, lowest_layer
+from compare_job import BARE, STOCK, TOOLKIT, TUNED, Data, Job
+from compare_processes import Pool, Process
+from compare_tables import page, write_between_markers
 from harness import argument_parser
 
-HERE = Path(__file__).parent
+from sparse_llm_ft.plan import Shape
 
-
-class Worker:
-    """A job's processes: one, or a rank each."""
-
-    def __init__(self, job: Job, ranks: int, errors: Path) -> None:
-        self.job, self.errors = job, errors
-        environment = [os.environ | ({} if ranks == 1 else _of_rank(rank, ranks)) for rank in range(ranks)]
-        if ranks > 1:
-            port = str(_free_port())
-            environment = [each | {"MASTER_PORT": port} for each in environment]
-        with errors.open("w") as log:
-            self._ranks = [
-                subprocess.Popen(
-                    [sys.executable, str(HERE / "compare_worker.py"), json.dumps(asdict(job))],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=each,
-                    text=True,
-                )
-                for each in environment
-            ]
-        self._answers()
-
-    def ask(self, do: str, **arguments: object) -> Any:
-        """Send a command to all ranks; returns the first one's answer."""
-        for rank in self._ranks:
-            _pipe(rank.stdin).write(json.dumps({"do": do, **arguments}) + "\n")
-            _pipe(rank.stdin).flush()
-        return self._answers()[0]
-
-    def close(self) -> None:
-        """End the processes."""
-        for rank in self._ranks:
-            _pipe(rank.stdin).close()
-        for rank in self._ranks:
-            rank.wait()
-
-    def _answers(self) -> list[Any]:
-        lines = [_pipe(rank.stdout).readline() for rank in self._ranks]
-        if not all(lines):
-            for rank in self._ranks:
-                rank.kill()
-            sys.exit(f"{self.job.system}, {self.job.case}: a process ended\n{self.errors.read_text()[-3000:]}")
-        return [json.loads(line) for line in lines]
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream
-
-
-def _of_rank(rank: int, ranks: int) -> dict[str, str]:
-    """The environment of one of several processes that share the cores."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def workers(jobs: Sequence[Job], ranks: int, folder: Path) -> Iterator[list[Worker]]:
-    """The jobs' processes, ended at the end."""
-    with ExitStack() as stack:
-        found = []
-        for i, job in enumerate(jobs):
-            found.append(Worker(job, ranks, folder / f"stderr-{i}"))
-            stack.callback(found[-1].close)
-        yield found
-
-
-def alternate(running: Sequence[Worker], rounds: int, steps: int) -> list[list[dict[str, Any]]]:
-    """Rounds in which each worker makes its steps, by turns; another one begins each round.
-
-    Returns:
-        For each worker what it answered in each round.
-    """
-    for worker in running:
-        worker.ask("steps", count=2)  # caches, the optimizer's state and the allocator's pools fill
-    answers: list[list[dict[str, Any]]] = [[] for _ in running]
-    for i in range(rounds):
-        for turn in range(len(running)):
-            chosen = (i + turn) % len(running)
-            answers[chosen].append(running[chosen].ask("steps", count=steps))
-    return answers
-
-
-def measure(job: Job, timed: bool, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
-    """All systems on one case.
-
-    Args:
-        job: the toolkit's.
-        timed: whether to measure seconds as well.
-    """
-    jobs = [replace(job, system=system) for system in SYSTEMS]
-    row: dict[str, Any] = {"case": job.case, "data": job.key, "job": asdict(job), "systems": {}}
-    with workers(jobs, 1, folder) as running:
-        rounds_of = alternate(running, rounds, steps) if timed else [[] for _ in jobs]
-        for worker, answers in zip(running, rounds_of, strict=True):
-            if not timed:
-                worker.ask("steps", count=1)  # the optimizer's state comes into being
-            row["systems"][worker.job.system] = {"bytes": worker.ask("bytes"), "rounds": answers}
-    return row
+ALL = tuple(CASES)
+MAIN = ("lora", "weight_lora after T, top tenth", "lora, dropout .05")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A part of the comparison: cases on the same base and data."""
+class Group:
+    """Cases on the same base and data.
 
-    dtype: Literal["float32", "bfloat16"]
-    quantization: Literal["none", "nf4"]
-    batch: int
-    length: int
-    supervised: Literal["half", "all"]
-    cases: tuple[str, ...]
+    Attributes:
+        timed: whether seconds are measured, beside bytes.
+        profiled: of which cases to show where the time goes.
+        communicating: whether to count what two ranks send.
+    """
+
+    data: Data
+    cases: Sequence[str]
     timed: bool
-
-    def jobs(self, base: str, zero_stage: int) -> list[Job]:
-        """The toolkit's job of every case."""
-        prompt = self.length // 2 if self.supervised == "half" else 1
-        sizes = (self.batch, self.length, prompt, zero_stage)
-        return [Job(TOOLKIT, case, base, self.dtype, self.quantization, *sizes) for case in self.cases]
+    profiled: Sequence[str] = ()
+    communicating: bool = False
 
 
-ALL = tuple(CASES)
-MAIN = ("lora", "lora, dropout .05", "weight_lora after T, top tenth")
-
-
-def full() -> list[Plan]:
+def full(base: str) -> list[Group]:
     """Everything: seconds in the dtypes that the CPU multiplies fast, bytes in all."""
-    fast = bfloat16_is_fast()
-    plans = [Plan("float32", "none", 2, 256, "half", ALL, True), Plan("bfloat16", "none", 2, 256, "half", ALL, fast)]
-    plans += [
-        Plan("float32", "none", *sizes, MAIN, True) for sizes in ((2, 256, "all"), (4, 512, "half"), (4, 512, "all"))
+    main = Data(base, "float32", "none", 2, 256, "half")
+    wider = [
+        replace(main, supervised="all"),
+        *(replace(main, batch=4, length=512, supervised=s) for s in ("half", "all")),
     ]
-    plans += [Plan("bfloat16", "none", 2, 256, "all", MAIN, False)]
-    plans += [Plan("bfloat16", "none", 4, 512, supervised, MAIN, False) for supervised in ("half", "all")]
-    plans += [Plan("float32", "nf4", 2, 256, "half", MAIN, True), Plan("bfloat16", "nf4", 2, 256, "half", MAIN, False)]
-    return plans
+    in_bfloat16 = partial(replace, dtype="bfloat16")
+    fast = bfloat16_is_fast()
+    nf4 = replace(main, quantization="nf4")
+    return [
+        Group(main, ALL, True, MAIN, True),
+        Group(in_bfloat16(main), ALL, fast, communicating=True),
+        *(Group(data, MAIN, True) for data in wider),
+        *(Group(in_bfloat16(data), MAIN, False) for data in wider),
+        Group(nf4, MAIN, True),
+        Group(in_bfloat16(nf4), MAIN, fast),
+    ]
 
 
-QUICK = [Plan("float32", "none", 2, 256, "half", ("lora",), True)]
-TINY = [Plan("float32", "none", 2, 32, "half", ("lora", "weight_lora after T, top tenth"), True)]
+def quick(base: str) -> list[Group]:
+    """One case."""
+    return [Group(Data(base, "float32", "none", 2, 256, "half"), ["lora"], True, ["lora"])]
+
+
+def tiny(base: str) -> list[Group]:
+    """For the tests."""
+    return [Group(Data(base, "float32", "none", 2, 32, "half"), ["lora"], True, ["lora"])]
+
+
+def jobs_of(case: str, data: Data, zero_stage: int, shapes: Mapping[str, Shape]) -> dict[str, Job]:
+    """System -> its job."""
+    dropout, lowest = CASES[case].dropout, lowest_layer(CASES[case].plan(shapes))
+    return {
+        STOCK: Job(STOCK, data, dropout=dropout),
+        TUNED: Job(TUNED, data, dropout=dropout),
+        TOOLKIT: Job(TOOLKIT, data, case, zero_stage),
+        BARE: Job(BARE, data, lowest=lowest),
+    }
+
+
+def alternate(running: Mapping[str, Process], rounds: int, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Rounds in which each system makes its steps, by turns; another one begins each round.
+
+    Returns:
+        System -> what it answered in each round.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {system: [] for system in running}
+    for i in range(rounds):
+        for turn in range(len(running)):
+            system = list(running)[(i + turn) % len(running)]
+            answers[system].append(running[system].ask("steps", count=steps))
+    return answers
+
+
+def measure(case: str, group: Group, jobs: Mapping[str, Job], pool: Pool, rounds: int, steps: int) -> dict[str, Any]:
+    """All systems on one case."""
+    running = {system: pool.process(job) for system, job in jobs.items()}
+    timed = alternate(running, rounds, steps) if group.timed else {system: [] for system in running}
+    found: dict[str, dict[str, Any]] = {}
+    for system, process in running.items():
+        found[system] = {"bytes": process.once("bytes"), "rounds": timed[system]}
+        if case in group.profiled:
+            found[system]["profile"] = process.ask("profile", count=3)
+        if group.communicating and system != BARE:
+            # Neither the batch nor its length changes what is sent.
+            short = replace(jobs[system], data=replace(group.data, batch=1, length=16))
+            found[system]["communicated"] = pool.of_two_ranks(short, "communication")
+    job = jobs[TOOLKIT]
+    data = {name: value for name, value in asdict(job.data).items() if name != "base"}
+    return {"case": case, "title": str(job.data), "data": data, "zero_stage": job.zero_stage, "systems": found}
+
+
+def run(groups: Sequence[Group], options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measure all groups; writes what is known after each case."""
+    from sparse_llm_ft.adapters import find_targets
+    from sparse_llm_ft.config import ModelConfig
+    from sparse_llm_ft.model.loading import empty_model
+
+    for group in groups:
+        shapes = find_targets(empty_model(ModelConfig(name=group.data.base)), "all-linear")
+        wanted = {case: jobs_of(case, group.data, options.zero_stage, shapes) for case in group.cases}
+        with tempfile.TemporaryDirectory() as logs, Pool(Path(logs)) as pool:
+            for i, case in enumerate(group.cases):
+                began = time.monotonic()
+                results["rows"].append(measure(case, group, wanted[case], pool, options.rounds, options.steps))
+                (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                (options.out / "results.md").write_text(page(results), encoding="utf-8")
+                print(f"{group.data}: {case}, {time.monotonic() - began:.0f} s", flush=True)
+                pool.keep({job for later in group.cases[i + 1 :] for job in wanted[later].values()})
 
 
 def bfloat16_is_fast() -> bool:
@@ -186,7 +149,8 @@ def bfloat16_is_fast() -> bool:
 
 def cpu_flags() -> set[str]:
     """The features that the kernel lists; empty where it lists none."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
@@ -196,14 +160,20 @@ def describe_machine() -> str:
     return f"{len(os.sched_getaffinity(0))} CPU cores ({', '.join(told)})"
 
 
-def write_base(folder: Path, tiny: bool) -> Path:
+def versions() -> str:
+    """Of the libraries that are compared."""
+    names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def write_base(folder: Path, narrow: bool) -> str:
     """A checkpoint of random float32 weights in the shapes of SmolLM2-135M, or of a narrow Llama."""
     import torch
     from bases import random_base, smollm2_135m, tiny_llama
 
-    config = tiny_llama() if tiny else smollm2_135m()
+    config = tiny_llama() if narrow else smollm2_135m()
     random_base(config, "none", torch.device("cpu"), torch.float32).save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
 def main() -> None:
@@ -212,36 +182,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one case in three rounds")
-    size.add_argument("--tiny", action="store_true", help="two cases on a narrow Llama")
-    parser.add_argument("--model", type=Path, help="a checkpoint; default: random weights in SmolLM2-135M's shapes")
+    size.add_argument("--tiny", action="store_true", help="one case on a narrow Llama, in three rounds")
+    parser.add_argument("--model", help="a checkpoint; default: random weights in SmolLM2-135M's shapes")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="only these")
+    parser.add_argument("--groups", type=int, help="only so many of the bases and batches, from the first")
     parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick and --tiny")
     parser.add_argument("--steps", type=int, default=2, help="of a system in a round")
-    parser.add_argument("--zero-stage", type=int, default=2)
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=2)
+    parser.add_argument("--docs", type=Path, help="a Markdown file; the tables replace what is between its markers")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    plans = TINY if options.tiny else QUICK if options.quick else full()
-    rounds = options.rounds or (3 if options.quick or options.tiny else 5)
-    results: dict[str, Any] = {"machine": describe_machine(), "versions": versions(), "rounds": rounds, "rows": []}
+    options.rounds = options.rounds or (3 if options.quick or options.tiny else 5)
+    make = quick if options.quick else tiny if options.tiny else full
+    results: dict[str, Any] = {"machine": describe_machine(), "versions": versions(), "rounds": options.rounds}
+    results |= {"steps": options.steps, "base": "a checkpoint" if options.model else "random weights", "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = str(options.model or write_base(folder / "base", options.tiny))
-        for plan in plans:
-            for job in plan.jobs(base, options.zero_stage):
-                began = time.monotonic()
-                row = measure(job, plan.timed, rounds, options.steps, folder)
-                row["job"].pop("base")
-                results["rows"].append(row)
-                (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-                (options.out / "results.md").write_text(page(results))
-                print(f"{job.key}: {job.case}, {time.monotonic() - began:.0f} s", flush=True)
-    print(page(results))
-
-
-def versions() -> str:
-    """Of the libraries that are compared."""
-    return ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    )
+        groups = make(options.model or write_base(Path(temporary), options.tiny))[: options.groups]
+        if options.cases:
+            groups = [replace(g, cases=[case for case in g.cases if case in options.cases]) for g in groups]
+        run(groups, options, results)
+    text = page(results)
+    if options.docs:
+        write_between_markers(options.docs, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from compare_cases import CASES, Floors
-from compare_worker import BARE, STOCK, SYSTEMS, TOOLKIT
+from compare_job import BARE, KINDS, STOCK, SYSTEMS, TOOLKIT
 
 Row = Mapping[str, Any]
 MIB = 2**20
@@ -73,7 +74,7 @@ def of_time(rows: Sequence[Row]) -> str:
         for system in SYSTEMS:
             if not (found := seconds(row, system)):
                 continue
-            tokens = row["job"]["batch"] * row["job"]["length"]
+            tokens = row["data"]["batch"] * row["data"]["length"]
             lines.append(
                 [
                     row["case"] if system == SYSTEMS[0] else "",
@@ -106,15 +107,67 @@ def of_bytes(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def of_communication(rows: Sequence[Row]) -> str:
+    """Bytes that a rank hands to collectives in a step of two ranks."""
+    lines = []
+    for row in rows:
+        for system, found in row["systems"].items():
+            if "communicated" in found:
+                sent = found["communicated"]
+                kinds = ", ".join(f"{name} {sent['calls'][name]}×" for name in sorted(sent["calls"]))
+                total = f"{sum(sent['bytes'].values()):,}"
+                lines.append([row["case"] if system == SYSTEMS[0] else "", system, total, kinds])
+    return table(["case", "system", "bytes a step and rank", "collectives"], lines) if lines else ""
+
+
+def of_profiles(rows: Sequence[Row]) -> str:
+    """Where the toolkit's steps spend their time, beside the bare base's and stock PEFT's."""
+    parts = []
+    for row in rows:
+        profiles = {name: found["profile"] for name, found in row["systems"].items() if "profile" in found}
+        if not profiles:
+            continue
+        lines = []
+        for part in ("data", "forward", "backward", "update", "loop"):
+            for kind in KINDS:
+                ours, bare, stock = (profiles[name].get(part, {}).get(kind, 0.0) for name in (TOOLKIT, BARE, STOCK))
+                if max(ours, bare, stock) >= 0.5:
+                    lines.append([part, kind, f"{bare:,.0f}", f"{ours:,.0f}", f"{ours - bare:+,.0f}", f"{stock:,.0f}"])
+        sums = [sum(sum(kinds.values()) for kinds in profiles[name].values()) for name in (BARE, TOOLKIT, STOCK)]
+        lines.append(["all", "", f"{sums[0]:,.0f}", f"{sums[1]:,.0f}", f"{sums[1] - sums[0]:+,.0f}", f"{sums[2]:,.0f}"])
+        header = ["part", "work", "bare base", "toolkit", "toolkit - bare base", "stock PEFT"]
+        parts.append(f"{row['case']}, milliseconds under the profiler:\n\n{table(header, lines)}")
+    return "\n".join(parts)
+
+
 def page(results: Mapping[str, Any]) -> str:
     """All tables, by base and data."""
-    parts = [f"{results['machine']}; {results['versions']}.\n"]
+    parts = [
+        f"{results['machine']}; {results['versions']}. The base has {results['base']}; {results['rounds']} rounds of "
+        f"{results['steps']} steps.\n"
+    ]
     groups: dict[str, list[Row]] = {}
     for row in results["rows"]:
-        groups.setdefault(row["data"], []).append(row)
-    makers: list[Callable[[Sequence[Row]], str]] = [against_floors, of_time, of_bytes]
+        groups.setdefault(row["title"], []).append(row)
+    makers: list[Callable[[Sequence[Row]], str]] = [against_floors, of_time, of_bytes, of_communication, of_profiles]
     for name, rows in groups.items():
         timed = any(seconds(row, TOOLKIT) for row in rows)
         parts.append(f"### {name}\n")
-        parts += [make(rows) for make in makers if timed or make is not of_time]
+        parts += [text for make in makers if (timed or make is not of_time) and (text := make(rows))]
     return "\n".join(parts)
+
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the file's two markers.
+
+    Raises:
+        ValueError: it has not both.
+    """
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} lacks the lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from watching import BACKWARD, FORWARD, UPDATE, Meter
 
@@ -30,6 +30,7 @@ class Training:
         prompt: number of tokens at the start of each sample that have no loss.
         autocast: whether the forward pass of stock PEFT runs under bfloat16 autocast, as transformers' Trainer has it.
         rank, alpha: of every adapter, on all linear layers but the head.
+        wrap: put around the model with its adapters, such as DistributedDataParallel.
     """
 
     base: PreTrainedModel
@@ -39,6 +40,7 @@ class Training:
     rank: int
     alpha: int
     meter: Meter = field(default_factory=Meter)
+    wrap: Callable[[Any], Any] | None = None
 
     @property
     def labels(self) -> torch.Tensor:
@@ -156,11 +158,11 @@ def _loss_where_it_counts(model: Any, training: Training) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, positions + 1].flatten())
 
 
-def _peft(training: Training, dropout: float, autocast_adapter_dtype: bool) -> PeftModel:
+def _peft(training: Training, dropout: float, autocast_adapter_dtype: bool) -> Any:
     config = LoraConfig(r=training.rank, lora_alpha=training.alpha, lora_dropout=dropout, target_modules="all-linear")
     model = get_peft_model(training.base, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    assert isinstance(model, PeftModel)
-    return model.train()
+    model.train()
+    return model if training.wrap is None else training.wrap(model)
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:

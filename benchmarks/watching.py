@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 FORWARD, BACKWARD, UPDATE, DATA = "forward", "backward", "update", "data"
 """Parts of a step."""
-_PART = "part: "
+PART = "part: "
+"""Before the names of parts in the profiler's events."""
 
 
 def nothing() -> None:
@@ -41,7 +42,7 @@ class Meter:
         """The context of part `name`, which torch's profiler shows as well."""
         began = time.perf_counter()
         around = self.around_forward() if name == FORWARD else nullcontext()
-        with torch.profiler.record_function(_PART + name), around:
+        with torch.profiler.record_function(PART + name), around:
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         if name == BACKWARD:
@@ -133,7 +134,7 @@ def step_memory(step: Callable[[], object]) -> StepMemory:
         step()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    ends = [e.start_ns() + e.duration_ns() for e in events if e.name() == _PART + FORWARD]
+    ends = [e.start_ns() + e.duration_ns() for e in events if e.name() == PART + FORWARD]
     alive = peak = after_forward = 0
     for event in events:
         if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
