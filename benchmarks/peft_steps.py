@@ -117,7 +117,7 @@ def tuned_peft(training: Training, dropout: float) -> System:
 
     def step() -> float:
         with meter.part(FORWARD):
-            loss = _loss_where_it_counts(model, training)
+            loss = _loss_where_it_counts(model, training, attention_mask=torch.ones_like(training.tokens))
         with meter.part(BACKWARD):
             loss.backward()
         with meter.part(UPDATE):
@@ -151,10 +151,10 @@ def bare_base(training: Training, lowest: int) -> System:
     return _system(step, base)
 
 
-def _loss_where_it_counts(model: Any, training: Training) -> torch.Tensor:
+def _loss_where_it_counts(model: Any, training: Training, **inputs: torch.Tensor) -> torch.Tensor:
     """The mean loss, from the logits of supervised positions alone."""
     positions, tokens = training.positions, training.tokens
-    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=positions).logits
+    logits = model(input_ids=tokens, logits_to_keep=positions, **inputs).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, positions + 1].flatten())
 
 
