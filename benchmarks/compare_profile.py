@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ def profile(step: Callable[[], Any], count: int, rank: int, vocabulary: int) -> 
     """Milliseconds of one step by part (`Meter.part`; ``loop`` is what lies outside) and by kind, means of `count`.
 
     An operator belongs to the head if one of its inputs, or of those of the operator that called it, has a side as
-    large as the vocabulary; to the adapters if one has a side of the rank. What autograd and Python do between
-    operators is `PYTHON`. The profiler slows a step down, small operators most.
+    large as the vocabulary; to the adapters if one of the last two sides is the rank (batch × heads comes first). What
+    autograd and Python do between operators is `PYTHON`. The profiler slows a step down, small operators most.
     """
     meter = Meter()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -45,10 +45,13 @@ def _part(event: FunctionEvent | None) -> str | None:
 def _kind(event: FunctionEvent, rank: int, vocabulary: int) -> str:
     if not event.name.startswith(("aten::", "bitsandbytes::")):
         return PYTHON
-    around, names, sides = event, [], set()
+    around: FunctionEvent | None = event
+    names: list[str] = []
+    sides: set[int] = set()
     while around is not None and around.name.startswith(("aten::", "bitsandbytes::")):
         names.append(around.name)
-        sides |= {side for shape in around.input_shapes or [] for side in _flat(shape)}
+        for shape in _shapes(around.input_shapes or []):
+            sides |= set(shape[-2:])
         around = around.cpu_parent
     if vocabulary in sides:
         return HEAD
@@ -59,8 +62,11 @@ def _kind(event: FunctionEvent, rank: int, vocabulary: int) -> str:
     return PRODUCTS if any(name.startswith(_PRODUCTS) for name in names) else ELEMENTWISE
 
 
-def _flat(shape: Any) -> list[int]:
-    """The sides of a shape, or of a list of tensors' shapes."""
-    if isinstance(shape, int):
-        return [shape]
-    return [side for part in shape for side in _flat(part)] if isinstance(shape, list | tuple) else []
+def _shapes(inputs: Any) -> Iterator[Sequence[int]]:
+    """The shapes among an operator's inputs, of tensors in lists as well."""
+    if not isinstance(inputs, list | tuple):
+        return
+    if inputs and all(isinstance(side, int) for side in inputs):
+        yield inputs
+    for each in inputs:
+        yield from _shapes(each)
