@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint
 LLAMA_CPP_PYTHON ?= 0.3.36
 SERVERS ?= $(VENV)/servers
 
-.PHONY: setup quickstart test test-fast test-long test-distributed test-servers test-all lint constraints clean help
+.PHONY: setup quickstart bench bench-quick test test-fast test-long test-distributed test-servers test-all lint constraints clean help
 
 setup: $(READY)  ## install into .venv; CONSTRAINTS=constraints.txt takes the exact tested versions
 
@@ -31,6 +31,13 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 quickstart: $(READY)  ## train a tiny Llama on PROCESSES=2 processes, in about a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/quickstart.yaml
+
+# Seconds are worth something on an idle machine alone; bytes are exact anywhere.
+bench: $(READY)  ## compare training steps with stock PEFT's; writes the tables of docs/benchmarks.md
+	$(BIN)/python benchmarks/compare.py --out runs/bench --docs docs/benchmarks.md
+
+bench-quick: $(READY)  ## the same for one case, in three rounds
+	$(BIN)/python benchmarks/compare.py --out runs/bench-quick --quick
 
 test: $(READY)  ## run the tests, in about 6 minutes on two cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers" -n 2 --dist loadfile

@@ -22,9 +22,11 @@ def test_the_flops_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     all layers at length 4096, 33.3 of them where the survivors reach the lowest layer.
     """
     monkeypatch.syspath_prepend(str(GPU))
+    monkeypatch.syspath_prepend(str(GPU.parent))
     import base
+    import bases
 
-    config = base.llama_config(tiny=False)
+    config = bases.llama_3_8b()
     whole = base.step_flops(config, tokens=1, length=4096, supervised=1.0, lowest=0)
     top = base.step_flops(config, tokens=1, length=4096, supervised=1.0, lowest=29)
     assert whole == pytest.approx(33.3e9, rel=0.01) and top == pytest.approx(18.8e9, rel=0.02)
