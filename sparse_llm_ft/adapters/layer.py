@@ -19,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
+from sparse_llm_ft.adapters.dropout import SeededDropout
+from sparse_llm_ft.adapters.function import Adapted, adapted_linear, is_hooked, is_readable
 from sparse_llm_ft.model.linear import LinearLayer, is_transposed, sides
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
@@ -41,6 +43,12 @@ def scatter(matrix: torch.Tensor, rows: IndexMask | None, cols: IndexMask | None
             indices = torch.tensor(kept.indices, device=matrix.device)
             matrix = matrix.new_zeros(sides).index_copy(dimension, indices, matrix)
     return matrix
+
+
+def _find(values: nn.ParameterDict | BufferDict, name: str) -> torch.Tensor | None:
+    """The named tensor; None if there is none. PEFT's `BufferDict` has no `get`."""
+    found: torch.Tensor | None = values[name] if name in values else None  # noqa: SIM401
+    return found
 
 
 class Pair(nn.Module):
@@ -100,6 +108,10 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     observe: Callable[[torch.Tensor], None] | None = None
     """Called with every adapter's scaled output, (..., kept rows); for scores taken during forward passes."""
+
+    gathers_parts: bool = False
+    """ZeRO-3: whether the engine gathers the base layer's and the adapter's parameters with this layer, so that the
+    hooks that would gather them with their own modules need not run."""
 
     def __init__(
         self,
@@ -250,16 +262,39 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged else self._present(self.active_adapters)
+        if len(names) == 1 and not (args or kwargs) and self._is_direct(names[0]):
+            return self._adapted(names[0], x)
         result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        for name in self._present(self.active_adapters):
+        for name in names:
             output = self._adapter_output(name, x).to(result.dtype)  # Shape: (..., kept rows)
             if self.observe is not None:
                 self.observe(output)
             masked = name in self.lora_rows
             result = result.index_add(-1, self.lora_rows[name], output) if masked else result + output
         return result
+
+    def _is_direct(self, name: str) -> bool:
+        """Whether `adapted_linear` can take the place of the modules below: nobody looks at what they are given."""
+        if self.observe is not None or not self.cast_input_dtype_enabled:
+            return False
+        parts = (*self.pair(name), self.lora_omega)
+        return is_readable(self.base_layer) and (self.gathers_parts or not is_hooked(self.base_layer, *parts))
+
+    def _adapted(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_out): the output with one adapter, by `adapted_linear`."""
+        down, up = self.pair(name)
+        dropout = self.lora_dropout[name]
+        omega = _find(self.lora_omega, name)
+        fixed = 1.0 if omega is not None else max(self.adapters[name].omega, 0.0)
+        call = Adapted(
+            self.base_layer,
+            fixed * self.get_scaling(name),
+            _find(self.lora_rows, name),
+            _find(self.lora_cols, name),
+            SeededDropout.draw(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None,
+        )
+        return adapted_linear(x, down.weight, up.weight, omega, call)
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         down, up = self.pair(name)
