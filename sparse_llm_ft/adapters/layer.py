@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,7 +21,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 
 from sparse_llm_ft.adapters.dropout import SeededDropout
-from sparse_llm_ft.adapters.function import Adapted, adapted_linear, is_hooked, is_readable
+from sparse_llm_ft.adapters.function import Adapted, adapted_linear, count_hooks, is_readable
 from sparse_llm_ft.model.linear import LinearLayer, is_transposed, sides
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
@@ -49,6 +50,22 @@ def _find(values: nn.ParameterDict | BufferDict, name: str) -> torch.Tensor | No
     """The named tensor; None if there is none. PEFT's `BufferDict` has no `get`."""
     found: torch.Tensor | None = values[name] if name in values else None  # noqa: SIM401
     return found
+
+
+@contextmanager
+def calling_parts(model: nn.Module) -> Iterator[None]:
+    """A context in which layers with adapters call the modules below them, which some ranks hook and others do not.
+
+    At ZeRO-3 all ranks must call the same modules.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+    for layer in layers:
+        layer.calls_parts = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.calls_parts = False
 
 
 class Pair(nn.Module):
@@ -109,9 +126,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     observe: Callable[[torch.Tensor], None] | None = None
     """Called with every adapter's scaled output, (..., kept rows); for scores taken during forward passes."""
 
-    gathers_parts: bool = False
-    """ZeRO-3: whether the engine gathers the base layer's and the adapter's parameters with this layer, so that the
-    hooks that would gather them with their own modules need not run."""
+    calls_parts: bool = False
+    """Whether to call the base layer and the adapter's parts as modules even where nobody hooks them."""
+
+    engine_hooks: int = 0
+    """ZeRO-3: the number of hooks with which the engine would gather the parameters of the base layer and the adapter
+    when those are called. It gathers them with this layer too, so these hooks need not run.
+    """
 
     def __init__(
         self,
@@ -276,10 +297,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def _is_direct(self, name: str) -> bool:
         """Whether `adapted_linear` can take the place of the modules below: nobody looks at what they are given."""
-        if self.observe is not None or not self.cast_input_dtype_enabled:
+        if self.calls_parts or self.observe is not None or not self.cast_input_dtype_enabled:
             return False
-        parts = (*self.pair(name), self.lora_omega)
-        return is_readable(self.base_layer) and (self.gathers_parts or not is_hooked(self.base_layer, *parts))
+        return is_readable(self.base_layer) and self.count_hooks(name) == self.engine_hooks
+
+    def count_hooks(self, adapter_name: str) -> int:
+        """How many hooks act on the modules below, see `count_hooks`."""
+        return count_hooks(self.base_layer, *self.pair(adapter_name), self.lora_omega)
 
     def _adapted(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """(..., d_out): the output with one adapter, by `adapted_linear`."""
