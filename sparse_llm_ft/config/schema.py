@@ -26,6 +26,8 @@ class ModelConfig(Section):
         dtype: type of the base's weights and of the computation.
         quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation in
             `dtype`).
+        lean: whether element-wise parts and the loss of a base that has the Llama family's structure keep less for
+            backward (model/lean.py, model/head_loss.py); other bases run unchanged.
         trust_remote_code: whether code from the model's repository or folder may run in this process.
     """
 
@@ -34,6 +36,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
     gradient_checkpointing: StrictBool = False
+    lean: Literal["auto", "off"] = "auto"
     attn_implementation: str | None = None
     trust_remote_code: StrictBool = False
 

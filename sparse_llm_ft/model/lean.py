@@ -11,7 +11,6 @@ a small copy with random weights must give bit by bit what the lean form gives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -19,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
+from sparse_llm_ft.model.head_loss import make_head_lean
 from sparse_llm_ft.model.recompute import mark
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -79,13 +80,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def make_lean(model: nn.Module) -> int:
-    """Give every RMSNorm and SwiGLU of `model` its lean forward function; other modules stay as they are.
+    """Give every RMSNorm, SwiGLU and language model's head in `model` its lean forward function (for the head see
+    head_loss.py); other modules stay as they are.
 
     Returns:
         The number of modules changed.
     """
     known: dict[tuple[object, ...], bool] = {}
-    count = 0
+    count = int(isinstance(model, PreTrainedModel) and make_head_lean(model))
     for module in model.modules():
         lean = _lean_form(module)
         if lean is None:
@@ -162,10 +164,3 @@ def _computes(module: nn.Module) -> bool:
 
 
 _NOT_A_FORWARD_OF_ONE_TENSOR = (RuntimeError, AttributeError, TypeError, ValueError, IndexError)
-
-
-def lean_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that `make_lean` changed."""
-    for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "__func__", None) in (_norm_forward, _mlp_forward):
-            yield module
