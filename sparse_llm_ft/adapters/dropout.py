@@ -25,6 +25,8 @@ class SeededDropout:
 
     def apply_(self, values: torch.Tensor) -> torch.Tensor:
         """Set the dropped entries of the contiguous `values` to zero, in place; the same ones at every call."""
+        if values.is_meta:
+            return values
         generator = torch.Generator(values.device).manual_seed(self.seed)
         if values.device.type == "cpu" and self.p <= 0.25:
             values.view(-1).index_fill_(0, _dropped(values.numel(), self.p, generator), 0.0)

@@ -18,6 +18,7 @@ each. bitsandbytes' own function keeps the gathered codes from the forward pass 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import SeededDropout
-from sparse_llm_ft.model.linear import LinearLayer, is_transposed
+from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype, is_transposed
 from sparse_llm_ft.model.recompute import Recipe, recipe_of
 
 
@@ -83,11 +84,10 @@ class _AdaptedLinear(torch.autograd.Function):
         recipe: Recipe | None,
     ) -> torch.Tensor:
         # Autocast, if it is on, decides what the adapter computes in; else its own weights do.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else down.dtype
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device)):
-            output: torch.Tensor = call.base.forward(x)
-        with torch.autocast(device, enabled=False):
+        lowered = autocast_dtype(x.device)
+        dtype = lowered or down.dtype
+        output: torch.Tensor = call.base.forward(x)
+        with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
             hidden = _project(x.reshape(-1, x.shape[-1]), down.to(dtype), call)  # (T, r)
             hidden = hidden * _factor(call, omega, dtype)
             wide = _full_rows(up.to(dtype), output.shape[-1], call.rows)  # (d_out, r)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from sparse_llm_ft.model.head_loss import make_head_lean
+from sparse_llm_ft.model.linear import autocast_dtype
 from sparse_llm_ft.model.recompute import mark
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -121,7 +122,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    if module.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+    if module.weight.requires_grad or autocast_dtype(x.device) is not None:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     epsilon = _epsilon(module)
     assert epsilon is not None

@@ -42,7 +42,7 @@ class Recipe:
     """How an activation is computed from others.
 
     Attributes:
-        inputs: detached; they share memory with what the first function keeps.
+        inputs: without a graph; they share memory with what the first function keeps.
         version: of the activation when it was made; a later one has been changed in place.
     """
 
@@ -54,7 +54,7 @@ class Recipe:
 def mark(output: torch.Tensor, compute: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """`output`, with the recipe ``compute(*inputs)`` if a backward pass can follow."""
     if output.requires_grad and not torch.compiler.is_compiling():
-        kept = tuple(value.detach() for value in inputs)
+        kept = tuple(value.detach() if value.requires_grad else value for value in inputs)
         output._sparse_llm_ft_recipe = Recipe(kept, Recomputed(compute), output._version)  # type: ignore[attr-defined]
     return output
 
