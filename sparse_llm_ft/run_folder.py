@@ -37,6 +37,7 @@ _FREE = {
     "evaluation.micro_batch_size",
     "task.date",  # of the first start; the samples' key has it
     "model.gradient_checkpointing",
+    "model.lean",
     "model.trust_remote_code",
     "model.attn_implementation",
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,6 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
+from sparse_llm_ft.adapters.dropout import SeededDropout
+from sparse_llm_ft.adapters.function import Adapted, adapted_linear, count_hooks, is_readable
 from sparse_llm_ft.model.linear import LinearLayer, is_transposed, sides
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
@@ -42,6 +45,28 @@ def scatter(matrix: torch.Tensor, rows: IndexMask | None, cols: IndexMask | None
             indices = torch.tensor(kept.indices, device=matrix.device)
             matrix = matrix.new_zeros(sides).index_copy(dimension, indices, matrix)
     return matrix
+
+
+def _find(values: nn.ParameterDict | BufferDict, name: str) -> torch.Tensor | None:
+    """The named tensor; None if there is none. PEFT's `BufferDict` has no `get`."""
+    found: torch.Tensor | None = values[name] if name in values else None  # noqa: SIM401
+    return found
+
+
+@contextmanager
+def calling_parts(model: nn.Module) -> Iterator[None]:
+    """A context in which layers with adapters call the modules below them, which some ranks hook and others do not.
+
+    At ZeRO-3 all ranks must call the same modules.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+    for layer in layers:
+        layer.calls_parts = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.calls_parts = False
 
 
 class Pair(nn.Module):
@@ -111,6 +136,14 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     observe: Callable[[torch.Tensor], None] | None = None
     """Called with every adapter's scaled output, (..., kept rows); for scores taken during forward passes."""
+
+    calls_parts: bool = False
+    """Whether to call the base layer and the adapter's parts as modules even where nobody hooks them."""
+
+    engine_hooks: int = 0
+    """ZeRO-3: the number of hooks with which the engine would gather the parameters of the base layer and the adapter
+    when those are called. It gathers them with this layer too, so these hooks need not run.
+    """
 
     def __init__(
         self,
@@ -268,16 +301,45 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged else self._present(self.active_adapters)
+        if len(names) == 1 and not (args or kwargs) and self._is_direct(names[0]):
+            return self._adapted(names[0], x)
         result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        for name in self._present(self.active_adapters):
+        for name in names:
             output = self._adapter_output(name, x).to(result.dtype)  # Shape: (..., kept rows)
             if self.observe is not None:
                 self.observe(output)
             masked = name in self.lora_rows
             result = result.index_add(-1, self.lora_rows[name], output) if masked else result + output
         return result
+
+    def _is_direct(self, name: str) -> bool:
+        """Whether `adapted_linear` can take the place of the modules below: nobody looks at what they are given."""
+        if self.calls_parts or self.observe is not None or not self.cast_input_dtype_enabled:
+            return False
+        return is_readable(self.base_layer) and self.count_hooks(name) == self.engine_hooks
+
+    def count_hooks(self, adapter_name: str) -> int:
+        """How many hooks act on the modules below, see `count_hooks`."""
+        return count_hooks(self.base_layer, *self.pair(adapter_name), self.lora_omega, self.lora_u, self.lora_v)
+
+    def _adapted(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_out): the output with one adapter, by `adapted_linear`."""
+        down, up = self.pair(name)
+        dropout = self.lora_dropout[name]
+        omega = _find(self.lora_omega, name)
+        fixed = 1.0 if omega is not None else max(self.adapters[name].omega, 0.0)
+        call = Adapted(
+            self.base_layer,
+            fixed * self.get_scaling(name),
+            _find(self.lora_rows, name),
+            _find(self.lora_cols, name),
+            SeededDropout.draw(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None,
+        )
+        a, b = down.weight, up.weight
+        if name in self.lora_u:
+            a, b = self.lora_u[name][:, None] * a, self.lora_v[name][:, None] * b
+        return adapted_linear(x, a, b, omega, call)
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         down, up = self.pair(name)

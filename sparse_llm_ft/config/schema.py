@@ -26,6 +26,8 @@ class ModelConfig(Section):
         dtype: type of the base's weights and of the computation.
         quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation in
             `dtype`).
+        lean: whether element-wise parts and the loss of a base that has the Llama family's structure keep less for
+            backward (model/lean.py, model/head_loss.py); other bases run unchanged.
         trust_remote_code: whether code from the model's repository or folder may run in this process.
         resize_embeddings: give the input embeddings and the output head a row for each token of the tokenizer, if it
             has more than they do.
@@ -36,6 +38,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
     gradient_checkpointing: StrictBool = False
+    lean: Literal["auto", "off"] = "auto"
     attn_implementation: str | None = None
     trust_remote_code: StrictBool = False
     resize_embeddings: StrictBool = False

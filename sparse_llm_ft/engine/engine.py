@@ -333,7 +333,7 @@ class Engine:
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[object]:
         """Collective at stage 3. A context in which every rank has `module`'s own parameters unsharded."""
-        return zero.gathered(module)
+        return zero.gathered(self._wrapped, module)
 
     def optimizer_bytes(self) -> int:
         """Collective. Bytes of optimizer state on the rank that holds the most: moments, step counts, indices of kept

@@ -13,6 +13,8 @@ from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.architecture import model_family
+from sparse_llm_ft.model.head_loss import head_targets
+from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
@@ -83,6 +85,8 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
         raise NotImplementedError("its attention does not use transformers' interface") from error
     nn.Module.to(model, DTYPES[config.dtype])  # transformers' own `to` has no types
     layers = _checkpointed_bytes(config, model, length)
+    if config.lean == "auto":
+        make_lean(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     peft_model = add_adapters(model, plan, low_cpu_mem_usage=True, autocast_adapter_dtype=False).to(
@@ -103,15 +107,16 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
     # meta tensors have none.
     tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
     mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head_targets(tokens):
         inputs = {"input_ids": tokens, "attention_mask": mask}
         if model_family(model.config) == "encoder-decoder":
             inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
         options = {} if model_family(model.config) == "encoder" else {"use_cache": False}
         output = peft_model(**inputs, **options)
         logits = output.start_logits if task_mode.mode == "question_answering" else output.logits
-        logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
-        F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
+        if logits.ndim:  # else the head has computed the loss
+            logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
+            F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
 
 

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero import GatheredParameters, register_external_paramet
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
+from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.engine.shards import Master, ShardSlice
 from sparse_llm_ft.optim import AdapterOptimizer
 
@@ -117,8 +118,11 @@ def _own_of_masters(wrapped: Wrapped, masters: Sequence[Master]) -> list[DeepSpe
     return [own[id(master)] for _, master in masters]
 
 
-def gathered(module: nn.Module) -> AbstractContextManager[object]:
+def gathered(wrapped: Wrapped, module: nn.Module) -> AbstractContextManager[object]:
     """Collective at stage 3. A context in which the module's own parameters are unsharded."""
+    if hasattr(wrapped, _STAGE_3):
+        # A backward pass ends without releasing the weights of a layer whose input needs no gradient.
+        wrapped._partition_all_parameters()
     sharded = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
     return GatheredParameters(sharded) if sharded else nullcontext()
 
@@ -168,16 +172,19 @@ def cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def gather_with_users(model: nn.Module) -> None:
-    """Stage 3: gather the parameters of a `ParameterDict` (omegas, VeRA's vectors) with the module that holds the dict.
+    """Stage 3: gather parameters with the modules that read them without calling their owners.
 
-    DeepSpeed detects such parameters in a forward pass of the whole model. A pass that begins further inside, as in
-    generation, would read them empty.
+    These are the layers with adapters, which read the base layer's weights and the adapter's, and modules that hold a
+    `ParameterDict` (VeRA's vectors). DeepSpeed detects such parameters in a forward pass of the whole model. A pass
+    that begins further inside, as in generation, would read them empty.
     """
     for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ParameterDict):
-                for parameter in child.parameters(recurse=False):
-                    register_external_parameter(module, parameter)
+        read: list[nn.Module] = [child for child in module.children() if isinstance(child, nn.ParameterDict)]
+        if isinstance(module, SparseLoraLayer):
+            read += [module.base_layer, *(part for name in module.adapters for part in module.pair(name))]
+            module.engine_hooks = max(module.count_hooks(name) for name in module.adapters)
+        for parameter in (p for part in read for p in part.parameters(recurse=False)):
+            register_external_parameter(module, parameter)
 
 
 def hooks(model: nn.Module) -> set[tuple[int, str, int]]:
@@ -195,6 +202,8 @@ def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
     keep removed adapters alive.
     """
     for module in model.modules():
+        if isinstance(module, SparseLoraLayer):
+            module.engine_hooks = 0
         for left_over in _LEFT_ON_MODULES:
             module.__dict__.pop(left_over, None)
         for kind in _HOOK_KINDS:

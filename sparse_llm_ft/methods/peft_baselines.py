@@ -1,10 +1,12 @@
-"""Baselines: one of PEFT's tuners on every target module for the full run (LoRA, LoRA+, rsLoRA, DoRA, VeRA)."""
+"""Baselines: one tuner on every target module for the full run. LoRA and LoRA+ have this package's layers, or PEFT's on
+request; rsLoRA, DoRA and VeRA have PEFT's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Generic
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field, StrictInt
 
@@ -21,9 +23,16 @@ if TYPE_CHECKING:
 
 
 class LoraSettings(MethodSettings):
-    """LoRA (Hu et al., 2021)."""
+    """LoRA (Hu et al., 2021).
 
-    why_alone = "trains PEFT's LoRA as it is"
+    Attributes:
+        tuner: whose layers train it. They compute the same; PEFT's keep more for backward and are slower
+            (docs/benchmarks.md).
+    """
+
+    why_alone = "trains LoRA as it is"
+
+    tuner: Literal["sparse_lora", "peft"] = "sparse_lora"
 
 
 class LoraPlusSettings(LoraSettings):
@@ -78,29 +87,40 @@ class _PeftBaseline(Method[S], Generic[S]):
     tuner: ClassVar[str]
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """The incoming plan's modules, with PEFT's tuner."""
-        return replace(phase, plan=replace(self.resized(phase.plan), tuner=self.tuner)), state
+        """The incoming plan's modules, with the tuner."""
+        return replace(phase, plan=replace(self.resized(phase.plan), tuner=self.chosen_tuner())), state
+
+    def chosen_tuner(self) -> str:
+        """Its name in plans."""
+        return self.tuner
 
     def resized(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan with the tuner's own rank."""
         return plan
 
 
-class Lora(_PeftBaseline[LoraSettings]):
-    """PEFT's own LoRA."""
+L = TypeVar("L", bound=LoraSettings)
+
+
+class _Lora(_PeftBaseline[L]):
+    def chosen_tuner(self) -> str:
+        """This package's, or PEFT's."""
+        return "lora" if self.settings.tuner == "peft" else "sparse_lora"
+
+
+class Lora(_Lora[LoraSettings]):
+    """LoRA."""
 
     settings_class = LoraSettings
-    tuner = "lora"
 
 
-class LoraPlus(_PeftBaseline[LoraPlusSettings]):
-    """PEFT's LoRA with two learning rates."""
+class LoraPlus(_Lora[LoraPlusSettings]):
+    """LoRA with two learning rates."""
 
     settings_class = LoraPlusSettings
-    tuner = "lora"
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """The incoming plan's modules, with PEFT's LoRA and a larger learning rate for B."""
+        """The incoming plan's modules, with LoRA and a larger learning rate for B."""
         return super().begin(replace(phase, lora_b_lr_factor=self.settings.lr_ratio), state, targets)
 
 

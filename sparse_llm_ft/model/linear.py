@@ -63,6 +63,13 @@ def any_transposed(model: nn.Module, names: Iterable[str]) -> bool:
     return any(is_transposed(getattr(module, "base_layer", module)) for module in modules)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast computes linear layers in on this device at present; None if it is off, or unknown there."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def restore_transposed(model: nn.Module, empty: PreTrainedModel) -> None:
     """Turn layers back into `Conv1D` that `empty` has as such: quantisation replaces them, and transformers
     dequantises them into `nn.Linear`, whose weights a reader of the saved model would take for transposed ones.

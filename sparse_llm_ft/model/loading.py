@@ -34,6 +34,7 @@ from sparse_llm_ft.model.architecture import (
     has_head,
 )
 from sparse_llm_ft.model.buffers import remember_fixed
+from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
@@ -235,6 +236,8 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
         # to the embeddings even if only upper layers have adapters.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_use_cache(model, False)
+    if config.lean == "auto":
+        make_lean(model)
     return model
 
 

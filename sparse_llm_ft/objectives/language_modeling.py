@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import IGNORE_INDEX, Batch, collate_causal_lm, collate_packed, collate_seq2seq
 from sparse_llm_ft.data.samples import Pack, Sample
+from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
 
@@ -54,8 +56,10 @@ class CompletionObjective:
         return collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Scalar float32: summed over the completion tokens."""
-        logits, targets = self._predict(forward, batch)
+        """Scalar float32: summed over the completion tokens. A lean head computes it (model/head_loss.py)."""
+        logits, targets = self._predict(forward, batch, in_head=True)
+        if logits.ndim == 0:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
     def losses(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -94,17 +98,23 @@ class CompletionObjective:
             return largest_share(sample.label for sample in samples)
         return largest_share(token for sample in samples for token in sample.completion_ids)
 
-    def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, P, V) float32 and targets (B, P) at the P positions that some sample supervises."""
+    def _predict(self, forward: Forward, batch: Batch, in_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, P, V) float32 and targets (B, P) at the P positions that some sample supervises.
+
+        Args:
+            in_head: whether the loss, a scalar, may come in place of logits.
+        """
         labels = batch["labels"]
         # The logits at position t predict the token at t + 1.
         positions = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
         # Without a mask, transformers separates packed samples by their positions.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
-        output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
+        targets = labels[:, positions + 1]
+        with head_targets(targets) if in_head and self.keeps_logits else nullcontext():
+            output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
         logits = output.logits if self.keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
-        return logits.float(), labels[:, positions + 1]
+        return logits.float(), targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +131,7 @@ class Seq2SeqObjective(CompletionObjective):
         """The tensors of `collate_seq2seq`."""
         return collate_seq2seq(samples, self.pad_token_id, self.start_token_id)
 
-    def _predict(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, forward: Forward, batch: Batch, in_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return forward(**inputs, use_cache=False).logits.float(), batch["labels"]
 

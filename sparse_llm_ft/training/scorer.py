@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sparse_llm_ft.adapters import SparseLoraLayer, base_tensors
+from sparse_llm_ft.adapters.layer import calling_parts
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
@@ -178,10 +179,11 @@ class Scorer(Generic[T]):
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
         try:
-            if spec.search:
-                report = partial(self._report, "sides" if settings.derivation == "joint" else "layers")
-                return derive(model, modules, samples, self.objective, settings, shard, report, spec.compare)
-            return measure_only(model, modules, samples, self.objective, settings, shard)
+            with calling_parts(model):
+                if spec.search:
+                    report = partial(self._report, "sides" if settings.derivation == "joint" else "layers")
+                    return derive(model, modules, samples, self.objective, settings, shard, report, spec.compare)
+                return measure_only(model, modules, samples, self.objective, settings, shard)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)

@@ -146,7 +146,8 @@ def test_offloaded_to_the_cpu(kind: str) -> None:
     model = awake(get_peft_model(base(), config(kind)))
     expected = logits(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert torch.equal(logits(model), expected)
+    # Modules that move their weights in hooks are called one by one, which rounds differently.
+    torch.testing.assert_close(logits(model), expected)
 
 
 def test_input_casting_can_be_disabled(kind: str) -> None:

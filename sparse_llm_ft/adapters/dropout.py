@@ -1,0 +1,56 @@
+"""Dropout that is drawn again in backward from its seed, so that no mask is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SeededDropout:
+    """Dropout of one forward pass: each entry is dropped with probability `p`, independently.
+
+    The factor 1 / (1 - p) on the entries that stay is left to the caller, who has another factor to apply anyway.
+    """
+
+    p: float
+    seed: int
+
+    @classmethod
+    def draw(cls, p: float) -> SeededDropout:
+        """A seed from torch's CPU generator, whatever the device: reading it waits for no GPU."""
+        return cls(p, int(torch.randint(2**62, (1,))))
+
+    def apply_(self, values: torch.Tensor) -> torch.Tensor:
+        """Set the dropped entries of the contiguous `values` to zero, in place; the same ones at every call."""
+        if values.is_meta:
+            return values
+        generator = torch.Generator(values.device).manual_seed(self.seed)
+        if values.device.type == "cpu" and self.p <= 0.25:
+            values.view(-1).index_fill_(0, _dropped(values.numel(), self.p, generator), 0.0)
+            return values
+        kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+        return values.mul_(kept.bernoulli_(1.0 - self.p, generator=generator))
+
+
+def _dropped(size: int, p: float, generator: torch.Generator) -> torch.Tensor:
+    """Ascending indices of the dropped ones among `size` entries.
+
+    Between two dropped entries lies a geometrically distributed number of kept ones. Drawing those takes p draws per
+    entry in place of one, and a CPU's generator is slower than its arithmetic.
+    """
+    indices: list[torch.Tensor] = []
+    last = -1
+    while True:
+        left = size - 1 - last
+        count = int(left * p + 6 * math.sqrt(left * p) + 8)
+        uniform = torch.rand(count, generator=generator).neg_().add_(1.0)  # in (0, 1]
+        gaps = uniform.log_().mul_(1.0 / math.log1p(-p)).long().add_(1)
+        found = gaps.cumsum_(0).add_(last)
+        last = int(found[-1])
+        indices.append(found)
+        if last >= size - 1:
+            positions = indices[0] if len(indices) == 1 else torch.cat(indices)
+            return positions[: int(torch.searchsorted(positions, size))]

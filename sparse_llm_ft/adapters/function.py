@@ -1,0 +1,210 @@
+"""A linear layer and its adapter as one autograd function.
+
+    H = dropout(X[:, cols]) A^T                          (T, r)
+    Y = X W^T + b,  Y[:, rows] += s H B^T                (T, d_out)      s = gate(omega) * lora_alpha / r
+
+Of a forward pass, backward gets X alone, or what X is computed from (model/recompute.py). It computes H and draws
+dropout's mask again, and makes no gradient of W:
+
+    G_H = s G[:, rows] B                                 (T, r)          G = dL/dY
+    dB  = s G[:, rows]^T H                               (kept rows, r)
+    dA  = G_H^T dropout(X[:, cols])                      (r, kept cols)
+    ds  = sum(G[:, rows] B * H)
+    dX  = G W + scatter_cols(dropout(G_H A))             (T, d_in)
+
+W is looked up in its layer in both passes: under ZeRO-3 it is gathered for each, and a 4-bit one is dequantised for
+each. bitsandbytes' own function keeps the gathered codes from the forward pass until its graph is freed.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from sparse_llm_ft.adapters.dropout import SeededDropout
+from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype, is_transposed
+from sparse_llm_ft.model.recompute import Recipe, recipe_of
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """What one call of an adapted layer does not differentiate.
+
+    Attributes:
+        base: the layer below the adapter.
+        scaling: lora_alpha / r, and omega if it is not trained.
+        rows, cols: indices of kept rows and columns, int64; None: all.
+        dropout: None: none.
+    """
+
+    base: LinearLayer
+    scaling: float
+    rows: torch.Tensor | None
+    cols: torch.Tensor | None
+    dropout: SeededDropout | None
+
+
+def adapted_linear(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, omega: torch.Tensor | None, call: Adapted
+) -> torch.Tensor:
+    """The layer's output with its adapter.
+
+    Args:
+        x: (..., d_in).
+        down: A, (r, kept columns).
+        up: B, (kept rows, r).
+        omega: a trained omega before its gate, (1,).
+
+    Returns:
+        (..., d_out), in the base layer's output type.
+    """
+    output: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        x, down, up, omega, call, recipe_of(x)
+    )
+    return output
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        omega: torch.Tensor | None,
+        call: Adapted,
+        recipe: Recipe | None,
+    ) -> torch.Tensor:
+        # Autocast, if it is on, decides what the adapter computes in; else its own weights do.
+        lowered = autocast_dtype(x.device)
+        dtype = lowered or down.dtype
+        output: torch.Tensor = call.base.forward(x)
+        with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
+            hidden = _project(x.reshape(-1, x.shape[-1]), down.to(dtype), call)  # (T, r)
+            hidden = hidden * _factor(call, omega, dtype)
+            wide = _full_rows(up.to(dtype), output.shape[-1], call.rows)  # (d_out, r)
+            flat = output.view(-1, output.shape[-1])
+            if output.dtype == dtype:
+                flat.addmm_(hidden, wide.t())
+            else:
+                flat += hidden @ wide.t()
+        inputs = (x,) if recipe is None else recipe.inputs
+        ctx.save_for_backward(down, up, omega, call.base.weight, *inputs)
+        ctx.call, ctx.dtype, ctx.input_dtype = call, dtype, x.dtype
+        ctx.value_of_input = None if recipe is None else recipe.value
+        if recipe is not None and any(ctx.needs_input_grad[1:4]):
+            recipe.value.add_user()
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call: Adapted = ctx.call
+        own_down, own_up, omega, weight, *inputs = ctx.saved_tensors
+        needs_x, needs_down, needs_up, needs_omega = ctx.needs_input_grad[:4]
+        flat = grad.reshape(-1, grad.shape[-1])  # (T, d_out)
+        dx = grad_down = grad_up = grad_omega = None
+
+        # The way through the adapter, r wide.
+        down, up = own_down.to(ctx.dtype), own_up.to(ctx.dtype)
+        outer = flat.to(ctx.dtype)
+        factor = _factor(call, omega, ctx.dtype)
+        wide = _full_rows(up, flat.shape[-1], call.rows)
+        narrow = torch.mm(wide.t(), outer.t()).t()  # G B, (T, r); written so, a CPU computes it four times as fast
+        if needs_down or needs_up or needs_omega:
+            x = inputs[0] if ctx.value_of_input is None else ctx.value_of_input(*inputs)
+            seen = _seen(x.reshape(-1, x.shape[-1]).to(ctx.dtype), call)  # (T, kept cols)
+            hidden = seen @ down.t()  # (T, r)
+            if needs_omega:
+                wide_type = torch.promote_types(ctx.dtype, torch.float32)
+                change = (narrow * hidden).sum(dtype=wide_type) * _constant(call)
+                grad_omega = change.reshape(1).to(omega.dtype)
+            if needs_up:
+                grad_up = torch.mm((hidden * factor).t(), outer).t()  # (d_out, r)
+                grad_up = (grad_up if call.rows is None else grad_up[call.rows]).to(own_up.dtype)
+            narrow = narrow * factor
+            if needs_down:
+                grad_down = torch.mm(narrow.t(), seen).to(own_down.dtype)
+        else:
+            narrow = narrow * factor
+
+        # The way through the base's weight, to which the adapter's is added.
+        if needs_x:
+            dx = _through_base(flat, call.base, weight)
+            _add_through_adapter(dx, narrow, down, call)
+            dx = dx.reshape(*grad.shape[:-1], -1).to(ctx.input_dtype)
+        return dx, grad_down, grad_up, grad_omega, None, None
+
+
+def _constant(call: Adapted) -> float:
+    """The factor on H B^T without a trained omega. Entries that dropout keeps grow by 1 / (1 - p)."""
+    return call.scaling if call.dropout is None else call.scaling / (1.0 - call.dropout.p)
+
+
+def _factor(call: Adapted, omega: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | float:
+    """The factor on H B^T: a number, or (1,) with a trained omega, whose value stays on its device."""
+    return _constant(call) if omega is None else omega.detach().clamp(min=0).to(dtype) * _constant(call)
+
+
+def _seen(x: torch.Tensor, call: Adapted) -> torch.Tensor:
+    """What A is applied to, (T, kept columns), from x (T, d_in)."""
+    seen = x if call.cols is None else x.index_select(1, call.cols)
+    if call.dropout is None:
+        return seen
+    return call.dropout.apply_(seen.clone(memory_format=torch.contiguous_format) if seen is x else seen)
+
+
+def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:
+    """H: (T, r)."""
+    return _seen(x.to(down.dtype), call) @ down.t()
+
+
+def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch.Tensor:
+    """B with a row of zeros for every masked one: (d_out, r). Adding a product to all outputs is faster than adding a
+    smaller one to some.
+    """
+    return up if rows is None else up.new_zeros(d_out, up.shape[1]).index_copy_(0, rows, up)
+
+
+def _through_base(grad: torch.Tensor, base: LinearLayer, weight: torch.Tensor) -> torch.Tensor:
+    """G W: (T, d_in)."""
+    if isinstance(base, Linear4bit):
+        weight = bitsandbytes.functional.dequantize_4bit(weight, base.weight.quant_state)
+    weight = weight.to(grad.dtype)
+    return grad @ (weight.t() if is_transposed(base) else weight)
+
+
+def _add_through_adapter(dx: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, call: Adapted) -> None:
+    """Add G_H A, dropped as x was, to dx (T, d_in)."""
+    if call.dropout is None and call.cols is None and dx.dtype == narrow.dtype:
+        dx.addmm_(narrow, down)
+        return
+    change = narrow @ down  # (T, kept cols)
+    if call.dropout is not None:
+        change = call.dropout.apply_(change)
+    if call.cols is None:
+        dx += change
+    else:
+        dx.index_add_(1, call.cols, change.to(dx.dtype))
+
+
+def is_readable(base: nn.Module) -> bool:
+    """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
+    known = type(base) in (nn.Linear, Linear4bit, Conv1D)
+    return known and "forward" not in base.__dict__ and not base.weight.requires_grad
+
+
+def count_hooks(*modules: nn.Module) -> int:
+    """How many hooks and replaced forward functions act on calls of these modules: to see or change values, or to move
+    weights.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(("forward" in m.__dict__) + sum(len(getattr(m, kind)) for kind in kinds) for m in modules)

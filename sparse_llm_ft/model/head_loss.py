@@ -1,0 +1,123 @@
+"""Cross-entropy inside of a language model's output head, without logits of all positions.
+
+The head gets the targets beside the hidden states, and returns the loss in place of logits. It goes through the
+positions in chunks, and makes the gradient of each chunk at once: of (positions x vocabulary) numbers, nothing outlives
+its chunk. Under ZeRO-3 the head's weight is gathered in that moment; backward does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from sparse_llm_ft.data.collate import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**24
+"""Logits of a chunk: 64 MiB in float32."""
+
+_targets: ContextVar[torch.Tensor | None] = ContextVar("targets", default=None)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(hidden) if needed else None
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            logits = hidden[chunk] @ weight.t()  # (C, V)
+            scores = (logits if bias is None else logits + bias).float()
+            counted = targets[chunk] != IGNORE_INDEX  # (C,)
+            own = targets[chunk].clamp(min=0).unsqueeze(1)
+            total += ((scores.logsumexp(1) - scores.gather(1, own).squeeze(1)) * counted).sum()
+            if grad is not None:  # softmax minus one at the target
+                scores = scores.softmax(1).scatter_add_(1, own, scores.new_full(own.shape, -1.0))
+                grad[chunk] = (scores * counted.unsqueeze(1)).to(hidden.dtype) @ weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * outer).to(grad.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Scalar float32: the cross-entropy of ``hidden @ weight.T + bias``, summed over all targets but IGNORE_INDEX.
+
+    Args:
+        hidden: (N, d).
+        weight: (V, d); it gets no gradient, nor does `bias` (V,).
+        targets: (N,) int64.
+    """
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@contextmanager
+def head_targets(targets: torch.Tensor) -> Iterator[None]:
+    """A context in which heads changed by `make_head_lean` return the loss of `targets` (B, P), a scalar."""
+    token = _targets.set(targets)
+    try:
+        yield
+    finally:
+        _targets.reset(token)
+
+
+def _head_forward(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+    targets = _targets.get()
+    if targets is None or head.weight.requires_grad or targets.shape != hidden.shape[:-1]:
+        return type(head).forward(head, hidden)  # type: ignore[no-any-return]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return chunked_cross_entropy(flat, head.weight, head.bias, targets.to(flat.device).reshape(-1))
+
+
+def make_head_lean(model: PreTrainedModel) -> bool:
+    """Let the output head of `model` compute the loss where `head_targets` asks for it.
+
+    Returns:
+        False, and nothing is changed, if the model does more with its logits than return them (Gemma caps them), or has
+        no such head.
+    """
+    head: Any = model.get_output_embeddings()
+    known = type(head) is nn.Linear and "forward" not in head.__dict__
+    if not (known and _returns_what_its_head_does(model, head)):
+        return False
+    head.forward = MethodType(_head_forward, head)
+    return True
+
+
+def _returns_what_its_head_does(model: PreTrainedModel, head: Any) -> bool:
+    """Whether the model's logits are its head's output itself, asked with everything below the head left out."""
+    body: Any = model.base_model
+    if body is model or "forward" in body.__dict__:
+        return False
+    hidden = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
+    given = torch.zeros(1, 2, 3, device=hidden.device)
+    body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    head.forward = lambda _: given
+    try:
+        with torch.no_grad():
+            output = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=hidden.device), use_cache=False)
+        return getattr(output, "logits", None) is given
+    except Exception:  # a model's own code, given a body that it does not know
+        return False
+    finally:
+        del body.forward, head.forward
