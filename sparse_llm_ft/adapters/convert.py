@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_llm_ft.adapters.layer import SparseLoraLayer, scatter
+from sparse_llm_ft.adapters.layer import SparseLoraLayer
+from sparse_llm_ft.adapters.parts import scatter
 from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 from sparse_llm_ft.serving.ranks import served_rank

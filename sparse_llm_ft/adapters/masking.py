@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.adapters.convert import trained_parameters
-from sparse_llm_ft.adapters.layer import scatter
+from sparse_llm_ft.adapters.parts import scatter
 from sparse_llm_ft.adapters.tuners import TensorShape, tuner_of
 from sparse_llm_ft.optim.masks import Mask, PackedMask, RowColumnMask
 from sparse_llm_ft.plan import AdapterPlan, IndexMask

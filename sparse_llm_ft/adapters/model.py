@@ -12,7 +12,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from sparse_llm_ft.adapters.config import SparseLoraConfig
-from sparse_llm_ft.adapters.layer import Pair, SparseLoraLayer
+from sparse_llm_ft.adapters.layer import SparseLoraLayer
+from sparse_llm_ft.adapters.parts import Pair
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.errors import ConfigError

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import SeededDropout, _dropped
 from sparse_llm_ft.adapters.function import Adapted, adapted_linear
-from sparse_llm_ft.adapters.layer import SparseLoraLayer, gate
+from sparse_llm_ft.adapters.layer import SparseLoraLayer
+from sparse_llm_ft.adapters.parts import gate
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
 
 D_IN, D_OUT, R = 10, 7, 3
