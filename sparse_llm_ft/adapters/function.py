@@ -13,7 +13,7 @@ dropout's mask again, and makes no gradient of W:
     dX  = G W + scatter_cols(dropout(G_H A))             (T, d_in)
 
 W is looked up in its layer in both passes: under ZeRO-3 it is gathered for each, and a 4-bit one is dequantised for
-each. bitsandbytes' own function keeps the gathered codes from the forward pass until its graph is freed.
+each (model/four_bit.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
@@ -30,7 +29,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import SeededDropout
-from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype, is_transposed
+from sparse_llm_ft.model.four_bit import computes_as_its_class, through_weight
+from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype
 from sparse_llm_ft.model.recompute import Recipe, recipe_of
 
 
@@ -86,7 +86,8 @@ class _AdaptedLinear(torch.autograd.Function):
         # Autocast, if it is on, decides what the adapter computes in; else its own weights do.
         lowered = autocast_dtype(x.device)
         dtype = lowered or down.dtype
-        output: torch.Tensor = call.base.forward(x)
+        of_class: Any = type(call.base).forward
+        output: torch.Tensor = of_class(call.base, x)
         with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
             hidden = _project(x.reshape(-1, x.shape[-1]), down.to(dtype), call)  # (T, r)
             hidden = hidden * _factor(call, omega, dtype)
@@ -138,7 +139,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
         # The way through the base's weight, to which the adapter's is added.
         if needs_x:
-            dx = _through_base(flat, call.base, weight)
+            dx = through_weight(flat, call.base, weight)
             _add_through_adapter(dx, narrow, down, call)
             dx = dx.reshape(*grad.shape[:-1], -1).to(ctx.input_dtype)
         return dx, grad_down, grad_up, grad_omega, None, None
@@ -174,14 +175,6 @@ def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch
     return up if rows is None else up.new_zeros(d_out, up.shape[1]).index_copy_(0, rows, up)
 
 
-def _through_base(grad: torch.Tensor, base: LinearLayer, weight: torch.Tensor) -> torch.Tensor:
-    """G W: (T, d_in)."""
-    if isinstance(base, Linear4bit):
-        weight = bitsandbytes.functional.dequantize_4bit(weight, base.weight.quant_state)
-    weight = weight.to(grad.dtype)
-    return grad @ (weight.t() if is_transposed(base) else weight)
-
-
 def _add_through_adapter(dx: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, call: Adapted) -> None:
     """Add G_H A, dropped as x was, to dx (T, d_in)."""
     if call.dropout is None and call.cols is None and dx.dtype == narrow.dtype:
@@ -199,7 +192,7 @@ def _add_through_adapter(dx: torch.Tensor, narrow: torch.Tensor, down: torch.Ten
 def is_readable(base: nn.Module) -> bool:
     """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
     known = type(base) in (nn.Linear, Linear4bit, Conv1D)
-    return known and "forward" not in base.__dict__ and not base.weight.requires_grad
+    return known and computes_as_its_class(base) and not base.weight.requires_grad
 
 
 def count_hooks(*modules: nn.Module) -> int:
@@ -207,4 +200,4 @@ def count_hooks(*modules: nn.Module) -> int:
     weights.
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(("forward" in m.__dict__) + sum(len(getattr(m, kind)) for kind in kinds) for m in modules)
+    return sum((not computes_as_its_class(m)) + sum(len(getattr(m, kind)) for kind in kinds) for m in modules)

@@ -34,6 +34,7 @@ from sparse_llm_ft.model.architecture import (
     has_head,
 )
 from sparse_llm_ft.model.buffers import remember_fixed
+from sparse_llm_ft.model.four_bit import release_weights
 from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
@@ -231,6 +232,7 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
     _keep_four_bit_weights_in_place(model)
+    release_weights(model)
     if config.gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs inputs that require gradients, so the backward pass would run down
         # to the embeddings even if only upper layers have adapters.

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -231,6 +232,56 @@ def watched() -> Iterator[list[tuple[int, int]]]:
         yield moments
     gc.unfreeze()
     hook.remove()
+
+
+@case
+def a_four_bit_base_is_nowhere_whole_between_forward_and_backward() -> None:
+    """Of the layers gathered during a step, one at most is alive after the forward pass, and after backward. The layers
+    without adapters count as well; bitsandbytes' own function keeps all that needs gradients.
+    """
+    config = ModelConfig(name=in_files("several"), dtype="bfloat16", quantization="nf4")
+    for checkpointed in (False, True):
+        base = load_sharded_model(
+            config.model_copy(update={"gradient_checkpointing": checkpointed}), settings_of("bfloat16")
+        )
+        plan = plan_for(base)
+        names = list(plan.modules)
+        plan = AdapterPlan({name: a if name in names[::2] else None for name, a in plan.modules.items()})
+        model = add_adapters(base, plan)
+        released = {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+        }
+        engine = Engine(
+            model,
+            replace(
+                engine_settings(3, 2, "bfloat16"),
+                extra={"zero_optimization": released | {"stage3_prefetch_bucket_size": 0}},
+            ),
+        )
+        gathered: list[tuple[StorageWeakRef, int]] = []
+
+        def note(layer: nn.Module, args: object, gathered: list = gathered) -> None:
+            weight = layer.get_base_layer().weight if hasattr(layer, "get_base_layer") else layer.weight
+            storage = weight.data.untyped_storage()
+            assert storage.nbytes() >= weight.ds_numel
+            gathered.append((StorageWeakRef(storage), storage.nbytes()))
+
+        base_layers = {id(m.get_base_layer()) for m in model.modules() if hasattr(m, "get_base_layer")}
+        for module in model.modules():
+            if hasattr(module, "get_base_layer") or (hasattr(module, "quant_state") and id(module) not in base_layers):
+                module.register_forward_pre_hook(note)
+        batch = OBJECTIVE.batch(SAMPLES[:2])
+        loss = OBJECTIVE.loss(engine.forward, batch)
+        after_forward = sum(size for storage, size in gathered if not storage.expired())
+        engine.backward(loss)
+        after_backward = sum(size for storage, size in gathered if not storage.expired())
+        largest = max(size for _, size in gathered)
+        assert len(gathered) >= len(names)
+        assert after_forward <= largest and after_backward <= largest, (after_forward, after_backward, largest)
+        engine.close()
+        model.unload()
 
 
 @case
