@@ -24,6 +24,19 @@ def config(model_folder: Path, data_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+@pytest.fixture
+def encoder(encoder_folder: Path, labelled_folder: Path, tmp_path: Path) -> Path:
+    """A fresh head is fitted on half of D_t; the joint search runs on the other half."""
+    tree = run_settings(encoder_folder, labelled_folder, tmp_path / "run")
+    labels, texts = ["no", "yes"], ["sentence"]
+    tree["task"] = {"name": "custom", "path": str(labelled_folder), "labels": labels, "texts": texts, "max_length": 32}
+    tree["method"] = {"name": "partial_lora", "derivation": "joint", "floor_metric": "loss", "shots": 5}
+    tree["method"]["cache_dir"] = str(tmp_path / "encoder-cache")
+    tree["evaluation"]["samples"] = 0
+    (tmp_path / "encoder.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "encoder.yaml"
+
+
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """`derive` in this process makes it a world of one; later tests start worlds of their own."""
@@ -32,20 +45,33 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable)
 
 
-def test_two_ranks_derive_and_one_finds_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_derive_and_one_finds_it(config: Path, encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = config.parent / "logs"
-    command = {"command": ["derive", "--config", str(config)]}
-    statuses = run_worlds({"derive": {"trees": command, "world_size": 2}}, logs)
-    output = last_lines(logs / "derive")
-    assert statuses["derive"] == [0, 0], output
-    assert "rows kept" in output and "self_attn.q_proj" in output
-    assert not (config.parent / "run").exists()
-    (entry,) = (folder for folder in (config.parent / "cache").iterdir() if folder.is_dir())
-    ratios = json.loads((entry / "derivation.json").read_text())["ratios"]
-    assert len(ratios) == 14 and all(0 <= share <= 1 for pair in ratios.values() for share in pair)
+    worlds = {
+        path.stem: {"trees": {"command": ["derive", "--config", str(path)]}, "world_size": 2}
+        for path in (config, encoder)
+    }
+    statuses = run_worlds(worlds, logs)
+    for path, cache, count in ((config, "cache", 14), (encoder, "encoder-cache", 13)):
+        output = last_lines(logs / path.stem, 10_000)
+        assert statuses[path.stem] == [0, 0], output
+        assert "rows kept" in output and ("self_attn.q_proj" if path is config else "self.query") in output
+        assert not (config.parent / "run").exists()
+        (entry,) = (folder for folder in (config.parent / cache).iterdir() if folder.is_dir())
+        found = json.loads((entry / "derivation.json").read_text())
+        assert len(found["ratios"]) == count
+        assert all(0 <= share <= 1 for pair in found["ratios"].values() for share in pair)
+        if path is encoder:  # of five samples of each of two classes, three fit the head
+            assert found["samples"] == 4 and "deriving on 4 samples beside the 6 that the head was" in output
+        zeros = sum(share == 0 for pair in found["ratios"].values() for share in pair)
+        assert (f"warning: {zeros} of {2 * count} ratios are 0 (" in output) == (zeros > 0)
+        assert output.count("ratios are 0 (") == (zeros > 0)  # of one rank
+    # One rank finds both: the decoder's in this process, the encoder's in another, as DeepSpeed starts once in each.
     capsys.readouterr()
     command_line(["derive", "--config", str(config)])
     assert f"ratios of 14 modules are in {config.parent / 'cache'}" in capsys.readouterr().out
+    assert run_worlds({"again": worlds["encoder"] | {"world_size": 1}}, logs) == {"again": [0]}
+    assert f"ratios of 13 modules are in {config.parent / 'encoder-cache'}" in last_lines(logs / "again", 10_000)
 
 
 def test_a_method_that_derives_nothing_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
