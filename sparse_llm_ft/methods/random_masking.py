@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.config.types import Share
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
@@ -39,7 +40,16 @@ class RandomMasking(Method[RandomMaskingSettings]):
     settings_class = RandomMaskingSettings
 
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
-        """The plan with masks of entries."""
+        """The plan with masks of entries.
+
+        Raises:
+            ConfigError: no entry was drawn.
+        """
         from sparse_llm_ft.methods.masking import random_entries
 
-        return replace(phase, plan=random_entries(phase.plan, targets, self.settings.ratio, self.inputs.seed)), state
+        ratio = self.settings.ratio
+        plan = random_entries(phase.plan, targets, ratio, self.inputs.seed)
+        if not any(a.entries and (a.entries.a.kept or a.entries.b.kept) for a in plan.active.values()):
+            count = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
+            raise ConfigError("method.ratio", f"{ratio:g} keeps none of {count:,} entries", "expected a larger share")
+        return replace(phase, plan=plan), state

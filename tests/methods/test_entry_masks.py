@@ -140,6 +140,11 @@ def test_random_masking_is_one_phase() -> None:
     assert chain.next(phase, state(phase), None, TARGETS) is None
 
 
+def test_a_share_that_keeps_no_entry_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method\.ratio: 1e-09 keeps none of 384 entries"):
+        start({"name": "random_masking", "ratio": 1e-9})
+
+
 def test_sparse_adapter_warms_up_scores_and_begins_anew_with_the_best_entries() -> None:
     chain, warmup = start({"name": "sparse_adapter", "sparsity": 0.75, "shots": 4, "warmup_steps": 3}, ("classifier",))
     assert (warmup.name, warmup.steps, warmup.is_warmup, warmup.subset.shots) == ("warmup", 3, True, 4)
