@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters
+from sparse_llm_ft.adapters.masking import row_masks
+from sparse_llm_ft.adapters.tuners import TensorShape
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.architecture import model_family
@@ -130,11 +135,27 @@ def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int
     return (layers or settings.num_hidden_layers) * length * settings.hidden_size * DTYPES[config.dtype].itemsize
 
 
-def state_bytes(plan: AdapterPlan, shapes: dict[str, Shape], zero_stage: int, world_size: int) -> int:
-    """Bytes per rank of trained values, gradients and optimizer state under bfloat16 (see the constants above)."""
+def state_bytes(
+    plan: AdapterPlan,
+    shapes: dict[str, Shape],
+    zero_stage: int,
+    world_size: int,
+    parameters: Mapping[str, TensorShape] | None = None,
+) -> int:
+    """Bytes per rank of trained values, gradients and optimizer state under bfloat16 (see the constants above).
+
+    Args:
+        parameters: of the base, name -> shape: those of modules that the plan trains beside its adapters (heads,
+            embeddings) count too. Of an embedding whose rows are trained, only these have moments.
+    """
     trained, stored = count_parameters(plan, shapes), count_stored_parameters(plan, shapes)
-    per_trained = MOMENT_BYTES + (INDEX_BYTES if stored > trained else 0)
-    sharded = stored * MASTER_BYTES + trained * per_trained
+    indexed, rows = trained if stored > trained else 0, row_masks(plan)
+    for name, shape in (parameters or {}).items():
+        if any(not module or name.startswith(f"{module}.") for module in plan.trained):
+            count = len(rows[name].indices) * shape[1] if name in rows else math.prod(shape)
+            stored, trained = stored + math.prod(shape), trained + count
+            indexed += count if name in rows else 0
+    sharded = stored * MASTER_BYTES + trained * MOMENT_BYTES + indexed * INDEX_BYTES
     return sharded // (world_size if zero_stage else 1) + stored * REPLICATED_BYTES
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from sparse_llm_ft.adapters.tuners import TensorShape
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
@@ -79,19 +82,21 @@ def grown_batch(
     length: int,
     world_size: int,
     task_mode: TaskMode,
+    parameters: Mapping[str, TensorShape],
 ) -> Phase:
     """The next phase, with a micro-batch that grows into the freed memory as its `batch_growth` says.
 
     Args:
         before: the phase that has just ended.
         length: tokens of the longest training sample, for which memory is computed.
+        parameters: of the base, name -> shape.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor)
     # How many samples fit into the memory that the old plan needed?
-    stage = config.deepspeed.zero_stage
-    freed = state_bytes(before.plan, targets, stage, world_size) - state_bytes(phase.plan, targets, stage, world_size)
+    fixed = targets, config.deepspeed.zero_stage, world_size, parameters
+    freed = state_bytes(before.plan, *fixed) - state_bytes(phase.plan, *fixed)
     old, new = (activation_bytes(config.model, plan, length, task_mode) for plan in (before.plan, phase.plan))
     limit = grown_micro_batch(micro, old, new, freed)
     if phase.batch_growth == "keep_global":

@@ -279,7 +279,16 @@ class Run:
         # Set the phase's batch sizes, and build its adapters.
         length = self.data.longest
         phase = self._with_steps(
-            grown_batch(phase, before, self.config, self.targets, length, self.world.size, self.context.task_mode)
+            grown_batch(
+                phase,
+                before,
+                self.config,
+                self.targets,
+                length,
+                self.world.size,
+                self.context.task_mode,
+                self.context.expected.parameters,
+            )
         )
         grown = phase.micro_batch_size > before.micro_batch_size
         model = rebuild_model(self.config, model, before.plan, phase.plan)

@@ -24,7 +24,10 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.export.export import export_run
 from sparse_llm_ft.export.model_card import model_card
 from sparse_llm_ft.export.options import ExportOptions
+from sparse_llm_ft.export.trial import try_export
+from sparse_llm_ft.export.whole_model import save_values
 from sparse_llm_ft.inference.trained_run import load_trained, read_run
+from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.training.records import describe_phase
 
@@ -256,3 +259,14 @@ def test_the_log_says_which_rows_are_new_and_untrained(
         line = f"model.resize_embeddings: 2 rows are new in {EMBEDDINGS}, {first} to {first + 1}{ending}"
         output = " ".join(capsys.readouterr().out.split())
         assert line in output and (ending or "nothing trains" not in output)
+
+
+def test_a_full_model_with_more_rows_can_be_written(settings: dict, grown: tuple[Path, Path], tmp_path: Path) -> None:
+    tree = merge(settings, {"model": {"name": str(grown[0]), "resize_embeddings": True}, "method": {"name": "full"}})
+    context = open_context(parse_config(tree))
+    try_export(context, context.first_phase().plan)
+    values = load_model(context.config.model).state_dict()
+    save_values(tmp_path / "model", context, values)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    assert stored.config.vocab_size == len(stored.get_input_embeddings().weight) == len(context.tokenizer)
+    assert torch.equal(stored.get_output_embeddings().weight, values["lm_head.weight"])

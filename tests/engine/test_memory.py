@@ -13,7 +13,7 @@ from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.model.loading import DTYPES, empty_model
-from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan, with_omega
+from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, uniform_plan, with_omega
 
 LAYERS, WIDTH = 4, 32
 CONFIG = LlamaConfig(
@@ -124,6 +124,19 @@ def test_state_bytes(stage, world, expected):
     """
     plan = AdapterPlan({"a": ModuleAdapter(2, 4.0), "b": None})
     assert state_bytes(plan, {"a": (6, 4), "b": (100, 100)}, stage, world) == 20 * expected
+
+
+def test_state_bytes_of_what_is_trained_beside_adapters():
+    """A whole embedding as adapters; of one with 3 trained rows all have a master, and 3 have moments and an index."""
+    adapters = {"a": ModuleAdapter(2, 4.0)}
+    shapes, parameters = {"a": (6, 4)}, {"embed.weight": (10, 4), "norm.weight": (4,), "embedding.weight": (9, 9)}
+    whole = AdapterPlan(adapters, trained=("embed",))
+    assert state_bytes(whole, shapes, 0, 1, parameters) == (20 + 40) * 16
+    rows = AdapterPlan(adapters, trained=("embed", "norm"), rows={"embed": IndexMask(10, (1, 2, 9))})
+    sharded = (20 + 4) * 12 + 40 * 4 + 12 * (8 + 4)
+    assert state_bytes(rows, shapes, 2, 4, parameters) == sharded // 4 + (20 + 40 + 4) * 4
+    everything = AdapterPlan({}, trained=("",))
+    assert state_bytes(everything, shapes, 0, 1, parameters) == (40 + 4 + 81) * 16
 
 
 def test_grown_micro_batch_by_hand():

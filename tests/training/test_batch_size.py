@@ -49,13 +49,13 @@ def change(settings: dict):
 
 def test_no_growth_keeps_both(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(phase, before, config, targets, 16, 1, CAUSAL_LM)
+    grown = grown_batch(phase, before, config, targets, 16, 1, CAUSAL_LM, {})
     assert (grown.micro_batch_size, grown.global_batch_size, grown.lr_factor) == (2, 8, 0.5)
 
 
 def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
     config, targets, before, phase = change
-    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, CAUSAL_LM)
+    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, CAUSAL_LM, {})
     assert grown.micro_batch_size in (4, 8) and grown.global_batch_size == 8 and grown.lr_factor == 0.5
 
 
@@ -63,7 +63,7 @@ def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
 def test_grow_global_fills_the_freed_memory_and_scales_the_rate(change, scaling: str, exponent: float) -> None:
     config, targets, before, phase = change
     after = replace(phase, batch_growth="grow_global", lr_scaling=scaling)
-    grown = grown_batch(after, before, config, targets, 16, 1, CAUSAL_LM)
+    grown = grown_batch(after, before, config, targets, 16, 1, CAUSAL_LM, {})
     old, new = (activation_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
     freed = state_bytes(before.plan, targets, 2, 1) - state_bytes(phase.plan, targets, 2, 1)
     assert grown.micro_batch_size == (2 * old + freed) // new > 2
