@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,24 +15,28 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandby
 
 
 def profile(step: Callable[[], Any], count: int, rank: int, vocabulary: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of one step by part (`Meter.part`; ``loop`` is what lies outside) and by kind, means of `count`.
+    """Milliseconds of one step by part (`Meter.part`; ``loop`` is what lies outside) and by kind: medians of `count`.
 
     An operator belongs to the head if one of its inputs, or of those of the operator that called it, has a side as
     large as the vocabulary; to the adapters if one of the last two sides is the rank (batch × heads comes first). What
     autograd and Python do between operators is `PYTHON`. The profiler slows a step down, small operators most.
     """
+    once = [_profile_once(step, rank, vocabulary) for _ in range(count)]
+    return {part: {kind: median(each[part][kind] for each in once) for kind in KINDS} for part in once[0]}
+
+
+def _profile_once(step: Callable[[], Any], rank: int, vocabulary: int) -> dict[str, dict[str, float]]:
+    """Of one step: the events of several would take gigabytes."""
     meter = Meter()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as found:
-        for _ in range(count):
-            with meter.part("loop"):
-                step()
+    with torch.profiler.profile(activities=activities, record_shapes=True) as found, meter.part("loop"):
+        step()
     times: dict[str, dict[str, float]] = {}
     for event in found.events():
         part = _part(event)
         if part is not None:
             kinds = times.setdefault(part, dict.fromkeys(KINDS, 0.0))
-            kinds[_kind(event, rank, vocabulary)] += event.self_cpu_time_total / 1000 / count
+            kinds[_kind(event, rank, vocabulary)] += event.self_cpu_time_total / 1000
     return times
 
 

@@ -163,7 +163,7 @@ def test_all_systems_on_a_narrow_llama(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     stock, tuned, ours, bare = (row["systems"][name] for name in ("stock PEFT", "PEFT tuned", "toolkit", "bare base"))
-    # Four layers of hidden size 64, two of four heads for keys and values, inner size 128; rank 8.
+    # Four layers of hidden size 64, one of two heads for keys and values, inner size 128; rank 8.
     sides = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64]
     trained = 4 * 8 * sum(sides)
     for system in (stock, tuned, ours):
