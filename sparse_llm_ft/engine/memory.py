@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AttentionInterface
 
 from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters
 from sparse_llm_ft.adapters.masking import row_masks
@@ -89,7 +88,6 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
     except KeyError as error:  # a model with a table of its own (Falcon, GPT-Neo)
         raise NotImplementedError("its attention does not use transformers' interface") from error
     nn.Module.to(model, DTYPES[config.dtype])  # transformers' own `to` has no types
-    layers = _checkpointed_bytes(config, model, length)
     if config.lean == "auto":
         make_lean(model)
     if config.gradient_checkpointing:
@@ -122,17 +120,7 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
         if logits.ndim:  # else the head has computed the loss
             logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
             F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + layers
-
-
-def _checkpointed_bytes(config: ModelConfig, model: PreTrainedModel, length: int) -> int:
-    """Bytes of the layers' inputs under gradient checkpointing, which saves them out of the hooks' sight."""
-    if not config.gradient_checkpointing:
-        return 0
-    settings = model.config.get_text_config()
-    # An encoder-decoder has two stacks of layers; its settings count one of them.
-    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    return (layers or settings.num_hidden_layers) * length * settings.hidden_size * DTYPES[config.dtype].itemsize
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def state_bytes(

@@ -124,12 +124,17 @@ def test_grouped_queries_make_a_second_shape_of_shared_adapters(name: str, plann
     ],
 )
 def test_every_first_plan_is_planned_at_full_size(method: str, name: str, planned: Planned) -> None:
-    """Between half and twice what LoRA on the same modules keeps; PEFT's DoRA on all of them keeps whole matrices."""
+    """As much as LoRA on the same modules where the layers are this package's, but for Tied-LoRA's vectors. PEFT's keep
+    up to four times as much, and its DoRA whole matrices.
+    """
     plan, _ = planned.first(name, method)
     everywhere = method == "full" or files("methods")[method]["adapter"]["target_modules"] == "all-linear"
     plain, _ = planned.first(name, "lora" if everywhere else "lora_drop")
     ratio = planned.kept(name, plan) / planned.kept(name, plain)
-    assert ratio > 2 if method == "dora" else 0.5 < ratio < 2
+    if plan.tuner == "sparse_lora" and method != "full":
+        assert ratio == pytest.approx(1, rel=0.05)
+    else:
+        assert ratio > 4 if method == "dora" else 1 < ratio < 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -138,15 +143,26 @@ def test_checkpointing_keeps_a_fraction_of_what_lies_within_the_layers(
     method: str, name: str, planned: Planned
 ) -> None:
     plan, _ = planned.first(name, method)
-    sizes = FAMILIES[name][1]
-    logits = LENGTH * sizes["vocab_size"] * (2 + 4)  # in bfloat16 and in float32, whichever way
     kept, checkpointed = planned.kept(name, plan), planned.kept(name, plan, gradient_checkpointing=True)
-    assert 0 < checkpointed - logits < 0.1 * (kept - logits)
+    assert 0 < checkpointed < 0.1 * kept
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_keeps_what_attention_and_element_wise_parts_need(name: str, planned: Planned) -> None:
+    """Per token: two residuals, queries, keys, values, attention's output, gate and up of every layer; the last norm's
+    input, and the loss's gradient. Log-sum-exps and norms are less than 1 %. Nothing is kept for the adapters.
+    """
+    plan, _ = planned.first(name, "lora")
+    sizes = FAMILIES[name][1]
+    d, f = sizes["hidden_size"], sizes["intermediate_size"]
+    keys = d // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    values = sizes["num_hidden_layers"] * (4 * d + 2 * keys + 2 * f) + 2 * d
+    assert planned.kept(name, plan) == pytest.approx(2 * LENGTH * values, rel=0.01)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fewer_adapters_keep_less(name: str, planned: Planned) -> None:
-    """q_proj and v_proj less than all; the upper half of the layers about half; omega hardly more than none."""
+    """The upper half of the layers about half; q_proj and v_proj as much as all, and so do weighed adapters."""
     everywhere, targets = planned.first(name, "lora")
     some, fewer = planned.first(name, "lora_drop")
     weighed, _ = planned.first(name, "weight_lora")
@@ -159,9 +175,8 @@ def test_fewer_adapters_keep_less(name: str, planned: Planned) -> None:
         },
     )
     kept = planned.kept(name, everywhere)
-    assert planned.kept(name, some) < 0.75 * kept
-    assert planned.kept(name, upper) < 0.7 * kept
-    assert kept <= planned.kept(name, weighed) < 1.01 * kept
+    assert planned.kept(name, upper) < 0.55 * kept
+    assert kept * 0.99 < planned.kept(name, some) <= kept <= planned.kept(name, weighed) < 1.01 * kept
     assert state_bytes(some, fewer, 2, 8) < 0.5 * state_bytes(everywhere, targets, 2, 8)
     assert state_bytes(upper, targets, 2, 8) == state_bytes(everywhere, targets, 2, 8) // 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -12,6 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
+from sparse_llm_ft.model.head_loss import head_targets
+from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.loading import DTYPES, empty_model
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, uniform_plan, with_omega
 
@@ -47,6 +48,8 @@ def folder(tmp_path_factory):
 def really_saved(plan, length, dtype="float32", gradient_checkpointing=False, attn_implementation="sdpa"):
     """Bytes that autograd keeps in a forward pass on the CPU: distinct storages, those of parameters left out."""
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attn_implementation).to(DTYPES[dtype])
+    model.requires_grad_(False)
+    make_lean(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
@@ -58,9 +61,8 @@ def really_saved(plan, length, dtype="float32", gradient_checkpointing=False, at
         return tensor
 
     tokens = torch.zeros((1, length), dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(input_ids=tokens, use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head_targets(tokens):
+        loss = model(input_ids=tokens, use_cache=False).logits
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     assert loss.requires_grad
     return sum(size for address, size in storages.items() if address not in own)
@@ -92,7 +94,7 @@ def test_adapters_on_the_top_layer_alone_save_a_fraction(folder):
     everywhere, top = activation_bytes(config, PLANS["all"], 32), activation_bytes(config, TOP, 32)
     bottom = AdapterPlan({name: ModuleAdapter(4, 8.0) if ".0." in name else None for name in TARGETS})
     assert top < 0.35 * everywhere
-    assert top < activation_bytes(config, bottom, 32) < everywhere
+    assert top < activation_bytes(config, bottom, 32) <= everywhere
 
 
 def test_saved_bytes_grow_with_the_length(folder):
@@ -104,8 +106,9 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_what_lies_outside(fold
     length = 24
     config = ModelConfig(name=folder, dtype="float32", gradient_checkpointing=True)
     planned = activation_bytes(config, PLANS["all"], length)
-    outside = really_saved(PLANS["all"], length, gradient_checkpointing=True)
-    assert planned == pytest.approx(outside + LAYERS * length * WIDTH * 4, rel=0.01)
+    assert planned == really_saved(PLANS["all"], length, gradient_checkpointing=True)
+    values = (LAYERS + 1) * WIDTH + WIDTH  # the layers' inputs and the last norm's; the loss's gradient
+    assert planned == pytest.approx(4 * length * values, rel=0.02)
     assert planned < 0.25 * activation_bytes(ModelConfig(name=folder, dtype="float32"), PLANS["all"], length)
 
 

@@ -18,17 +18,20 @@ BALANCED = {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5}
 @pytest.mark.parametrize(
     ("name", "tuner"),
     [
-        ("lora", "lora"),
-        ("lora_plus", "lora"),
+        ("lora", "sparse_lora"),
+        ("lora_plus", "sparse_lora"),
+        ("lora, peft", "lora"),
+        ("lora_plus, peft", "lora"),
         ("rslora", "rslora"),
         ("dora", "dora"),
         ("vera", "vera"),
         ("adalora", "adalora"),
     ],
 )
-def test_peft_baselines_are_one_phase_of_pefts_tuner(name: str, tuner: str) -> None:
-    method = {"name": name, "target_r": 1} if name == "adalora" else {"name": name}
-    chain, phase = start(method)
+def test_baselines_are_one_phase_of_one_tuner(name: str, tuner: str) -> None:
+    name, _, chosen = name.partition(", ")
+    extra = {"target_r": 1} if name == "adalora" else {"tuner": chosen} if chosen else {}
+    chain, phase = start({"name": name, **extra})
     assert phase.plan.tuner == tuner and list(phase.plan.active) == list(TARGETS) and phase.open_ended
     assert phase.lora_b_lr_factor == (16 if name == "lora_plus" else 1)
     assert chain.next(phase, state(phase), None, TARGETS) is None
@@ -91,7 +94,7 @@ def test_sharing_then_masks() -> None:
 @pytest.mark.parametrize(
     ("methods", "reason"),
     [
-        (["lora", BALANCED], "lora trains PEFT's LoRA as it is"),
+        (["lora", BALANCED], "lora trains LoRA as it is"),
         ([BALANCED, "full"], "full has no adapters"),
         ([WEIGHT, PLUS], "of weight_lora and weight_lora_plus only one"),
         ([BALANCED, {"name": "sparse_adapter", "rule": "rows_columns"}], "of partial_lora and sparse_adapter only one"),
