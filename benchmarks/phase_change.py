@@ -57,8 +57,9 @@ def measure(folder: str, stage: int, quantization: Literal["none", "nf4"], rebui
     """Train a step, change the plan, and so on: the cells of a row for each change. Collective."""
     settings, start_bytes = engine_settings(stage), memory("VmRSS")
     base = load_model(ModelConfig(name=folder, dtype="bfloat16", quantization=quantization))
-    for parameter in base.parameters():  # of a mapped file's pages the kernel takes some back whenever it likes
-        parameter.data = parameter.data.clone()
+    if quantization == "none":  # of a mapped file's pages the kernel takes some back whenever it likes
+        for parameter in base.parameters():
+            parameter.data = parameter.data.clone()
     plan = uniform_plan(find_targets(base, "all-linear"), 16, 32)
     first = next(iter(plan.modules))
     smaller = AdapterPlan({name: plan.modules[name] if name == first else None for name in plan.modules})
