@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint; default: random weights in SmolLM2-135M's shapes")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="only these")
     parser.add_argument("--groups", type=int, help="only so many of the bases and batches, from the first")
+    parser.add_argument("--bytes-only", action="store_true", help="no seconds, for a machine that is not idle")
     parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick and --tiny")
     parser.add_argument("--steps", type=int, default=2, help="of a system in a round")
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=2)
@@ -200,6 +201,8 @@ def main() -> None:
         groups = make(options.model or write_base(Path(temporary), options.tiny))[: options.groups]
         if options.cases:
             groups = [replace(g, cases=[case for case in g.cases if case in options.cases]) for g in groups]
+        if options.bytes_only:
+            groups = [replace(group, timed=False, profiled=()) for group in groups]
         run(groups, options, results)
     text = page(results)
     if options.docs:

@@ -143,8 +143,8 @@ def of_profiles(rows: Sequence[Row]) -> str:
 def page(results: Mapping[str, Any]) -> str:
     """All tables, by base and data."""
     parts = [
-        f"{results['machine']}; {results['versions']}. The base has {results['base']}; {results['rounds']} rounds of "
-        f"{results['steps']} steps.\n"
+        f"{results['machine']}; {results['versions']}. The base: {results['base']}. Seconds, where there are some: "
+        f"{results['rounds']} rounds of {results['steps']} steps.\n"
     ]
     groups: dict[str, list[Row]] = {}
     for row in results["rows"]:

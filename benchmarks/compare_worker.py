@@ -58,9 +58,10 @@ class Worker:
         return {"kept": kept.total, "gradients": gradients[-1], "optimizer": optimizer, **asdict(alive)}
 
     def communication(self) -> dict[str, Any]:
-        """Count what a step hands to collectives."""
+        """Count what a step hands to collectives; not the second one, in which DistributedDataParallel agrees on buckets."""
         from watching import Communicated
 
+        self.system.step()
         with Communicated() as counted:
             self.system.step()
         return {"bytes": counted.bytes, "calls": counted.calls}

@@ -171,8 +171,8 @@ def test_all_systems_on_a_narrow_llama(tmp_path: Path) -> None:
     counts = 2 * 4 * len(sides) * FLOAT  # a step count for each A and B
     assert stock["bytes"]["optimizer"] == tuned["bytes"]["optimizer"] == 2 * trained * FLOAT + counts
     assert bare["bytes"]["optimizer"] == bare["bytes"]["gradients"] == 0
-    # The same model and the same loss: stock PEFT keeps the logits of the other half of the positions as well.
-    assert bare["bytes"]["kept"] < ours["bytes"]["kept"] < stock["bytes"]["kept"]
+    # The same model and the same loss, with more logits in stock PEFT's; the toolkit recomputes what is element-wise.
+    assert ours["bytes"]["kept"] < bare["bytes"]["kept"] < tuned["bytes"]["kept"] < stock["bytes"]["kept"]
     for system in (stock, tuned, ours, bare):
         found = system["bytes"]
         assert found["kept"] <= found["after_forward"] < found["peak"]
