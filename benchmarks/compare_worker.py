@@ -58,7 +58,7 @@ class Worker:
         return {"kept": kept.total, "gradients": gradients[-1], "optimizer": optimizer, **asdict(alive)}
 
     def communication(self) -> dict[str, Any]:
-        """Count what a step hands to collectives; not the second one, in which DistributedDataParallel agrees on buckets."""
+        """Count what a step hands to collectives, after those in which DistributedDataParallel agrees on buckets."""
         from watching import Communicated
 
         self.system.step()

@@ -26,6 +26,8 @@ from torch import nn
 
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.engine.shards import Master, ShardSlice
+from sparse_llm_ft.model.lean import is_lean
+from sparse_llm_ft.model.recompute import carry_through_hooks
 from sparse_llm_ft.optim import AdapterOptimizer
 
 Wrapped: TypeAlias = Any
@@ -176,7 +178,8 @@ def gather_with_users(model: nn.Module) -> None:
 
     These are the layers with adapters, which read the base layer's weights and the adapter's, and modules that hold a
     `ParameterDict` (VeRA's vectors). DeepSpeed detects such parameters in a forward pass of the whole model. A pass
-    that begins further inside, as in generation, would read them empty.
+    that begins further inside, as in generation, would read them empty. DeepSpeed's hooks also come between an
+    activation and its recipe.
     """
     for module in model.modules():
         read: list[nn.Module] = [child for child in module.children() if isinstance(child, nn.ParameterDict)]
@@ -185,6 +188,8 @@ def gather_with_users(model: nn.Module) -> None:
             module.engine_hooks = max(module.count_hooks(name) for name in module.adapters)
         for parameter in (p for part in read for p in part.parameters(recurse=False)):
             register_external_parameter(module, parameter)
+        if isinstance(module, SparseLoraLayer) or is_lean(module):
+            carry_through_hooks(module)
 
 
 def hooks(model: nn.Module) -> set[tuple[int, str, int]]:

@@ -106,6 +106,11 @@ def make_lean(model: nn.Module) -> int:
     return count
 
 
+def is_lean(module: nn.Module) -> bool:
+    """Whether `make_lean` changed this RMSNorm or SwiGLU."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) in (_norm_forward, _mlp_forward)
+
+
 def _lean_form(module: nn.Module) -> Any:
     """The lean forward function of a module with the parts of an RMSNorm or a SwiGLU; None for any other."""
     if "forward" in module.__dict__:

@@ -7,9 +7,10 @@ output in its backward keeps the recipe's inputs, which the first function keeps
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 
 class Recomputed:
@@ -57,6 +58,45 @@ def mark(output: torch.Tensor, compute: Callable[..., torch.Tensor], *inputs: to
         kept = tuple(value.detach() if value.requires_grad else value for value in inputs)
         output._sparse_llm_ft_recipe = Recipe(kept, Recomputed(compute), output._version)  # type: ignore[attr-defined]
     return output
+
+
+def attach(value: torch.Tensor, recipe: Recipe) -> None:
+    """Give `value`, another tensor on the memory of the recipe's output, the recipe."""
+    value._sparse_llm_ft_recipe = replace(recipe, version=value._version)  # type: ignore[attr-defined]
+
+
+def carry_through_hooks(module: nn.Module) -> None:
+    """Keep the recipes of what `module` is given and returns, whatever tensors its present hooks put in their place.
+
+    DeepSpeed's hooks at stage 3 pass on other tensors on the same memory.
+    """
+    given: list[Recipe | None] = []
+    made: list[Recipe | None] = []
+
+    def take(_: nn.Module, args: tuple[object, ...]) -> None:
+        given[:] = [recipe_of(value) if isinstance(value, torch.Tensor) else None for value in args]
+
+    def give(_: nn.Module, args: tuple[object, ...]) -> None:
+        for value, recipe in zip(args, given, strict=True):
+            if recipe is not None:
+                assert isinstance(value, torch.Tensor)
+                attach(value, recipe)
+        given.clear()
+
+    def take_output(_: nn.Module, args: object, output: object) -> None:
+        made[:] = [recipe_of(output) if isinstance(output, torch.Tensor) else None]
+
+    def give_output(_: nn.Module, args: object, output: object) -> None:
+        (recipe,) = made
+        if recipe is not None:
+            assert isinstance(output, torch.Tensor)
+            attach(output, recipe)
+        made.clear()
+
+    module.register_forward_pre_hook(take, prepend=True)
+    module.register_forward_pre_hook(give)
+    module.register_forward_hook(take_output, prepend=True)
+    module.register_forward_hook(give_output)
 
 
 def recipe_of(value: torch.Tensor) -> Recipe | None:

@@ -285,6 +285,30 @@ def a_four_bit_base_is_nowhere_whole_between_forward_and_backward() -> None:
 
 
 @case
+def a_step_keeps_the_same_activations_at_stages_2_and_3() -> None:
+    """DeepSpeed's hooks put other tensors in place of activations; what those are computed from must stay known."""
+    kept = []
+    for stage in (2, 3):
+        model = load_model(ModelConfig(name=MODEL, dtype="float32"))
+        plan = plan_for(model)
+        engine = Engine(add_adapters(model, plan), engine_settings(stage, 2, "float32"))
+        found: dict[int, torch.Tensor] = {}
+
+        def pack(value: torch.Tensor, found: dict = found) -> torch.Tensor:
+            small = value.numel() <= model.config.hidden_size  # a norm's weight is copied at stage 3
+            if not (isinstance(value, nn.Parameter) or small):
+                found[value.untyped_storage().data_ptr()] = value
+            return value
+
+        engine.module.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            OBJECTIVE.loss(engine.forward, OBJECTIVE.batch(SAMPLES[:2]))
+        kept.append(Counter(tuple(value.shape) for value in found.values()))
+        engine.close()
+    assert kept[0] == kept[1], kept
+
+
+@case
 def a_sharded_base_trains_as_a_whole_one() -> None:
     """Equal losses before, during and after a change of plan with a new engine; the base's bytes stay."""
     check_training(*KINDS[0])
