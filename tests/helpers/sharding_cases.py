@@ -294,8 +294,8 @@ def a_step_keeps_the_same_activations_at_stages_2_and_3() -> None:
         engine = Engine(add_adapters(model, plan), engine_settings(stage, 2, "float32"))
         found: dict[int, torch.Tensor] = {}
 
-        def pack(value: torch.Tensor, found: dict = found) -> torch.Tensor:
-            small = value.numel() <= model.config.hidden_size  # a norm's weight is copied at stage 3
+        def pack(value: torch.Tensor, found: dict = found, width: int = model.config.hidden_size) -> torch.Tensor:
+            small = value.numel() <= width  # a norm's weight is copied at stage 3
             if not (isinstance(value, nn.Parameter) or small):
                 found[value.untyped_storage().data_ptr()] = value
             return value
