@@ -56,6 +56,7 @@ def ours(setup: Setup, dropout: float, omega: bool, top: bool) -> Step:
     from sparse_llm_ft.data.samples import Sample
     from sparse_llm_ft.distributed.world import find_world
     from sparse_llm_ft.engine.engine import EngineSettings, init_distributed
+    from sparse_llm_ft.model.four_bit import release_weights
     from sparse_llm_ft.model.lean import make_lean
     from sparse_llm_ft.phase import Phase
     from sparse_llm_ft.plan import uniform_plan, with_omega
@@ -64,6 +65,7 @@ def ours(setup: Setup, dropout: float, omega: bool, top: bool) -> Step:
     init_distributed()
     training, batch = setup.training, setup.batch
     make_lean(training.base)  # as `load_model` does it
+    release_weights(training.base)
     shapes = find_targets(training.base, "all-linear")
     plan = uniform_plan(shapes, RANK, ALPHA, dropout)
     plan = top_tenth(plan, shapes) if top else plan
