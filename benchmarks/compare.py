@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -166,6 +168,15 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command line for people, without names of folders."""
+    shown = [*arguments]
+    for i, option in enumerate(arguments[:-1]):
+        if option in ("--out", "--model"):
+            shown[i + 1] = "FOLDER"
+    return shlex.join(["python", "benchmarks/compare.py", *shown])
+
+
 def write_base(folder: Path, narrow: bool) -> str:
     """A checkpoint of random float32 weights in the shapes of SmolLM2-135M, or of a narrow Llama."""
     import torch
@@ -195,7 +206,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.rounds = options.rounds or (3 if options.quick or options.tiny else 5)
     make = quick if options.quick else tiny if options.tiny else full
-    results: dict[str, Any] = {"machine": describe_machine(), "versions": versions(), "rounds": options.rounds}
+    results: dict[str, Any] = {
+        "command": command(sys.argv[1:]),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "rounds": options.rounds,
+    }
     results |= {"steps": options.steps, "base": "a checkpoint" if options.model else "random weights", "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         groups = make(options.model or write_base(Path(temporary), options.tiny))[: options.groups]

@@ -63,7 +63,7 @@ def against_floors(rows: Sequence[Row]) -> str:
             ]
         )
     return table(
-        ["case", "step to stock PEFT", "step to bare base", "kept bytes to stock PEFT", "peak to stock"], lines
+        ["case", "step to stock PEFT", "step to bare base", "kept bytes to stock PEFT", "peak to stock PEFT"], lines
     )
 
 
@@ -143,8 +143,8 @@ def of_profiles(rows: Sequence[Row]) -> str:
 def page(results: Mapping[str, Any]) -> str:
     """All tables, by base and data."""
     parts = [
-        f"{results['machine']}; {results['versions']}. The base: {results['base']}. Seconds, where there are some: "
-        f"{results['rounds']} rounds of {results['steps']} steps.\n"
+        f"By `{results['command']}`, on {results['machine']}; {results['versions']}. The base: {results['base']}. "
+        f"Seconds, where there are some: {results['rounds']} rounds of {results['steps']} steps.\n"
     ]
     groups: dict[str, list[Row]] = {}
     for row in results["rows"]:
