@@ -71,6 +71,10 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default of ``reduce_bucket_size``."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Settings of an engine.
@@ -97,14 +101,19 @@ class EngineSettings:
     lora_b_lr_factor: float = 1.0
     head_lr_factor: float = 1.0
 
-    def to_deepspeed(self) -> dict[str, object]:
-        """DeepSpeed's configuration as a dict."""
+    def to_deepspeed(self, trained: int = BUCKET_ELEMENTS) -> dict[str, object]:
+        """DeepSpeed's configuration as a dict.
+
+        Args:
+            trained: number of values that are trained. Every backward pass of stages 1 to 3 allocates a bucket for
+                gradients, which need be no larger; DeepSpeed's default takes 1 GB in bfloat16.
+        """
         ours = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
             "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
             "bf16": {"enabled": self.dtype == "bfloat16"},
-            "zero_optimization": {"stage": self.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": min(trained, BUCKET_ELEMENTS)},
             "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
@@ -167,8 +176,9 @@ class Engine:
         if settings.zero_stage == 3 and settings.dtype == "bfloat16":
             zero.cast_unsharded(model, torch.bfloat16)
         self._model_hooks = zero.hooks(model)
+        trained = sum(math.prod(zero.full_shape(parameter)) for parameter in self.parameters.values())
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings.to_deepspeed()
+            model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
         )
         if settings.zero_stage == 3:
             zero.gather_with_users(model)
