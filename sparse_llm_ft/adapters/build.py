@@ -40,6 +40,8 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> Peft
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     peft_model = get_peft_model(model, config, **options)
     assert isinstance(peft_model, PeftModel)
+    if isinstance(model, PreTrainedModel):  # as in `enable_checkpointing`; PEFT makes them require gradients again
+        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     tuner.prepare(model, dtype)
     fixed = fixed_parameters(model)
     for module in plan.trained:

@@ -19,7 +19,7 @@ from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.model.architecture import model_family
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.model.lean import make_lean
-from sparse_llm_ft.model.loading import DTYPES, empty_model
+from sparse_llm_ft.model.loading import DTYPES, empty_model, enable_checkpointing
 from sparse_llm_ft.plan import AdapterPlan, Shape
 
 # Bytes per value under bfloat16. Every value of an adapter, masked by the optimizer or not, has a float32 master (4),
@@ -91,7 +91,7 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
     if config.lean == "auto":
         make_lean(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     peft_model = add_adapters(model, plan, low_cpu_mem_usage=True, autocast_adapter_dtype=False).to(
         DTYPES[config.dtype]
     )

@@ -45,6 +45,16 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Turn off bitsandbytes' repacking of 4-bit weights in forward (on CPUs with AVX512-BF16). Under ZeRO-3 the next
+    gather restores the unpacked bytes while the quantisation state says "packed", and the layer computes garbage.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def release_weights(model: nn.Module) -> None:
     """Let every 4-bit layer of `model` forget its weight between its forward and backward pass."""
     for module in model.modules():

@@ -11,6 +11,7 @@ a small copy with random weights must give bit by bit what the lean form gives.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -149,11 +150,8 @@ def _computes(module: nn.Module) -> bool:
     children = dict(module.named_children())
     for dtype in (torch.float32, torch.bfloat16):
         if children:
-            with torch.random.fork_rng(devices=[]):  # their own draws would shift all later ones
-                layers = {name: nn.Linear(6, 10) for name in _PROJECTIONS[:2]} | {_PROJECTIONS[2]: nn.Linear(10, 6)}
-            for layer in layers.values():
-                for parameter in layer.parameters():
-                    parameter.data = torch.randn(parameter.shape, generator=draw).to(dtype)
+            weights = [torch.randn(shape, generator=draw).to(dtype) for shape in ((10, 6), (10, 6), (6, 10))]
+            layers: Any = {name: partial(F.linear, weight=w) for name, w in zip(_PROJECTIONS, weights, strict=True)}
             small._modules = {**children, **layers}
         else:
             weight = torch.randn(6, generator=draw).to(dtype)

@@ -34,7 +34,7 @@ from sparse_llm_ft.model.architecture import (
     has_head,
 )
 from sparse_llm_ft.model.buffers import remember_fixed
-from sparse_llm_ft.model.four_bit import release_weights
+from sparse_llm_ft.model.four_bit import keep_unpacked, release_weights
 from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
@@ -231,16 +231,24 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
 
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
-    _keep_four_bit_weights_in_place(model)
+    keep_unpacked(model)
     release_weights(model)
     if config.gradient_checkpointing:
-        # Non-reentrant: the reentrant kind needs inputs that require gradients, so the backward pass would run down
-        # to the embeddings even if only upper layers have adapters.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     set_use_cache(model, False)
     if config.lean == "auto":
         make_lean(model)
     return model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute layers in backward, without a graph below the lowest adapter.
+
+    Non-reentrant: the reentrant kind needs inputs that require gradients. transformers makes the embeddings' output
+    require them in either case (5.24), and backward would run down to it.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def load_complete(config: ModelConfig, task_mode: TaskMode, /, **options: Any) -> PreTrainedModel:
@@ -282,16 +290,6 @@ def set_use_cache(model: PreTrainedModel, value: bool) -> None:
 def device() -> torch.device:
     """This process's accelerator, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _keep_four_bit_weights_in_place(model: nn.Module) -> None:
-    """Turn off bitsandbytes' repacking of 4-bit weights in forward (on CPUs with AVX512-BF16). Under ZeRO-3 the next
-    gather restores the unpacked bytes while the quantisation state says "packed", and the layer computes garbage.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 _FRESH = "_sparse_llm_ft_fresh"

@@ -13,7 +13,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.model.lean import make_lean
-from sparse_llm_ft.model.loading import DTYPES, empty_model
+from sparse_llm_ft.model.loading import DTYPES, empty_model, enable_checkpointing
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, uniform_plan, with_omega
 
 LAYERS, WIDTH = 4, 32
@@ -51,7 +51,7 @@ def really_saved(plan, length, dtype="float32", gradient_checkpointing=False, at
     model.requires_grad_(False)
     make_lean(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = []

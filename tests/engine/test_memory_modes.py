@@ -31,7 +31,7 @@ from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.model.lean import make_lean
-from sparse_llm_ft.model.loading import head_modules
+from sparse_llm_ft.model.loading import enable_checkpointing, head_modules
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
 
 LAYERS, WIDTH, LENGTH = 3, 32, 48
@@ -110,7 +110,7 @@ def really_saved(name: str, plan: AdapterPlan, attention: str, checkpointing: bo
     model.requires_grad_(False)
     make_lean(model)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
     for whole in plan.trained:
         model.get_base_model().get_submodule(whole).requires_grad_(True)

@@ -309,6 +309,37 @@ def a_step_keeps_the_same_activations_at_stages_2_and_3() -> None:
 
 
 @case
+def there_is_no_graph_below_the_lowest_adapter() -> None:
+    """With and without checkpointing, at stages 2 and 3: what enters that layer needs no gradient, and backward calls
+    no layer below it.
+    """
+    for stage, checkpointed in ((2, False), (2, True), (3, False), (3, True)):
+        base = load_model(ModelConfig(name=MODEL, dtype="float32", gradient_checkpointing=checkpointed))
+        layers = base.model.layers
+        plan = plan_for(base)
+        last = f".{len(layers) - 1}."
+        plan = AdapterPlan({name: a if last in name else None for name, a in plan.modules.items()})
+        engine = Engine(add_adapters(base, plan), engine_settings(stage, 2, "float32"))
+        engine.module.train()
+        needed, calls = [], Counter()
+
+        def enters(layer: nn.Module, args: tuple, output: object, needed: list = needed) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            needed.append(value.requires_grad)
+
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(enters)
+            layer.register_forward_pre_hook(lambda *_, number=number, calls=calls: calls.update([number]))
+        loss = OBJECTIVE.loss(engine.forward, OBJECTIVE.batch(SAMPLES[:2]))
+        assert needed == [False] * (len(layers) - 1) + [True], (stage, checkpointed, needed)
+        calls.clear()
+        engine.backward(loss)
+        assert set(calls) <= {len(layers) - 1}, (stage, checkpointed, calls)
+        engine.close()
+        engine.module.unload()
+
+
+@case
 def a_sharded_base_trains_as_a_whole_one() -> None:
     """Equal losses before, during and after a change of plan with a new engine; the base's bytes stay."""
     check_training(*KINDS[0])
