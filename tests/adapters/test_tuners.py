@@ -15,6 +15,7 @@ from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError
 
 PACKAGE = Path(sparse_llm_ft.__file__).parent
 MAY_NAME = {
+    "export/gguf_file.py": {"lora"},  # a word of the file format
     "adapters/tuners.py": set(TUNERS),
     "plan.py": {"sparse_lora"},  # the default
 }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
+from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
 from sparse_llm_ft.model.head_loss import head_targets
@@ -52,7 +51,7 @@ def really_saved(plan, length, dtype="float32", gradient_checkpointing=False, at
     make_lean(model)
     if gradient_checkpointing:
         enable_checkpointing(model)
-    model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
+    model = add_adapters(model, plan, autocast_adapter_dtype=False).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = []
 

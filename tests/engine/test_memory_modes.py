@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +24,7 @@ from transformers import (
     T5Config,
 )
 
-from sparse_llm_ft.adapters import SparseLoraConfig, find_targets
+from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import activation_bytes
@@ -111,7 +110,7 @@ def really_saved(name: str, plan: AdapterPlan, attention: str, checkpointing: bo
     make_lean(model)
     if checkpointing:
         enable_checkpointing(model)
-    model = get_peft_model(model, SparseLoraConfig(plan=plan), autocast_adapter_dtype=False).train()
+    model = add_adapters(model, plan, autocast_adapter_dtype=False).train()
     for whole in plan.trained:
         model.get_base_model().get_submodule(whole).requires_grad_(True)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
