@@ -25,9 +25,9 @@ class AdapterOptimizer(SparseAdamW):
 
     Attributes:
         gradient_scale: scalar that multiplies every gradient; set before each step. NaN, or None, the initial value: a
-            step changes nothing, not even step counts. It is None while DeepSpeed is built, because some wrappers try a
-            step, and NaN when a gradient is not finite. On a GPU it stays there: the host waits for no value. The engine
-            clips with it, once gradients are float32: DeepSpeed's own norm would count masked entries.
+            step changes nothing, not even step counts. It is None while DeepSpeed is built, because some wrappers try
+            a step, and NaN when a gradient is not finite. On a GPU it stays there: the host waits for no value. The
+            engine clips with it, once gradients are float32: DeepSpeed's own norm would count masked entries.
     """
 
     def __init__(
