@@ -51,10 +51,10 @@ class WatchedEngine(Engine):
         with self.meter.part(BACKWARD):
             super().backward(loss)
 
-    def step(self, learning_rate: float) -> bool:
+    def step(self, learning_rate: float) -> None:
         """See `Engine.step`."""
         with self.meter.part(UPDATE):
-            return super().step(learning_rate)
+            super().step(learning_rate)
 
     def gradient_tensors(self) -> list[torch.Tensor]:
         """The gradients at the end of a backward pass, wherever DeepSpeed has put them, each once."""

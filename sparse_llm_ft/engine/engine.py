@@ -36,6 +36,7 @@ from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
 
+_NEEDS_NORM = {"offload_optimizer", "cpu_offload", "zenflow"}
 _TORCH_BACKEND = import_module("deepspeed.comm.torch")  # whose package has torch itself under that name
 deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 
@@ -112,13 +113,26 @@ class EngineSettings:
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
             "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
-            "bf16": {"enabled": self.dtype == "bfloat16"},
-            "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": min(trained, BUCKET_ELEMENTS)},
+            "bf16": {"enabled": self.dtype == "bfloat16", "check_grad_overflow": False},
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "reduce_bucket_size": min(trained, BUCKET_ELEMENTS),
+                **self._without_its_norm(),
+            },
             "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
         return merge(ours, self.extra)
+
+    def _without_its_norm(self) -> dict[str, object]:
+        """AdapterOptimizer skips updates that are not finite. Where DeepSpeed allows it, it does not look as well: it
+        would compute a norm of its own and wait for it.
+        """
+        given = self.extra.get("zero_optimization", {})
+        assert isinstance(given, Mapping), "config/load.py refuses anything else"
+        known = "compute_grad_norm" in DeepSpeedZeroConfig.model_fields and self.zero_stage in (1, 2)
+        return {"compute_grad_norm": False} if known and not given.keys() & _NEEDS_NORM else {}
 
 
 def check_deepspeed(extra: Mapping[str, object]) -> None:
@@ -154,7 +168,8 @@ class Engine:
 
     Attributes:
         parameters: short name -> trained parameter.
-        grad_norm: norm of the last update's gradients over all ranks, before clipping and without masked entries.
+        norm: norm of the last update's gradients over all ranks, before clipping and without masked entries: a float64
+            scalar on the device. The update was made if it is finite; otherwise nothing has changed.
     """
 
     def __init__(
@@ -184,7 +199,7 @@ class Engine:
             zero.gather_with_users(model)
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
         self._optimizer = optimizer
-        self.grad_norm = math.nan
+        self.norm = torch.tensor(math.nan)
         masters = zero.masters(self._wrapped, optimizer)
         self._shards = Shards(
             optimizer,
@@ -227,11 +242,10 @@ class Engine:
         """Collective. Accumulate gradients; DeepSpeed averages them over ranks and accumulation steps."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> bool:
+    def step(self, learning_rate: float) -> None:
         """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.
 
-        Returns:
-            False if the gradients were not finite. Then no update was made, and nothing has changed.
+        Whether it does is decided on the device, see `norm`: no value is read here.
         """
         settings = self.settings
         rates = {
@@ -242,10 +256,9 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = rates.get(group["name"], learning_rate)
         if self._engine.is_gradient_accumulation_boundary():
-            self.grad_norm = self._shards.norm(self._flat_gradients())
-            self._optimizer.gradient_scale = self.clip_factor if math.isfinite(self.grad_norm) else None
+            self.norm = self._shards.norm(self._flat_gradients())
+            self._optimizer.gradient_scale = self.clip_factor
         self._engine.step()
-        return self._optimizer.gradient_scale is not None
 
     def discard(self) -> None:
         """Collective. End a micro-step as `step` does, but let no update come of the gradients."""
@@ -253,10 +266,18 @@ class Engine:
         self._engine.step()
 
     @property
-    def clip_factor(self) -> float:
-        """The factor on the last update's gradients that limits their norm to `max_grad_norm`."""
+    def grad_norm(self) -> float:
+        """`norm` as a number; reading it waits for the device."""
+        return float(self.norm)
+
+    @property
+    def clip_factor(self) -> torch.Tensor:
+        """The factor on the last update's gradients that limits their norm to `max_grad_norm`: a float64 scalar on the
+        device, NaN if they are not finite.
+        """
         most = self.settings.max_grad_norm
-        return min(1.0, most / (self.grad_norm + 1e-6)) if most else 1.0
+        factor = (most / (self.norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(self.norm)
+        return torch.where(self.norm.isfinite(), factor, math.nan)
 
     def gradients(self) -> Tensors:
         """Collective. The coming update's gradients before clipping: means over ranks, unsharded, float32, on the CPU.

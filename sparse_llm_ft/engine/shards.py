@@ -91,19 +91,21 @@ class Shards:
         part = None if shard is None else flat[shard.master].reshape(-1)[shard.offset : shard.offset + shard.length]
         return self._assemble(name, part)
 
-    def norm(self, flat: Sequence[torch.Tensor]) -> float:
-        """Collective. Euclidean norm over the trained entries of all parameters.
+    def norm(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Collective. Euclidean norm over the trained entries of all parameters: a float64 scalar on `device`.
 
         Args:
             flat: each master's gradients.
         """
-        total = torch.zeros(1, device=self.device)
-        for (_, master), gradient in zip(self.masters, flat, strict=True):
-            entries = self.optimizer.kept_entries(master, gradient.to(master.device))
-            total += entries.float().square().sum().to(self.device)
+        entries = [
+            self.optimizer.kept_entries(master, gradient.to(master.device))
+            for (_, master), gradient in zip(self.masters, flat, strict=True)
+        ]
+        norms = [norm.to(self.device) for norm in torch._foreach_norm(entries, dtype=torch.float32)]
+        total = torch.stack(norms).square().sum()
         if self.sharded:
             dist.all_reduce(total)
-        return float(total) ** 0.5
+        return total.double().sqrt()
 
     def state_tensors(self) -> list[torch.Tensor]:
         """All optimizer tensors on this rank except the masters: moments, step counts, indices."""

@@ -50,10 +50,15 @@ class CompletionObjective:
     packs_in_one_row: bool = False
 
     def batch(self, samples: Sequence[Sample] | Sequence[Pack]) -> Batch:
-        """The tensors of `collate_causal_lm` for samples, of `collate_packed` for packs."""
+        """The tensors of `collate_causal_lm` for samples, of `collate_packed` for packs; and ``supervised`` (B, P), the
+        positions that have a loss in some sample, once a row: on a GPU, asking the labels for them would wait for it.
+        """
         if samples and isinstance(samples[0], Pack):
-            return collate_packed(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
-        return collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
+            batch = collate_packed(samples, self.pad_token_id, self.packs_in_one_row)  # type: ignore[arg-type]
+        else:
+            batch = collate_causal_lm(samples, self.pad_token_id)  # type: ignore[arg-type]
+        labels = batch["labels"]
+        return batch | {"supervised": _supervised(labels).expand(len(labels), -1)}
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Scalar float32: summed over the completion tokens. A lean head computes it (model/head_loss.py)."""
@@ -105,8 +110,7 @@ class CompletionObjective:
             in_head: whether the loss, a scalar, may come in place of logits.
         """
         labels = batch["labels"]
-        # The logits at position t predict the token at t + 1.
-        positions = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # Shape: (P,)
+        positions = batch["supervised"][0] if "supervised" in batch else _supervised(labels)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
         # Without a mask, transformers separates packed samples by their positions.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
@@ -134,6 +138,11 @@ class Seq2SeqObjective(CompletionObjective):
     def _predict(self, forward: Forward, batch: Batch, in_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return forward(**inputs, use_cache=False).logits.float(), batch["labels"]
+
+
+def _supervised(labels: torch.Tensor) -> torch.Tensor:
+    """(P,) positions whose logits some sample of labels (B, L) needs: those at t predict the token at t + 1."""
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 
 def _predict_labels(

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from sparse_llm_ft.optim.sparse_adamw import ParamGroup, SparseAdamW
+from sparse_llm_ft.optim.sparse_adamw import FUSED, ParamGroup, SparseAdamW
 
 MOMENTS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """Algorithm -> names of its per-entry state."""
@@ -24,10 +24,10 @@ class AdapterOptimizer(SparseAdamW):
     ``eps``. A parameter's state under SGD is ``step`` alone.
 
     Attributes:
-        gradient_scale: multiplies every gradient; set before each step. None, the initial value: a step changes
-            nothing, not even step counts. It is None while DeepSpeed is built, because some wrappers try a step, and
-            when a gradient is not finite. The engine clips with it, once gradients are float32: DeepSpeed's own norm
-            would count masked entries.
+        gradient_scale: scalar that multiplies every gradient; set before each step. NaN, or None, the initial value: a
+            step changes nothing, not even step counts. It is None while DeepSpeed is built, because some wrappers try
+            a step, and NaN when a gradient is not finite. On a GPU it stays there: the host waits for no value. The
+            engine clips with it, once gradients are float32: DeepSpeed's own norm would count masked entries.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AdapterOptimizer(SparseAdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, algorithm="adamw", name="adapter")
-        self.gradient_scale: float | None = None
+        self.gradient_scale: torch.Tensor | None = None
         for group in self.param_groups:
             if group["algorithm"] not in MOMENTS:
                 raise ValueError(f"algorithm is {group['algorithm']!r}; known: {', '.join(MOMENTS)}")
@@ -53,20 +53,24 @@ class AdapterOptimizer(SparseAdamW):
         wanted = ("step", *MOMENTS[algorithm])
         self.state[parameter] = {key: value for key, value in self.state[parameter].items() if key in wanted}
 
-    def _update(self, group: ParamGroup, params: list[torch.Tensor]) -> None:
+    def _update(self, group: ParamGroup, params: list[torch.Tensor], not_finite: torch.Tensor | None = None) -> None:
         if self.gradient_scale is None:
             return
-        if self.gradient_scale != 1.0:
-            for parameter in params:
-                assert parameter.grad is not None
-                parameter.grad.mul_(self.gradient_scale)
+        scale = self.gradient_scale.to(params[0].device, torch.float32)
+        if params[0].device.type in FUSED:
+            not_finite = scale.isnan().float()
+        elif scale.isnan():
+            return
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale)
         if group["algorithm"] == "adamw":
-            super()._update(group, params)
+            super()._update(group, params, not_finite)
         else:
-            _sgd_update(group, params, [self.state[p] for p in params])
+            _sgd_update(group, params, [self.state[p]["step"] for p in params], not_finite)
 
 
-def _sgd_update(group: ParamGroup, params: list[torch.Tensor], states: list[dict[str, torch.Tensor]]) -> None:
+def _sgd_update(
+    group: ParamGroup, params: list[torch.Tensor], steps: list[torch.Tensor], not_finite: torch.Tensor | None
+) -> None:
     sgd(
         params,
         [p.grad for p in params if p.grad is not None],
@@ -77,6 +81,9 @@ def _sgd_update(group: ParamGroup, params: list[torch.Tensor], states: list[dict
         dampening=0.0,
         nesterov=False,
         maximize=False,
+        fused=not_finite is not None,
+        found_inf=not_finite,
     )
-    for state in states:
-        state["step"] += 1
+    torch._foreach_add_(steps, 1)
+    if not_finite is not None:
+        torch._foreach_sub_(steps, [not_finite] * len(steps))

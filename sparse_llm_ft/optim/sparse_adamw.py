@@ -12,6 +12,9 @@ from torch.optim.optimizer import ParamsT
 ParamGroup = dict[str, Any]
 """A parameter group of torch: ``params``, and settings by name."""
 
+FUSED = {"cuda"}
+"""Device types on which one kernel updates all parameters of a group, and decides there whether it does."""
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, 2019; decoupled weight decay) over some of each parameter's entries.
@@ -64,7 +67,15 @@ class SparseAdamW(torch.optim.Optimizer):
             self.kept[parameter] = kept
         like = parameter if kept is None else parameter.new_empty(len(kept))
         moments = {key: torch.zeros_like(like, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        self.state[parameter] = {"step": torch.tensor(0.0)} | moments
+        # torch's fused kernels count steps where the parameter is; its other ones wait for no device if a CPU counts.
+        counted_on = parameter.device if parameter.device.type in FUSED else "cpu"
+        self.state[parameter] = {"step": torch.zeros((), device=counted_on)} | moments
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`; the state may come from another device."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device if parameter.device.type in FUSED else "cpu")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -79,7 +90,12 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
-    def _update(self, group: ParamGroup, params: list[torch.Tensor]) -> None:
+    def _update(self, group: ParamGroup, params: list[torch.Tensor], not_finite: torch.Tensor | None = None) -> None:
+        """Update parameters of one group, which lie on one device.
+
+        Args:
+            not_finite: float32 scalar, for fused kernels: where it is 1, nothing changes.
+        """
         values = [self.kept_entries(p, p) for p in params]
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
@@ -97,6 +113,8 @@ class SparseAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            fused=params[0].device.type in FUSED,
+            found_inf=not_finite,
         )
         for parameter, value in zip(params, values, strict=True):
             if parameter in self.kept:

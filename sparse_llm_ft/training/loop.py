@@ -1,11 +1,16 @@
-"""The training loop of one phase: optimizer steps until the phase or the run ends."""
+"""The training loop of one phase: optimizer steps until the phase or the run ends.
+
+On a GPU the host runs ahead of it by up to one step: loss, gradient norm and the decision to skip an update stay on the
+device, and the host reads them when the next step is on its way. It reads them at once where what follows needs them:
+before a save or a validation, at the phase's end, in a phase with a callback, and on a CPU, where reading is free.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +24,26 @@ from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.model.buffers import KeptBuffers
 from sparse_llm_ft.objectives.base import Objective, lengths_of
 from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.training.batches import BatchThread, Share, ShareMaker
 from sparse_llm_ft.training.callbacks import Callback
+from sparse_llm_ft.training.host_read import HostRead
 from sparse_llm_ft.training.schedule import Schedule
 
 
 @dataclass
 class Step:
-    """The numbers of one optimizer step for metrics.jsonl. A `skipped` step changed no parameter."""
+    """The numbers of one optimizer step for metrics.jsonl. A `skipped` step changed no parameter.
+
+    Attributes:
+        tokens: of the global batch, without padding.
+        squares: sum of its samples' squared lengths.
+        units: loss units of the global batch.
+        seconds: in the loop since the step before, without what the loop's user does between.
+    """
 
     loss: float
     learning_rate: float
@@ -39,6 +53,27 @@ class Step:
     active_adapters: int
     skipped: bool = False
     callback: dict[str, object] = field(default_factory=dict)
+    units: int = 0
+    squares: int = 0
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A step that the device has been given, before its values are known.
+
+    Attributes:
+        after: the progress after it, if its update is made.
+        values: loss summed over ranks, gradient norm, and how many ranks have received each signal.
+        gradients: of the update, where a callback needs them.
+    """
+
+    after: Progress
+    learning_rate: float
+    units: int
+    tokens: int
+    squares: int
+    values: HostRead
+    gradients: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -53,6 +88,7 @@ class Loop:
 
     Attributes:
         preempted_by: the signal that asked any rank to stop, during the last step or before.
+        runs_ahead: whether a step's values may be read after the next one has begun.
     """
 
     engine: Engine
@@ -67,97 +103,179 @@ class Loop:
     max_skipped_updates: int
 
     def __post_init__(self) -> None:
-        self.sampler: SequentialSampler = SequentialSampler()
-        self.lengths: np.ndarray | None = None
+        self.sampler, lengths = SequentialSampler(), None
         if not isinstance(self.samples, StreamingDataset):
             self.sampler = ShuffledSampler(len(self.samples), self.seed)
-            self.lengths = lengths_of(self.samples, self.objective)
+            lengths = lengths_of(self.samples, self.objective)
         self.device = next(self.engine.module.parameters()).device
+        self.runs_ahead = self.device.type == "cuda" and self.callback is None
         self.tuner = tuner_of(self.phase.plan)
         self.active = self._count_active()
         self.preempted_by: str | None = None
+        self._make = ShareMaker(
+            self.samples, self.sampler, lengths, self.objective, self.phase, self.world, self.device
+        )
+        self._asked: str | None = None  # the signal, before the engine is where the run can stop
         self._skipped = 0  # in a row
+        self._shares: dict[int, tuple[Share, HostRead]] = {}  # by the samples consumed before
         self._buffers = KeptBuffers(self.engine.module)
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self, at_once: Callable[[Progress], bool] = lambda _: True) -> Generator[Step]:
         """Collective. Train; yields after each optimizer step, with `progress` already advanced.
 
+        Args:
+            at_once: whether the caller needs the engine as the step left it that ends at this progress (it saves, or
+                validates). Of other steps it gets the numbers, perhaps when the next one has been made too.
+
         Raises:
+            UserError: the same on every rank, if the stream gives one of them a row that cannot be used.
             TrainingError: more than `max_skipped_updates` updates in a row were not finite.
         """
         self.engine.module.train()
-        while not self.over():
-            yield self._step()
+        thread = BatchThread(self._make, self._certain)
+        waiting: list[_Made] = []
+        try:
+            while not self.over():
+                began = time.perf_counter()
+                at = waiting[-1].after if waiting else self.progress
+                waiting.append(self._begin(at, thread))
+                while waiting:
+                    last = waiting[-1]
+                    if len(waiting) == 1 and self._may_wait(last.after) and not at_once(last.after):
+                        break
+                    step = self._finish(waiting.pop(0), not waiting)
+                    step.seconds = time.perf_counter() - began
+                    yield step
+                    began = time.perf_counter()
+        finally:
+            thread.close()
+            self._shares.clear()
 
     def over(self) -> bool:
         """Whether the phase or the run has no step left."""
-        done = self.phase.steps is not None and self.progress.phase_updates >= self.phase.steps
-        return done or self.schedule.finished(self.progress)
+        return self._over(self.progress)
 
-    def _step(self) -> Step:
-        """Collective. One optimizer step over the global batch."""
-        started = time.perf_counter()
-        progress, phase, world = self.progress, self.phase, self.world
-        self._seed_generators()
-        # This rank's micro-batches, and the loss units of the global batch.
-        indices = list(
-            self.sampler.micro_batches(
-                progress.position,
-                phase.global_batch_size,
-                phase.micro_batch_size,
-                world.rank,
-                world.size,
-                self.lengths,
-            )
-        )
-        micro_batches, units, tokens = self._read_samples(indices)
+    def _over(self, progress: Progress) -> bool:
+        done = self.phase.steps is not None and progress.phase_updates >= self.phase.steps
+        return done or self.schedule.finished(progress)
+
+    def _after(self, progress: Progress) -> Progress:
+        """The progress after one more step whose update is made."""
+        samples = progress.samples + self.phase.global_batch_size
+        return replace(progress, step=progress.step + 1, phase_step=progress.phase_step + 1, samples=samples)
+
+    def _certain(self, progress: Progress) -> Iterator[Progress]:
+        """`progress`, where a step begins, and that of each later step; skipped updates can only make them more."""
+        yield progress
+        while not self._over(progress := self._after(progress)):
+            yield progress
+
+    def _begin(self, progress: Progress, thread: BatchThread) -> _Made:
+        """Collective. One optimizer step over the global batch, of which no value is read from the device."""
+        phase, world = self.phase, self.world
+        share, units, tokens, squares = self._share(progress, thread)
+        self._seed_generators(progress)
         # DeepSpeed averages over ranks and accumulation steps. This factor turns the average of sums into the mean over
         # all units of the global batch, so that it does not matter which rank got the long completions.
-        factor = len(indices) * world.size / units
+        factor = len(share.batches) * world.size / units
         learning_rate = self.schedule.learning_rate(progress) * phase.lr_factor
 
         # Accumulate gradients over the micro-batches; the engine updates at the last one.
-        total, updated = torch.zeros((), device=self.device), False
+        total = torch.zeros((), device=self.device)
         gradients: dict[str, torch.Tensor] = {}
-        for i, samples in enumerate(micro_batches):
-            batch = self.objective.batch(samples)
-            loss = self.objective.loss(self.engine.forward, {k: v.to(self.device) for k, v in batch.items()})
+        for i, batch in enumerate(share.batches):
+            moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            loss = self.objective.loss(self.engine.forward, moved)
             total += loss.detach()
             # A loss that is not finite can have finite gradients, and the engine would not skip the update.
             factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
             self.engine.backward(loss * factors + self.tuner.penalty(phase.plan, self.engine.parameters))
-            if self.callback is not None and self.callback.needs_gradients and i == len(indices) - 1:
+            if self.callback is not None and self.callback.needs_gradients and i == len(share.batches) - 1:
                 gradients = self.engine.gradients()
-            updated = self.engine.step(learning_rate)
+            self.engine.step(learning_rate)
 
         self._buffers.restore()
+        values = HostRead(self._sum_loss(total))
+        return _Made(self._after(progress), learning_rate, units, tokens, squares, values, gradients)
 
-        # Agree on the loss, count the step, and run the callback on an update that was made.
-        mean_loss = self._sum_loss(total) / units
-        skipped = not (updated and math.isfinite(mean_loss))
-        self._count_skipped(skipped, mean_loss)
-        progress.step += 1
-        progress.phase_step += 1
-        progress.phase_skipped += skipped
-        progress.samples += phase.global_batch_size
-        logged = {} if skipped else self._run_callback(gradients)
-        seconds = time.perf_counter() - started
-        return Step(mean_loss, learning_rate, self.engine.grad_norm, tokens, seconds, self.active, skipped, logged)
+    def _share(self, progress: Progress, thread: BatchThread) -> tuple[Share, int, int, int]:
+        """Collective. This rank's share of the step that begins at `progress`; units, tokens and squared lengths of the
+        global batch. The ranks sum these of the next step too, so that nobody waits for that sum when it begins.
 
-    def _sum_loss(self, loss: torch.Tensor) -> float:
-        """Collective. The loss summed over ranks. The flags of their signals go along, so agreeing on them is free."""
-        shared = torch.cat([loss.reshape(1), torch.tensor(signals.caught(), dtype=loss.dtype, device=self.device)])
+        Raises:
+            UserError: the same on every rank, if one of them has a row in its share that cannot be used.
+        """
+        for _, at in zip(range(2), self._certain(progress), strict=False):
+            if at.samples not in self._shares:
+                share = thread.take(at)
+                self._shares[at.samples] = share, self._sum_counts(share)
+        share, counts = self._shares.pop(progress.samples)
+        units, tokens, squares, failures = map(int, counts.numbers())
+        if failures:  # every rank reads the whole global batch, and so finds the row that failed
+            thread.close()
+            self._make.read_all(progress)
+            raise TrainingError("a training sample could be read by some processes, not by all")
+        return share, units, tokens, squares
+
+    def _sum_counts(self, share: Share) -> HostRead:
+        """Collective. A share's counts, summed over ranks."""
+        counts = [share.units, share.tokens, share.squares, int(share.failed)]
+        if self.world.size == 1:
+            return HostRead(torch.tensor(counts))
+        shared = torch.tensor(counts).to(self.device, non_blocking=True)
         dist.all_reduce(shared)
-        total, *flags = shared.tolist()
-        self.preempted_by = signals.preempted_by(flags)
-        return total
+        return HostRead(shared)
 
-    def _count_skipped(self, skipped: bool, loss: float) -> None:
+    def _sum_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Collective. (2 + signals,) float64: the loss summed over ranks, the gradient norm, and the summed flags of
+        their signals, which go along, so agreeing on them is free.
+        """
+        caught = torch.tensor(signals.caught(), dtype=loss.dtype).to(self.device, non_blocking=True)
+        shared = torch.cat([loss.reshape(1), caught])
+        dist.all_reduce(shared)
+        norm = torch.as_tensor(self.engine.norm, dtype=torch.float64, device=self.device)
+        return torch.cat([shared[:1].double(), norm.reshape(1), shared[1:].double()])
+
+    def _may_wait(self, after: Progress) -> bool:
+        """Whether another step is certain to follow, and may begin before the values of this one are known."""
+        return self.runs_ahead and self._asked is None and not self._over(after)
+
+    def _finish(self, made: _Made, is_last: bool) -> Step:
+        """Collective. Read a step's values, count it, and run the callback on an update that was made.
+
+        Args:
+            is_last: whether the engine is as this step left it; only then may the run stop here.
+        """
+        loss, norm, *flags = made.values.numbers()
+        mean_loss = loss / made.units
+        asked = self._asked = self._asked or signals.preempted_by(flags)
+        self.preempted_by = asked if is_last else None
+        skipped = not (math.isfinite(norm) and math.isfinite(mean_loss))
+        self._count_skipped(skipped, mean_loss, norm, made.after.step)
+        skips = self.progress.phase_skipped + skipped
+        for name in ("step", "phase_step", "samples"):  # in place: the caller holds this object
+            setattr(self.progress, name, getattr(made.after, name))
+        self.progress.phase_skipped = skips
+        logged = {} if skipped else self._run_callback(made.gradients)
+        return Step(
+            mean_loss,
+            made.learning_rate,
+            norm,
+            made.tokens,
+            0.0,
+            self.active,
+            skipped,
+            logged,
+            made.units,
+            made.squares,
+        )
+
+    def _count_skipped(self, skipped: bool, loss: float, norm: float, step: int) -> None:
         """Raise TrainingError after too many skipped updates in a row."""
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped > self.max_skipped_updates:
             raise TrainingError(
-                f"step {self.progress.step + 1} has loss {loss} and gradient norm {self.engine.grad_norm}"
+                f"step {step} has loss {loss} and gradient norm {norm}"
                 f"{f', after {self._skipped - 1} skipped updates in a row' if self._skipped > 1 else ''}; lower "
                 "training.learning_rate; the last checkpoint is intact"
             )
@@ -167,7 +285,7 @@ class Loop:
         if self.callback is None:
             return {}
         if gradients:  # those of the update: clipped
-            clipped = self.engine.clip_factor
+            clipped = float(self.engine.clip_factor)
             gradients = {name: gradient * clipped for name, gradient in gradients.items()}
         logged = self.callback.after_step(self.engine, self.progress.phase_updates, gradients)
         self.active = self._count_active()
@@ -177,31 +295,7 @@ class Loop:
         """Collective. How many adapters change the output."""
         return len(self.phase.plan.active) if self.callback is None else self.callback.active_adapters(self.engine)
 
-    def _read_samples(self, micro_batches: list[list[int]]) -> tuple[list[list[Any]], int, int]:
-        """Collective. This rank's samples by micro-batch; loss units and tokens of the global batch.
-
-        Raises:
-            UserError: the same on every rank, if the stream gives one of them a row that cannot be used.
-        """
-        chosen: list[list[Any]] = []
-        failed = False
-        try:
-            chosen = [[self.samples[k] for k in indices] for indices in micro_batches]
-        except UserError:
-            failed = True
-        own = [sample for samples in chosen for sample in samples]
-        counts = [sum(map(self.objective.units, own)), sum(map(self.objective.tokens, own)), failed]
-        shared = torch.tensor(counts, device=self.device)
-        dist.all_reduce(shared)
-        units, tokens, failures = shared.tolist()
-        if failures:  # every rank reads the whole global batch, and so finds the row that failed
-            first = self.progress.position
-            for position in range(first, first + self.phase.global_batch_size):
-                self.samples[self.sampler.index(position)]
-            raise TrainingError("a training sample could be read by some processes, not by all")
-        return chosen, units, tokens
-
-    def _seed_generators(self) -> None:
+    def _seed_generators(self, progress: Progress) -> None:
         """Make dropout a function of (seed, samples consumed, rank): a resumed run draws what the first one drew."""
-        mixed = np.random.SeedSequence([self.seed, self.progress.samples, self.world.rank])
+        mixed = np.random.SeedSequence([self.seed, progress.samples, self.world.rank])
         torch.manual_seed(int(mixed.generate_state(1)[0]))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -237,22 +239,33 @@ class Run:
         exit_if_preempted()
         self.console.begin(phase.name, progress.step, self._last_step(loop))
 
-        # Train. After each step: count it, log it, and save a checkpoint where one is due.
-        for step in loop.steps():
-            record.add(phase.global_batch_size, step.tokens, step.seconds)
-            if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
-                self._save(self._read_state(loop, record, state))
-            self._after_step(step, loop, record, writer)
-            if loop.preempted_by:
-                self._stop(loop, writer)
-            if self._due(self.config.training.save_every, progress.step) and not loop.over():
-                self._save(self._read_state(loop, record, state))
+        # Train, and after each step look at what is due.
+        with closing(loop.steps(partial(self._needs_engine, phase))) as steps:
+            for step in steps:
+                self._count(step, loop, record, state, writer)
         # Save the state at the phase's end: if the run is killed during the phase change, it repeats the change.
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
         state = self._read_state(loop, record, state)
         self._save(state)
         return engine, state
+
+    def _needs_engine(self, phase: Phase, progress: Progress) -> bool:
+        """Whether a step that ends at `progress` is followed by a save or a validation."""
+        training = self.config.training
+        validates = not phase.is_warmup and self._due(training.eval_every, progress.counted_steps)
+        return validates or self._due(training.save_every, progress.step)
+
+    def _count(self, step: Step, loop: Loop, record: PhaseRecord, state: TrainState, writer: MetricsLogger) -> None:
+        """Collective. Count a step, log it, and save a checkpoint if one is due."""
+        record.add(loop.phase.global_batch_size, step.tokens, step.seconds)
+        if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
+            self._save(self._read_state(loop, record, state))
+        self._after_step(step, loop, record, writer)
+        if loop.preempted_by:
+            self._stop(loop, writer)
+        if self._due(self.config.training.save_every, loop.progress.step) and not loop.over():
+            self._save(self._read_state(loop, record, state))
 
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
         """Collective. The phase's loop, continuing from `state`."""

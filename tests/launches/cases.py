@@ -128,8 +128,8 @@ def dropout_is_repeatable_and_differs_between_ranks() -> None:
     assert first == run_losses(2, micro=2, steps=4, lora_dropout=0.5)
     assert first != run_losses(2, micro=2, steps=4)
     loop = object.__new__(Loop)
-    loop.seed, loop.progress, loop.world = 3, Progress(), WORLD
-    loop._seed_generators()
+    loop.seed, loop.world = 3, WORLD
+    loop._seed_generators(Progress())
     drawn = [torch.zeros(3) for _ in range(2)]
     dist.all_gather(drawn, torch.rand(3))
     assert not torch.equal(*drawn)

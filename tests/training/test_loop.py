@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
-from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -26,9 +27,10 @@ class CountingEngine:
     """Keeps DeepSpeed's contract: a step is an update if it ends an accumulation and its gradients are finite."""
 
     def __init__(self) -> None:
+        torch.manual_seed(0)
         self.module = torch.nn.Linear(1, 1)
         self.parameters = dict(self.module.named_parameters())
-        self.updates, self.grad_norm, self._micro = 0, 1.0, 0
+        self.updates, self.norm, self._micro = 0, torch.tensor(1.0), 0
 
     def forward(self, **batch: Any) -> torch.Tensor:
         return self.module(batch["x"])
@@ -36,15 +38,12 @@ class CountingEngine:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self, learning_rate: float) -> bool:
+    def step(self, learning_rate: float) -> None:
         self._micro += 1
-        if self._micro % 2:
-            return False
-        self.grad_norm = float(self.module.weight.grad.norm())
-        self.module.zero_grad()
-        finite = bool(torch.isfinite(torch.tensor(self.grad_norm)))
-        self.updates += finite
-        return finite
+        if self._micro % 2 == 0:
+            self.norm = self.module.weight.grad.norm()
+            self.module.zero_grad()
+            self.updates += bool(self.norm.isfinite())
 
 
 class Numbers:
@@ -137,3 +136,46 @@ def test_the_signal_of_any_rank_is_known_after_the_step(monkeypatch: pytest.Monk
     assert loop.preempted_by == "SIGUSR1"
     with pytest.raises(PreemptionRequested, match="SIGUSR1: nothing new to save"):
         signals.exit_if_preempted()
+
+
+def numbers_of(step: Step) -> tuple[object, ...]:
+    return str(step.loss), str(step.grad_norm), step.learning_rate, step.tokens, step.skipped
+
+
+def run_ahead(bad: set[int], most: int = 2) -> Loop:
+    """What a loop does on a GPU: it reads a step's values when the next one has been made."""
+    loop = make_loop(bad, most)
+    loop.callback, loop.runs_ahead = None, True
+    return loop
+
+
+@pytest.mark.parametrize("bad", [set(), {2, 5}, {7}], ids=["all good", "two skipped", "the last one skipped"])
+def test_a_loop_that_runs_ahead_makes_the_same_steps(bad: set[int]) -> None:
+    at_once, ahead = make_loop(bad, most=2), run_ahead(bad)
+    expected = [(numbers_of(step), replace(at_once.progress)) for step in at_once.steps()]
+    seen: list[int] = []
+    found = []
+    for step in ahead.steps(lambda progress: progress.step == 3):
+        found.append((numbers_of(step), replace(ahead.progress)))
+        seen.append(ahead.engine._micro // 2)  # the steps that the engine has made
+    assert found == expected
+    assert ahead.over() and ahead.engine.updates == 4
+    # One step ahead, but not where the caller needs the engine, nor at the phase's end.
+    assert seen[:3] == [2, 3, 3] and seen[-1] == len(expected)
+
+
+def test_a_loop_that_runs_ahead_stops_where_its_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = run_ahead(set())
+    steps = loop.steps(lambda _: False)
+    next(steps)
+    monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
+    while not loop.preempted_by:
+        next(steps)
+    assert loop.preempted_by == "SIGTERM" and loop.progress.step == loop.engine.updates
+
+
+def test_too_many_skipped_updates_end_a_loop_that_runs_ahead() -> None:
+    loop = run_ahead(set(range(2, 99)), most=1)
+    with pytest.raises(TrainingError, match=r"step 3 has loss inf .* after 1 skipped updates in a row"):
+        list(loop.steps(lambda _: False))
+    assert loop.progress.step == 2 and loop.engine.updates == 1
