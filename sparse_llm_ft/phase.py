@@ -31,6 +31,7 @@ class CutRule:
         every, after: optimizer steps between cuts, and before the first.
         choose: ``omega`` or, for RLoRA, ``random``.
         seed: of the random choice.
+        first: how many of the plan's adapters, from the lowest up, may not stay.
     """
 
     keep: Count
@@ -39,6 +40,7 @@ class CutRule:
     after: Count = 0
     choose: Literal["omega", "random"] = "omega"
     seed: Count = 0
+    first: Count = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,11 +22,12 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import check_deepspeed
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.methods.chain import build_methods
+from sparse_llm_ft.methods.chain import Chain, build_methods
 from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.limits import check_lengths, tokenizer_for
 from sparse_llm_ft.model.loading import empty_model, find_model_task_mode, find_quantization
 from sparse_llm_ft.model.multimodal import text_modules, unreached, unreached_parts
+from sparse_llm_ft.model.step_cost import StepCost, step_cost
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.phase import Phase
@@ -187,7 +189,21 @@ class RunContext:
         Raises:
             ConfigError: a method's settings do not fit this many adapters.
         """
-        return build_methods(self.config, 1).first(self.plan, self.targets)
+        return self.methods(1).first(self.plan, self.targets)
+
+    def methods(self, total_steps: int) -> Chain:
+        """The run's methods.
+
+        Args:
+            total_steps: the run's optimizer steps at its initial global batch.
+        """
+        return build_methods(self.config, total_steps, self.cost)
+
+    @cached_property
+    def cost(self) -> StepCost:
+        """The base's arithmetic, for samples as long as the settings allow."""
+        task = self.config.task
+        return step_cost(self.empty, self.targets, task.max_length, task.max_prompt_length or task.max_length)
 
     @property
     def embeddings(self) -> int | None:

@@ -10,18 +10,20 @@ from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.config.registry import find_method
 from sparse_llm_ft.methods.method import Method, MethodInputs
+from sparse_llm_ft.model.step_cost import StepCost
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape
 from sparse_llm_ft.scoring.scores import Scores
 
 
-def build_methods(config: RunConfig, total_steps: int) -> Chain:
+def build_methods(config: RunConfig, total_steps: int, cost: StepCost | None = None) -> Chain:
     """The methods of the config, in order.
 
     Args:
         total_steps: the run's optimizer steps at its initial global batch.
+        cost: the base's arithmetic; `RunContext.methods` has it.
     """
-    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps)
+    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps, cost)
     return Chain([find_method(settings.name)(settings, inputs) for settings in config.method])
 
 
@@ -52,6 +54,10 @@ class Chain:
         if following is None:
             return None
         return self._expand(phase.method, *following, targets)
+
+    def outlook(self, phase: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """As `Method.outlook`, by the phase's own method."""
+        return self.methods[phase.method].outlook(phase, targets)
 
     def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
         """As `Method.remark`, by the method of the phase `before`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from sparse_llm_ft.config.method_settings import MethodSettings
+from sparse_llm_ft.model.step_cost import StepCost
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
 
@@ -26,12 +27,14 @@ class MethodInputs:
         r, lora_alpha: of the run's initial adapters.
         seed: the run's seed.
         total_steps: the run's optimizer steps at its initial global batch.
+        cost: the base's arithmetic; None where no base is known.
     """
 
     r: int
     lora_alpha: float
     seed: int
     total_steps: int
+    cost: StepCost | None = None
 
 
 class Method(ABC, Generic[S]):
@@ -76,6 +79,10 @@ class Method(ABC, Generic[S]):
         (`MethodSettings.free`).
         """
         return phase
+
+    def outlook(self, phase: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """A line for the log when `phase`, a phase of this method, begins; None: nothing."""
+        return None
 
     def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
         """A line for log and summary on the change from `before`, a phase of this method, to `after`; None: nothing."""

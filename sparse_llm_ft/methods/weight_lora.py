@@ -6,7 +6,8 @@ phase "train":   the survivors with a fixed omega, the others gone (WeightLoRA+ 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -15,6 +16,7 @@ from pydantic import Field, StrictInt
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.config.types import Float
 from sparse_llm_ft.errors import ConfigError, TrainingError
+from sparse_llm_ft.methods.cost_choice import Allowed, allowed
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, is_matrix, with_omega
@@ -34,7 +36,10 @@ class WeightLoraSettings(MethodSettings):
         cut_after: optimizer steps before the first cut. A cut adapter hardly ever comes back, so these steps decide
             which adapters are kept.
         omega_lr, omega_optimizer: learning rate, which ignores `training.schedule`, and optimizer of omega.
-        choose: ``omega`` keeps the largest; ``random`` is the paper's ablation RLoRA.
+        choose: ``omega`` keeps the largest; ``cost`` the largest of those that `budget` allows (ours); ``random`` is
+            the paper's ablation RLoRA.
+        budget: of ``cost``: the largest share of a step with all adapters that a step with the survivors may cost, by
+            arithmetic (cost_choice.py).
         batch_growth: how the batch uses the freed memory. ``keep_global``: larger micro-batch, fewer accumulation
             steps, the same updates. ``grow_global``: larger micro-batch and global batch. Left out, it is
             ``keep_global``, or ``none`` for a model whose memory cannot be planned.
@@ -49,7 +54,8 @@ class WeightLoraSettings(MethodSettings):
     cut_after: StrictInt = Field(0, ge=0)
     omega_lr: Float = Field(0.1, gt=0)
     omega_optimizer: Literal["sgd", "adamw"] = "sgd"
-    choose: Literal["omega", "random"] = "omega"
+    choose: Literal["omega", "random", "cost"] = "omega"
+    budget: Float | None = Field(None, gt=0, le=1)
     batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
 
@@ -77,13 +83,17 @@ class WeightLoraSettings(MethodSettings):
         ]
 
     def check(self, total_steps: int | None) -> None:
-        """Refuse a first cut after T, a T after the run's end, and an ineffective `lr_scaling`."""
+        """Refuse a first cut after T, a T after the run's end, `cost` without a budget, and settings without effect."""
         if self.cut_after >= self.steps:
             raise ConfigError(
                 "method.cut_after",
                 f"{self.cut_after} leaves no cut before step {self.steps}",
                 "expected less than method.steps",
             )
+        if (self.choose == "cost") != (self.budget is not None):
+            known = "left out" if self.budget is None else f"{self.budget:g}"
+            right = "a share such as 0.7" if self.budget is None else "choose: cost, or no budget"
+            raise ConfigError("method.budget", f"{known}, and method.choose is {self.choose}", f"expected {right}")
         if self.lr_scaling != "none" and self.batch_growth != "grow_global":
             raise ConfigError(
                 "method.lr_scaling",
@@ -117,8 +127,9 @@ class WeightLora(Method[WeightLoraSettings]):
             settings.steps,
             settings.cut_every,
             settings.cut_after,
-            settings.choose,
+            "random" if settings.choose == "random" else "omega",
             self.inputs.seed,
+            0 if (reach := self._allowed(phase.plan, targets)) is None else reach.first,
         )
         select = replace(
             phase,
@@ -151,6 +162,52 @@ class WeightLora(Method[WeightLoraSettings]):
             lr_scaling=self.settings.lr_scaling,
         )
         return after, state
+
+    def outlook(self, phase: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """Under ``cost``: where survivors may be, and what a step then costs."""
+        reach = None if phase.cut is None else self._allowed(phase.plan, targets)
+        if reach is None or self.inputs.cost is None:
+            return None
+        return (
+            f"method.choose cost: survivors may be from {self.inputs.cost.layer(reach.layer)} up; a step then costs at "
+            f"most {reach.share:.3f} of one with all adapters (method.budget {self.settings.budget:g}, by arithmetic)"
+        )
+
+    def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """Where the lowest survivor is, and what a step costs by arithmetic."""
+        cost = self.inputs.cost
+        if before.cut is None or cost is None:
+            return None
+        plan = after.target_plan or after.plan
+        share = cost.of(plan, targets) / cost.of(before.plan, targets)
+        return (
+            f"the lowest survivor is in {cost.layer(cost.lowest(plan.active))}: a step costs {share:.3f} of one with "
+            "all adapters, by arithmetic"
+        )
+
+    def _allowed(self, plan: AdapterPlan, targets: Mapping[str, Shape]) -> Allowed | None:
+        """Which adapters of the plan may stay; None: all."""
+        if self.settings.budget is None:
+            return None
+        cost = self.inputs.cost
+        assert cost is not None, "a run's context knows its base"
+        works, trained = cost.adapters(plan, targets), cost.lowest(plan.trained)
+        depths = [cost.depths[name] for name in works]
+        whole = cost.of(plan, targets)
+        shares = {
+            layer: cost.step(min(layer, trained), self.survivors_work(works, [d >= layer for d in depths])) / whole
+            for layer in set(depths)
+        }
+        return allowed(depths, shares, self.settings.keep, self.settings.budget)
+
+    def survivors_work(self, works: Mapping[str, float], stay: Sequence[bool]) -> float:
+        """The most that survivors cost in a step.
+
+        Args:
+            works: each adapter's operations.
+            stay: for each whether it may survive.
+        """
+        return sum(sorted(itertools.compress(works.values(), stay), reverse=True)[: self.settings.keep])
 
     def grown(
         self, plan: AdapterPlan, state: TrainState, targets: Mapping[str, Shape], budget: int

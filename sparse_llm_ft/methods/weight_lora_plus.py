@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -79,18 +79,22 @@ class WeightLoraPlus(WeightLora):
             replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
         )
 
+    def survivors_work(self, works: Mapping[str, float], stay: Sequence[bool]) -> float:
+        """That of all adapters, into whose parameters the survivors' ranks grow."""
+        return sum(works.values())
+
     def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
-        """What `max_rank` leaves of the budget."""
+        """As WeightLoRA's, and what `max_rank` leaves of the budget."""
         from sparse_llm_ft.methods import rank_growth
 
         if before.cut is None:
             return None
+        lowest = super().remark(before, after, targets)
         budget = sum(a.matrices(targets[name]) for name, a in before.plan.active.items())
         grown = (after.target_plan or after.plan).active  # a method after this one may add masks, but changes no rank
         ranks = {name: a.r for name, a in grown.items()}
         shapes = {name: before.plan.active[name].shape(targets[name]) for name in ranks}
         left = rank_growth.left_over(ranks, shapes, budget, self.settings.max_rank)
-        if not left:
-            return None
         limit = self.settings.max_rank
-        return f"ranks stop at method.max_rank {limit}: {left:,} of the budget's {budget:,} parameters are left over"
+        line = f"ranks stop at method.max_rank {limit}: {left:,} of the budget's {budget:,} parameters are left over"
+        return "; ".join(filter(None, [lowest, line if left else None])) or None

@@ -29,11 +29,13 @@ class StoIHT:
     Attributes:
         moved: names of the omegas that have had a non-zero gradient.
         kept: names kept by the last cut; empty before the first.
+        allowed: names of the omegas that may be kept; None: all. The others are 0 after every cut.
     """
 
     rule: CutRule
     moved: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
+    allowed: frozenset[str] | None = None
 
     def after_step(self, step: int, omega: Mapping[str, float]) -> tuple[dict[str, float], int]:
         """Cut omega, if a cut is due, after optimizer step `step` (from 1) of the phase.
@@ -63,13 +65,20 @@ class StoIHT:
         if self.rule.choose == "random":
             return set(random.Random(self.rule.seed).sample(sorted(omega), min(self.rule.keep, len(omega))))
         gone = min(omega.values()) - 1.0
-        return keep_largest({n: v if n in self.moved else gone for n, v in omega.items()}, self.rule.keep)
+        ranked = {n: v if n in self.moved else gone for n, v in omega.items()}
+        if self.allowed is not None:
+            ranked = {n: v for n, v in ranked.items() if n in self.allowed}
+        return keep_largest(ranked, self.rule.keep)
 
     def to_dict(self) -> dict[str, list[str]]:
         """A checkpoint's part of it, besides the rule: ``moved`` and ``kept``."""
         return {"moved": sorted(self.moved), "kept": sorted(self.kept)}
 
     @classmethod
-    def from_dict(cls, rule: CutRule, data: Mapping[str, Iterable[str]] | None) -> StoIHT:
+    def from_dict(
+        cls, rule: CutRule, data: Mapping[str, Iterable[str]] | None, allowed: frozenset[str] | None = None
+    ) -> StoIHT:
         """Continue from `to_dict`; None: begin anew."""
-        return cls(rule) if data is None else cls(rule, set(data["moved"]), set(data["kept"]))
+        if data is None:
+            return cls(rule, allowed=allowed)
+        return cls(rule, set(data["moved"]), set(data["kept"]), allowed)

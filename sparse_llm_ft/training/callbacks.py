@@ -114,7 +114,10 @@ class AdaLoraRankAllocation:
 def build_callback(phase: Phase, state: TrainState, engine: Engine) -> Callback | None:
     """Collective. The phase's callback, continuing from `state`; None if the phase has none."""
     if phase.cut is not None:
-        return OmegaPruning(StoIHT.from_dict(phase.cut, state.callback), [n for n in engine.parameters if is_omega(n)])
+        omegas = [name for name in engine.parameters if is_omega(name)]
+        may_stay = set(list(phase.plan.active)[phase.cut.first :])
+        allowed = frozenset(name for name in omegas if name.rpartition(".")[0] in may_stay)
+        return OmegaPruning(StoIHT.from_dict(phase.cut, state.callback, allowed), omegas)
     tuner = tuner_of(phase.plan)
     if tuner.allocates_ranks:
         names = [name for name in engine.parameters if is_adapter(name)]

@@ -32,7 +32,7 @@ from sparse_llm_ft.errors import PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
-from sparse_llm_ft.methods.chain import Chain, build_methods
+from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
@@ -139,11 +139,11 @@ class Run:
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
         check_steps(config, schedule.total_steps)
-        first = build_methods(config, schedule.total_steps).first(context.plan, context.targets)
+        first = context.methods(schedule.total_steps).first(context.plan, context.targets)
         config = settle_growth(config, first, task_mode, data.longest, context.console)
         context = replace(context, config=config)
         context.folder.check(config, resolved=True)
-        methods = build_methods(config, schedule.total_steps)
+        methods = context.methods(schedule.total_steps)
         first = first_batch(methods.first(context.plan, context.targets), config)
         return cls(context, splits, data, schedule, methods, first)
 
@@ -153,6 +153,7 @@ class Run:
             f"{self.data.describe()}, {self.schedule.total_steps} optimizer steps",
             *remarks(self.context, self.splits, self.data, self.first),
             *describe_phase(self.context, self.first),
+            *filter(None, [self.methods.outlook(self.first, self.targets)]),
         ]
 
     def train(self) -> dict[str, Any]:
@@ -227,7 +228,8 @@ class Run:
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
             state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         # Open the phase's loop, record and logs.
-        for remark in mask_remarks(phase.plan, self.targets, self.config.adapter):
+        outlook = self.methods.outlook(phase, self.targets)
+        for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
             self.console.log(remark)
         loop = self._loop(engine, phase, state)
         progress = loop.progress

@@ -36,6 +36,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"head_learning_rate": 0.1}},
         "training.head_learning_rate: has no effect where nothing is trained whole beside the adapters",
     ),
+    "budget of arithmetic": (
+        {"method": [{"name": "weight_lora", "keep": 2, "steps": 2, "choose": "cost", "budget": 0.1}]},
+        "method.budget: 0.1 of a step with all adapters leaves room for no adapter; expected 0.",
+    ),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
 

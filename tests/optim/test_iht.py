@@ -85,6 +85,14 @@ def test_after_and_every_say_when_and_a_cut_adapter_can_come_back() -> None:
     assert (zeroed, swaps) == ({"b": 0.0}, 1)
 
 
+def test_what_may_not_stay_is_cut_every_time_however_large() -> None:
+    rule = StoIHT(CutRule(keep=1, steps=9, first=1), allowed=frozenset("bc"))
+    assert rule.after_step(1, {"a": 9.0, "b": 1.5, "c": 1.2}) == ({"a": 0.0, "c": 0.0}, 0)
+    assert rule.after_step(2, {"a": 9.0, "b": 1.5, "c": 1.7}) == ({"a": 0.0, "b": 0.0}, 1)
+    again = StoIHT.from_dict(rule.rule, rule.to_dict(), rule.allowed)
+    assert again == rule and again.after_step(9, {"a": 9.0, "b": 0.1, "c": -1.0})[0] == {"a": 0.0, "c": 0.0}
+
+
 def test_the_random_choice_is_drawn_once() -> None:
     omega = {name: float(i) for i, name in enumerate("abcdefgh", 2)}
     rule = StoIHT(CutRule(keep=3, steps=50, choose="random", seed=1))

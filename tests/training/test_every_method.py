@@ -188,6 +188,7 @@ def plans(trees: dict[str, dict], name: str) -> list[AdapterPlan]:
 def test_the_plans_are_what_the_methods_say(trees: dict[str, dict], results: dict[str, str]) -> None:
     assert len(plans(trees, "weight_lora_one")[-1].active) == 1
     assert len(plans(trees, "weight_lora_all")[-1].active) == 14
+    assert {name.split(".")[2] for name in plans(trees, "weight_lora_cost")[-1].active} == {"1"}
     pilot, shared = plans(trees, "lora_drop")
     assert len(pilot.active) == len(shared.active) == 14 and shared.groups
     assert not plans(trees, "lora_drop_removed")[-1].groups
