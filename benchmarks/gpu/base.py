@@ -7,39 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
-"""Dense bf16, by the manufacturer's data sheets; a card's name contains the key."""
+from sparse_llm_ft.model.flops import model_flops
 
 
 def step_flops(config: LlamaConfig, tokens: int, length: int, supervised: float, lowest: int) -> float:
-    """Floating-point operations that one step cannot do without.
-
-    Forward through everything; backward to activations, not to the base's weights, down to layer `lowest`. The
-    adapters' own products, under one hundredth of it, are left out. Attention is causal.
+    """Floating-point operations that one step cannot do without (sparse_llm_ft/model/flops.py).
 
     Args:
         tokens: of the whole step.
         length: of a sample.
         supervised: share of the positions that have a loss.
+        lowest: the lowest layer that has an adapter.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    key_value = hidden * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
-    weights = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner  # of a layer
-    forward = 2 * weights + 2 * length * hidden
-    backward = 2 * weights + 4 * length * hidden
-    head = 2 * hidden * config.vocab_size * supervised
-    layers = config.num_hidden_layers
-    return tokens * (layers * forward + (layers - lowest) * backward + 2 * head)
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """The card's dense bf16 rate, where it is one of those known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for card, rate in PEAK_TFLOPS.items() if card in name), None)
+    with torch.device("meta"):
+        sizes = model_flops(LlamaForCausalLM(config))
+    assert sizes is not None, "a Llama's arithmetic is known"
+    return sizes.step(tokens, tokens * length, tokens * supervised, lowest)
 
 
 def times(step: Callable[[], Any], device: torch.device, warmup: int, count: int) -> list[float]:

@@ -19,10 +19,12 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from base import peak_tflops, profile, step_flops, times
+from base import profile, step_flops, times
 from bases import llama_3_8b, random_base, tiny_llama
 from compare_cases import top_tenth
 from peft_steps import Step, Training, bare_base, stock_peft, tuned_peft
+
+from sparse_llm_ft.model.flops import peak_flops
 
 RANK, ALPHA = 16, 32
 
@@ -128,7 +130,7 @@ def main() -> None:
     lowest = setup.lowest_of_top_tenth if top else 0
     flops = step_flops(setup.config, tokens, setup.length, supervised=0.5, lowest=lowest)
     rate = flops / milliseconds / 1e9
-    card = peak_tflops(setup.device)
+    card = peak_flops(setup.device)
     result = {
         "system": options.system,
         "base": options.quantization,
@@ -138,7 +140,7 @@ def main() -> None:
         "all_ms": found,
         "tokens_per_second": 1000 * tokens / milliseconds,
         "tflops": rate,
-        "mfu": None if card is None else rate / card,
+        "mfu": None if card is None else 1e12 * rate / card,
         "base_bytes": base_bytes,
         "peak_bytes": peak,
         "losses": losses,

@@ -14,6 +14,8 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+_COUNTED = {"steps", "samples", "tokens", "seconds", "flops", "possible_flops"}
+
 
 class PhaseRecord(BaseModel):
     """The numbers of one phase for checkpoint and summary.
@@ -21,8 +23,11 @@ class PhaseRecord(BaseModel):
     Attributes:
         adapters: modules with an adapter.
         trainable_parameters: trained values, without masked ones.
-        steps, samples, tokens: of the optimizer steps done.
+        steps, samples: of the optimizer steps done.
+        tokens: without padding, of all ranks.
         seconds: in optimizer steps, without evaluation or saving.
+        flops, possible_flops: operations that steps cannot do without, and those that the devices could do meanwhile
+            (model/flops.py); 0 where one of them is not known.
         measured: the scores at the phase's end, in a line; None before it, or without scores.
     """
 
@@ -38,6 +43,8 @@ class PhaseRecord(BaseModel):
     samples: Count = 0
     tokens: Count = 0
     seconds: Seconds = 0.0
+    flops: Seconds = 0.0
+    possible_flops: Seconds = 0.0
     measured: str | None = None
 
     @classmethod
@@ -47,7 +54,7 @@ class PhaseRecord(BaseModel):
         Args:
             before: its record in the checkpoint from which it continues; counting continues from there.
         """
-        counted = {} if before is None else before.model_dump(include={"steps", "samples", "tokens", "seconds"})
+        counted = {} if before is None else before.model_dump(include=_COUNTED)
         return cls(
             name=phase.name,
             adapters=len(phase.plan.active),
@@ -58,9 +65,11 @@ class PhaseRecord(BaseModel):
             **counted,
         )
 
-    def add(self, samples: int, tokens: int, seconds: float) -> None:
+    def add(self, samples: int, tokens: int, seconds: float, flops: float = 0.0, possible_flops: float = 0.0) -> None:
         """Count one optimizer step."""
         self.steps += 1
+        self.flops += flops
+        self.possible_flops += possible_flops
         self.samples += samples
         self.tokens += tokens
         self.seconds += seconds
@@ -69,6 +78,11 @@ class PhaseRecord(BaseModel):
     def tokens_per_second(self) -> float:
         """Mean over the phase; 0 before the first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """Mean share of the devices' peak over the phase, 0 to 1; None where it is not known."""
+        return self.flops / self.possible_flops if self.possible_flops else None
 
 
 class RunRecord(BaseModel):

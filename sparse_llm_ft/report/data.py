@@ -74,6 +74,9 @@ PHASE_NUMBERS = {
 }
 """A phase's numbers in the summary: key -> label."""
 
+MFU = "share of the GPUs' peak (MFU)"
+"""Label of ``mfu``, which a summary has for GPUs whose peak is known."""
+
 
 class Choice(NamedTuple):
     """Which modules kept an adapter of their own, and the values that decided: ``omega`` (WeightLoRA) or ``y``."""
@@ -168,7 +171,7 @@ class RunReport:
             return run
         with _reading(summary_file) as summary:
             numbers = dict.fromkeys(PHASE_NUMBERS, _finite)
-            totals = [_converted(phase, {"name": str, **numbers}) for phase in summary["phases"]]
+            totals = [_converted(phase, {"name": str, **numbers}, {"mfu": _finite}) for phase in summary["phases"]]
             before, after = (_floats(summary["metrics"].get(when) or {}) for when in ("before", "after"))
             world_size = int(summary["world_size"])
         return replace(run, finished=True, totals=totals, before=before, after=after, world_size=world_size)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sparse_llm_ft.config.registry import find_settings, method_names
-from sparse_llm_ft.report.data import PHASE_NUMBERS, RunReport
+from sparse_llm_ft.report.data import MFU, PHASE_NUMBERS, RunReport
 
 NONE = "–"
 _SAME_RUN = ("output_dir", "resume")
@@ -65,6 +65,8 @@ def phases_table(report: RunReport) -> str:
         return ""
     header = ("phase", *(total["name"] for total in report.totals))
     rows = [(label, *(_number(total.get(key)) for total in report.totals)) for key, label in PHASE_NUMBERS.items()]
+    if any(total.get("mfu") is not None for total in report.totals):
+        rows.append((MFU, *(_number(total.get("mfu")) for total in report.totals)))
     return table("Phases", header, rows)
 
 

@@ -30,10 +30,11 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.buffers import fixed_parameters
+from sparse_llm_ft.model.flops import StepFlops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
 from sparse_llm_ft.report import write_report
-from sparse_llm_ft.report.data import PHASE_NUMBERS
+from sparse_llm_ft.report.data import MFU, PHASE_NUMBERS
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import EntryScores, Scores
@@ -44,8 +45,12 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "acc
 _ROWS = {key: label for key, label in PHASE_NUMBERS.items() if key not in ("samples", "seconds")}
 
 
-def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
-    """A step as one object of metrics.jsonl. A skipped step has neither loss nor gradient norm."""
+def step_line(record: PhaseRecord, step: Step, loop: Loop, flops: StepFlops | None = None) -> dict[str, object]:
+    """A step as one object of metrics.jsonl. A skipped step has neither loss nor gradient norm.
+
+    Args:
+        flops: the phase's; None: a step has no ``mfu``.
+    """
     return {
         "step": loop.progress.step,
         "phase": record.name,
@@ -59,6 +64,7 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
         "grad_norm": None if step.skipped else step.grad_norm,
         "samples": loop.progress.samples,
         "tokens_per_second": step.tokens / step.seconds,
+        **({} if flops is None else {"mfu": flops.mfu(step.tokens, step.squares, step.units, step.seconds)}),
         "trainable_parameters": record.trainable_parameters,
         "active_adapters": step.active_adapters,
         **({"skipped": True} if step.skipped else {}),
@@ -131,7 +137,8 @@ def _version(name: str) -> str | None:
 
 def _totals(phase: PhaseRecord) -> dict[str, object]:
     """A phase's entry in the summary."""
-    return phase.model_dump(exclude={"measured"}) | {"tokens_per_second": phase.tokens_per_second}
+    numbers = phase.model_dump(exclude={"measured", "flops", "possible_flops"})
+    return numbers | {"tokens_per_second": phase.tokens_per_second, "mfu": phase.mfu}
 
 
 def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console) -> None:
@@ -153,6 +160,8 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
         table.add_column(phase["name"], justify="right")
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{phase[key]:,.0f}" for phase in summary["phases"]))
+    if any(phase.get("mfu") is not None for phase in summary["phases"]):
+        table.add_row(MFU, *("" if (m := phase.get("mfu")) is None else f"{m:.1%}" for phase in summary["phases"]))
     console.rich.print(table)
     for phase in summary["phases"]:
         if phase.get("measured"):

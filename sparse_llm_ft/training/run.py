@@ -34,6 +34,7 @@ from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
+from sparse_llm_ft.model.flops import StepFlops, step_flops
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -242,9 +243,10 @@ class Run:
         self.console.begin(phase.name, progress.step, self._last_step(loop))
 
         # Train, and after each step look at what is due.
+        flops = step_flops(self.context.empty, phase.plan, self.config.model.dtype, loop.device, self.world.size)
         with closing(loop.steps(partial(self._needs_engine, phase))) as steps:
             for step in steps:
-                self._count(step, loop, record, state, writer)
+                self._count(step, loop, record, state, writer, flops)
         # Save the state at the phase's end: if the run is killed during the phase change, it repeats the change.
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
@@ -258,12 +260,21 @@ class Run:
         validates = not phase.is_warmup and self._due(training.eval_every, progress.counted_steps)
         return validates or self._due(training.save_every, progress.step)
 
-    def _count(self, step: Step, loop: Loop, record: PhaseRecord, state: TrainState, writer: MetricsLogger) -> None:
+    def _count(
+        self,
+        step: Step,
+        loop: Loop,
+        record: PhaseRecord,
+        state: TrainState,
+        writer: MetricsLogger,
+        flops: StepFlops | None,
+    ) -> None:
         """Collective. Count a step, log it, and save a checkpoint if one is due."""
-        record.add(loop.phase.global_batch_size, step.tokens, step.seconds)
+        done = (flops.step(step.tokens, step.squares, step.units), flops.peak * step.seconds) if flops else (0.0, 0.0)
+        record.add(loop.phase.global_batch_size, step.tokens, step.seconds, *done)
         if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
             self._save(self._read_state(loop, record, state))
-        self._after_step(step, loop, record, writer)
+        self._after_step(step_line(record, step, loop, flops), loop, writer)
         if loop.preempted_by:
             self._stop(loop, writer)
         if self._due(self.config.training.save_every, loop.progress.step) and not loop.over():
@@ -356,10 +367,9 @@ class Run:
         show_summary(summary, self.folder, self.console)
         return summary
 
-    def _after_step(self, step: Step, loop: Loop, record: PhaseRecord, writer: MetricsLogger) -> None:
-        """Collective. Log the step, with the validation loss where it is due."""
+    def _after_step(self, line: dict[str, object], loop: Loop, writer: MetricsLogger) -> None:
+        """Collective. Log the step's line, with the validation loss where it is due."""
         training, at = self.config.training, loop.progress.step
-        line = step_line(record, step, loop)
         # Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
         if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
             size, world = self.config.evaluation.micro_batch_size, self.world

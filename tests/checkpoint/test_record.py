@@ -60,6 +60,7 @@ def test_the_summary_has_all_phases_and_what_was_measured_between_them(settings:
         ("tokens", 200),
         ("seconds", 1.0),
         ("tokens_per_second", 200.0),
+        ("mfu", None),
     ]
     assert list(pilot) == [*train, "measured"] and pilot["measured"] is None
     assert summary["metrics"] == {"before": {"loss": 3.0}, "after": {"loss": 2.0}}
@@ -79,3 +80,12 @@ def test_what_is_no_record_is_said_in_one_line(changes: dict, said: str) -> None
     with pytest.raises(ValidationError) as error:
         RunRecord.model_validate({"run": "", "samples": "", "micro_batch_size": 2} | changes)
     assert first_problem(error.value) == said
+
+
+def test_the_share_of_the_peak_is_a_mean_over_the_phases_seconds() -> None:
+    record = record_of(PILOT, 0)
+    assert record.mfu is None
+    record.add(8, 100, 1.0, 3e12, 10e12)
+    record.add(8, 100, 3.0, 3e12, 30e12)
+    continued = PhaseRecord.of(PILOT, PhaseRecord.model_validate(record.model_dump()), 30, 240)
+    assert continued.mfu == record.mfu == 6e12 / 40e12

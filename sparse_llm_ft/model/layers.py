@@ -1,0 +1,25 @@
+"""A model's layers, found by structure."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name -> each stack of equal layers: one in a decoder or an encoder, two in an encoder-decoder, none in a model
+    that keeps its layers otherwise.
+
+    A stack is a list of modules of one class, each of which has linear parts of its own; lists inside of its layers
+    (experts) are not stacks.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
+            found[name] = module
+    return found
+
+
+def _is_stack(layers: nn.ModuleList) -> bool:
+    alike = len({type(layer) for layer in layers}) == 1
+    return alike and all(sum(1 for _ in layer.modules()) > 3 for layer in layers)
