@@ -66,17 +66,9 @@ class ShareMaker:
 
     def __call__(self, progress: Progress) -> Share:
         """The share of the step that begins at `progress`."""
-        phase, objective = self.phase, self.objective
-        chosen = self.sampler.micro_batches(
-            progress.position,
-            phase.global_batch_size,
-            phase.micro_batch_size,
-            self.world.rank,
-            self.world.size,
-            self.lengths,
-        )
+        objective = self.objective
         try:
-            micro_batches = [[self.samples[k] for k in indices] for indices in chosen]
+            micro_batches = self.read(progress)
         except UserError:
             return Share(failed=True)
         own = [sample for samples in micro_batches for sample in samples]
@@ -86,6 +78,17 @@ class ShareMaker:
             sum(map(objective.tokens, own)),
             sum(objective.tokens(part) ** 2 for sample in own for part in _parts(sample)),
         )
+
+    def read(self, progress: Progress) -> list[list[Any]]:
+        """This rank's samples of the step that begins at `progress`, by micro-batch.
+
+        Raises:
+            UserError: a row cannot be used.
+        """
+        phase, world = self.phase, self.world
+        sizes = phase.global_batch_size, phase.micro_batch_size, world.rank, world.size
+        chosen = self.sampler.micro_batches(progress.position, *sizes, self.lengths)
+        return [[self.samples[k] for k in indices] for indices in chosen]
 
     def read_all(self, progress: Progress) -> None:
         """Read the global batch of a step, and so raise the error of its first row that cannot be used."""

@@ -138,7 +138,7 @@ class Loop:
             while not self.over():
                 began = time.perf_counter()
                 at = waiting[-1].after if waiting else self.progress
-                waiting.append(self._begin(at, thread))
+                waiting.append(self._step(at, thread))
                 while waiting:
                     last = waiting[-1]
                     if len(waiting) == 1 and self._may_wait(last.after) and not at_once(last.after):
@@ -170,7 +170,7 @@ class Loop:
         while not self._over(progress := self._after(progress)):
             yield progress
 
-    def _begin(self, progress: Progress, thread: BatchThread) -> _Made:
+    def _step(self, progress: Progress, thread: BatchThread) -> _Made:
         """Collective. One optimizer step over the global batch, of which no value is read from the device."""
         phase, world = self.phase, self.world
         share, units, tokens, squares = self._share(progress, thread)

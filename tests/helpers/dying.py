@@ -17,9 +17,9 @@ def die_after(steps: int) -> Callable[[int], None]:
 
         step, done = Loop._step, 0
 
-        def counted(self: Loop) -> Any:
+        def counted(self: Loop, *args: Any) -> Any:
             nonlocal done
-            result = step(self)
+            result = step(self, *args)
             done += 1
             if done == steps:
                 os._exit(DIED)

@@ -239,21 +239,20 @@ def die_at(place: str, arrival: int) -> None:
 
 def record_samples(file: Path) -> None:
     """Append one line per optimizer step that this process has done: the sample indices it was given."""
+    from sparse_llm_ft.checkpoint.state import Progress
     from sparse_llm_ft.data.sampler import ShuffledSampler
     from sparse_llm_ft.training.loop import Loop
 
     micro_batches, step = ShuffledSampler.micro_batches, Loop._step
-    given: list[list[int]] = []
+    given: dict[int, list[list[int]]] = {}  # by the position: they are drawn some steps ahead
 
-    def recorded(self: ShuffledSampler, *args: int) -> Iterator[list[int]]:
-        for indices in micro_batches(self, *args):
-            given.append(indices)
-            yield indices
+    def recorded(self: ShuffledSampler, position: int, *args: int) -> Iterator[list[int]]:
+        given[position] = list(micro_batches(self, position, *args))
+        yield from given[position]
 
-    def told(self: Loop) -> Any:
-        given.clear()
-        result = step(self)
-        line = {"step": self.progress.step, "shares": given}
+    def told(self: Loop, progress: Progress, thread: Any) -> Any:
+        result = step(self, progress, thread)
+        line = {"step": progress.step + 1, "shares": given[progress.position]}
         with file.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
         return result

@@ -46,7 +46,7 @@ def _dropout() -> None:
     """Dropout draws anew instead of what the first run drew."""
     from sparse_llm_ft.training.loop import Loop
 
-    Loop._seed_generators = lambda self: None
+    Loop._seed_generators = lambda self, progress: None
 
 
 def _metrics() -> None:

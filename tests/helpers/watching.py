@@ -22,25 +22,32 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
         import datasets
 
         datasets.config.HF_DATASETS_CACHE = logs.parent / "cache"
+        from sparse_llm_ft.checkpoint.state import Progress
         from sparse_llm_ft.data.tokenization import CausalLMPreprocessor
+        from sparse_llm_ft.training.batches import ShareMaker
         from sparse_llm_ft.training.loop import Loop
 
-        encode, read = CausalLMPreprocessor.__call__, Loop._read_samples
+        encode, read, step = CausalLMPreprocessor.__call__, ShareMaker.read, Loop._step
+        chosen: dict[int, Any] = {}  # by the samples consumed before: they are read some steps ahead
 
         def counted(self: CausalLMPreprocessor, example: Any) -> Any:
             with (logs / f"encoded-{rank}.txt").open("a") as file:
                 file.write(example.prompt + "\n")
             return encode(self, example)
 
-        def told(self: Loop, shares: Any) -> Any:
-            if rank == 0 and self.progress.step + 1 == die_before_step:
+        def remembered(self: ShareMaker, progress: Progress) -> Any:
+            chosen[progress.samples] = read(self, progress)
+            return chosen[progress.samples]
+
+        def told(self: Loop, progress: Progress, thread: Any) -> Any:
+            if rank == 0 and progress.step + 1 == die_before_step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = read(self, shares)
+            result = step(self, progress, thread)
             with (logs / f"steps-{rank}.jsonl").open("a") as file:
-                file.write(json.dumps([[shown(unit) for unit in micro] for micro in result[0]]) + "\n")
+                file.write(json.dumps([[shown(u) for u in micro] for micro in chosen[progress.samples]]) + "\n")
             return result
 
-        CausalLMPreprocessor.__call__, Loop._read_samples = counted, told
+        CausalLMPreprocessor.__call__, ShareMaker.read, Loop._step = counted, remembered, told
 
     return before
 

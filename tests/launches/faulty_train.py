@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.evaluation import evaluator
 from sparse_llm_ft.io import atomic
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
@@ -43,13 +44,13 @@ def is_now(place: str) -> bool:
 
 
 def in_step(function: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(loop: Loop) -> Any:
+    def wrapper(loop: Loop, progress: Progress, thread: Any) -> Any:
         global step
-        step = loop.progress.step + 1
+        step = progress.step + 1
         for what, place in mine:
             if place.startswith("step-") and what not in ("nan", "full") and is_now(place):
                 happens(what)
-        return function(loop)
+        return function(loop, progress, thread)
 
     return wrapper
 
