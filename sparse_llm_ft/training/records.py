@@ -61,6 +61,7 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop) -> dict[str, object]:
         "tokens_per_second": step.tokens / step.seconds,
         "trainable_parameters": record.trainable_parameters,
         "active_adapters": step.active_adapters,
+        **({} if step.cached_samples is None else {"cached_samples": step.cached_samples}),
         **({"skipped": True} if step.skipped else {}),
         **step.callback,
     }
