@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from helpers.tiny_models import IDS, MODELS, llama
 from sparse_llm_ft.model.linear import linear_shape
@@ -49,6 +57,19 @@ def test_a_pass_from_a_layer_on_is_the_whole_pass(name: str) -> None:
     assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-6)
     assert torch.equal(model(input_ids=IDS, attention_mask=mask, use_cache=False).logits, expected)
     assert why_not_constant(model, plan_of(model), 16) is None
+
+
+def test_a_decoder_with_a_head_for_labels() -> None:
+    model = LlamaForSequenceClassification(LlamaConfig(**_TINY, num_labels=3, pad_token_id=0)).train()
+    plan = plan_of(model, trained=("score",))
+    assert why_not_constant(model, plan, 16) is None and lowest_trained(model, plan) == 0
+    upper = {name: a if ".1." in name else None for name, a in plan.modules.items()}
+    assert lowest_trained(model, replace(plan, modules=upper)) == 1
+    prefix = Prefix(model, 1)
+    with prefix.recording() as recorded:
+        expected = model(input_ids=IDS).logits
+    with prefix.starting(recorded.states):
+        assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-6)
 
 
 def test_the_lowest_layer_is_that_of_adapters_and_of_what_is_trained_whole() -> None:

@@ -133,6 +133,15 @@ def test_the_losses_are_those_without_and_later_epochs_run_no_lower_layer() -> N
     assert "layers 0 to 1 run once for a sample" in run.said[0]
 
 
+def test_with_activation_checkpointing_too() -> None:
+    def checkpointed(base: Any) -> None:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    run = Run("memory", change=checkpointed)
+    close(run.losses, Run("off").losses)
+    assert [calls[:2] for calls in run.calls[3:10]] == [[0, 0]] * 7
+
+
 def test_bfloat16_and_packing_and_packs_in_one_row() -> None:
     close(Run("memory", dtype="bfloat16").losses, Run("off", dtype="bfloat16").losses, 1e-2)
     packs = PackedDataset(SAMPLES, [sample.length for sample in SAMPLES], 16)
@@ -140,7 +149,7 @@ def test_bfloat16_and_packing_and_packs_in_one_row() -> None:
     run = Run("memory", samples=packs)
     close(run.losses, Run("off", samples=packs).losses)
     assert run.calls[9] == [0, 0, 2, 2]
-    # Without flash attention, packs in one row attend to each other in neither run's own way: the states are compared.
+    # Flash attention takes packs in one row; other kernels separate their samples by positions there, too.
     one_row = Run("memory", samples=packs, in_one_row=True)
     assert one_row.calls[9] == [0, 0, 2, 2]
     prefix = run.loop.prefix
