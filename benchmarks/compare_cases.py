@@ -112,6 +112,12 @@ CASES = {
         Case("lora_drop, half the layers shared", half_shared, floors=Floors(0.75, 1.20, 0.30)),
         Case("weight_lora before T", lambda plan, _: with_omega(plan), cut=CutRule(keep=21, steps=10**6)),
         Case("weight_lora after T, top tenth", top_tenth, floors=Floors(0.35, 1.10, 0.05)),
+        Case(
+            "weight_lora after T, top tenth, with prefix cache",
+            top_tenth,
+            floors=Floors(0.12, None, 0.05),
+            training={"prefix_cache": "memory"},
+        ),
         Case("weight_lora after T, 20 % spread", spread, floors=Floors(0.60, 1.15, 0.20)),
     )
 }

@@ -21,6 +21,7 @@ from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop
+from sparse_llm_ft.training.prefix_cache import open_prefix
 from sparse_llm_ft.training.schedule import Schedule
 
 
@@ -97,5 +98,6 @@ def loop_step(
         seed=0,
         max_skipped_updates=0,
     )
+    loop.prefix = open_prefix(loop, training, print)
     steps = loop.steps()
     return System(lambda: next(steps).loss, model, engine.gradient_tensors, engine.optimizer_bytes)

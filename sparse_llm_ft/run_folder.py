@@ -34,6 +34,8 @@ _FREE = {
     "training.log_every",
     "training.keep_checkpoints",
     "training.max_skipped_updates",
+    "training.prefix_cache",
+    "training.prefix_cache_bytes",
     "evaluation.micro_batch_size",
     "task.date",  # of the first start; the samples' key has it
     "model.gradient_checkpointing",
@@ -53,6 +55,7 @@ class RunFolder:
         self.model = self.path / "model"  # in place of an adapter, after full fine-tuning
         self.phases = self.path / "phases"
         self.report = self.path / "report"
+        self.prefix_cache = self.path / "prefix-cache"  # while the run trains
 
     def check(self, config: RunConfig, resolved: bool = False) -> None:
         """Refuse a folder into which this run must not write. Changes nothing.

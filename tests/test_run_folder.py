@@ -34,7 +34,14 @@ def test_the_identity_of_a_run_is_what_a_resumed_one_may_not_change(settings: di
     config = parse_config(settings)
     RunFolder(config.output_dir).begin(config, 0)
     written = RunConfig.model_validate(yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text()))
-    same = merge(settings, {"training": {"max_skipped_updates": 0}, "deepspeed": {"zero_stage": 1}, "output_dir": "x"})
+    same = merge(
+        settings,
+        {
+            "training": {"max_skipped_updates": 0, "prefix_cache": "disk"},
+            "deepspeed": {"zero_stage": 1},
+            "output_dir": "x",
+        },
+    )
     other = merge(settings, {"seed": 1})
     mine = RunFolder.identity(config)
     assert mine == RunFolder.identity(written) == RunFolder.identity(parse_config(same))

@@ -137,6 +137,9 @@ class TrainingConfig(Section):
         keep_checkpoints: how many of the newest checkpoints are kept; None keeps all.
         max_skipped_updates: how many updates in a row may be skipped because loss or gradients are not finite; one
             more ends the run.
+        prefix_cache: where each process keeps the hidden states that enter the lowest layer with an adapter, so that
+            the layers below run once for each sample (training/prefix_cache.py).
+        prefix_cache_bytes: most bytes of them on each process.
     """
 
     micro_batch_size: Int = Field(1, ge=1)
@@ -154,6 +157,8 @@ class TrainingConfig(Section):
     log_every: Int = Field(1, ge=1)
     keep_checkpoints: Int | None = Field(None, ge=2)
     max_skipped_updates: Int = Field(3, ge=0)
+    prefix_cache: Literal["off", "memory", "disk"] = "off"
+    prefix_cache_bytes: Int = Field(2**33, ge=1)
 
 
 class EvaluationConfig(Section):

@@ -50,6 +50,12 @@ def check_data_path(config: RunConfig) -> None:
         raise ConfigError("task.packing", f"true, and task.mode is {task.mode}", "expected false, or mode causal_lm")
     if not task.streaming:
         return
+    if config.training.prefix_cache != "off":
+        raise ConfigError(
+            "training.prefix_cache",
+            f"{config.training.prefix_cache}, but streamed samples have no numbers to keep them under",
+            "expected off",
+        )
     if task.packing:
         raise ConfigError("task.streaming", "true beside task.packing, which needs all lengths", "expected one of them")
     if config.training.max_steps is None:

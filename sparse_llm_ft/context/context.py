@@ -13,6 +13,7 @@ from sparse_llm_ft.adapters import find_targets, linear_modules
 from sparse_llm_ft.adapters.left_out import LeftOut, find_left_out, refuse_left_out
 from sparse_llm_ft.checkpoint.validation import Expected
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.context.prefix_cache import check_prefix_cache
 from sparse_llm_ft.context.trained_modules import check_trained, covers, modules_to_save, remark_on_new_rows, token_rows
 from sparse_llm_ft.data.chat import ChatFormat, apply_chat_settings, with_date
 from sparse_llm_ft.data.dataset import EvalSplit
@@ -115,6 +116,7 @@ class RunContext:
         )
         first = context.first_phase()  # refuses methods that do not fit this many adapters
         check_trained(config, first.plan, empty)
+        check_prefix_cache(config, first.plan, empty)
         for line in remark_on_new_rows(first.plan, empty):
             console.log(line)
         context._check_coverage(FULL_MODEL in first.plan.trained, reached, begun or folder.has_checkpoints())

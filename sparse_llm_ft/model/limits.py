@@ -19,6 +19,9 @@ _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 _SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope", "su")
 """Kinds of rotary embeddings that reach beyond the original positions; ``su`` is the old name of longrope."""
 
+_BY_LENGTH = ("dynamic", "longrope", "su")
+"""Those that depend on the length of the batch, once it exceeds the original positions."""
+
 _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -111,6 +114,20 @@ def _scaled_positions(settings: PreTrainedConfig, rope: Mapping[str, Any], limit
         return 0
     own = getattr(settings, "original_max_position_embeddings", None)  # Phi 3 has it outside, and that one counts
     return int(factor * (own or rope.get("original_max_position_embeddings") or limit))
+
+
+def longest_fixed_rotation(settings: PreTrainedConfig) -> int | None:
+    """How many tokens a batch may have before its own length changes its rotary embeddings; None: any number.
+
+    Args:
+        settings: of the model's text part.
+    """
+    limits = []
+    for rope in _rope(settings):
+        if (rope.get("rope_type") or rope.get("type")) in _BY_LENGTH:
+            own = getattr(settings, "original_max_position_embeddings", None)
+            limits.append(own or rope.get("original_max_position_embeddings") or settings.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def _rope(settings: PreTrainedConfig) -> list[Mapping[str, Any]]:

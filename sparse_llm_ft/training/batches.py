@@ -85,10 +85,13 @@ class ShareMaker:
         Raises:
             UserError: a row cannot be used.
         """
-        phase, world = self.phase, self.world
-        sizes = phase.global_batch_size, phase.micro_batch_size, world.rank, world.size
-        chosen = self.sampler.micro_batches(progress.position, *sizes, self.lengths)
-        return [[self.samples[k] for k in indices] for indices in chosen]
+        return [[self.samples[k] for k in indices] for indices in self.indices(progress, self.world.rank)]
+
+    def indices(self, progress: Progress, rank: int) -> list[list[int]]:
+        """The samples of a rank in the step that begins at `progress`, by micro-batch."""
+        total, micro = self.phase.global_batch_size, self.phase.micro_batch_size
+        shares = self.sampler.micro_batches(progress.position, total, micro, rank, self.world.size, self.lengths)
+        return list(shares)
 
     def read_all(self, progress: Progress) -> None:
         """Read the global batch of a step, and so raise the error of its first row that cannot be used."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from sparse_llm_ft.training.callbacks import Callback
 from sparse_llm_ft.training.host_read import HostRead
 from sparse_llm_ft.training.schedule import Schedule
 
+if TYPE_CHECKING:
+    from sparse_llm_ft.training.prefix_cache import LossOf, PrefixCache
+
 
 @dataclass
 class Step:
@@ -43,6 +46,7 @@ class Step:
         squares: sum of its samples' squared lengths.
         units: loss units of the global batch.
         seconds: in the loop since the step before, without what the loop's user does between.
+        cached_samples: those of the global batch whose lower layers were not run; None: there is no cache.
     """
 
     loss: float
@@ -55,6 +59,7 @@ class Step:
     callback: dict[str, object] = field(default_factory=dict)
     units: int = 0
     squares: int = 0
+    cached_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class _Made:
     squares: int
     values: HostRead
     gradients: dict[str, torch.Tensor]
+    cached_samples: int | None
 
 
 @dataclass
@@ -89,6 +95,7 @@ class Loop:
     Attributes:
         preempted_by: the signal that asked any rank to stop, during the last step or before.
         runs_ahead: whether a step's values may be read after the next one has begun.
+        prefix: computes losses with cached states, if set.
     """
 
     engine: Engine
@@ -103,19 +110,21 @@ class Loop:
     max_skipped_updates: int
 
     def __post_init__(self) -> None:
-        self.sampler, lengths = SequentialSampler(), None
+        self.sampler: SequentialSampler = SequentialSampler()
+        self.lengths: np.ndarray | None = None
         if not isinstance(self.samples, StreamingDataset):
             self.sampler = ShuffledSampler(len(self.samples), self.seed)
-            lengths = lengths_of(self.samples, self.objective)
+            self.lengths = lengths_of(self.samples, self.objective)
         self.device = next(self.engine.module.parameters()).device
         self.runs_ahead = self.device.type == "cuda" and self.callback is None
         self.tuner = tuner_of(self.phase.plan)
         self.active = self._count_active()
         self.preempted_by: str | None = None
         self._make = ShareMaker(
-            self.samples, self.sampler, lengths, self.objective, self.phase, self.world, self.device
+            self.samples, self.sampler, self.lengths, self.objective, self.phase, self.world, self.device
         )
         self._asked: str | None = None  # the signal, before the engine is where the run can stop
+        self.prefix: PrefixCache | None = None
         self._skipped = 0  # in a row
         self._shares: dict[int, tuple[Share, HostRead]] = {}  # by the samples consumed before
         self._buffers = KeptBuffers(self.engine.module)
@@ -175,6 +184,9 @@ class Loop:
         phase, world = self.phase, self.world
         share, units, tokens, squares = self._share(progress, thread)
         self._seed_generators(progress)
+        loss_of: LossOf = self.objective.loss
+        if self.prefix is not None:
+            loss_of = self.prefix.losses([self._make.indices(progress, rank) for rank in range(world.size)])
         # DeepSpeed averages over ranks and accumulation steps. This factor turns the average of sums into the mean over
         # all units of the global batch, so that it does not matter which rank got the long completions.
         factor = len(share.batches) * world.size / units
@@ -185,7 +197,7 @@ class Loop:
         gradients: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(share.batches):
             moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-            loss = self.objective.loss(self.engine.forward, moved)
+            loss = loss_of(self.engine.forward, moved)
             total += loss.detach()
             # A loss that is not finite can have finite gradients, and the engine would not skip the update.
             factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
@@ -196,7 +208,8 @@ class Loop:
 
         self._buffers.restore()
         values = HostRead(self._sum_loss(total))
-        return _Made(self._after(progress), learning_rate, units, tokens, squares, values, gradients)
+        cached = None if self.prefix is None else self.prefix.served
+        return _Made(self._after(progress), learning_rate, units, tokens, squares, values, gradients, cached)
 
     def _share(self, progress: Progress, thread: BatchThread) -> tuple[Share, int, int, int]:
         """Collective. This rank's share of the step that begins at `progress`; units, tokens and squared lengths of the
@@ -268,6 +281,7 @@ class Loop:
             logged,
             made.units,
             made.squares,
+            made.cached_samples,
         )
 
     def _count_skipped(self, skipped: bool, loss: float, norm: float, step: int) -> None:

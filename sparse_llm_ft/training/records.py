@@ -67,6 +67,7 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop, flops: StepFlops | No
         **({} if flops is None else {"mfu": flops.mfu(step.tokens, step.squares, step.units, step.seconds)}),
         "trainable_parameters": record.trainable_parameters,
         "active_adapters": step.active_adapters,
+        **({} if step.cached_samples is None else {"cached_samples": step.cached_samples}),
         **({"skipped": True} if step.skipped else {}),
         **step.callback,
     }

@@ -6,8 +6,9 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,14 @@ from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.training_set import TrainingSet
-from sparse_llm_ft.distributed.collectives import ALONE, Coordination, broadcast_int, coordinate, run_on_rank_zero
+from sparse_llm_ft.distributed.collectives import (
+    ALONE,
+    Coordination,
+    broadcast_int,
+    broadcast_text,
+    coordinate,
+    run_on_rank_zero,
+)
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model, untrained_tensors
 from sparse_llm_ft.engine.engine import Engine, process_group
@@ -32,6 +40,7 @@ from sparse_llm_ft.errors import PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
+from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.flops import StepFlops, step_flops
@@ -39,10 +48,13 @@ from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
+from sparse_llm_ft.scoring.cache import hash_model
 from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
+from sparse_llm_ft.training.prefix_cache import open_prefix
+from sparse_llm_ft.training.prefix_store import keep_only
 from sparse_llm_ft.training.records import (
     check_samples,
     describe_measurement,
@@ -233,6 +245,8 @@ class Run:
         for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
             self.console.log(remark)
         loop = self._loop(engine, phase, state)
+        folder = partial(self._states_folder, phase)
+        loop.prefix = open_prefix(loop, self.config.training, self.console.log, folder)
         progress = loop.progress
         record = PhaseRecord.of(
             phase, state.record.current, self._trained(phase.plan, engine), engine.optimizer_bytes()
@@ -298,6 +312,25 @@ class Run:
             self.config.training.max_skipped_updates,
         )
 
+    def _states_folder(self, phase: Phase, lowest: int) -> Path:
+        """Collective. Where the states that enter layer `lowest` lie on disk. Those of other layers are removed."""
+        model, folder = self.config.model, self.folder.prefix_cache
+
+        def key() -> str:
+            return content_key(
+                base=hash_model(model),
+                model=model.model_dump(include={"dtype", "quantization", "resize_embeddings"}),
+                seed=self.config.seed,  # of rows that were added to the embeddings
+                lowest=lowest,
+                samples=self.splits.key,
+                subset=phase.subset and asdict(phase.subset),
+                packing=self.config.task.packing,
+            )
+
+        found = broadcast_text(key() if self.world.rank == 0 else "")
+        run_on_rank_zero(self.world, lambda: keep_only(folder, found))
+        return folder / found
+
     def _change_phase(
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState, measured: str | None
     ) -> tuple[PeftModel, Phase, TrainState]:
@@ -360,6 +393,7 @@ class Run:
             folder = self.folder.model if whole else self.folder.adapter
             export(folder, self.context, phase.plan, state.tensors, untrained)
             self.folder.write_json(SUMMARY_FILE, summary)
+            keep_only(self.folder.prefix_cache, None)
 
         run_on_rank_zero(self.world, write)
         if self.config.report and self.world.rank == 0:
@@ -382,6 +416,8 @@ class Run:
 
     def _stop(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
         """Collective. Close the logs and raise `PreemptionRequested`."""
+        if loop.prefix is not None:
+            loop.prefix.flush()
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
         raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")

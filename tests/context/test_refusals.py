@@ -40,6 +40,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"method": [{"name": "weight_lora", "keep": 2, "steps": 2, "choose": "cost", "budget": 0.1}]},
         "method.budget: 0.1 of a step with all adapters leaves room for no adapter; expected 0.",
     ),
+    "prefix cache below trained embeddings": (
+        {"training": {"prefix_cache": "memory"}, "adapter": {"modules_to_save": ["embed_tokens"]}},
+        "training.prefix_cache: memory, but model.embed_tokens is trained, which may lie below the layers",
+    ),
+    "prefix cache of changing tokens": (
+        {"training": {"prefix_cache": "disk"}, "deepspeed": {"data_efficiency": {"enabled": True}}},
+        "training.prefix_cache: disk, but deepspeed.data_efficiency changes what the lower layers compute",
+    ),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
 

@@ -8,6 +8,10 @@ from sparse_llm_ft.config import RunConfig, parse_config
 from sparse_llm_ft.errors import ConfigError
 
 REFUSED: dict[str, tuple[dict, str]] = {
+    "cached": (
+        {"task": {"streaming": True}, "training": {"prefix_cache": "memory"}},
+        "training.prefix_cache: memory, but streamed samples have no numbers to keep them under; expected off",
+    ),
     "both": ({"task": {"streaming": True, "packing": True}}, "task.streaming: true beside task.packing, which needs"),
     "no steps": (
         {"task": {"streaming": True}, "training": {"max_steps": None}},

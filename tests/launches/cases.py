@@ -26,7 +26,14 @@ from peft import LoraConfig, get_peft_model
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from helpers import evaluation_cases, mask_cases, method_cases, rebuild_cases, sharding_cases  # noqa: F401  (register their cases)
+from helpers import (  # noqa: F401  (register their cases)
+    evaluation_cases,
+    mask_cases,
+    method_cases,
+    prefix_cases,
+    rebuild_cases,
+    sharding_cases,
+)
 from helpers.case_tools import (
     CASES,
     LONG_CASES,
