@@ -1,21 +1,23 @@
-"""A plan's memory, before anything is loaded: activations that a forward pass saves, traced on the meta device."""
+"""A plan's memory, before anything is loaded: the tensors of a training step, traced on the meta device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
-from torch.autograd.function import FunctionCtx
-from transformers import AttentionInterface
 
 from sparse_llm_ft.adapters import add_adapters, count_parameters, count_stored_parameters
 from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.adapters.tuners import TensorShape
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
+from sparse_llm_ft.engine.fused_attention import FUSED
+from sparse_llm_ft.engine.live_bytes import LiveBytes
 from sparse_llm_ft.model.architecture import model_family
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.model.lean import make_lean
@@ -28,63 +30,54 @@ from sparse_llm_ft.plan import AdapterPlan, Shape
 MASTER_BYTES, MOMENT_BYTES, INDEX_BYTES, REPLICATED_BYTES = 4, 8, 4, 4
 
 
-_FUSED = "sparse_llm_ft_fused"
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a step's tensors beside weights, gradients and optimizer state.
 
-
-class _FusedAttention(torch.autograd.Function):
-    """Saves what flash-attention saves, and computes nothing. On the meta device torch would trace its plain kernel,
-    whose length² maps no run with a fused kernel has.
+    Attributes:
+        kept: alive between the forward and the backward pass.
+        peak: the most alive at any time of both.
     """
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        batch, heads, length, _ = query.shape
-        # In the kernels' layout: the caller's transpose then needs no copy.
-        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        # transformers adds the mask to T5's position biases in every layer, and the kernel saves each sum.
-        biases = [] if bias is None else [torch.empty_like(bias)]
-        ctx.save_for_backward(query, key, value, output, log_sum_exp, *biases)
-        return output
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> None:
-        raise NotImplementedError("for tracing only")
+    kept: int
+    peak: int
 
 
-def _fused_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
-    output: torch.Tensor = _FusedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, kwargs.get("position_bias")
-    )
-    return output.transpose(1, 2).contiguous(), None
+def step_bytes(
+    config: ModelConfig, plan: AdapterPlan, length: int, task_mode: TaskMode = CAUSAL_LM, samples: int = 1
+) -> StepBytes:
+    """Trace a micro-batch's forward and backward pass under `plan`, with every position supervised and a complete mask.
 
-
-AttentionInterface.register(_FUSED, _fused_attention)
-
-
-def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_mode: TaskMode = CAUSAL_LM) -> int:
-    """Bytes that one sample's forward pass saves for its backward pass under `plan`.
-
-    Counts every tensor that autograd saves, each storage once and parameters excluded, with every position supervised
-    and a complete attention mask. Attention counts as a fused kernel saves it (query, key, value, output, log-sum-exp,
-    and T5's position biases), unless `attn_implementation` is ``eager``, which saves its heads × length² maps. Under
-    gradient checkpointing, counts the layers' inputs and everything outside the layers.
+    Attention allocates what a fused kernel does, unless `attn_implementation` is ``eager``, which makes its
+    heads × length² maps. Left out are what a kernel makes and frees within one operation, a 4-bit weight while it is
+    dequantised, and a weight that ZeRO-3 has gathered: these depend on neither plan nor batch.
 
     Args:
-        length: tokens of the sample.
+        length: tokens of each sample.
+        samples: in the micro-batch.
 
     Raises:
         Exception: the model cannot be traced on the meta device, for any reason.
     """
-    # Build the model on the meta device as the run would.
+    model = _traced_model(config, plan, task_mode)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # `state_bytes` counts gradients
+            parameter.grad = torch.empty_like(parameter)
+    # The mask is complete: transformers would read the values of any other one, and meta tensors have none.
+    tokens = torch.zeros((samples, length), dtype=torch.long, device="meta")
+    mask = torch.zeros((samples, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
+    with LiveBytes() as live:
+        loss = _loss(model, tokens, mask, task_mode)
+        kept = live.now
+        loss.backward()  # type: ignore[no-untyped-call]
+    return StepBytes(kept, live.peak)
+
+
+def _traced_model(config: ModelConfig, plan: AdapterPlan, task_mode: TaskMode) -> PeftModel:
+    """The model on the meta device as the run would build it."""
     plain = config.attn_implementation == "eager"
     try:
-        model = empty_model(config, "eager" if plain else _FUSED, task_mode)
+        model = empty_model(config, "eager" if plain else FUSED, task_mode)
     except KeyError as error:  # a model with a table of its own (Falcon, GPT-Neo)
         raise NotImplementedError("its attention does not use transformers' interface") from error
     nn.Module.to(model, DTYPES[config.dtype])  # transformers' own `to` has no types
@@ -92,35 +85,22 @@ def activation_bytes(config: ModelConfig, plan: AdapterPlan, length: int, task_m
         make_lean(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    peft_model = add_adapters(model, plan, low_cpu_mem_usage=True, autocast_adapter_dtype=False).to(
-        DTYPES[config.dtype]
-    )
-    peft_model.train()
+    peft_model = add_adapters(model, plan, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    return peft_model.to(DTYPES[config.dtype]).train()
 
-    # Record the storage of each saved tensor; the tensor itself is kept so that its address is not reused.
-    kept: dict[int, torch.Tensor] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        owner = tensor if tensor._base is None else tensor._base
-        if not isinstance(owner, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    # Run one forward pass and the loss. The mask is complete: transformers would read the values of any other one, and
-    # meta tensors have none.
-    tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
-    mask = torch.zeros((1, 1, length, length), dtype=DTYPES[config.dtype], device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head_targets(tokens):
-        inputs = {"input_ids": tokens, "attention_mask": mask}
-        if model_family(model.config) == "encoder-decoder":
-            inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
-        options = {} if model_family(model.config) == "encoder" else {"use_cache": False}
-        output = peft_model(**inputs, **options)
-        logits = output.start_logits if task_mode.mode == "question_answering" else output.logits
-        if logits.ndim:  # else the head has computed the loss
-            logits = logits.flatten(0, -2)  # Shape: (length, V), (1, outputs) or (1, length)
-            F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def _loss(model: PeftModel, tokens: torch.Tensor, mask: torch.Tensor, task_mode: TaskMode) -> torch.Tensor:
+    family = model_family(model.config)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if family == "encoder-decoder":
+        inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
+    with head_targets(tokens):
+        output = model(**inputs, **({} if family == "encoder" else {"use_cache": False}))
+    logits: torch.Tensor = output.start_logits if task_mode.mode == "question_answering" else output.logits
+    if not logits.ndim:  # the head has computed the loss
+        return logits
+    logits = logits.flatten(0, -2)  # Shape: (B * length, V), (B, outputs) or (B, length)
+    return F.cross_entropy(logits.float(), tokens.flatten()[: len(logits)], reduction="sum")
 
 
 def state_bytes(
@@ -147,11 +127,18 @@ def state_bytes(
     return sharded // (world_size if zero_stage else 1) + stored * REPLICATED_BYTES
 
 
-def grown_micro_batch(micro_batch_size: int, before: int, after: int, freed_state: int) -> int:
-    """How many samples fit into the memory of `micro_batch_size` before, at least as many.
+def grown_micro_batch(micro_batch_size: int, most: int, room: int, peak: Callable[[int], int]) -> int:
+    """The largest micro-batch that fits, at least `micro_batch_size` and else at most `most`.
 
     Args:
-        before, after: `activation_bytes` of one sample under the old and the new plan.
-        freed_state: `state_bytes` that the new plan saves.
+        room: bytes that a step's tensors may have.
+        peak: micro-batch -> `StepBytes.peak`, which grows with it.
     """
-    return max(micro_batch_size, (micro_batch_size * before + freed_state) // max(after, 1))
+    fits, beyond = micro_batch_size, most + 1
+    while beyond - fits > 1:  # double until one does not fit, then halve the distance
+        size = min(2 * fits, most) if beyond > most else (fits + beyond) // 2
+        if peak(size) <= room:
+            fits = size
+        else:
+            beyond = size
+    return fits

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import cache
 
 from sparse_llm_ft.adapters.tuners import TensorShape
 from sparse_llm_ft.config import RunConfig
+from sparse_llm_ft.config.types import MAX_BATCH
 from sparse_llm_ft.data.tasks.mode import TaskMode
-from sparse_llm_ft.engine.memory import activation_bytes, grown_micro_batch, state_bytes
+from sparse_llm_ft.engine.memory import grown_micro_batch, state_bytes, step_bytes
 from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
@@ -30,6 +33,23 @@ def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> 
     )
 
 
+def nearest_global_batch(global_batch_size: int, world_size: int, micro: int, limit: int) -> tuple[int, int] | None:
+    """The global batch nearest to `global_batch_size` for which both `micro` and a larger micro-batch divide, and the
+    largest such micro-batch up to `limit`; None if `limit` is not above `micro`.
+    """
+    found = [
+        (abs(size - global_batch_size), -larger, size)
+        for larger in range(micro + 1, limit + 1)
+        for unit in (math.lcm(micro, larger) * world_size,)
+        for size in (global_batch_size // unit * unit, -(-global_batch_size // unit) * unit)
+        if 0 < size <= MAX_BATCH
+    ]
+    if not found:
+        return None
+    _, larger, size = min(found)
+    return size, -larger
+
+
 def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: int, console: Console) -> RunConfig:
     """The settings without batch growth, if the model's memory cannot be traced and growth is on by default alone.
 
@@ -44,7 +64,7 @@ def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: 
     if not growing:
         return config
     try:
-        activation_bytes(config.model, first.plan, length, task_mode)
+        step_bytes(config.model, first.plan, length, task_mode)
         return config
     except Exception as error:  # a model may fail on the meta device in any way
         reason = f"{type(error).__name__}: {reason_of(error, 200)}"
@@ -83,24 +103,45 @@ def grown_batch(
     world_size: int,
     task_mode: TaskMode,
     parameters: Mapping[str, TensorShape],
-) -> Phase:
-    """The next phase, with a micro-batch that grows into the freed memory as its `batch_growth` says.
+) -> tuple[Phase, str | None]:
+    """The next phase, with a micro-batch that grows into the freed memory as its `batch_growth` says: the peak of a
+    step's tensors, with adapters and their optimizer state, stays at or below that of the phase before.
 
     Args:
         before: the phase that has just ended.
         length: tokens of the longest training sample, for which memory is computed.
         parameters: of the base, name -> shape.
+
+    Returns:
+        The phase, and a remark on the planned memory for the log; None where nothing may grow.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
     if phase.batch_growth == "none":
-        return phase.with_batch(micro, total, before.lr_factor)
+        return phase.with_batch(micro, total, before.lr_factor), None
+
+    @cache
+    def peak(samples: int) -> int:
+        return step_bytes(config.model, phase.plan, length, task_mode, samples).peak
+
     # How many samples fit into the memory that the old plan needed?
     fixed = targets, config.deepspeed.zero_stage, world_size, parameters
-    freed = state_bytes(before.plan, *fixed) - state_bytes(phase.plan, *fixed)
-    old, new = (activation_bytes(config.model, plan, length, task_mode) for plan in (before.plan, phase.plan))
-    limit = grown_micro_batch(micro, old, new, freed)
-    if phase.batch_growth == "keep_global":
-        return phase.with_batch(largest_micro_batch(total, world_size, limit), total, before.lr_factor)
-    grown = total // micro * limit
-    exponent = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[phase.lr_scaling]
-    return phase.with_batch(limit, grown, before.lr_factor * (grown / total) ** exponent)
+    old = step_bytes(config.model, before.plan, length, task_mode, micro).peak + state_bytes(before.plan, *fixed)
+    state, keeps = state_bytes(phase.plan, *fixed), phase.batch_growth == "keep_global"
+    limit = grown_micro_batch(micro, total // world_size if keeps else MAX_BATCH // total * micro, old - state, peak)
+    if keeps:
+        larger = largest_micro_batch(total, world_size, limit)
+        grown = phase.with_batch(larger, total, before.lr_factor)
+    else:
+        larger, size = limit, total // micro * limit
+        exponent = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[phase.lr_scaling]
+        grown = phase.with_batch(larger, size, before.lr_factor * (size / total) ** exponent)
+    if larger > micro:
+        sizes = " -> ".join(f"{size / 2**20:,.1f}" for size in (old, peak(larger) + state))
+        return grown, f"planned peak of a step with adapters and optimizer state: {sizes} MiB"
+    nearest = nearest_global_batch(total, world_size, micro, limit)
+    if nearest is None:
+        return grown, "no larger micro-batch fits"
+    return grown, (
+        f"micro-batches up to {limit} fit, and none of them divides the global batch; with training.global_batch_size "
+        f"{nearest[0]} it would grow to {nearest[1]}"
+    )

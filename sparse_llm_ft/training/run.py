@@ -337,19 +337,17 @@ class Run:
         """Collective. Put the next phase's plan on the model, around the same frozen base."""
         # Set the phase's batch sizes, and build its adapters.
         length = self.data.longest
-        phase = self._with_steps(
-            grown_batch(
-                phase,
-                before,
-                self.config,
-                self.targets,
-                length,
-                self.world.size,
-                self.context.task_mode,
-                self.context.expected.parameters,
-            )
+        phase, planned = grown_batch(
+            phase,
+            before,
+            self.config,
+            self.targets,
+            length,
+            self.world.size,
+            self.context.task_mode,
+            self.context.expected.parameters,
         )
-        grown = phase.micro_batch_size > before.micro_batch_size
+        phase = self._with_steps(phase)
         model = rebuild_model(self.config, model, before.plan, phase.plan)
         # Record that the phase before has ended. The data begin anew after a warmup phase.
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
@@ -361,7 +359,7 @@ class Run:
             f"phase {before.name} ends at step {progress.step}: {before.plan.describe()} -> "
             f"{phase.plan.describe()}, micro-batch {before.micro_batch_size} -> "
             f"{phase.micro_batch_size}, global batch {phase.global_batch_size}"
-            + (" (no larger micro-batch both fits and divides)" if phase.batch_growth != "none" and not grown else "")
+            + (f" ({planned})" if planned else "")
             + (f"; {measured}" if measured else "")
         )
         # A method that starts afresh leaves the head out of its state: the head is then as it was loaded.

@@ -15,7 +15,7 @@ from helpers.families import FAMILIES, files, parsed, settings
 from sparse_llm_ft.adapters import count_parameters, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.engine.engine import check_deepspeed
-from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
+from sparse_llm_ft.engine.memory import state_bytes, step_bytes
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
@@ -49,10 +49,10 @@ class Planned:
         return build_methods(config, STEPS).first(plan, found).plan, found
 
     def kept(self, name: str, plan: AdapterPlan, gradient_checkpointing: bool = False) -> int:
-        """`activation_bytes`, each plan traced once: many methods begin with the same."""
+        """`step_bytes`'s, each plan traced once: many methods begin with the same."""
         key = name, json.dumps(plan.to_dict()), gradient_checkpointing
         if key not in self.bytes_of:
-            self.bytes_of[key] = activation_bytes(self.model(name, gradient_checkpointing), plan, LENGTH)
+            self.bytes_of[key] = step_bytes(self.model(name, gradient_checkpointing), plan, LENGTH).kept
         return self.bytes_of[key]
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
-from sparse_llm_ft.engine.memory import activation_bytes
+from sparse_llm_ft.engine.memory import step_bytes
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.loading import enable_checkpointing, head_modules
@@ -145,7 +145,7 @@ def test_eager_attention_counts_with_its_maps(name: str, folders: dict[str, str]
     plan = plan_of(name)
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager")
     real = really_saved(name, plan, "eager")
-    assert activation_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
+    assert step_bytes(config, plan, LENGTH, CASES[name][2]).kept == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,15 +154,17 @@ def test_a_fused_kernel_counts_without_maps(name: str, folders: dict[str, str]) 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         real = really_saved(name, plan, "sdpa")
     config = ModelConfig(name=folders[name], dtype="float32")
-    assert activation_bytes(config, plan, LENGTH, CASES[name][2]) == pytest.approx(real, rel=0.05)
+    assert step_bytes(config, plan, LENGTH, CASES[name][2]).kept == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_checkpointing_keeps_the_inputs_of_the_layers_of_both_stacks(name: str, folders: dict[str, str]) -> None:
     plan, task_mode = plan_of(name), CASES[name][2]
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager", gradient_checkpointing=True)
-    planned = activation_bytes(config, plan, LENGTH, task_mode)
-    assert planned == pytest.approx(really_saved(name, plan, "eager", checkpointing=True), rel=0.02)
+    planned = step_bytes(config, plan, LENGTH, task_mode).kept
+    real = really_saved(name, plan, "eager", checkpointing=True)
+    # Checkpoints also hold masks and the encoder's output, which are out of the hooks' sight.
+    assert 0.99 * real < planned < 1.2 * real
     assert planned > 2 * LAYERS * LENGTH * WIDTH * 4
 
 
@@ -170,7 +172,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_of_both_stacks(name: str, 
 def test_adapters_on_the_decoder_alone_save_what_the_encoder_kept(name: str, folders: dict[str, str]) -> None:
     config = ModelConfig(name=folders[name], dtype="float32", attn_implementation="eager")
     everywhere, decoder = plan_of(name), plan_of(name, "decoder.")
-    planned = [activation_bytes(config, plan, LENGTH, CASES[name][2]) for plan in (everywhere, decoder)]
+    planned = [step_bytes(config, plan, LENGTH, CASES[name][2]).kept for plan in (everywhere, decoder)]
     real = [really_saved(name, plan, "eager") for plan in (everywhere, decoder)]
     assert planned[1] / planned[0] == pytest.approx(real[1] / real[0], rel=0.05)
     assert planned[1] < 0.8 * planned[0]

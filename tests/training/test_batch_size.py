@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from helpers.contexts import open_context
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.config import merge, parse_config
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
-from sparse_llm_ft.engine.memory import activation_bytes, state_bytes
+from sparse_llm_ft.engine.memory import state_bytes, step_bytes
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import build_methods
@@ -20,7 +22,13 @@ from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 from sparse_llm_ft.training import batch_size
-from sparse_llm_ft.training.batch_size import grown_batch, largest_micro_batch, resumed_batch, settle_growth
+from sparse_llm_ft.training.batch_size import (
+    grown_batch,
+    largest_micro_batch,
+    nearest_global_batch,
+    resumed_batch,
+    settle_growth,
+)
 from sparse_llm_ft.training.run import Run
 
 
@@ -47,28 +55,81 @@ def change(settings: dict):
     return config, targets, before, Phase("train", plan)
 
 
-def test_no_growth_keeps_both(change) -> None:
+def grown(change, **settings) -> tuple[Phase, str | None]:
     config, targets, before, phase = change
-    grown = grown_batch(phase, before, config, targets, 16, 1, CAUSAL_LM, {})
-    assert (grown.micro_batch_size, grown.global_batch_size, grown.lr_factor) == (2, 8, 0.5)
+    return grown_batch(replace(phase, **settings), before, config, targets, 16, 1, CAUSAL_LM, {})
+
+
+def needed(change, phase: Phase) -> int:
+    """Bytes at the peak of a step of this phase, with adapters and their optimizer state."""
+    config, targets, _, _ = change
+    peak = step_bytes(config.model, phase.plan, 16, samples=phase.micro_batch_size).peak
+    return peak + state_bytes(phase.plan, targets, config.deepspeed.zero_stage, 1)
+
+
+def test_no_growth_keeps_both(change) -> None:
+    phase, remark = grown(change)
+    assert (phase.micro_batch_size, phase.global_batch_size, phase.lr_factor) == (2, 8, 0.5) and remark is None
 
 
 def test_keep_global_turns_accumulation_into_micro_batch(change) -> None:
-    config, targets, before, phase = change
-    grown = grown_batch(replace(phase, batch_growth="keep_global"), before, config, targets, 16, 1, CAUSAL_LM, {})
-    assert grown.micro_batch_size in (4, 8) and grown.global_batch_size == 8 and grown.lr_factor == 0.5
+    phase, remark = grown(change, batch_growth="keep_global")
+    assert phase.micro_batch_size == 4 and phase.global_batch_size == 8 and phase.lr_factor == 0.5
+    before = change[2]
+    sizes = " -> ".join(f"{needed(change, of) / 2**20:.1f}" for of in (before, phase))
+    assert remark == f"planned peak of a step with adapters and optimizer state: {sizes} MiB"
+    assert needed(change, phase) <= needed(change, before) < needed(change, replace(phase, micro_batch_size=8))
 
 
 @pytest.mark.parametrize(("scaling", "exponent"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
 def test_grow_global_fills_the_freed_memory_and_scales_the_rate(change, scaling: str, exponent: float) -> None:
+    phase, _ = grown(change, batch_growth="grow_global", lr_scaling=scaling)
+    micro, before = phase.micro_batch_size, change[2]
+    assert needed(change, phase) <= needed(change, before) < needed(change, replace(phase, micro_batch_size=micro + 1))
+    assert micro > 2 and phase.global_batch_size == 4 * micro  # the accumulation steps stay
+    assert phase.lr_factor == pytest.approx(0.5 * (phase.global_batch_size / 8) ** exponent)
+
+
+def test_where_none_divides_the_log_suggests_a_global_batch(change) -> None:
+    """Of 22 samples only 1, 2, 11 and 22 divide."""
     config, targets, before, phase = change
-    after = replace(phase, batch_growth="grow_global", lr_scaling=scaling)
-    grown = grown_batch(after, before, config, targets, 16, 1, CAUSAL_LM, {})
-    old, new = (activation_bytes(config.model, plan, 16) for plan in (before.plan, phase.plan))
-    freed = state_bytes(before.plan, targets, 2, 1) - state_bytes(phase.plan, targets, 2, 1)
-    assert grown.micro_batch_size == (2 * old + freed) // new > 2
-    assert grown.global_batch_size == 4 * grown.micro_batch_size  # the accumulation steps stay
-    assert grown.lr_factor == pytest.approx(0.5 * (grown.global_batch_size / 8) ** exponent)
+    odd = (config, targets, before.with_batch(2, 22), phase)
+    after, remark = grown(odd, batch_growth="keep_global")
+    assert after.micro_batch_size == 2 and remark is not None
+    found = re.fullmatch(
+        r"micro-batches up to (\d+) fit, and none of them divides the global batch; with training.global_batch_size "
+        r"(\d+) it would grow to (\d+)",
+        remark,
+    )
+    assert found is not None
+    limit, size, larger = map(int, found.groups())
+    assert 2 < larger <= limit < 11
+    again, remark = grown((config, targets, before.with_batch(2, size), phase), batch_growth="keep_global")
+    assert again.micro_batch_size == larger and remark is not None and remark.startswith("planned peak")
+
+
+def test_where_none_fits_the_log_says_so(change) -> None:
+    config, targets, before, _ = change
+    phase, remark = grown((config, targets, before, Phase("train", before.plan)), batch_growth="keep_global")
+    assert phase.micro_batch_size == 2 and remark == "no larger micro-batch fits"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_nearest_global_batch_is_found_by_trying_all(seed: int) -> None:
+    draw = random.Random(seed)
+    world, micro = draw.randint(1, 3), draw.randint(1, 6)
+    limit, total = micro + draw.randint(0, 5), micro * world * draw.randint(1, 9)
+    fitting = [
+        (abs(size - total), -larger)
+        for size in range(world * micro, 40 * total)
+        for larger in range(micro + 1, limit + 1)
+        if size % (larger * world) == 0 and size % (micro * world) == 0
+    ]
+    found = nearest_global_batch(total, world, micro, limit)
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert (abs(found[0] - total), -found[1]) == min(fitting)
+        assert found[0] % (micro * world) == found[0] % (found[1] * world) == 0
 
 
 def test_resuming_elsewhere_keeps_the_global_batch(change) -> None:
@@ -99,7 +160,7 @@ def test_growth_that_cannot_be_planned_is_skipped_or_refused(settings: dict, cha
     def fails(*args: object, **kwargs: object) -> int:
         raise KeyError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(batch_size, "activation_bytes", fails)
+    monkeypatch.setattr(batch_size, "step_bytes", fails)
     settled = settle_growth(config, before, CAUSAL_LM, 16, console)
     assert [method.model_dump()["batch_growth"] for method in settled.method] == ["none"]
     assert len(console.lines) == 1 and console.lines[0].startswith("method.batch_growth is none: the memory of this")

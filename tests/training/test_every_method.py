@@ -18,12 +18,15 @@ from helpers.dying import DIED
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
+from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.engine.memory import state_bytes, step_bytes
+from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -198,6 +201,21 @@ def test_the_plans_are_what_the_methods_say(trees: dict[str, dict], results: dic
     composed = plans(trees, "drop_then_partial")[-1]
     assert composed.groups and any(a.cols for a in composed.active.values())
     assert plans(trees, "encoder-partial")[0].trained and not plans(trees, "encoder-partial")[0].active
+
+
+def test_the_freed_memory_becomes_a_larger_micro_batch(trees: dict[str, dict], results: dict[str, str]) -> None:
+    """Survivors in the upper layer: the micro-batch grows, and the planned peak of a step does not rise."""
+    tree = trees["weight_lora_cost"]
+    summary = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
+    sizes = [phase["micro_batch_size"] for phase in summary["phases"]]
+    assert sizes == [2, 4]
+    targets = find_targets(empty_model(parse_config(tree).model), "all-linear")
+    needed = [
+        step_bytes(parse_config(tree).model, plan, 32, samples=size).peak + state_bytes(plan, targets, 2, 1)
+        for plan, size in zip(plans(trees, "weight_lora_cost"), sizes, strict=True)
+    ]
+    assert needed[1] <= needed[0]
+    assert "the lowest survivor is in model.layers.1: a step costs 0.59" in summary["phases"][0]["measured"]
 
 
 def test_parameters_count_what_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:

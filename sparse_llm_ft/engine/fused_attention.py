@@ -1,0 +1,56 @@
+"""An attention that allocates what a fused kernel allocates, and computes nothing, for tracing on the meta device.
+
+There, torch would trace its plain kernel, whose length² maps no run with a fused kernel has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+FUSED = "sparse_llm_ft_fused"
+"""Its name as ``attn_implementation``."""
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The tensors of FlashAttention-2 (Dao, 2023): its output and log-sum-exp, and in backward, beside the gradients,
+    a float32 accumulator of the query's and one number per row (Algorithm 2's D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, heads, length, _ = query.shape
+        # In the kernels' layout: the caller's transpose then needs no copy.
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        # transformers adds the mask to T5's position biases in every layer, and the kernel saves each sum.
+        biases = [] if bias is None else [torch.empty_like(bias)]
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, *biases)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, _, log_sum_exp, *biases = ctx.saved_tensors
+        accumulator, rows = torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        of_bias = torch.empty_like(biases[0]) if biases and ctx.needs_input_grad[3] else None
+        del accumulator, rows
+        return (*gradients, of_bias)
+
+
+def _fused_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
+    output: torch.Tensor = _FusedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, kwargs.get("position_bias")
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FUSED, _fused_attention)
