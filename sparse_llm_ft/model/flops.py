@@ -40,7 +40,9 @@ class ModelFlops:
     causal: bool
     head: int
 
-    def step(self, tokens: int, squares: float, supervised: float, lowest: int, whole: bool = False) -> float:
+    def step(
+        self, tokens: int, squares: float, supervised: float, lowest: int, whole: bool = False, cached: float = 0.0
+    ) -> float:
         """Operations of a step.
 
         Args:
@@ -49,10 +51,12 @@ class ModelFlops:
             supervised: positions that have a loss.
             lowest: number of the lowest layer that trains something; the number of layers if none does.
             whole: whether all weights are trained.
+            cached: share of the step, 0 to 1, whose forward pass begins at layer `lowest`.
         """
         above = self.layers[lowest:]
         pairs = squares * self.attention * (1 if self.causal else 2)
         forward = 2 * tokens * sum(self.layers) + 2 * pairs * len(self.layers)
+        forward -= cached * (2 * tokens * sum(self.layers[:lowest]) + 2 * pairs * lowest)
         backward = 2 * tokens * sum(above) + 4 * pairs * len(above) + 2 * supervised * self.head
         weights = 2 * tokens * sum(self.layers) + 2 * supervised * self.head if whole else 0
         return forward + 2 * supervised * self.head + backward + weights
@@ -72,13 +76,13 @@ class StepFlops:
     whole: bool
     peak: float
 
-    def step(self, tokens: int, squares: int, supervised: int) -> float:
+    def step(self, tokens: int, squares: int, supervised: int, cached: float = 0.0) -> float:
         """Operations of a step, see `ModelFlops.step`."""
-        return self.model.step(tokens, squares, supervised, self.lowest, self.whole)
+        return self.model.step(tokens, squares, supervised, self.lowest, self.whole, cached)
 
-    def mfu(self, tokens: int, squares: int, supervised: int, seconds: float) -> float:
+    def mfu(self, tokens: int, squares: int, supervised: int, seconds: float, cached: float = 0.0) -> float:
         """The share of the peak that a step took, 0 to 1."""
-        return self.step(tokens, squares, supervised) / (self.peak * seconds)
+        return self.step(tokens, squares, supervised, cached) / (self.peak * seconds)
 
 
 def model_flops(model: nn.Module) -> ModelFlops | None:

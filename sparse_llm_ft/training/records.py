@@ -51,6 +51,7 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop, flops: StepFlops | No
     Args:
         flops: the phase's; None: a step has no ``mfu``.
     """
+    done = (step.tokens, step.squares, step.units, step.seconds, cached_share(step, loop))
     return {
         "step": loop.progress.step,
         "phase": record.name,
@@ -64,13 +65,18 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop, flops: StepFlops | No
         "grad_norm": None if step.skipped else step.grad_norm,
         "samples": loop.progress.samples,
         "tokens_per_second": step.tokens / step.seconds,
-        **({} if flops is None else {"mfu": flops.mfu(step.tokens, step.squares, step.units, step.seconds)}),
+        **({} if flops is None else {"mfu": flops.mfu(*done)}),
         "trainable_parameters": record.trainable_parameters,
         "active_adapters": step.active_adapters,
         **({} if step.cached_samples is None else {"cached_samples": step.cached_samples}),
         **({"skipped": True} if step.skipped else {}),
         **step.callback,
     }
+
+
+def cached_share(step: Step, loop: Loop) -> float:
+    """The share of a step's samples whose lower layers were not run, 0 to 1."""
+    return (step.cached_samples or 0) / loop.phase.global_batch_size
 
 
 def remarks(context: RunContext, splits: Splits, data: TrainingSet, first: Phase) -> list[str]:

@@ -56,6 +56,7 @@ from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.prefix_cache import open_prefix
 from sparse_llm_ft.training.prefix_store import keep_only
 from sparse_llm_ft.training.records import (
+    cached_share,
     check_samples,
     describe_measurement,
     describe_phase,
@@ -284,7 +285,10 @@ class Run:
         flops: StepFlops | None,
     ) -> None:
         """Collective. Count a step, log it, and save a checkpoint if one is due."""
-        done = (flops.step(step.tokens, step.squares, step.units), flops.peak * step.seconds) if flops else (0.0, 0.0)
+        done = (0.0, 0.0)
+        if flops is not None:
+            operations = flops.step(step.tokens, step.squares, step.units, cached_share(step, loop))
+            done = (operations, flops.peak * step.seconds)
         record.add(loop.phase.global_batch_size, step.tokens, step.seconds, *done)
         if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
             self._save(self._read_state(loop, record, state))

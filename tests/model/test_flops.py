@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.model import flops
 from sparse_llm_ft.model.flops import StepFlops, lowest_layer, model_flops, peak_flops, step_flops
+from sparse_llm_ft.model.prefix import Prefix
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 24}
@@ -29,7 +31,7 @@ LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2)
 TOKENS, LENGTH = 12, 6
 
 
-def counted(config: LlamaConfig, lowest: int, supervised: int, whole: bool) -> int:
+def counted(config: LlamaConfig, lowest: int, supervised: int, whole: bool, cached: bool = False) -> int:
     """What torch counts in one step with eager attention, which looks back and ahead and masks half of it."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(whole)
     if lowest < len(model.model.layers) and not whole:
@@ -38,7 +40,12 @@ def counted(config: LlamaConfig, lowest: int, supervised: int, whole: bool) -> i
     elif not whole:
         model.model.norm.register_forward_pre_hook(lambda _, given: (given[0].requires_grad_(), *given[1:]))
     ids = torch.zeros((TOKENS // LENGTH, LENGTH), dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    prefix, started = Prefix(model, max(lowest, 1)), nullcontext()
+    if cached:
+        with prefix.recording() as recorded:
+            model(ids, use_cache=False)
+        started = prefix.starting(recorded.states)
+    with started, FlopCounterMode(display=False) as counter:
         model(ids, use_cache=False, logits_to_keep=supervised).logits.sum().backward()
     return counter.get_total_flops()
 
@@ -54,6 +61,13 @@ def test_a_frozen_base_equals_torchs_count(lowest: int, supervised: int) -> None
     assert found == counted(LLAMA, lowest, supervised, whole=False)
     attention = sizes.attention * TOKENS * LENGTH  # half of the map lies in the past
     assert sizes.step(TOKENS, TOKENS * LENGTH, rows, lowest) == found - attention * (2 * 3 + 4 * (3 - lowest))
+
+
+def test_layers_below_a_cached_state_do_not_count() -> None:
+    sizes = replace(model_flops(AutoModelForCausalLM.from_config(LLAMA)), causal=False)
+    found = sizes.step(TOKENS, TOKENS * LENGTH, 2 * TOKENS // LENGTH, 2, cached=1.0)
+    assert found == counted(LLAMA, 2, 2, whole=False, cached=True)
+    assert found < sizes.step(TOKENS, TOKENS * LENGTH, 2 * TOKENS // LENGTH, 2, cached=0.5)
 
 
 def test_a_whole_model_makes_gradients_of_its_weights_too() -> None:
