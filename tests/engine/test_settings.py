@@ -13,6 +13,6 @@ def zero(extra: dict[str, object], trained: int) -> Any:
 
 
 def test_the_bucket_of_gradients_is_as_large_as_what_is_trained() -> None:
-    assert zero({}, 1000) == {"stage": 2, "reduce_bucket_size": 1000}
+    assert zero({}, 1000)["stage"] == 2 and zero({}, 1000)["reduce_bucket_size"] == 1000
     assert zero({}, 10**12)["reduce_bucket_size"] == BUCKET_ELEMENTS
     assert zero({"reduce_bucket_size": 7}, 1000)["reduce_bucket_size"] == 7
