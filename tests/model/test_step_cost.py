@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sparse_llm_ft.adapters import find_targets
+from sparse_llm_ft.model.flops import model_flops
 from sparse_llm_ft.model.step_cost import StepCost, step_cost, step_flops
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
 
@@ -71,15 +72,16 @@ def test_a_step_with_all_adapters_is_what_torch_counts() -> None:
 
 
 def test_a_llama_costs_what_the_formula_of_its_sizes_says() -> None:
-    """2 per weight and token in each direction; attention is causal."""
+    """2 per weight and token in each direction; attention is causal. MFU's arithmetic gives the same."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LLAMA)
-    cost = step_cost(model, find_targets(model, ["q_proj"]), LENGTH, LENGTH)
+    cost, sizes = step_cost(model, find_targets(model, ["q_proj"]), LENGTH, LENGTH), model_flops(model)
+    assert sizes is not None
     weights = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * 48
     forward, backward = 2 * weights + 2 * LENGTH * WIDTH, 2 * weights + 4 * LENGTH * WIDTH
     for lowest in range(LAYERS + 1):
         expected = LENGTH * (LAYERS * forward + (LAYERS - lowest) * backward + 2 * 2 * WIDTH * 50)
-        assert cost.step(lowest, 0.0) == expected
+        assert cost.step(lowest, 0.0) == expected == sizes.step(LENGTH, LENGTH**2, LENGTH, lowest)
     assert cost.layers == tuple(f"model.layers.{i}" for i in range(LAYERS))
     assert cost.depths["model.embed_tokens"] == 0 and cost.depths["lm_head"] == LAYERS
 

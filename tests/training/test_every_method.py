@@ -18,7 +18,6 @@ from helpers.dying import DIED
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
-from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.data.reading import read_split
@@ -26,9 +25,9 @@ from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.memory import state_bytes, step_bytes
-from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.training.run import Run
 
 ENCODER = ("lora", "full", "vera", "partial", "partial_adalora", "lora_drop", "weight_lora", "weight_then_partial")
 
@@ -209,9 +208,9 @@ def test_the_freed_memory_becomes_a_larger_micro_batch(trees: dict[str, dict], r
     summary = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
     sizes = [phase["micro_batch_size"] for phase in summary["phases"]]
     assert sizes == [2, 4]
-    targets = find_targets(empty_model(parse_config(tree).model), "all-linear")
+    run = Run.prepare(open_context(parse_config(tree | {"output_dir": f"{tree['output_dir']}-planned"})))
     needed = [
-        step_bytes(parse_config(tree).model, plan, 32, samples=size).peak + state_bytes(plan, targets, 2, 1)
+        step_bytes(run.config.model, plan, run.data.longest, samples=size).peak + state_bytes(plan, run.targets, 2, 1)
         for plan, size in zip(plans(trees, "weight_lora_cost"), sizes, strict=True)
     ]
     assert needed[1] <= needed[0]
