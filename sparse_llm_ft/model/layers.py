@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+BACKEND = "inductor"
+"""torch.compile's; it needs a C++ compiler, and on a GPU Triton."""
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -18,6 +22,21 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
             found[name] = module
     return found
+
+
+def compile_layers(model: nn.Module) -> int:
+    """Let torch compile each layer when it is first called; names of modules and parameters stay.
+
+    What was compiled before for other adapters is dropped.
+
+    Returns:
+        The number of layers; 0 if none are found.
+    """
+    torch.compiler.reset()
+    layers = [layer for stack in layer_lists(model).values() for layer in stack]
+    for layer in layers:
+        layer.compile(backend=BACKEND)
+    return len(layers)
 
 
 def _is_stack(layers: nn.ModuleList) -> bool:

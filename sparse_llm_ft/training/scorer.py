@@ -259,7 +259,7 @@ class Scorer(Generic[T]):
         return tensor
 
 
-_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates")
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile")
 """Settings of training that change no result."""
 
 
