@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -37,6 +39,14 @@ def compile_layers(model: nn.Module) -> int:
     for layer in layers:
         layer.compile(backend=BACKEND)
     return len(layers)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which compiled layers run as they are written: torch would not see the hooks of a measurement, and
+    compiles again for every other mode and shape of generation.
+    """
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _is_stack(layers: nn.ModuleList) -> bool:

@@ -11,6 +11,7 @@ from sparse_llm_ft.adapters import add_adapters, find_targets
 from sparse_llm_ft.model import layers
 from sparse_llm_ft.model.layers import compile_layers, layer_lists
 from sparse_llm_ft.model.lean import make_lean
+from sparse_llm_ft.objectives.base import evaluating
 from sparse_llm_ft.plan import uniform_plan
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
@@ -53,7 +54,7 @@ def losses(compiled: bool, checkpointing: bool) -> list[float]:
     for length in (6, 9):
         ids = torch.randint(0, 40, (2, length))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        found.append(float(loss))
+        found.append(float(loss.detach()))
         for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
             parameter.data -= 0.5 * gradient
     return found
@@ -68,6 +69,22 @@ def test_compiled_layers_lose_nothing(checkpointing: bool, monkeypatch: pytest.M
     assert not counters["graph_break"]
     assert compiled == pytest.approx(losses(False, checkpointing), rel=1e-5)
     assert compiled[0] != compiled[1]
+
+
+def test_a_measurement_sees_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch traces no hook that a layer gets later: evaluation and scores run layers as they are written."""
+    monkeypatch.setattr(layers, "BACKEND", "aot_eager")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_hidden_layers=1))
+    compile_layers(model)
+    ids = torch.zeros((1, 4), dtype=torch.long)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    seen: list[int] = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    counters.clear()
+    with evaluating(model), torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert seen == [1] and not counters["frames"]
 
 
 @pytest.mark.long
