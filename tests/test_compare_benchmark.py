@@ -176,8 +176,8 @@ def test_all_systems_on_a_narrow_llama(tmp_path: Path) -> None:
     assert ours["bytes"]["kept"] < bare["bytes"]["kept"] < tuned["bytes"]["kept"] < stock["bytes"]["kept"]
     for system in (stock, tuned, ours, bare):
         found = system["bytes"]
-        # A thread has prepared the batch before the step: what is kept of it, is not allocated in the step.
-        assert found["kept"] <= found["after_forward"] + 256 and found["after_forward"] < found["peak"]
+        batch = 0.001 if system is ours else 0  # the loop has made it before the step begins
+        assert found["kept"] <= (1 + batch) * found["after_forward"] < found["peak"]
         assert len(system["rounds"]) == 3 and all(len(answer["step"]) == 2 for answer in system["rounds"])
         first = system["rounds"][0]["losses"][0]
         assert first == pytest.approx(stock["rounds"][0]["losses"][0], abs=0.05)

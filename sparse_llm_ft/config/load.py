@@ -238,6 +238,7 @@ def _check_together(config: RunConfig) -> None:
     check_data_path(config)
     _check_evaluation(config.evaluation)
     _check_deepspeed(config.deepspeed)
+    _check_compile(config)
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
     name = config.model.name
@@ -263,6 +264,30 @@ def _check_evaluation(config: EvaluationConfig) -> None:
         raise ConfigError(
             "evaluation.top_p", f"{config.top_p} is for sampling", "expected evaluation.temperature above 0 beside it"
         )
+
+
+def _check_compile(config: RunConfig) -> None:
+    """Refuse to compile what cannot be traced, or would be compiled again for every layer.
+
+    At ZeRO-3, DeepSpeed's hooks gather weights while a layer runs, and torch traces them empty (pytorch issue 115484).
+    bitsandbytes keeps a state in Python beside each 4-bit weight. The adapters draw dropout from seeds that are
+    Python's integers. A prefix cache replaces what a stack of layers does.
+    """
+    training = config.training
+    obstacles = {
+        f"deepspeed.zero_stage is {config.deepspeed.zero_stage}": config.deepspeed.zero_stage == 3,
+        f"model.quantization is {config.model.quantization}": config.model.quantization != "none",
+        f"adapter.lora_dropout is {config.adapter.lora_dropout}": config.adapter.lora_dropout > 0,
+        f"training.prefix_cache is {training.prefix_cache}": training.prefix_cache != "off",
+    }
+    for obstacle, there in obstacles.items():
+        if there and training.compile == "layers":
+            raise ConfigError(
+                "training.compile",
+                f"layers, but {obstacle}",
+                "expected off, or deepspeed.zero_stage 0 to 2, model.quantization none, adapter.lora_dropout 0 and "
+                "training.prefix_cache off",
+            )
 
 
 def _check_deepspeed(config: DeepSpeedConfig) -> None:

@@ -14,7 +14,9 @@ from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import gathered_copy, load_sharded_model
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.buffers import persistent_buffers
+from sparse_llm_ft.model.layers import compile_layers
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
@@ -33,13 +35,24 @@ def build_model(
     else:
         base = load_model(config.model, task_mode, config.seed)
     torch.manual_seed(config.seed)
-    return add_adapters(base, plan)
+    return _compiled(config, add_adapters(base, plan))
 
 
 def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
     """Replace the adapters of `before` by fresh ones of `plan`, around the same base."""
     torch.manual_seed(config.seed)
-    return change_plan(model, before, plan)
+    return _compiled(config, change_plan(model, before, plan))
+
+
+def _compiled(config: RunConfig, model: PeftModel) -> PeftModel:
+    """The model, whose layers torch will compile if the settings say so.
+
+    Raises:
+        ConfigError: it has no stack of layers.
+    """
+    if config.training.compile == "layers" and not compile_layers(model):
+        raise ConfigError("training.compile", "layers, but this model has no list of equal layers", "expected off")
+    return model
 
 
 def fresh_heads(model: PeftModel, plan: AdapterPlan) -> dict[str, torch.Tensor]:

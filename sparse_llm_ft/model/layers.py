@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import nn
+
+BACKEND = "inductor"
+"""torch.compile's; it needs a C++ compiler, and on a GPU Triton."""
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -18,6 +24,29 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
             found[name] = module
     return found
+
+
+def compile_layers(model: nn.Module) -> int:
+    """Let torch compile each layer when it is first called; names of modules and parameters stay.
+
+    What was compiled before for other adapters is dropped.
+
+    Returns:
+        The number of layers; 0 if none are found.
+    """
+    torch.compiler.reset()
+    layers = [layer for stack in layer_lists(model).values() for layer in stack]
+    for layer in layers:
+        layer.compile(backend=BACKEND)
+    return len(layers)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which compiled layers run as they are written: torch would not see the hooks of a measurement, and
+    compiles again for every other mode and shape of generation.
+    """
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _is_stack(layers: nn.ModuleList) -> bool:

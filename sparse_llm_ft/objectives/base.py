@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.model.layers import uncompiled
 
 Forward = Callable[..., Any]
 """The model, with or without PEFT or an engine around it; takes a batch's tensors by name."""
@@ -63,11 +64,14 @@ class Objective(Protocol[S]):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; each module's own mode is restored at the end, also after an error."""
+    """Evaluation mode inside the context, without compiled layers; each module's own mode is restored at the end, also
+    after an error.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -23,6 +23,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.model.layers import uncompiled
 from sparse_llm_ft.model.linear import LinearLayer
 from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
 from sparse_llm_ft.phase import Phase, ScoringSpec
@@ -71,11 +72,12 @@ class Scorer(Generic[T]):
         """
         if phase.scoring is None:
             return None
-        if phase.scoring.kind == "lora_output":
-            return self.lora_output(engine.module, list(phase.plan.active), samples)
-        if phase.scoring.kind == "entries":
-            return self.entries(engine, samples)
-        return self.derivation(engine, phase, phase.scoring, samples, fitted, values)
+        with uncompiled(engine.module):
+            if phase.scoring.kind == "lora_output":
+                return self.lora_output(engine.module, list(phase.plan.active), samples)
+            if phase.scoring.kind == "entries":
+                return self.entries(engine, samples)
+            return self.derivation(engine, phase, phase.scoring, samples, fitted, values)
 
     def lora_output(self, model: nn.Module, names: Sequence[str], samples: Sequence[T]) -> dict[str, float]:
         """Collective. g_i of every module (LoRA-drop, section 3.2), the same on every rank and for every world size."""
@@ -259,7 +261,7 @@ class Scorer(Generic[T]):
         return tensor
 
 
-_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates")
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile")
 """Settings of training that change no result."""
 
 

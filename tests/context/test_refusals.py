@@ -48,6 +48,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"prefix_cache": "disk"}, "deepspeed": {"data_efficiency": {"enabled": True}}},
         "training.prefix_cache: disk, but deepspeed.data_efficiency changes what the lower layers compute",
     ),
+    "compiling at ZeRO-3": (
+        {"training": {"compile": "layers"}, "deepspeed": {"zero_stage": 3}, "adapter": {"lora_dropout": 0.0}},
+        "training.compile: layers, but deepspeed.zero_stage is 3; expected off",
+    ),
+    "compiling 4 bit": (
+        {"training": {"compile": "layers"}, "model": {"quantization": "nf4"}, "adapter": {"lora_dropout": 0.0}},
+        "training.compile: layers, but model.quantization is nf4; expected off",
+    ),
+    "compiling above a prefix cache": (
+        {"training": {"compile": "layers", "prefix_cache": "memory"}, "adapter": {"lora_dropout": 0.0}},
+        "training.compile: layers, but training.prefix_cache is memory; expected off",
+    ),
+    "compiling dropout": (
+        {"training": {"compile": "layers"}, "adapter": {"lora_dropout": 0.1}},
+        "training.compile: layers, but adapter.lora_dropout is 0.1; expected off",
+    ),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
 
