@@ -130,11 +130,13 @@ class PrefixCache:
         """Collective. Take over the states that an earlier process has kept, and agree on who has which."""
         self._width, self._dtype = states.shape[-1], states.dtype
         rank, size = self._world.rank, self._world.size
-        found: list[list[int]] = [[] for _ in range(size)]
-        lists = self._store.read(self._lengths.tolist(), self._width, self._dtype, (rank, size))
-        dist.all_gather_object(found, lists)
+        own = torch.zeros(len(self._lengths), dtype=torch.uint8)
+        own[self._store.read(self._lengths.tolist(), self._width, self._dtype, (rank, size))] = 1
+        own = own.to(states.device)
+        found = [torch.zeros_like(own) for _ in range(size)]
+        dist.all_gather(found, own)
         for holder, samples in enumerate(found):
-            for sample in samples:
+            for sample in samples.nonzero().flatten().tolist():
                 if self._owner[sample] == _NOBODY:
                     self._owner[sample] = holder
                     self._used[holder] += self._bytes(sample)
