@@ -141,7 +141,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x:
             dx = through_weight(flat, call.base, weight)
             _add_through_adapter(dx, narrow, down, call)
-            dx = dx.reshape(*grad.shape[:-1], -1).to(ctx.input_dtype)
+            dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]).to(ctx.input_dtype)
         return dx, grad_down, grad_up, grad_omega, None, None
 
 
@@ -192,7 +192,7 @@ def _add_through_adapter(dx: torch.Tensor, narrow: torch.Tensor, down: torch.Ten
 def is_readable(base: nn.Module) -> bool:
     """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
     known = type(base) in (nn.Linear, Linear4bit, Conv1D)
-    return known and computes_as_its_class(base) and not base.weight.requires_grad
+    return known and computes_as_its_class(base) and not any(p.requires_grad for p in base.parameters())
 
 
 def count_hooks(*modules: nn.Module) -> int:

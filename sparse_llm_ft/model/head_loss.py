@@ -83,7 +83,8 @@ def head_targets(targets: torch.Tensor) -> Iterator[None]:
 
 def _head_forward(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     targets = _targets.get()
-    if targets is None or head.weight.requires_grad or targets.shape != hidden.shape[:-1]:
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    if targets is None or trained or targets.shape != hidden.shape[:-1]:
         return type(head).forward(head, hidden)  # type: ignore[no-any-return]
     flat = hidden.reshape(-1, hidden.shape[-1])
     return chunked_cross_entropy(flat, head.weight, head.bias, targets.to(flat.device).reshape(-1))

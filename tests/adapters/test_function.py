@@ -207,3 +207,22 @@ def test_compiled() -> None:
     expected = torch.autograd.grad(made(x).square().sum(), x)[0]
     compiled = torch.compile(made, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_no_positions(dropout: Any) -> None:
+    """An expert that no token was sent to."""
+    call = Adapted(linear("bias"), 1.0, ROWS, COLS, dropout)
+    _, down, up, omega = trained(call, torch.float64, 0.5)
+    x = torch.randn(0, D_IN, dtype=torch.float64, requires_grad=True)
+    output = adapted_linear(x, down, up, omega, call)
+    output.sum().backward()
+    assert output.shape == (0, D_OUT) and x.grad is not None and x.grad.shape == (0, D_IN)
+    assert down.grad.abs().sum() == up.grad.abs().sum() == omega.grad.abs().sum() == 0
+
+
+def test_a_trained_bias_of_the_base_gets_its_gradient() -> None:
+    made, x = layer()
+    made.base_layer.bias.requires_grad_(True)
+    made(x).sum().backward()
+    assert torch.equal(made.base_layer.bias.grad, torch.full((D_OUT,), float(len(x))))

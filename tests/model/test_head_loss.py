@@ -82,10 +82,13 @@ def test_a_model_returns_the_loss_of_targets_and_logits_without(kind: str) -> No
     torch.testing.assert_close(loss, F.cross_entropy(plain.flatten(0, 1), targets.flatten(), reduction="sum"))
 
 
-def test_a_trained_head_returns_logits() -> None:
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_trained_head_returns_logits(part: str) -> None:
     model = tiny("llama")
+    head: Any = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(V), requires_grad=False)
     assert make_head_lean(model)
-    model.get_output_embeddings().requires_grad_(True)
+    getattr(head, part).requires_grad_(True)
     with head_targets(IDS[:, POSITIONS + 1]):
         assert model(input_ids=IDS, logits_to_keep=POSITIONS).logits.shape == (2, 2, V)
 
