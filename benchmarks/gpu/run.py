@@ -24,15 +24,18 @@ MEASURED = (
     ("none", "stock PEFT"),
     ("none", "lora"),
     ("none", "weight_lora after T, top tenth"),
+    ("none", "weight_lora after T, top tenth, prefix cache"),
     ("nf4", "stock PEFT"),
     ("nf4", "lora"),
     ("nf4", "weight_lora after T, top tenth"),
+    ("none", "lora, compiled"),
     ("none", "PEFT tuned"),
     ("none", "bare base"),
-    ("none", "bare base, top tenth"),
-    ("none", "weight_lora before T"),
     ("none", "stock PEFT, dropout .05"),
     ("none", "lora, dropout .05"),
+    ("none", "weight_lora before T"),
+    ("nf4", "weight_lora after T, top tenth, prefix cache"),
+    ("none", "bare base, top tenth"),
     ("nf4", "PEFT tuned"),
     ("nf4", "bare base"),
 )
@@ -59,12 +62,13 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['device']}; {results['versions']}.",
         "",
-        "| base | system | ms a step | tokens/s | against stock PEFT | of the card's peak | peak GiB | without base |",
-        "|---|---|---|---|---|---|---|---|",
+        "| base | system | ms a step | of the host | tokens/s | against stock PEFT | of the card's peak | peak GiB | "
+        "without base |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in speed:
         if "problem" in row:
-            lines.append(f"| {row['base']} | {row['system']} | failed | | | | | |")
+            lines.append(f"| {row['base']} | {row['system']} | failed | | | | | | |")
             continue
         reference = stock.get(row["base"])
         ratio = f"{row['step_ms'] / reference['step_ms']:.2f}" if reference else ""
@@ -74,8 +78,8 @@ def table(results: dict[str, Any]) -> str:
             peak = f"{row['peak_bytes'] / 2**30:.1f}"
             above = f"{(row['peak_bytes'] - row['base_bytes']) / 2**30:.1f}"
         lines.append(
-            f"| {row['base']} | {row['system']} | {row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {ratio} | "
-            f"{mfu} | {peak} | {above} |"
+            f"| {row['base']} | {row['system']} | {row['step_ms']:.1f} | {row['host_ms']:.1f} | "
+            f"{row['tokens_per_second']:,.0f} | {ratio} | {mfu} | {peak} | {above} |"
         )
     lines += ["", f"Correctness: {results['correctness']}."]
     if results["left_out"]:
@@ -112,7 +116,7 @@ def main() -> None:
         results["correctness_failed"] = done.returncode != 0
         write()
     if options.only != "correctness":
-        wanted: Sequence[tuple[str, str]] = MEASURED[:3] if options.tiny else MEASURED
+        wanted: Sequence[tuple[str, str]] = MEASURED[:4] if options.tiny else MEASURED
         if options.systems:
             wanted = [(base, system) for base, _, system in (name.partition(":") for name in options.systems)]
         for base, system in wanted:

@@ -19,7 +19,7 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from base import profile, step_flops, times
+from base import host_profile, profile, step_flops, times
 from bases import llama_3_8b, random_base, tiny_llama
 from compare_cases import top_tenth
 from peft_steps import Step, Training, bare_base, stock_peft, tuned_peft
@@ -49,7 +49,14 @@ class Setup:
         return layers - max(1, layers // 10)
 
 
-def ours(setup: Setup, dropout: float, omega: bool, top: bool) -> Step:
+def ours(
+    setup: Setup,
+    dropout: float = 0.0,
+    omega: bool = False,
+    top: bool = False,
+    compiled: bool = False,
+    cached: bool = False,
+) -> Step:
     """This toolkit: its tuner, its engine and its loop; adapters in all layers or in the top tenth."""
     from toolkit_step import loop_step
 
@@ -59,6 +66,7 @@ def ours(setup: Setup, dropout: float, omega: bool, top: bool) -> Step:
     from sparse_llm_ft.distributed.world import find_world
     from sparse_llm_ft.engine.engine import EngineSettings, init_distributed
     from sparse_llm_ft.model.four_bit import release_weights
+    from sparse_llm_ft.model.layers import compile_layers
     from sparse_llm_ft.model.lean import make_lean
     from sparse_llm_ft.phase import Phase
     from sparse_llm_ft.plan import uniform_plan, with_omega
@@ -75,10 +83,18 @@ def ours(setup: Setup, dropout: float, omega: bool, top: bool) -> Step:
     rows = training.tokens.tolist()
     samples = [Sample(tuple(row[: training.prompt]), tuple(row[training.prompt :])) for row in rows]
     settings = TrainingConfig(
-        max_steps=10**6, micro_batch_size=batch, global_batch_size=batch, learning_rate=1e-4, schedule="constant"
+        max_steps=10**6,
+        micro_batch_size=batch,
+        global_batch_size=batch,
+        learning_rate=1e-4,
+        schedule="constant",
+        prefix_cache="memory" if cached else "off",
     )
+    model = add_adapters(training.base, plan)
+    if compiled:
+        compile_layers(model)
     return loop_step(
-        add_adapters(training.base, plan),
+        model,
         Phase("speed", plan).with_batch(batch, batch),
         samples,
         EngineSettings(2, "bfloat16", batch, 1, 1.0, 0.0, 0.01, "sgd", {}),
@@ -94,10 +110,13 @@ SYSTEMS: dict[str, tuple[Callable[[Setup], Step], bool]] = {
     "PEFT tuned": (lambda s: tuned_peft(s.training, 0.0).step, False),
     "bare base": (lambda s: bare_base(s.training, 0).step, False),
     "bare base, top tenth": (lambda s: bare_base(s.training, s.lowest_of_top_tenth).step, True),
-    "lora": (lambda s: ours(s, 0.0, False, False), False),
-    "lora, dropout .05": (lambda s: ours(s, 0.05, False, False), False),
-    "weight_lora before T": (lambda s: ours(s, 0.0, True, False), False),
-    "weight_lora after T, top tenth": (lambda s: ours(s, 0.0, False, True), True),
+    "lora": (ours, False),
+    "lora, compiled": (lambda s: ours(s, compiled=True), False),
+    "lora, dropout .05": (lambda s: ours(s, dropout=0.05), False),
+    "weight_lora before T": (lambda s: ours(s, omega=True), False),
+    "weight_lora after T, top tenth": (lambda s: ours(s, top=True), True),
+    "weight_lora after T, top tenth, compiled": (lambda s: ours(s, top=True, compiled=True), True),
+    "weight_lora after T, top tenth, prefix cache": (lambda s: ours(s, top=True, cached=True), True),
 }
 """Name -> how its step is made, and whether it has adapters in the top tenth of the layers alone."""
 
@@ -122,13 +141,15 @@ def main() -> None:
     losses = [step()]
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    found = times(step, setup.device, warmup=2, count=options.steps)
+    found, host = times(step, setup.device, warmup=2, count=options.steps)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     losses.append(step())
     milliseconds = statistics.median(found)
+    device_ms, operations = profile(step, setup.device)
     tokens = setup.batch * setup.length
     lowest = setup.lowest_of_top_tenth if top else 0
-    flops = step_flops(setup.config, tokens, setup.length, supervised=0.5, lowest=lowest)
+    cached = "prefix cache" in options.system
+    flops = step_flops(setup.config, tokens, setup.length, supervised=0.5, lowest=lowest, cached=cached)
     rate = flops / milliseconds / 1e9
     card = peak_flops(setup.device)
     result = {
@@ -138,13 +159,16 @@ def main() -> None:
         "length": setup.length,
         "step_ms": milliseconds,
         "all_ms": found,
+        "host_ms": host,
         "tokens_per_second": 1000 * tokens / milliseconds,
         "tflops": rate,
         "mfu": None if card is None else 1e12 * rate / card,
         "base_bytes": base_bytes,
         "peak_bytes": peak,
         "losses": losses,
-        "profile": profile(step, setup.device),
+        "device_ms": device_ms,
+        "profile": operations,
+        "host_profile": host_profile(step),
         "seconds": time.perf_counter() - began,
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")
