@@ -99,5 +99,5 @@ def loop_step(
         max_skipped_updates=0,
     )
     loop.prefix = open_prefix(loop, training, print)
-    steps = loop.steps()
+    steps = loop.steps(at_once=lambda _: False)  # as between two saves
     return System(lambda: next(steps).loss, model, engine.gradient_tensors, engine.optimizer_bytes)

@@ -99,7 +99,10 @@ class ShareMaker:
             self.samples[self.sampler.index(position)]
 
     def _pinned(self, batch: Batch) -> Batch:
-        return {name: value.pin_memory() for name, value in batch.items()} if self.device.type == "cuda" else batch
+        if self.device.type != "cuda":
+            return batch
+        # Only dense memory can be pinned, and an expanded tensor has none of its own.
+        return {name: value.contiguous().pin_memory() for name, value in batch.items()}
 
 
 def _parts(sample: Any) -> Sequence[Any]:
