@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from sparse_llm_ft.model.fused import Fused
 from sparse_llm_ft.model.head_loss import make_head_lean
 from sparse_llm_ft.model.linear import autocast_dtype
 from sparse_llm_ft.model.recompute import mark
@@ -32,30 +33,48 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-        inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1) float32
+        output, inverse = _norm(_rows(x), weight.detach(), epsilon)
+        inverse = inverse.view(*x.shape[:-1], 1)
         ctx.save_for_backward(x, inverse, weight)
         ctx.mark_non_differentiable(inverse)
-        return _normalised(x, inverse, weight), inverse
+        return output.view(x.shape), inverse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
-        outer = (grad * weight).float()
-        unit = x.float() * inverse
-        outer -= unit * (outer * unit).mean(-1, keepdim=True)
-        return outer.mul_(inverse).to(x.dtype), None, None
+        return _norm_backward(_rows(grad), _rows(x), _rows(inverse), weight.detach()).view(x.shape), None, None
+
+
+@Fused
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, d), and 1 / sqrt(mean(x^2) + eps) as (T, 1) float32."""
+    inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (x.float() * inverse).to(x.dtype), inverse
+
+
+@Fused
+def _norm_again(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * (x.float() * inverse).to(x.dtype)
+
+
+@Fused
+def _norm_backward(grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    outer = (grad * weight).float()
+    unit = x.float() * inverse
+    outer -= unit * (outer * unit).mean(-1, keepdim=True)
+    return outer.mul_(inverse).to(x.dtype)
 
 
 def _normalised(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return weight * (x.float() * inverse).to(x.dtype)
+    return _norm_again(_rows(x), _rows(inverse), weight).view(x.shape)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """RMSNorm of x (..., d) as Llama computes it; `weight` (d,) gets no gradient."""
     output, inverse = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     # Under ZeRO-3 the weight is gathered while its own module runs backward, and not yet when later ones do.
-    kept = weight.detach().clone() if hasattr(weight, "ds_id") else weight
+    kept = weight.detach().clone() if hasattr(weight, "ds_id") else weight.detach()
     return mark(output, _normalised, x, inverse, kept)
 
 
@@ -69,11 +88,26 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        grad_gate, grad_up = _product_backward(_rows(grad), _rows(gate), _rows(up))
+        return grad_gate.view(gate.shape), grad_up.view(up.shape)
+
+
+@Fused
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+@Fused
+def _product_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) * up
+    return _product(_rows(gate), _rows(up)).view(gate.shape)
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
