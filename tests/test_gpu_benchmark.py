@@ -45,5 +45,5 @@ def test_all_of_it(tmp_path: Path) -> None:
     result = run("run.py", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     found = json.loads((tmp_path / "results.json").read_text())
-    assert "0 failed" in found["correctness"] and len(found["speed"]) == 3
+    assert "0 failed" in found["correctness"] and len(found["speed"]) == 4
     assert "| none | lora |" in (tmp_path / "results.md").read_text()
