@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
+from sparse_llm_ft.cli.doctor import add_command as add_doctor
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if own and own[0].startswith("--config"):  # a launcher starts the module with a run's settings
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
-    world = find_world() if {"train", "derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
+    launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
+    world = find_world() if launched else World(0, 1, 0, 1)
     with ended_by_reader(), one_line_errors(world):
         escape_unencodable()
         options = _parse(arguments)
@@ -60,6 +62,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     summary.set_defaults(command=_summary)
     add_commands(commands)
     add_check_adapter(commands)
+    add_doctor(commands)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
