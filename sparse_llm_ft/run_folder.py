@@ -27,6 +27,8 @@ CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json",
 _FREE = {
     "resume",
     "report",
+    "trackers",
+    "tracker_project",
     "output_dir",
     "training.micro_batch_size",
     "training.save_every",

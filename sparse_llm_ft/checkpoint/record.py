@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -95,6 +96,7 @@ class RunRecord(BaseModel):
         before: metrics before training; None without evaluation.
         phases: the finished phases.
         current: the phase in training; None between two phases.
+        trackers: experiment tracker -> the id of its run.
     """
 
     model_config = ConfigDict(strict=True)
@@ -105,15 +107,21 @@ class RunRecord(BaseModel):
     before: Annotated[dict[str, float] | None, FEW_KEYS] = None
     phases: Annotated[list[PhaseRecord], FailFast()] = []
     current: PhaseRecord | None = None
+    trackers: Annotated[dict[str, str], FEW_KEYS] = {}
 
     @classmethod
     def empty(cls) -> RunRecord:
         """The record of a state that belongs to no run."""
         return cls(run="", samples="", micro_batch_size=0)
 
-    def with_current(self, current: PhaseRecord) -> RunRecord:
-        """The record with a copy of `current`, which continues to count."""
-        return self.model_copy(update={"current": current.model_copy()})
+    def with_current(self, current: PhaseRecord, trackers: Mapping[str, str] | None = None) -> RunRecord:
+        """The record with a copy of `current`, which continues to count.
+
+        Args:
+            trackers: ids that are known by now; None: those of before.
+        """
+        known = self.trackers if trackers is None else dict(trackers)
+        return self.model_copy(update={"current": current.model_copy(), "trackers": known})
 
     def next_phase(self, measured: str | None) -> RunRecord:
         """The record after the end of the current phase.

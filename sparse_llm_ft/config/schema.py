@@ -255,8 +255,16 @@ MANAGED = {
 """DeepSpeed setting -> the setting of another section that owns it."""
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
+
+
 class RunConfig(Section):
-    """All settings of one run."""
+    """All settings of one run.
+
+    Attributes:
+        trackers: where the numbers of logged steps go besides metrics.jsonl (training/trackers.py).
+        tracker_project: the project or experiment that trackers file the run under.
+    """
 
     model: ModelConfig
     task: TaskConfig
@@ -269,6 +277,8 @@ class RunConfig(Section):
     seed: Int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "never"] = "auto"
     report: StrictBool = True
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    tracker_project: str = Field("sparse-llm-ft", pattern=r"^[\w .-]{1,100}$")
 
     @field_serializer("method")
     def _as_written(self, methods: Methods) -> Any:

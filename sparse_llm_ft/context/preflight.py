@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
 from sparse_llm_ft.config import RunConfig, check_world
 from sparse_llm_ft.data.reading import check_columns, check_references, has_split
 from sparse_llm_ft.data.task_config import resolve_task
@@ -23,6 +26,7 @@ def preflight(config: RunConfig, world: World) -> Task:
     folder = RunFolder(config.output_dir)
     check_world(config, world.size, resumes=folder.has_checkpoints())
     folder.check(config)
+    _check_trackers(config.trackers)
     task = resolve_task(config.task)
     check_columns(task, "train")
     if config.training.eval_every is not None:
@@ -55,3 +59,14 @@ def check_eval_splits(config: RunConfig, task: Task) -> None:
             )
         check_columns(task, split, further)
     check_references(task, split, config.task.references or ())
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that is named twice, or whose library is missing."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("trackers", f"{name} twice", "expected each once")
+        if find_spec(name) is None:
+            raise ConfigError(
+                "trackers", f"{name} is not installed", f"expected pip install {name}, or trackers without it"
+            )

@@ -71,6 +71,7 @@ from sparse_llm_ft.training.records import (
 )
 from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.scorer import Scorer
+from sparse_llm_ft.training.trackers import Trackers
 
 
 def train(context: RunContext) -> dict[str, Any]:
@@ -173,6 +174,8 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Collective. Train all phases, evaluate, export the adapter, and return the summary."""
         state, phase = self._begin(self.first)
+        ids = {} if state is None else state.record.trackers
+        self.trackers = Trackers(self.config, self.console, self.world.rank, ids)
         model = self._build_model(phase)
         if state is None:  # a new run: nothing is trained yet
             run, size = RunFolder.identity(self.config), self.config.training.micro_batch_size
@@ -252,7 +255,7 @@ class Run:
         record = PhaseRecord.of(
             phase, state.record.current, self._trained(phase.plan, engine), engine.optimizer_bytes()
         )
-        writer = MetricsLogger(self.folder, self.world.rank, progress.step)
+        writer = self._writer(progress.step)
         run_on_rank_zero(self.world, writer.open)
         exit_if_preempted()
         self.console.begin(phase.name, progress.step, self._last_step(loop))
@@ -268,6 +271,10 @@ class Run:
         state = self._read_state(loop, record, state)
         self._save(state)
         return engine, state
+
+    def _writer(self, step: int) -> MetricsLogger:
+        tensorboard = "tensorboard" in self.config.trackers
+        return MetricsLogger(self.folder, self.world.rank, step, self.trackers, tensorboard)
 
     def _needs_engine(self, phase: Phase, progress: Progress) -> bool:
         """Whether a step that ends at `progress` is followed by a save or a validation."""
@@ -398,6 +405,9 @@ class Run:
             keep_only(self.folder.prefix_cache, None)
 
         run_on_rank_zero(self.world, write)
+        last = state.progress.step + 1  # behind the last step, whose numbers have been sent
+        self.trackers.log(last, {key: part for key, part in summary["metrics"].items() if part})
+        self.trackers.close()
         if self.config.report and self.world.rank == 0:
             draw_report(self.folder, self.console)
         show_summary(summary, self.folder, self.console)
@@ -422,6 +432,7 @@ class Run:
             loop.prefix.flush()
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
+        self.trackers.close()
         raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
 
     def _last_step(self, loop: Loop) -> int:
@@ -448,7 +459,7 @@ class Run:
             progress=copy.copy(loop.progress),
             phase=loop.phase.to_dict(),
             callback=loop.callback.to_dict() if loop.callback else None,
-            record=before.record.with_current(record),
+            record=before.record.with_current(record, self.trackers.ids),
             callback_tensors=loop.callback.tensors() if loop.callback else {},
         )
 
