@@ -140,6 +140,8 @@ class TrainingConfig(Section):
         prefix_cache: where each process keeps the hidden states that enter the lowest layer with an adapter, so that
             the layers below run once for each sample (training/prefix_cache.py).
         prefix_cache_bytes: most bytes of them on each process.
+        on_oom: whether running out of memory in a step ends the run, or halves the micro-batch, with twice the
+            accumulation, and makes the step again (engine/memory_guard.py).
         compile: ``layers`` compiles each layer with torch.compile when it is first called; same losses up to rounding.
     """
 
@@ -160,6 +162,7 @@ class TrainingConfig(Section):
     max_skipped_updates: Int = Field(3, ge=0)
     prefix_cache: Literal["off", "memory", "disk"] = "off"
     prefix_cache_bytes: Int = Field(2**33, ge=1)
+    on_oom: Literal["error", "shrink"] = "error"
     compile: Literal["off", "layers"] = "off"
 
 

@@ -170,6 +170,7 @@ class Engine:
         parameters: short name -> trained parameter.
         norm: norm of the last update's gradients over all ranks, before clipping and without masked entries: a float64
             scalar on the device. The update was made if it is finite; otherwise nothing has changed.
+        veto: added to `norm`, a scalar on the device: NaN lets no further update be made; None: nothing is added.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class Engine:
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
         self._optimizer = optimizer
         self.norm = torch.tensor(math.nan)
+        self.veto: torch.Tensor | None = None
         masters = zero.masters(self._wrapped, optimizer)
         self._shards = Shards(
             optimizer,
@@ -242,6 +244,16 @@ class Engine:
         """Collective. Accumulate gradients; DeepSpeed averages them over ranks and accumulation steps."""
         self._engine.backward(loss)
 
+    def forward_apart(self, **batch: torch.Tensor | bool) -> Any:
+        """As `forward` at stages 0 to 2, for a loss that `torch.autograd.grad` differentiates, not `backward`."""
+        return zero.forward_apart(self._engine, batch)
+
+    def backward_given(self, gradients: list[torch.Tensor]) -> None:
+        """Collective. As `backward`, with gradients that have been computed: one for each of `parameters`, in order, of
+        the loss divided by the accumulation steps. Empties the list. Stages 0 to 2.
+        """
+        zero.backward_given(self._engine, gradients, list(self.parameters.values()))
+
     def step(self, learning_rate: float) -> None:
         """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.
 
@@ -257,6 +269,8 @@ class Engine:
             group["lr"] = rates.get(group["name"], learning_rate)
         if self._engine.is_gradient_accumulation_boundary():
             self.norm = self._shards.norm(self._flat_gradients())
+            if self.veto is not None:
+                self.norm = self.norm + self.veto
             self._optimizer.gradient_scale = self.clip_factor
         self._engine.step()
 
