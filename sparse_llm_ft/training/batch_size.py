@@ -107,9 +107,9 @@ def shrunk_batch(phase: Phase, world_size: int, step: int) -> Phase:
     if phase.micro_batch_size == 1:
         raise ConfigError(
             "training.on_oom",
-            f"shrink, and step {step} ran out of memory at micro-batch 1; the last checkpoint is intact",
-            "expected less to keep for a sample: model.gradient_checkpointing: true or a smaller task.max_length; or "
-            "less beside it: model.quantization: nf4 or a higher deepspeed.zero_stage",
+            f"shrink, and step {step} ran out of memory at micro-batch 1; the steps before it are saved",
+            "resume with model.gradient_checkpointing: true or a higher deepspeed.zero_stage, or start over with a "
+            "smaller task.max_length or model.quantization: nf4",
         )
     micro = largest_micro_batch(phase.global_batch_size, world_size, phase.micro_batch_size // 2)
     return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)

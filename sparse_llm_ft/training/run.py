@@ -244,8 +244,8 @@ class Run:
             self.console.log(remark)
         while True:
             engine, state, out_of_memory = self._train_until(model, phase, state)
+            self._save(state)  # if the run is killed during the phase change, it repeats the change
             if not out_of_memory:
-                self._save(state)  # if the run is killed during the phase change, it repeats the change
                 return engine, phase, state
             # Continue from the step before, with a new engine around the same model.
             engine.close()

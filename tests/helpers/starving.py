@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+
+FOR_GOOD = ExitStack()
+"""Of the process: a context that nothing refers to would end at once."""
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def starve(
         from sparse_llm_ft.training.loop import Loop
 
         if own == rank:
-            starving(where, tuple(steps), most).__enter__()
+            FOR_GOOD.enter_context(starving(where, tuple(steps), most))
         step = Loop._step
 
         def mortal(self: Loop, progress: Any, thread: Any) -> Any:
