@@ -170,7 +170,6 @@ class Engine:
         parameters: short name -> trained parameter.
         norm: norm of the last update's gradients over all ranks, before clipping and without masked entries: a float64
             scalar on the device. The update was made if it is finite; otherwise nothing has changed.
-        veto: added to `norm`, a scalar on the device: NaN lets no further update be made; None: nothing is added.
     """
 
     def __init__(
@@ -201,7 +200,6 @@ class Engine:
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
         self._optimizer = optimizer
         self.norm = torch.tensor(math.nan)
-        self.veto: torch.Tensor | None = None
         masters = zero.masters(self._wrapped, optimizer)
         self._shards = Shards(
             optimizer,
@@ -269,8 +267,6 @@ class Engine:
             group["lr"] = rates.get(group["name"], learning_rate)
         if self._engine.is_gradient_accumulation_boundary():
             self.norm = self._shards.norm(self._flat_gradients())
-            if self.veto is not None:
-                self.norm = self.norm + self.veto
             self._optimizer.gradient_scale = self.clip_factor
         self._engine.step()
 

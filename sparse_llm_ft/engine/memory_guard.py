@@ -5,7 +5,10 @@ computes its gradients first, with nothing of DeepSpeed's: `torch.autograd.grad`
 that reduce gradients. Then it hands them to DeepSpeed, by the backward pass of a function that only returns them. That
 pass makes every collective of the micro-step, and allocates no more than gradients. A rank that ran out of memory hands
 over NaN. Their norm over all ranks is NaN too, so no rank makes the update, as with any gradients that are not finite:
-parameters, moments and step counts stay as they were.
+parameters, moments and step counts stay as they were. It hands over nothing else from then on, because all ranks may
+have begun the next step before the others learn of it.
+
+The update itself is not guarded: its memory does not depend on the micro-batch, and a rank cannot undo half of it.
 
 Stages 0 to 2 alone: at stage 3 the forward pass itself gathers weights, and a rank that leaves it cannot make the
 gathers that the others still wait for.
@@ -35,7 +38,7 @@ class MemoryGuard:
     """The passes of one engine.
 
     Attributes:
-        failed: whether this rank has run out of memory in the present step.
+        failed: whether this rank has run out of memory. No update is made from then on.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,7 +49,7 @@ class MemoryGuard:
     def backward(self, losses: Losses) -> torch.Tensor:
         """Collective. A micro-batch's forward and backward pass; returns its loss, detached: 0 where memory failed.
 
-        Once a step has failed here, the rest of it is not computed.
+        Once memory has failed, nothing more is computed.
         """
         parameters = list(self._engine.parameters.values())
         computed = None
@@ -77,11 +80,3 @@ class MemoryGuard:
         scaled = differentiated / self._engine.settings.accumulation_steps
         found = torch.autograd.grad(scaled, parameters, allow_unused=True)
         return loss, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-    def veto(self, failed: torch.Tensor) -> None:
-        """Let no further update of this engine be made if any rank has failed, without reading whether one has.
-
-        Args:
-            failed: scalar on the device: how many ranks have.
-        """
-        self._engine.veto = torch.where(failed > 0, math.nan, 0.0)

@@ -272,8 +272,6 @@ class Loop:
         flags = torch.tensor([failed, *signals.caught()], dtype=loss.dtype).to(self.device, non_blocking=True)
         shared = torch.cat([loss.reshape(1), flags])
         dist.all_reduce(shared)
-        if self.guard is not None:
-            self.guard.veto(shared[1])
         norm = torch.as_tensor(self.engine.norm, dtype=torch.float64, device=self.device)
         return torch.cat([shared[:2].double(), norm.reshape(1), shared[2:].double()])
 

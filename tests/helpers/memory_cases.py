@@ -56,10 +56,10 @@ def a_step_that_one_rank_cannot_make_changes_nothing_on_any_rank() -> None:
             pass
         expected, moments, steps = engine.values(), engine.moments(), engine.optimizer_steps()
         engine.close()
-        for ahead in (False, True):
+        for ahead in (False, True):  # which matters on a GPU alone, if not set
             engine, loop = begin(stage, dtype, guarded=True, ahead=ahead)
             with starving(where, (3,)) if WORLD.rank == 1 else nullcontext():
-                made = [step.loss for step in loop.steps()]
+                made = [step.loss for step in loop.steps(lambda _: False)]
             assert len(made) == loop.progress.step == 2 and loop.out_of_memory, (stage, where, ahead, made)
             assert loop.progress.samples == 16 and loop.progress.phase_updates == 2
             assert engine.optimizer_steps() == steps, (stage, where, ahead)
