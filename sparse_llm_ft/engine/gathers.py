@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparse_llm_ft.engine.rank_bytes import Weight, persists
-from sparse_llm_ft.engine.step_trace import StepTrace, Use
+from sparse_llm_ft.engine.step_trace import StepTrace
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,17 @@ class Gathers:
 
     Attributes:
         most: bytes of gathered weights, at the most.
-        peak: the most bytes of gathered weights and of the step's tensors together.
+        kept: bytes between the passes.
         traffic: bytes that are gathered in a step, every rank's part counted.
-        after_forward: bytes of gathered weights between the passes.
+        during: bytes at the most while a module's weights are being fetched, for every use of the trace.
+        after: bytes from then on to the next use.
     """
 
     most: int
-    peak: int
+    kept: int
     traffic: int
+    during: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 @dataclass
@@ -144,23 +147,24 @@ def simulate(trace: StepTrace, weights: Mapping[str, Weight], config: Any, ranks
         weights: by the names in `trace`; the scales of a 4-bit weight have its name with ``_absmax``.
         config: DeepSpeed's settings of ZeRO.
     """
+    nothing = (0,) * len(trace.uses)
     if ranks == 1:
-        return Gathers(0, trace.peak, 0)
-    uses = [Use(use.kind, _with_scales(use.parameters, weights), use.peak) for use in trace.uses]
+        return Gathers(0, 0, 0, nothing, nothing)
+    uses = [replace(use, parameters=_with_scales(use.parameters, weights)) for use in trace.uses]
     order = [use.parameters for use in uses if use.kind == "fetch"]
-    state, peak = _Coordinator(weights, config, ranks, order), 0
+    state, during, after, kept = _Coordinator(weights, config, ranks, order), list[int](), list[int](), 0
     for use in uses:
-        highest = state.now
+        if not use.backward:
+            kept = state.now
+        before, state.most = state.most, state.now
         if use.kind == "fetch":
-            before, state.most = state.most, state.now
             state.fetch(use.parameters)
-            highest, state.most = state.most, max(before, state.most)
         else:
             state.release(use.parameters)
-            highest = max(highest, state.now)
-        # Gathers come before the module's own tensors; the larger of the two moments counts.
-        peak = max(peak, state.now + use.peak, highest)
-    return Gathers(state.most, peak, state.traffic)
+        during.append(state.most)
+        after.append(state.now)
+        state.most = max(before, state.most)
+    return Gathers(state.most, kept, state.traffic, tuple(during), tuple(after))
 
 
 def _with_scales(names: Sequence[str], weights: Mapping[str, Weight]) -> tuple[str, ...]:

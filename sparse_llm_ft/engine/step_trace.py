@@ -50,12 +50,18 @@ class Use:
     Attributes:
         kind: ``fetch`` before a pass, ``release`` behind it.
         parameters: short names of those that the module reads.
-        peak: bytes alive at the most from here to the next use.
+        now: bytes alive at this moment.
+        peak: bytes alive at the most from here to the next use; in both, finished gradients left out.
+        gradients: bytes of the gradients that are finished before the next use.
+        backward: whether it belongs to the backward pass.
     """
 
     kind: Literal["fetch", "release"]
     parameters: tuple[str, ...]
+    now: int
     peak: int
+    gradients: int = 0
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class StepTrace:
 
     Attributes:
         kept: alive between the forward and the backward pass.
-        peak: the most alive at any time of both.
+        peak: the most alive at any time of both, finished gradients left out.
         head: by how much the output head's product and the loss rise above what was alive before.
         uses: every use of weights in both passes, the first one an empty one.
     """
@@ -101,6 +107,7 @@ def trace_step(
         watch = stack.enter_context(_watching(model, live))
         loss = inputs.loss(model, task_mode)
         head, kept = watch.head_rise(), live.now
+        watch.begin_backward()
         loss.backward()  # type: ignore[no-untyped-call]
         watch.close(live.recent)
     return StepTrace(kept, live.peak, head, tuple(watch.uses))
@@ -188,16 +195,26 @@ class _Watch:
 
     def __init__(self, live: LiveBytes) -> None:
         self._live, self._before_head, self._mark = live, 0, -1
-        self._open: tuple[Literal["fetch", "release"], tuple[str, ...]] = ("release", ())
+        self._backward, self._gradients = False, 0
+        self._open: tuple[Literal["fetch", "release"], tuple[str, ...], int] = ("release", (), 0)
         self.uses: list[Use] = []
 
     def note(self, kind: Literal["fetch", "release"], parameters: tuple[str, ...]) -> None:
         self.close(self._live.recent)
-        self._open = kind, parameters
+        self._open = kind, parameters, self._live.now
 
     def close(self, peak: int) -> None:
-        self.uses.append(Use(*self._open, peak))
+        self.uses.append(Use(*self._open, peak, self._gradients, self._backward))
         self._live.recent = self._live.now
+
+    def begin_backward(self) -> None:
+        """The backward pass is about to begin."""
+        self.note("release", ())
+        self._backward = True
+
+    def finished(self, parameter: torch.Tensor) -> None:
+        """A parameter's gradient is done."""
+        self._gradients += parameter.nbytes
 
     def begin_head(self) -> None:
         """The output head is about to run."""
@@ -219,6 +236,9 @@ def _watching(model: PeftModel, live: LiveBytes) -> Iterator[_Watch]:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda *_: watch.begin_head()))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(watch.finished))
     for module, names in readers(model):
         handles += _tell(module, names, watch.note)
     try:

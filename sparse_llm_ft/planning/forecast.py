@@ -176,7 +176,10 @@ class _PhasePlanner:
         """The largest micro-batch: padded to the longest sample."""
         config, size = self.context.config, self.phase.micro_batch_size
         reads_lengths = "flash" in (config.model.attn_implementation or "")
-        return Batch(size, self.samples.longest, None, (size > 1 or config.task.packing) and not reads_lengths)
+        longest = self.samples.longest
+        # Nothing predicts a sequence's first token.
+        supervised = longest - 1 if self.context.task_mode.mode == "causal_lm" else None
+        return Batch(size, longest, supervised, (size > 1 or config.task.packing) and not reads_lengths)
 
     @cached_property
     def trace(self) -> StepTrace:
@@ -203,7 +206,8 @@ class _PhasePlanner:
     def gathers(self) -> Gathers:
         """At stage 3; nothing at others."""
         if self.stage < 3:
-            return Gathers(0, self.trace.peak, 0)
+            nothing = (0,) * len(self.trace.uses)
+            return Gathers(0, 0, 0, nothing, nothing)
         trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
         return simulate(self.trace, self.inventory.weights, zero_settings(self.settings, trained), self.ranks)
 
@@ -227,15 +231,14 @@ class _PhasePlanner:
         config = self.context.config
         accumulation = phase.global_batch_size // (phase.micro_batch_size * self.ranks)
         static = held.base + held.adapters + held.optimizer
-        gradients = held.gradients
-        step = static + max(self.gathers.peak + held.gradients + held.buckets, gradients + held.update)
-        overhead = self.overhead.of(self.gathers.peak, self.ranks)
+        passes = self._passes(accumulation)
+        overhead = self.overhead.of(passes, self.ranks)
         largest = max((w.numel for w in self.inventory.weights.values() if w.trained), default=0)
         idle = static + (held.gradients + held.buckets if self.stage == 3 else 0)
         measures = config.evaluation.samples or config.training.eval_every is not None
         peaks = {
             "load": self._load() if self.first else 0,
-            "step": step + overhead,
+            "step": static + max(passes, held.gradients + held.update) + overhead,
             "change": 0 if after is None else held.base + after.changed() + self.overhead.of(0, self.ranks),
             "save": idle + 2 * 4 * largest + self.overhead.of(0, self.ranks),
             "evaluate": idle + self._evaluation() + overhead if measures else 0,
@@ -243,12 +246,12 @@ class _PhasePlanner:
         lines = {
             "base": held.base,
             "adapters": held.adapters,
-            "gradients": gradients,
+            "gradients": held.gradients,
             "optimizer": held.optimizer,
             "kept_for_backward": trace.kept,
             "logits_and_loss": trace.head,
             "dequantisation": self._dequantised(),
-            "gathered_weights": self.gathers.most,
+            "gathered_weights": self.gathers.kept,
             "communication_buckets": held.buckets,
             "device_overhead": overhead,
         }
@@ -267,6 +270,21 @@ class _PhasePlanner:
             self.foreseen.steps,
             held.offloaded,
         )
+
+    def _passes(self, accumulation: int) -> int:
+        """The most bytes of both passes beside what is always there: the step's tensors, gathered weights, buckets, and
+        gradients as far as they exist: with several micro-steps, those of the earlier ones from the beginning.
+        """
+        held, earlier, gathers = self.held, accumulation > 1, self.gathers
+        highest = 0
+        for use, during, after in zip(self.trace.uses, gathers.during, gathers.after, strict=True):
+            beside = held.gradients if earlier or self.stage == 3 else 0
+            if self.stage == 0 and not earlier:
+                beside = use.gradients
+            if self.stage == 3 or (self.stage and use.backward):
+                beside += held.buckets
+            highest = max(highest, beside + max(use.now + during, use.peak + after))
+        return highest
 
     def _load(self) -> int:
         """The base, and the largest of its tensors as it is read."""
