@@ -217,7 +217,7 @@ def opened(case: Case, models: dict[str, str]) -> tuple[Any, Any]:
 
     config = run_config(case, models[case.model])
     context = RunContext.open(config, World(0, case.ranks, 0, case.ranks), resolve_task(config.task))
-    return context, replace(SampleSizes.assumed(case.length), count=10**6)
+    return context, replace(SampleSizes.assumed(case.length), count=10**6, equal=not case.padded)
 
 
 def plan(case: Case, models: dict[str, str]) -> dict[str, int]:
@@ -297,8 +297,9 @@ def stepped(
 
     @contextmanager
     def forward() -> Iterator[None]:
+        there = live.now  # gradients of earlier micro-steps
         yield
-        found["kept_for_backward"] = live.now - gathered(model) + resident
+        found["kept_for_backward"] = live.now - there - gathered(model) + resident
         found["gathered_weights"] = gathered(model) - resident
 
     def backward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.live_bytes import LiveBytes
 from sparse_llm_ft.engine.step_trace import Batch, Inputs, on_the_gpu, traced_model
+from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import DTYPES
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -72,7 +74,7 @@ def evaluation_bytes(
             return EvaluationBytes(loss, 0, 0)
         rows, end = batch.samples * generation.beams, generation.prompt + generation.new - 1
         prompt, _ = _peak(lambda: _pass(model, rows, generation.prompt, 0, dtype))
-        cache = _pass(model, rows, end, 0, dtype).past_key_values
+        cache = _cache_of(_pass(model, rows, end, 0, dtype))
         held = _bytes_of(cache)
         last, _ = _peak(lambda: _pass(model, rows, 1, end, dtype, cache))
         scores = rows * int(model.config.get_text_config().vocab_size) * 4  # float32, and as they are chosen from
@@ -84,14 +86,19 @@ def _pass(model: Any, rows: int, new: int, before: int, dtype: torch.dtype, cach
     tokens = torch.zeros((rows, new), dtype=torch.long, device="meta")
     mask = torch.zeros((rows, 1, new, before + new), dtype=dtype, device="meta")
     positions = torch.arange(before, before + new, device="meta")[None].expand(rows, -1)
+    options = {} if cache is None else {_cache_name(model): cache}
     return model(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **options
     )
+
+
+def _cache_name(model: Any) -> str:
+    """The cache's name as an argument: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(base_of(model).forward).parameters else "past_key_values"
+
+
+def _cache_of(output: Any) -> Any:
+    return output["cache"] if "cache" in output else output["past_key_values"]
 
 
 def _peak(run: Callable[[], Any]) -> tuple[int, Any]:

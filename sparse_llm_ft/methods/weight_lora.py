@@ -59,6 +59,11 @@ class WeightLoraSettings(MethodSettings):
     batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
 
+    @classmethod
+    def example(cls, adapters: int, total_steps: int) -> dict[str, object]:
+        """A tenth of the adapters, after a tenth of the steps."""
+        return {"keep": max(1, adapters // 10), "steps": max(1, total_steps // 10)}
+
     @property
     def grows_batch(self) -> bool:
         """Whether the survivors' phase may get a larger micro-batch."""

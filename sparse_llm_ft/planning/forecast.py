@@ -11,6 +11,7 @@ from sparse_llm_ft.adapters import count_parameters
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.tasks.mode import TaskMode
+from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation, evaluation_bytes
 from sparse_llm_ft.engine.gathers import Gathers, simulate
@@ -179,7 +180,8 @@ class _PhasePlanner:
         longest = self.samples.longest
         # Nothing predicts a sequence's first token.
         supervised = longest - 1 if self.context.task_mode.mode == "causal_lm" else None
-        return Batch(size, longest, supervised, (size > 1 or config.task.packing) and not reads_lengths)
+        padded = size > 1 and not self.samples.equal
+        return Batch(size, longest, supervised, (padded or config.task.packing) and not reads_lengths)
 
     @cached_property
     def trace(self) -> StepTrace:
@@ -335,8 +337,15 @@ class _PhasePlanner:
         return adapters + sizes.step(tokens, size * samples.mean_square, size * samples.supervised, lowest, whole)
 
     def _communicated(self, accumulation: int) -> int:
+        """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
         if self.ranks == 1:
             return 0
+        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm.
+        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0)
+        return agreed + self._exchanged(accumulation)
+
+    def _exchanged(self, accumulation: int) -> int:
+        """Gradients and weights."""
         held, size = self.held, 2 if self.context.config.model.dtype == "bfloat16" else 4
         trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
         if self.stage == 0:

@@ -25,6 +25,7 @@ class SampleSizes:
         mean, mean_square: of their tokens, and of the squares.
         supervised: mean number of positions with a loss.
         count: number of sequences; None if it is not known.
+        equal: whether all are equally long, so that no micro-batch has padding.
         known: whether these are the run's own samples; else all are taken to be as long as allowed, every position
             with a loss.
     """
@@ -35,6 +36,7 @@ class SampleSizes:
     supervised: float
     count: int | None
     known: bool
+    equal: bool = False
 
     @classmethod
     def assumed(cls, length: int) -> SampleSizes:
@@ -52,7 +54,13 @@ def sample_sizes(context: RunContext) -> SampleSizes:
     some = range(0, len(sequences), max(1, len(sequences) // _LOOKED_AT))
     supervised = sum(context.objective.units(sequences[i]) for i in some) / len(some)
     return SampleSizes(
-        int(lengths.max()), float(lengths.mean()), float((lengths**2).mean()), supervised, len(lengths), True
+        int(lengths.max()),
+        float(lengths.mean()),
+        float((lengths**2).mean()),
+        supervised,
+        len(lengths),
+        True,
+        bool((lengths == lengths[0]).all()),
     )
 
 
