@@ -48,9 +48,9 @@ from sparse_llm_ft.model.flops import StepFlops, step_flops
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.planning.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.scoring.cache import hash_model
-from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
