@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, row: str) -> dict[str, float]:
     from sparse_llm_ft.model.loading import empty_model
     from sparse_llm_ft.phase import Phase
     from sparse_llm_ft.plan import uniform_plan, with_omega
-    from sparse_llm_ft.training.batch_size import grown_batch
+    from sparse_llm_ft.planning.batch_size import grown_batch
 
     sizes = {"micro_batch_size": options.micro, "global_batch_size": options.total}
     config = RunConfig.model_validate(

@@ -38,6 +38,7 @@ _FREE = {
     "training.max_skipped_updates",
     "training.prefix_cache",
     "training.prefix_cache_bytes",
+    "training.on_oom",
     "training.compile",
     "evaluation.micro_batch_size",
     "task.date",  # of the first start; the samples' key has it

@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_COUNTED = {"steps", "samples", "tokens", "seconds", "flops", "possible_flops"}
+_COUNTED = {"steps", "samples", "tokens", "seconds", "flops", "possible_flops", "out_of_memory"}
 
 
 class PhaseRecord(BaseModel):
@@ -29,6 +29,7 @@ class PhaseRecord(BaseModel):
         seconds: in optimizer steps, without evaluation or saving.
         flops, possible_flops: operations that steps cannot do without, and those that the devices could do meanwhile
             (model/flops.py); 0 where one of them is not known.
+        out_of_memory: how often a step ran out of memory, so that the micro-batch became smaller.
         measured: the scores at the phase's end, in a line; None before it, or without scores.
     """
 
@@ -46,6 +47,7 @@ class PhaseRecord(BaseModel):
     seconds: Seconds = 0.0
     flops: Seconds = 0.0
     possible_flops: Seconds = 0.0
+    out_of_memory: Count = 0
     measured: str | None = None
 
     @classmethod
@@ -142,6 +144,13 @@ class RunRecord(BaseModel):
         """
         known = self.trackers if trackers is None else dict(trackers)
         return self.model_copy(update={"current": current.model_copy(), "trackers": known, "best": best})
+
+    def shrunk(self, micro_batch_size: int) -> RunRecord:
+        """The record after a step of the current phase ran out of memory, which continues with this micro-batch."""
+        assert self.current is not None, "a phase is being trained"
+        counted = self.current.out_of_memory + 1
+        current = self.current.model_copy(update={"micro_batch_size": micro_batch_size, "out_of_memory": counted})
+        return self.with_current(current)
 
     def next_phase(self, measured: str | None) -> RunRecord:
         """The record after the end of the current phase.

@@ -10,6 +10,7 @@ from pathlib import Path
 from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
 from sparse_llm_ft.cli.doctor import add_command as add_doctor
+from sparse_llm_ft.cli.plan_command import add_command as add_plan
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
@@ -60,6 +61,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     summary = commands.add_parser("summary", help="show the table of a finished run")
     summary.add_argument("run", metavar="RUN", help="a run's output_dir")
     summary.set_defaults(command=_summary)
+    add_plan(commands)
     add_commands(commands)
     add_check_adapter(commands)
     add_doctor(commands)

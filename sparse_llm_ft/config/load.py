@@ -239,6 +239,7 @@ def _check_together(config: RunConfig) -> None:
     _check_evaluation(config.evaluation)
     _check_deepspeed(config.deepspeed)
     _check_compile(config)
+    _check_on_oom(config)
     if config.task.path is not None and not Path(config.task.path).is_dir():
         raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
     name = config.model.name
@@ -287,6 +288,23 @@ def _check_compile(config: RunConfig) -> None:
                 f"layers, but {obstacle}",
                 "expected off, or deepspeed.zero_stage 0 to 2, model.quantization none, adapter.lora_dropout 0 and "
                 "training.prefix_cache off",
+            )
+
+
+def _check_on_oom(config: RunConfig) -> None:
+    """Refuse to shrink the micro-batch where a rank's passes contain collectives, which it cannot leave."""
+    obstacles = {
+        "deepspeed.zero_stage is 3: a rank out of memory cannot gather the weights that others still wait for":
+            config.deepspeed.zero_stage == 3,
+        f"training.prefix_cache is {config.training.prefix_cache}: ranks exchange states within a forward pass":
+            config.training.prefix_cache != "off",
+    }  # fmt: skip
+    for obstacle, there in obstacles.items():
+        if there and config.training.on_oom == "shrink":
+            raise ConfigError(
+                "training.on_oom",
+                f"shrink, but {obstacle}",
+                "expected error, or deepspeed.zero_stage 0 to 2 and training.prefix_cache off",
             )
 
 

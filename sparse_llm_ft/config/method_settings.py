@@ -35,6 +35,16 @@ class MethodSettings(Section):
         """Why these settings compose with no other method, as text behind the name; None if they compose."""
         return self.why_alone if self.composes == "alone" else None
 
+    @classmethod
+    def example(cls, adapters: int, total_steps: int) -> dict[str, object]:
+        """Values of the keys that have no default, for a comparison with other methods.
+
+        Args:
+            adapters: number of target modules.
+            total_steps: optimizer steps of the run.
+        """
+        return {}
+
     @property
     def draws_samples(self) -> bool:
         """Whether the method needs a part of all training samples, which a stream cannot give."""

@@ -160,6 +160,8 @@ class TrainingConfig(Section):
             validation is kept, measured and exported in place of the last one. Validations of the run's last phase
             count, and a metric is taken on the first `evaluation.samples` of the validation split.
         early_stopping: ends the last phase before its end; None: it does not.
+        on_oom: whether running out of memory in a step ends the run, or halves the micro-batch, with twice the
+            accumulation, and makes the step again (engine/memory_guard.py).
         compile: ``layers`` compiles each layer with torch.compile when it is first called; same losses up to rounding.
     """
 
@@ -182,6 +184,7 @@ class TrainingConfig(Section):
     prefix_cache_bytes: Int = Field(2**33, ge=1)
     keep_best: str | None = None
     early_stopping: EarlyStopping | None = None
+    on_oom: Literal["error", "shrink"] = "error"
     compile: Literal["off", "layers"] = "off"
 
     @property

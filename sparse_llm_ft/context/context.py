@@ -63,7 +63,14 @@ class RunContext:
     objective: Objective[Any]
 
     @classmethod
-    def open(cls, config: RunConfig, world: World, task: Task, begun: bool = False) -> RunContext:
+    def open(
+        cls,
+        config: RunConfig,
+        world: World,
+        task: Task,
+        begun: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> RunContext:
         """Check every setting that model and DeepSpeed can check before weights are loaded.
 
         `train`, `derive`, `check` and `evaluate` all call it, so they refuse the same settings. It is not a collective:
@@ -72,6 +79,7 @@ class RunContext:
         Args:
             task: the result of `preflight`.
             begun: whether the run has a plan already, in a checkpoint; so has one whose folder holds checkpoints.
+            tokenizer: in place of the model's own, for planning without one.
 
         Raises:
             ConfigError: naming the setting.
@@ -102,7 +110,7 @@ class RunContext:
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, whole)
         # Text: lengths, tokenizer, loss.
         check_lengths(config, task, task_mode, empty)
-        tokenizer = tokenizer_for(config.model, task_mode, empty)
+        tokenizer = tokenizer_for(config.model, task_mode, empty) if tokenizer is None else tokenizer
         rows = token_rows(config, empty, tokenizer, whole)
         plan = replace(plan, trained=(*whole, *rows), rows=rows)
         if config.task.packing:

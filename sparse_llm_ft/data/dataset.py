@@ -199,7 +199,7 @@ class SplitBuilder:
 
         def find() -> None:
             nonlocal own
-            own = self._key(split, further, limit)
+            own = self.key(split, further, limit)
 
         self.ranks.on_leaders(find)  # one process per node reads a large file to its end
         key = self.ranks.broadcast(own)
@@ -349,7 +349,7 @@ class SplitBuilder:
         settings = self.config.task
         return [settings.chat_template_kwargs, settings.date if self.chat.uses_date else None]
 
-    def _key(self, split: str, further: str | None, limit: int | None) -> str:
+    def key(self, split: str, further: str | None = None, limit: int | None = None) -> str:
         """The cache key, from the contents of rows and tokenizer and from every setting that samples depend on."""
         task, settings = self.task, self.config.task
         templates = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in _NOT_CONTENT}

@@ -125,6 +125,19 @@ class EngineSettings:
         }
         return merge(ours, self.extra)
 
+    def group_of(self, name: str) -> str:
+        """The parameter group of a trained parameter: ``omega``; ``whole`` for modules of the base, whose moments
+        outlive a change of adapters and so need a step count of their own; ``lora_B`` under LoRA+; else ``adapter``.
+
+        Args:
+            name: the parameter's short name.
+        """
+        if is_omega(name):
+            return "omega"
+        if not is_adapter(name):
+            return "whole"
+        return "lora_B" if self.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
+
     def _without_its_norm(self) -> dict[str, object]:
         """AdapterOptimizer skips updates that are not finite. Where DeepSpeed allows it, it does not look as well: it
         would compute a norm of its own and wait for it.
@@ -212,7 +225,7 @@ class Engine:
         )
 
     def _groups(self) -> list[ParamGroup]:
-        """Parameter groups by `_group_of`, without empty ones, which DeepSpeed cannot take."""
+        """Parameter groups by `EngineSettings.group_of`, without empty ones, which DeepSpeed cannot take."""
         settings = self.settings
         groups: list[ParamGroup] = [
             {"name": "adapter", "algorithm": "adamw", "weight_decay": settings.weight_decay},
@@ -221,18 +234,8 @@ class Engine:
             {"name": "omega", "algorithm": settings.omega_algorithm, "weight_decay": 0.0},
         ]
         for group in groups:
-            group["params"] = [p for name, p in self.parameters.items() if self._group_of(name) == group["name"]]
+            group["params"] = [p for name, p in self.parameters.items() if settings.group_of(name) == group["name"]]
         return [group for group in groups if group["params"]]
-
-    def _group_of(self, name: str) -> str:
-        """A parameter's group: ``omega``; ``whole`` for modules of the base, whose moments outlive a change of adapters
-        and so need a step count of their own; ``lora_B`` under LoRA+; else ``adapter``.
-        """
-        if is_omega(name):
-            return "omega"
-        if not is_adapter(name):
-            return "whole"
-        return "lora_B" if self.settings.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
 
     def forward(self, **batch: torch.Tensor | bool) -> Any:
         """Collective at stage 3. The model's output for this rank's micro-batch."""
@@ -241,6 +244,16 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Collective. Accumulate gradients; DeepSpeed averages them over ranks and accumulation steps."""
         self._engine.backward(loss)
+
+    def forward_apart(self, **batch: torch.Tensor | bool) -> Any:
+        """As `forward` at stages 0 to 2, for a loss that `torch.autograd.grad` differentiates, not `backward`."""
+        return zero.forward_apart(self._engine, batch)
+
+    def backward_given(self, gradients: list[torch.Tensor]) -> None:
+        """Collective. As `backward`, with gradients that have been computed: one for each of `parameters`, in order, of
+        the loss divided by the accumulation steps. Empties the list. Stages 0 to 2.
+        """
+        zero.backward_given(self._engine, gradients, list(self.parameters.values()))
 
     def step(self, learning_rate: float) -> None:
         """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.

@@ -29,7 +29,8 @@ class _FusedAttention(torch.autograd.Function):
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         # transformers adds the mask to T5's position biases in every layer, and the kernel saves each sum.
-        biases = [] if bias is None else [torch.empty_like(bias)]
+        # A mask's own bias has been made for this call.
+        biases = [] if bias is None else [torch.empty_like(bias) if bias.requires_grad else bias]
         ctx.save_for_backward(query, key, value, output, log_sum_exp, *biases)
         return output
 
@@ -47,9 +48,11 @@ def _fused_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, H, L, D) in, (B, L, H, D) out."""
-    output: torch.Tensor = _FusedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, kwargs.get("position_bias")
-    )
+    bias: Any = kwargs.get("position_bias")
+    mask = args[0] if args else kwargs.get("attention_mask")
+    if bias is None and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+        bias = mask.new_empty(mask.shape, dtype=query.dtype)  # torch makes it in every layer; the kernel saves it
+    output: torch.Tensor = _FusedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

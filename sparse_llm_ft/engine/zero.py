@@ -20,6 +20,8 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.runtime.utils import register_output_backward_hooks
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
@@ -39,6 +41,10 @@ DeepSpeedParameter: TypeAlias = Any
 _STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
 _LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "_external_params", "ds_external_parameters", "all_parameters")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+DeepSpeedEngine: TypeAlias = Any
+"""What `deepspeed.initialize` returns, without types."""
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -94,6 +100,43 @@ def flat_gradients(wrapped: Wrapped, masters: Sequence[Master]) -> list[torch.Te
         return [master.grad for _, master in masters]  # type: ignore[misc]
     parts = wrapped.averaged_gradients
     return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
+
+
+def forward_apart(engine: DeepSpeedEngine, batch: Mapping[str, object]) -> Any:
+    """The model's output without what `DeepSpeedEngine.forward` hangs on it: hooks that begin ZeRO's part of a backward
+    pass.
+    """
+    with autocast_if_enabled(engine):
+        return engine.module(**batch)
+
+
+class _Given(torch.autograd.Function):
+    """0, as a function of parameters whose gradients are given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        given = tuple(ctx.gradients)
+        ctx.gradients.clear()  # a parameter's `grad` then takes over the memory
+        return None, *given
+
+
+def backward_given(
+    engine: DeepSpeedEngine, gradients: list[torch.Tensor], parameters: Sequence[DeepSpeedParameter]
+) -> None:
+    """Collective. DeepSpeed's backward pass with given gradients, one for each parameter. Empties the list.
+
+    It does what `DeepSpeedEngine.forward` does for a loss that comes from its output.
+    """
+    loss: torch.Tensor = _Given.apply(gradients, *parameters)  # type: ignore[no-untyped-call]
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        engine.optimizer.clear_backward_seen_flag()
+    register_output_backward_hooks(loss, engine._backward_prologue, engine._backward_prologue_per_tensor)
+    engine.backward(loss)
 
 
 def _slice_at_stage_3(wrapped: Wrapped, parameter: DeepSpeedParameter) -> ShardSlice | None:

@@ -55,6 +55,15 @@ class Chain:
             return None
         return self._expand(phase.method, *following, targets)
 
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """As `Method.foresee`, for the chain. What follows a method's first phase is expanded as by `next`."""
+        following = self.methods[phase.method].foresee(phase, targets)
+        if following is None:
+            return None
+        after, assumption = following
+        nothing = TrainState({}, {}, {}, Progress(), {})
+        return self._expand(phase.method, after, nothing, targets)[0], assumption
+
     def outlook(self, phase: Phase, targets: Mapping[str, Shape]) -> str | None:
         """As `Method.outlook`, by the phase's own method."""
         return self.methods[phase.method].outlook(phase, targets)

@@ -80,11 +80,23 @@ class LoraDrop(Method[LoraDropSettings]):
             return None
         assert isinstance(scores, dict)
         kept = self.choose(importance_by_type(scores, module_kind))
-        plan = self._shared(phase.plan, kept, targets)
-        after = replace(
+        return self._after(phase, self._shared(phase.plan, kept, targets)), state.fresh()
+
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """As if all layers were equally important: then the most of them keep their own adapters."""
+        if phase.scoring is None:
+            return None
+        types: dict[str, int] = {}
+        for name in phase.plan.active:
+            types[module_kind(name)] = types.get(module_kind(name), 0) + 1
+        kept = self.choose({name: 1 / types[module_kind(name)] for name in phase.plan.active})
+        after = self._after(phase, self._shared(phase.plan, kept, targets))
+        return after, f"{len(kept)} of {len(phase.plan.active)} adapters stay, as if all were equally important"
+
+    def _after(self, phase: Phase, plan: AdapterPlan) -> Phase:
+        return replace(
             phase, name="train", plan=plan, steps=None, epochs=None, subset=None, is_warmup=False, scoring=None
         )
-        return after, state.fresh()
 
     def choose(self, y: Mapping[str, float]) -> set[str]:
         """The modules that keep their own adapter: per type as many as importance says, chosen by `choose`."""

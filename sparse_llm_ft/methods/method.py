@@ -74,6 +74,12 @@ class Method(ABC, Generic[S]):
         """
         return None
 
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """The phase after `phase` as far as it is known before anything is measured, and in words what it assumes will
+        be measured; None: the run ends here. For planning alone: `next` decides.
+        """
+        return None
+
     def resumed(self, phase: Phase) -> Phase:
         """A phase of this method from a checkpoint, with the present values of the free settings
         (`MethodSettings.free`).

@@ -28,7 +28,8 @@ from sparse_llm_ft.plan import AdapterPlan, Shape
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState
     from sparse_llm_ft.config import RunConfig
-    from sparse_llm_ft.scoring import Derivation
+    from sparse_llm_ft.scoring import Derivation, Importance
+    from sparse_llm_ft.scoring.masks import Selection
     from sparse_llm_ft.scoring.scores import Scores
 
 
@@ -206,12 +207,41 @@ class PartialLora(Method[PartialLoraSettings]):
         if phase.scoring is None:
             return None
         assert isinstance(scores, Derivation)
-        after = replace(phase, name="train", steps=None, epochs=None, subset=None, is_warmup=False, scoring=None)
-        after = replace(after, learning_rate=None, target_plan=None)
+        after = self._after(phase)
         if phase.target_plan is None:
             return self._masked(after, phase.plan, state, scores, targets)
         # The head was fitted only for the scores; the run itself starts from a fresh one, as with any method.
         return self._masked(after, phase.target_plan, state.fresh(), scores, targets)
+
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """Masks that keep as much as the derivation may: everything, or what `ratio` leaves of it."""
+        if phase.scoring is None:
+            return None
+        settings, plan = self.settings, phase.target_plan or phase.plan
+        names = list(plan.active)
+        if not settings.derives:
+            ratios, words = self._ratios(names, None, targets), "every module keeps what its given ratio says"
+        else:
+            share = 1.0 if settings.ratio is None else max(settings.ratio, settings.min_ratio)
+            ratios = dict.fromkeys(names, (share, share))
+            words = f"every module keeps {share:g} of its rows and columns"
+            words += " (method.ratio)" if settings.ratio is not None else ", the most that a derivation can leave"
+        # Which rows and columns these are does not matter, only how many.
+        after, _ = self._with_masks(self._after(phase), plan, ratios, None, "random", targets)
+        return after, words
+
+    def _after(self, phase: Phase) -> Phase:
+        return replace(
+            phase,
+            name="train",
+            steps=None,
+            epochs=None,
+            subset=None,
+            is_warmup=False,
+            scoring=None,
+            learning_rate=None,
+            target_plan=None,
+        )
 
     def resumed(self, phase: Phase) -> Phase:
         """The phase with the present micro-batch of the derivation and its present cache."""
@@ -229,24 +259,39 @@ class PartialLora(Method[PartialLoraSettings]):
         scores: Derivation | None,
         targets: Mapping[str, Shape],
     ) -> tuple[Phase, TrainState]:
-        from sparse_llm_ft.methods.masking import mask_state, masked_plan, scaled_masks
+        from sparse_llm_ft.methods.masking import mask_state
         from sparse_llm_ft.scoring import preserve_flow
 
-        settings, inputs = self.settings, self.inputs
+        settings = self.settings
         importance = None if scores is None else scores.importance
         if importance is not None and settings.flow_preservation:
             importance = preserve_flow(importance)
         ratios = self._ratios(list(plan.active), scores, targets)
-        masked = masked_plan(plan, targets, ratios, importance, settings.selection, settings.temperature, inputs.seed)
+        after, masked = self._with_masks(phase, plan, ratios, importance, settings.selection, targets)
+        # AdaLoRA's matrices differ from those that may be trained already.
+        return after, state.fresh() if settings.base == "adalora" else mask_state(state, plan, masked)
+
+    def _with_masks(
+        self,
+        phase: Phase,
+        plan: AdapterPlan,
+        ratios: Mapping[str, tuple[float, float]],
+        importance: Mapping[str, Importance] | None,
+        selection: Selection,
+        targets: Mapping[str, Shape],
+    ) -> tuple[Phase, AdapterPlan]:
+        """The phase that trains the masked plan, and that plan before it becomes AdaLoRA's."""
+        from sparse_llm_ft.methods.masking import masked_plan, scaled_masks
+
+        settings, inputs = self.settings, self.inputs
+        masked = masked_plan(plan, targets, ratios, importance, selection, settings.temperature, inputs.seed)
         masked = replace(masked, masking=settings.masking)
         if settings.mask_scaling:
             masked = scaled_masks(masked)
         if settings.base == "dora":
             masked = replace(masked, tuner="dora")
-        if settings.base == "adalora":
-            # AdaLoRA's matrices differ from those that may be trained already.
-            return replace(phase, plan=adalora_plan(masked, settings.adalora, inputs)), state.fresh()
-        return replace(phase, plan=masked), mask_state(state, plan, masked)
+        adalora = settings.base == "adalora"
+        return replace(phase, plan=adalora_plan(masked, settings.adalora, inputs) if adalora else masked), masked
 
     def _ratios(
         self, names: list[str], scores: Derivation | None, targets: Mapping[str, Shape]

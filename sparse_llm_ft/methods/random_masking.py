@@ -33,6 +33,11 @@ class RandomMaskingSettings(MethodSettings):
 
     ratio: Share
 
+    @classmethod
+    def example(cls, adapters: int, total_steps: int) -> dict[str, object]:
+        """A tenth of the entries."""
+        return {"ratio": 0.1}
+
 
 class RandomMasking(Method[RandomMaskingSettings]):
     """One phase that trains randomly drawn entries of every A and B."""

@@ -107,5 +107,14 @@ class SparseAdapter(PartialLora):
         if not isinstance(scores, EntryScores):
             return super().next(phase, state, scores, targets)
         plan = largest_entries(phase.plan, scores.values, 1 - self.own.sparsity)
-        after = replace(phase, name="train", plan=plan, steps=None, subset=None, is_warmup=False, scoring=None)
-        return after, state.fresh()
+        return replace(self._after(phase), plan=plan), state.fresh()
+
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """As many entries as `sparsity` leaves, drawn at random."""
+        from sparse_llm_ft.methods.masking import random_entries
+
+        if self.own.rule == "rows_columns" or phase.scoring is None:
+            return super().foresee(phase, targets)
+        share = 1 - self.own.sparsity
+        plan = random_entries(phase.plan, targets, share, self.inputs.seed)
+        return replace(self._after(phase), plan=plan), f"{share:g} of all entries stay (method.sparsity)"

@@ -59,6 +59,11 @@ class WeightLoraSettings(MethodSettings):
     batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
 
+    @classmethod
+    def example(cls, adapters: int, total_steps: int) -> dict[str, object]:
+        """A tenth of the adapters, after a tenth of the steps."""
+        return {"keep": max(1, adapters // 10), "steps": max(1, total_steps // 10)}
+
     @property
     def grows_batch(self) -> bool:
         """Whether the survivors' phase may get a larger micro-batch."""
@@ -151,7 +156,34 @@ class WeightLora(Method[WeightLoraSettings]):
         budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
         plan = _disconnect(phase.plan, state)
         plan, state = self.grown(plan, _only(plan, state), targets, budget)
-        after = replace(
+        return self._after(phase, plan), state
+
+    def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
+        """K survivors where they need most: the first adapter that may stay, and the largest of the others."""
+        cut = phase.cut
+        if cut is None:
+            return None
+        active = phase.plan.active
+        budget = sum(a.matrices(targets[name]) for name, a in active.items())
+        first, *others = list(active)[cut.first :]
+        others.sort(key=lambda name: -active[name].matrices(targets[name]))  # stable: the lower of equals first
+        kept = {first, *others[: cut.keep - 1]}
+        modules = {
+            name: replace(adapter, omega=1.0, train_omega=False) if adapter and name in kept else None
+            for name, adapter in phase.plan.modules.items()
+        }
+        ranks = self.grown_ranks(replace(phase.plan, modules=modules), targets, budget)
+        for name, adapter in modules.items():
+            if adapter is not None:
+                modules[name] = replace(adapter, r=ranks[name], lora_alpha=adapter.scaling * ranks[name])
+        lowest = self.inputs.cost and self.inputs.cost.layer(self.inputs.cost.lowest([first]))
+        return self._after(phase, replace(phase.plan, modules=modules)), (
+            f"{len(kept)} of {len(active)} adapters survive, the first of them in {lowest or first}, the others among "
+            "the largest"
+        )
+
+    def _after(self, phase: Phase, plan: AdapterPlan) -> Phase:
+        return replace(
             phase,
             name="train",
             plan=plan,
@@ -161,7 +193,10 @@ class WeightLora(Method[WeightLoraSettings]):
             batch_growth=self.settings.batch_growth,
             lr_scaling=self.settings.lr_scaling,
         )
-        return after, state
+
+    def grown_ranks(self, plan: AdapterPlan, targets: Mapping[str, Shape], budget: int) -> dict[str, int]:
+        """The survivors' ranks, unchanged; as `grown`."""
+        return {name: adapter.r for name, adapter in plan.active.items()}
 
     def outlook(self, phase: Phase, targets: Mapping[str, Shape]) -> str | None:
         """Under ``cost``: where survivors may be, and what a step then costs."""

@@ -56,8 +56,7 @@ class WeightLoraPlus(WeightLora):
 
         expansion = self.settings.expansion
         shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
-        before = {name: a.r for name, a in plan.active.items()}
-        ranks = rank_growth.grow_ranks(before, shapes, budget, self.settings.max_rank)
+        ranks = self.grown_ranks(plan, targets, budget)
         expand = rank_growth.expand_qr if expansion == "qr" else rank_growth.expand_gaussian
         modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
         tensors = dict(state.tensors)
@@ -78,6 +77,14 @@ class WeightLoraPlus(WeightLora):
             replace(plan, modules=modules),
             replace(state, tensors=tensors, moments=moments, optimizer_steps=steps),
         )
+
+    def grown_ranks(self, plan: AdapterPlan, targets: Mapping[str, Shape], budget: int) -> dict[str, int]:
+        """The largest ranks within the budget, see `rank_growth.grow_ranks`."""
+        from sparse_llm_ft.methods import rank_growth
+
+        shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
+        before = {name: a.r for name, a in plan.active.items()}
+        return rank_growth.grow_ranks(before, shapes, budget, self.settings.max_rank)
 
     def survivors_work(self, works: Mapping[str, float], stay: Sequence[bool]) -> float:
         """That of all adapters, into whose parameters the survivors' ranks grow."""

@@ -26,6 +26,9 @@ CHUNK_ELEMENTS = 2**24
 CHUNK_ELEMENTS_CUDA = 2**26
 """On a GPU, where a smaller chunk takes less time to multiply than its weight to read."""
 
+planned_on_gpu: ContextVar[bool] = ContextVar("planned_on_gpu", default=False)
+"""Whether tensors of the meta device stand for a GPU's."""
+
 _targets: ContextVar[torch.Tensor | None] = ContextVar("targets", default=None)
 
 
@@ -37,7 +40,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if needed else None
-        size = max(1, (CHUNK_ELEMENTS_CUDA if hidden.is_cuda else CHUNK_ELEMENTS) // weight.shape[0])
+        on_gpu = hidden.is_cuda or (hidden.is_meta and planned_on_gpu.get())
+        size = max(1, (CHUNK_ELEMENTS_CUDA if on_gpu else CHUNK_ELEMENTS) // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             logits = hidden[chunk] @ weight.t()  # (C, V)

@@ -3,6 +3,10 @@
 On a GPU the host runs ahead of it by up to one step: loss, gradient norm and the decision to skip an update stay on the
 device, and the host reads them when the next step is on its way. It reads them at once where what follows needs them:
 before a save or a validation, at the phase's end, in a phase with a callback, and on a CPU, where reading is free.
+
+With a `guard`, a rank that runs out of memory makes the step's collectives all the same, and the all-reduce of the loss
+tells the others. No rank makes that update, nor one that the host has begun meanwhile; the loop ends, with the progress
+and the engine as they were before the step.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +24,16 @@ import torch.distributed as dist
 
 from sparse_llm_ft.adapters import tuner_of
 from sparse_llm_ft.checkpoint.state import Progress
+from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.memory_guard import MemoryGuard
 from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.model.buffers import KeptBuffers
-from sparse_llm_ft.objectives.base import Objective, lengths_of
+from sparse_llm_ft.objectives.base import Forward, Objective, lengths_of
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.batches import BatchThread, Share, ShareMaker
 from sparse_llm_ft.training.callbacks import Callback
@@ -68,7 +75,8 @@ class _Made:
 
     Attributes:
         after: the progress after it, if its update is made.
-        values: loss summed over ranks, gradient norm, and how many ranks have received each signal.
+        values: loss summed over ranks, how many of them ran out of memory, gradient norm, and how many have received
+            each signal.
         gradients: of the update, where a callback needs them.
     """
 
@@ -96,6 +104,8 @@ class Loop:
         preempted_by: the signal that asked any rank to stop, during the last step or before.
         runs_ahead: whether a step's values may be read after the next one has begun.
         prefix: computes losses with cached states, if set.
+        guard: catches it when memory does not suffice, if set; beside it there is no `prefix`.
+        out_of_memory: whether the loop has ended because it did not, on any rank.
     """
 
     engine: Engine
@@ -125,6 +135,8 @@ class Loop:
         )
         self._asked: str | None = None  # the signal, before the engine is where the run can stop
         self.prefix: PrefixCache | None = None
+        self.guard: MemoryGuard | None = None
+        self.out_of_memory = False
         self._skipped = 0  # in a row
         self._shares: dict[int, tuple[Share, HostRead]] = {}  # by the samples consumed before
         self._buffers = KeptBuffers(self.engine.module)
@@ -153,6 +165,8 @@ class Loop:
                     if len(waiting) == 1 and self._may_wait(last.after) and not at_once(last.after):
                         break
                     step = self._finish(waiting.pop(0), not waiting)
+                    if step is None:
+                        return
                     step.seconds = time.perf_counter() - began
                     yield step
                     began = time.perf_counter()
@@ -196,12 +210,13 @@ class Loop:
         total = torch.zeros((), device=self.device)
         gradients: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(share.batches):
-            moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-            loss = loss_of(self.engine.forward, moved)
-            total += loss.detach()
-            # A loss that is not finite can have finite gradients, and the engine would not skip the update.
-            factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
-            self.engine.backward(loss * factors + self.tuner.penalty(phase.plan, self.engine.parameters))
+            losses = partial(self._losses, loss_of, batch, factor)
+            if self.guard is None:
+                loss, differentiated = losses(self.engine.forward)
+                self.engine.backward(differentiated)
+            else:
+                loss = self.guard.backward(losses)
+            total += loss
             if self.callback is not None and self.callback.needs_gradients and i == len(share.batches) - 1:
                 gradients = self.engine.gradients()
             self.engine.step(learning_rate)
@@ -210,6 +225,16 @@ class Loop:
         values = HostRead(self._sum_loss(total))
         cached = None if self.prefix is None else self.prefix.served
         return _Made(self._after(progress), learning_rate, units, tokens, squares, values, gradients, cached)
+
+    def _losses(
+        self, loss_of: LossOf, batch: Batch, factor: float, forward: Forward
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective, as `forward` is. A micro-batch's loss, detached, and what is differentiated: two scalars."""
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        loss = loss_of(forward, moved)
+        # A loss that is not finite can have finite gradients, and the engine would not skip the update.
+        factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)
+        return loss.detach(), loss * factors + self.tuner.penalty(self.phase.plan, self.engine.parameters)
 
     def _share(self, progress: Progress, thread: BatchThread) -> tuple[Share, int, int, int]:
         """Collective. This rank's share of the step that begins at `progress`; units, tokens and squared lengths of the
@@ -240,26 +265,31 @@ class Loop:
         return HostRead(shared)
 
     def _sum_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Collective. (2 + signals,) float64: the loss summed over ranks, the gradient norm, and the summed flags of
-        their signals, which go along, so agreeing on them is free.
+        """Collective. (3 + signals,) float64: the loss summed over ranks, how many of them ran out of memory, the
+        gradient norm, and the summed flags of their signals. The flags go along, so agreeing on them is free.
         """
-        caught = torch.tensor(signals.caught(), dtype=loss.dtype).to(self.device, non_blocking=True)
-        shared = torch.cat([loss.reshape(1), caught])
+        failed = self.guard is not None and self.guard.failed
+        flags = torch.tensor([failed, *signals.caught()], dtype=loss.dtype).to(self.device, non_blocking=True)
+        shared = torch.cat([loss.reshape(1), flags])
         dist.all_reduce(shared)
         norm = torch.as_tensor(self.engine.norm, dtype=torch.float64, device=self.device)
-        return torch.cat([shared[:1].double(), norm.reshape(1), shared[1:].double()])
+        return torch.cat([shared[:2].double(), norm.reshape(1), shared[2:].double()])
 
     def _may_wait(self, after: Progress) -> bool:
         """Whether another step is certain to follow, and may begin before the values of this one are known."""
         return self.runs_ahead and self._asked is None and not self._over(after)
 
-    def _finish(self, made: _Made, is_last: bool) -> Step:
-        """Collective. Read a step's values, count it, and run the callback on an update that was made.
+    def _finish(self, made: _Made, is_last: bool) -> Step | None:
+        """Collective. Read a step's values, count it, and run the callback on an update that was made. None: a rank
+        ran out of memory, so the step was not made.
 
         Args:
             is_last: whether the engine is as this step left it; only then may the run stop here.
         """
-        loss, norm, *flags = made.values.numbers()
+        loss, failed, norm, *flags = made.values.numbers()
+        if failed:
+            self.out_of_memory = True
+            return None
         mean_loss = loss / made.units
         asked = self._asked = self._asked or signals.preempted_by(flags)
         self.preempted_by = asked if is_last else None

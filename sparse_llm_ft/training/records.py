@@ -70,6 +70,7 @@ def step_line(record: PhaseRecord, step: Step, loop: Loop, flops: StepFlops | No
         "active_adapters": step.active_adapters,
         **({} if step.cached_samples is None else {"cached_samples": step.cached_samples}),
         **({"skipped": True} if step.skipped else {}),
+        **({"out_of_memory": record.out_of_memory} if record.out_of_memory else {}),
         **step.callback,
     }
 
@@ -175,6 +176,11 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
         table.add_row(MFU, *("" if (m := phase.get("mfu")) is None else f"{m:.1%}" for phase in summary["phases"]))
     console.rich.print(table)
     for phase in summary["phases"]:
+        if count := phase.get("out_of_memory"):
+            console.log(
+                f"phase {phase['name']} ran out of memory {count} time{'s' if count > 1 else ''} and ended with "
+                f"micro-batch {phase['micro_batch_size']}"
+            )
         if phase.get("measured"):
             console.log(f"phase {phase['name']} measured: {phase['measured']}")
     if left_out := summary.get("without_adapters"):

@@ -37,6 +37,7 @@ from sparse_llm_ft.distributed.collectives import (
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model, untrained_tensors
 from sparse_llm_ft.engine.engine import Engine, process_group
+from sparse_llm_ft.engine.memory_guard import MemoryGuard
 from sparse_llm_ft.errors import PreemptionRequested, UserError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
@@ -48,9 +49,9 @@ from sparse_llm_ft.model.flops import StepFlops, step_flops
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.planning.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.scoring.cache import hash_model
-from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth
 from sparse_llm_ft.training.best import NOTHING_WATCHED, BestWatch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
@@ -185,7 +186,7 @@ class Run:
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
             # Train the phase and take its scores; the method makes the next phase from them.
-            engine, state = self._train_phase(model, phase, state)
+            engine, phase, state = self._train_phase(model, phase, state)
             scores = self.scorer(engine, phase, *self._scored(phase), state.tensors)
             following = self.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
@@ -238,8 +239,34 @@ class Run:
             self.console.log(line)
         return state, phase
 
-    def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState]:
-        """Collective. Train one phase to its end; returns its engine and its last state, which is also saved."""
+    def _train_phase(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, Phase, TrainState]:
+        """Collective. Train one phase to its end; returns its engine and its last state, which is also saved.
+
+        The phase returned has a smaller micro-batch where memory did not suffice for the given one.
+        """
+        outlook = self.methods.outlook(phase, self.targets)
+        for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
+            self.console.log(remark)
+        while True:
+            engine, state, out_of_memory = self._train_until(model, phase, state)
+            self._save(state)  # if the run is killed during the phase change, it repeats the change
+            if not out_of_memory:
+                return engine, phase, state
+            # Continue from the step before, with a new engine around the same model.
+            engine.close()
+            smaller = shrunk_batch(phase, self.world.size, state.progress.step + 1)
+            state = replace(state, phase=smaller.to_dict(), record=state.record.shrunk(smaller.micro_batch_size))
+            self._save(state)
+            self.console.log(
+                f"step {state.progress.step + 1} ran out of memory and is made again: micro-batch "
+                f"{phase.micro_batch_size} -> {smaller.micro_batch_size}, global batch {phase.global_batch_size}"
+            )
+            phase = smaller
+
+    def _train_until(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState, bool]:
+        """Collective. Train a phase to its end, or until memory does not suffice for a step: its engine, the state
+        after the last step made, and whether memory did not suffice.
+        """
         engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
         engine.load_state_dict(state.engine_state)
         if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
@@ -247,10 +274,9 @@ class Run:
             self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
             state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
         # Open the phase's loop, record and logs.
-        outlook = self.methods.outlook(phase, self.targets)
-        for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
-            self.console.log(remark)
         loop = self._loop(engine, phase, state)
+        if self.config.training.on_oom == "shrink":
+            loop.guard = MemoryGuard(engine)
         folder = partial(self._states_folder, phase)
         loop.prefix = open_prefix(loop, self.config.training, self.console.log, folder)
         progress = loop.progress
@@ -270,12 +296,9 @@ class Run:
                 self._count(step, loop, record, state, writer, flops)
                 if self.best.stops:
                     break
-        # Save the state at the phase's end: if the run is killed during the phase change, it repeats the change.
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
-        state = self._read_state(loop, record, state)
-        self._save(state)
-        return engine, state
+        return engine, self._read_state(loop, record, state), loop.out_of_memory
 
     def _writer(self, step: int) -> MetricsLogger:
         tensorboard = "tensorboard" in self.config.trackers

@@ -31,6 +31,15 @@ def test_a_phase_that_continues_counts_on() -> None:
     assert continued.tokens_per_second == 200.0 and record_of(PILOT, 0).tokens_per_second == 0.0
 
 
+def test_a_phase_that_ran_out_of_memory_counts_it_and_counts_on() -> None:
+    before = RunRecord(run="r", samples="s", micro_batch_size=2).with_current(record_of(PILOT, 3))
+    shrunk = before.shrunk(1).shrunk(1)
+    assert shrunk.current is not None and (shrunk.current.micro_batch_size, shrunk.current.out_of_memory) == (1, 2)
+    assert before.current is not None and before.current.out_of_memory == 0
+    continued = record_of(PILOT, 1, before=shrunk.current)
+    assert (continued.steps, continued.out_of_memory) == (4, 2)
+
+
 def test_a_checkpoints_record_does_not_count_on() -> None:
     current = record_of(PILOT, 1)
     saved = RunRecord(run="r", samples="s", micro_batch_size=2).with_current(current)
@@ -59,6 +68,7 @@ def test_the_summary_has_all_phases_and_what_was_measured_between_them(settings:
         ("samples", 16),
         ("tokens", 200),
         ("seconds", 1.0),
+        ("out_of_memory", 0),
         ("tokens_per_second", 200.0),
         ("mfu", None),
     ]

@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from helpers import (  # noqa: F401  (register their cases)
     evaluation_cases,
     mask_cases,
+    memory_cases,
     method_cases,
     prefix_cases,
     rebuild_cases,

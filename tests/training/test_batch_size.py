@@ -21,8 +21,8 @@ from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
-from sparse_llm_ft.training import batch_size
-from sparse_llm_ft.training.batch_size import (
+from sparse_llm_ft.planning import batch_size
+from sparse_llm_ft.planning.batch_size import (
     grown_batch,
     largest_micro_batch,
     nearest_global_batch,

@@ -94,6 +94,27 @@ def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Ph
     return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)
 
 
+def shrunk_batch(phase: Phase, world_size: int, step: int) -> Phase:
+    """A phase whose micro-batch did not fit: half of it, or less where half does not divide the global batch, which
+    stays.
+
+    Args:
+        step: the step that ran out of memory, for the error.
+
+    Raises:
+        ConfigError: the micro-batch is 1.
+    """
+    if phase.micro_batch_size == 1:
+        raise ConfigError(
+            "training.on_oom",
+            f"shrink, and step {step} ran out of memory at micro-batch 1; the steps before it are saved",
+            "resume with model.gradient_checkpointing: true or a higher deepspeed.zero_stage, or start over with a "
+            "smaller task.max_length or model.quantization: nf4",
+        )
+    micro = largest_micro_batch(phase.global_batch_size, world_size, phase.micro_batch_size // 2)
+    return phase.with_batch(micro, phase.global_batch_size, phase.lr_factor)
+
+
 def grown_batch(
     phase: Phase,
     before: Phase,

@@ -1,0 +1,154 @@
+"""The command `plan`: what is typed and what is printed. Imports no torch itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+from sparse_llm_ft.config import RunConfig, load_config, split_arguments
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.errors import UserError, reason_of
+from sparse_llm_ft.run_folder import open_run
+
+DOES_NOT_FIT = 3
+"""Exit status."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def add_command(commands: Any) -> None:
+    """Enter the command among those of the command line.
+
+    Args:
+        commands: what `ArgumentParser.add_subparsers` returned.
+    """
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will need on each device, before anything is loaded; exit status 3: it does not fit",
+    )
+    plan.add_argument("--config", nargs="+", required=True, metavar="FILE", help="as of train; settings may follow")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of a node, one process each")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="such as 80GiB; default: that of this machine's GPU")
+    plan.add_argument("--tflops", type=float, metavar="N", help="what a device does in a second, for times")
+    plan.add_argument("--card", metavar="NAME", help="a known card in place of --tflops, with --mfu of its peak")
+    plan.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="default: 0.4")
+    plan.add_argument("--rate-of", metavar="RUN", help="times as a finished run of this model measured them")
+    plan.add_argument("--json", action="store_true", help="print JSON alone")
+    plan.add_argument("--no-others", action="store_true", help="leave out the table of other methods")
+    plan.set_defaults(command=run_plan)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Forecast and print; ends with status 3 if a phase does not fit."""
+    config, world = load_config(*split_arguments(options.config)), _world(options)
+    given = None if options.gpu_memory is None else parse_size(options.gpu_memory)
+    _check_rates(options)
+    from sparse_llm_ft.planning.forecast import forecast
+    from sparse_llm_ft.planning.opening import open_for_planning
+    from sparse_llm_ft.planning.samples import sample_sizes
+    from sparse_llm_ft.planning.tables import phase_table, size_text, to_json
+
+    memory, on_gpu = _memory(given, world)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what a run would log
+        context = open_for_planning(config, world)
+    samples = sample_sizes(context)
+    try:
+        found = forecast(context, samples=samples, on_gpu=on_gpu)
+    except UserError:
+        raise
+    except Exception as error:  # a model may fail on the meta device in any way
+        reason = f"{type(error).__name__}: {reason_of(error, 200)}"
+        raise UserError(f"model.name: the memory of {config.model.name} cannot be planned ({reason})") from error
+    fits = found.fits(memory)
+    if options.json:
+        print(json.dumps(to_json(found, fits), indent=1))
+        sys.exit(0 if fits else DOES_NOT_FIT)
+    rates = _rates(options, found, config)
+    for note in found.notes:
+        print(note)
+    where = f"{world.size} {'GPU' if on_gpu else 'process'}{'s' if on_gpu and world.size > 1 else ''}"
+    print(f"one of {where}, ZeRO-{config.deepspeed.zero_stage}, {size_text(memory)} each\n")
+    for phase in found.phases:
+        print(phase_table(phase, world.size, rates) + "\n")
+    if not options.no_others:
+        from sparse_llm_ft.planning.others import other_methods
+        from sparse_llm_ft.planning.tables import others_table
+
+        total = sum(phase.steps or 0 for phase in found.phases) or 1000
+        print(others_table(found, other_methods(context, samples, total, on_gpu), config.method_name) + "\n")
+    worst = max(found.phases, key=lambda phase: phase.peak_bytes)
+    what = max(worst.peaks, key=lambda name: worst.peaks[name])
+    verdict = "fits" if fits else "does not fit"
+    print(f"{verdict}: {size_text(worst.peak_bytes)} of {size_text(memory)} (phase {worst.name}, {what})")
+    sys.exit(0 if fits else DOES_NOT_FIT)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as ``80GiB``, ``24 GB`` or ``1000000``.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"--gpu-memory {text}: expected a size such as 80GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def _world(options: argparse.Namespace) -> World:
+    for name in ("gpus", "nodes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: expected 1 or more")
+    size = options.gpus * options.nodes
+    return World(0, size, 0, options.gpus)
+
+
+def _check_rates(options: argparse.Namespace) -> None:
+    given = [name for name in ("tflops", "card", "rate_of") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: given with --{given[1].replace('_', '-')}; expected one of them"
+        )
+    if options.tflops is not None and not options.tflops > 0:
+        raise UserError(f"--tflops {options.tflops:g}: expected a positive number")
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"--mfu {options.mfu:g}: expected a share of the card's peak, above 0 and at most 1")
+    if options.rate_of is not None:
+        open_run(options.rate_of).summary()
+
+
+def _memory(given: int | None, world: World) -> tuple[int, bool]:
+    """Bytes of one device, and whether it is a GPU: the given ones, this machine's GPU's, or a process's share of this
+    machine's memory.
+    """
+    import torch
+
+    if given is not None:
+        return given, True
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, True
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size, False
+
+
+def _rates(options: argparse.Namespace, found: Any, config: RunConfig) -> Any:
+    from sparse_llm_ft.planning.rates import card_rate, given_rate, measured_rate
+
+    if options.tflops is not None:
+        return given_rate(found, options.tflops)
+    if options.card is not None:
+        return card_rate(found, options.card, options.mfu)
+    if options.rate_of is not None:
+        return measured_rate(found, open_run(options.rate_of).summary(), config.model.name)
+    return {}

@@ -1,0 +1,430 @@
+"""What a run will need, phase by phase, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from sparse_llm_ft.adapters import count_parameters
+from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.tasks.mode import TaskMode
+from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.engine.build import engine_settings
+from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation, evaluation_bytes
+from sparse_llm_ft.engine.gathers import Gathers, simulate
+from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
+from sparse_llm_ft.engine.step_trace import Batch, StepTrace, trace_step, traced_model
+from sparse_llm_ft.model.flops import lowest_layer, model_flops
+from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.planning.phases import ForeseenPhase, foresee_phases
+from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DeviceOverhead:
+    """What a device holds beside tensors. These are assumptions, not measurements; docs/planning.md says why these.
+
+    Attributes:
+        context: bytes of the driver's context and the libraries' kernels and workspaces.
+        collectives: bytes of NCCL's buffers, with more than one rank.
+        reserve: share of a step's tensors that the caching allocator holds beyond them.
+    """
+
+    context: int = GIB // 2
+    collectives: int = GIB // 2
+    reserve: float = 0.05
+
+    def of(self, tensors: int, ranks: int) -> int:
+        """Bytes beside `tensors` bytes of a step's own."""
+        return self.context + (self.collectives if ranks > 1 else 0) + round(self.reserve * tensors)
+
+
+NO_DEVICE = DeviceOverhead(0, 0, 0.0)
+"""On a CPU, whose allocator keeps nothing."""
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """One phase of a run, on the rank that needs most.
+
+    Attributes:
+        name: the phase's.
+        assumption: what was assumed about earlier phases' measurements; empty for the first phase.
+        plan: what it trains, for people.
+        trainable: values that it trains.
+        micro_batch_size, global_batch_size, accumulation_steps: see `Phase`.
+        lines: name -> bytes. Those of a step are each line's own largest value, and need not come at one time: the
+            peak is followed in time, and is not their sum.
+        peaks: of ``load`` (0 in later phases, which load nothing), ``step``, ``change`` (to the next phase; 0 in the
+            last one), ``save``, ``evaluate``: bytes.
+        flops_per_step: of all ranks, model arithmetic without what checkpointing computes twice; None where unknown.
+        communicated_bytes_per_step: of one rank; see `communicated`.
+        steps: optimizer steps; None if the length of the data is not known.
+        offloaded: bytes in the host's memory, of optimizer state.
+    """
+
+    name: str
+    assumption: str
+    plan: str
+    trainable: int
+    micro_batch_size: int
+    global_batch_size: int
+    accumulation_steps: int
+    lines: Mapping[str, int]
+    peaks: Mapping[str, int]
+    flops_per_step: float | None
+    communicated_bytes_per_step: int
+    steps: int | None
+    offloaded: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of `peaks`."""
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """All phases of a run.
+
+    Attributes:
+        samples: the sizes that were planned for.
+        notes: what a reader must know, one line each.
+    """
+
+    phases: tuple[PhaseForecast, ...]
+    world_size: int
+    samples: SampleSizes
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest peak of all phases."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+    def fits(self, memory: int) -> bool:
+        """Whether every phase fits into `memory` bytes of each device."""
+        return self.peak_bytes <= memory
+
+
+def forecast(
+    context: RunContext,
+    world_size: int | None = None,
+    samples: SampleSizes | None = None,
+    on_gpu: bool = True,
+    overhead: DeviceOverhead | None = None,
+    phases: tuple[ForeseenPhase, ...] | None = None,
+) -> RunForecast:
+    """Forecast every phase of the run that `context` opened. Not a collective; needs no weights and no process group.
+
+    Micro-batch, lengths and stage are those of `context.config`; a search varies them with `dataclasses.replace` and
+    `model_copy`. Traces are kept, so a second forecast with the same plans, micro-batch and length takes no time.
+
+    Args:
+        world_size: None: the context's.
+        samples: None: those of the cache, or assumed ones.
+        on_gpu: False plans the CPU's step.
+        overhead: None: the assumed one on a GPU, nothing on a CPU.
+        phases: None: as foreseen.
+
+    Raises:
+        Exception: the model cannot be traced on the meta device, for any reason.
+    """
+    ranks = context.world.size if world_size is None else world_size
+    samples = sample_sizes(context) if samples is None else samples
+    overhead = overhead or (DeviceOverhead() if on_gpu else NO_DEVICE)
+    found = foresee_phases(context, ranks, samples) if phases is None else phases
+    planners = [
+        _PhasePlanner(context, ranks, samples, on_gpu, overhead, one, first=i == 0) for i, one in enumerate(found)
+    ]
+    following = [*planners[1:], None]
+    done = tuple(planner.forecast(after) for planner, after in zip(planners, following, strict=True))
+    notes = []
+    if not samples.known:
+        notes.append(
+            f"the samples are not tokenised yet: planned for {samples.longest} tokens each (task.max_length), "
+            "all of which have a loss"
+        )
+    return RunForecast(done, ranks, samples, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _PhasePlanner:
+    context: RunContext
+    ranks: int
+    samples: SampleSizes
+    on_gpu: bool
+    overhead: DeviceOverhead
+    foreseen: ForeseenPhase
+    first: bool
+
+    @property
+    def phase(self) -> Phase:
+        return self.foreseen.phase
+
+    @property
+    def stage(self) -> int:
+        return self.context.config.deepspeed.zero_stage
+
+    @property
+    def batch(self) -> Batch:
+        """The largest micro-batch: padded to the longest sample."""
+        config, size = self.context.config, self.phase.micro_batch_size
+        reads_lengths = "flash" in (config.model.attn_implementation or "")
+        longest = self.samples.longest
+        # Nothing predicts a sequence's first token.
+        supervised = longest - 1 if self.context.task_mode.mode == "causal_lm" else None
+        padded = size > 1 and not self.samples.equal
+        return Batch(size, longest, supervised, (padded or config.task.packing) and not reads_lengths)
+
+    @cached_property
+    def trace(self) -> StepTrace:
+        context = self.context
+        return cached_trace(context.config.model, self.phase.plan, self.batch, context.task_mode, self.on_gpu)
+
+    @cached_property
+    def held(self) -> RankBytes:
+        return rank_bytes(self.model, self.phase.plan, self.settings, self.ranks)
+
+    @cached_property
+    def model(self) -> Any:
+        return cached_model(self.context.config.model, self.phase.plan, self.context.task_mode)
+
+    @cached_property
+    def settings(self) -> Any:
+        return engine_settings(self.context.config, self.phase, self.ranks)
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        return Inventory.of(self.model)
+
+    @cached_property
+    def gathers(self) -> Gathers:
+        """At stage 3; nothing at others."""
+        if self.stage < 3:
+            nothing = (0,) * len(self.trace.uses)
+            return Gathers(0, 0, 0, nothing, nothing)
+        trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
+        return simulate(self.trace, self.inventory.weights, zero_settings(self.settings, trained), self.ranks)
+
+    @cached_property
+    def evaluation(self) -> EvaluationBytes:
+        context = self.context
+        evaluation, task = context.config.evaluation, context.config.task
+        generation = None
+        generates = context.task_mode.mode == "causal_lm" and context.task.labels is None
+        if generates and evaluation.samples:
+            prompt = task.max_prompt_length or 3 * task.max_length // 4
+            generation = Generation(prompt, evaluation.max_new_tokens, evaluation.num_beams)
+        batch = Batch(evaluation.micro_batch_size, self.samples.longest, None, evaluation.micro_batch_size > 1)
+        return cached_evaluation(
+            context.config.model, self.phase.plan, batch, context.task_mode, generation, self.on_gpu
+        )
+
+    def forecast(self, after: _PhasePlanner | None) -> PhaseForecast:
+        """The phase's, with the change to the phase `after`."""
+        phase, held, trace = self.phase, self.held, self.trace
+        config = self.context.config
+        accumulation = phase.global_batch_size // (phase.micro_batch_size * self.ranks)
+        static = held.base + held.adapters + held.optimizer
+        passes = self._passes(accumulation)
+        overhead = self.overhead.of(passes, self.ranks)
+        largest = max((w.numel for w in self.inventory.weights.values() if w.trained), default=0)
+        idle = static + (held.gradients + held.buckets if self.stage == 3 else 0)
+        measures = config.evaluation.samples or config.training.eval_every is not None
+        peaks = {
+            "load": self._load() if self.first else 0,
+            "step": static + max(passes, held.gradients + held.update) + overhead,
+            "change": 0 if after is None else held.base + after.changed() + self.overhead.of(0, self.ranks),
+            "save": idle + 2 * 4 * largest + self.overhead.of(0, self.ranks),
+            "evaluate": idle + self._evaluation() + overhead if measures else 0,
+        }
+        lines = {
+            "base": held.base,
+            "adapters": held.adapters,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            "kept_for_backward": trace.kept,
+            "logits_and_loss": trace.head,
+            "dequantisation": self._dequantised(),
+            "gathered_weights": self.gathers.kept,
+            "communication_buckets": held.buckets,
+            "device_overhead": overhead,
+        }
+        return PhaseForecast(
+            phase.name,
+            self.foreseen.assumption,
+            phase.plan.describe(),
+            self._trainable(),
+            phase.micro_batch_size,
+            phase.global_batch_size,
+            accumulation,
+            lines,
+            peaks,
+            self._flops(),
+            self._communicated(accumulation),
+            self.foreseen.steps,
+            held.offloaded,
+        )
+
+    def _passes(self, accumulation: int) -> int:
+        """The most bytes of both passes beside what is always there: the step's tensors, gathered weights, buckets, and
+        gradients as far as they exist: with several micro-steps, those of the earlier ones from the beginning.
+        """
+        held, earlier, gathers = self.held, accumulation > 1, self.gathers
+        highest = 0
+        for use, during, after in zip(self.trace.uses, gathers.during, gathers.after, strict=True):
+            beside = held.gradients if earlier or self.stage == 3 else 0
+            if self.stage == 0 and not earlier:
+                beside = use.gradients
+            if self.stage == 3 or (self.stage and use.backward):
+                beside += held.buckets
+            highest = max(highest, beside + max(use.now + during, use.peak + after))
+        return highest
+
+    def _load(self) -> int:
+        """The base, and the largest of its tensors as it is read."""
+        size = 2 if self.context.config.model.dtype == "bfloat16" else 4
+        shapes = [p.numel() for p in self.context.empty.parameters()]
+        return self.held.base + max(shapes) * size + self.overhead.of(0, self.ranks)
+
+    def changed(self) -> int:
+        """Beside the base while this phase's adapters and engine are built: fresh adapters are float32 first."""
+        count = sum(w.numel for w in self.inventory.weights.values() if w.trained)
+        return self.held.adapters + self.held.optimizer + 4 * count
+
+    def _evaluation(self) -> int:
+        found = self.evaluation
+        gathered = 0
+        if self.stage == 3 and self.ranks > 1:  # one module at a time: evaluation has no trace of what comes next
+            gathered = max(w.part(self.ranks) * self.ranks * w.itemsize for w in self.inventory.weights.values())
+        return max(found.loss, found.generation) + gathered
+
+    def _dequantised(self) -> int:
+        if self.context.config.model.quantization == "none":
+            return 0
+        states = [getattr(p, "quant_state", None) for p in self.model.parameters()]
+        return max((s.shape.numel() * s.dtype.itemsize for s in states if s is not None), default=0)
+
+    def _trainable(self) -> int:
+        plan, targets = self.phase.plan, self.context.targets
+        parameters = self.context.expected.parameters
+        count = count_parameters(plan, targets)
+        for name, shape in parameters.items():
+            if any(not module or name.startswith(f"{module}.") for module in plan.trained):
+                rows = plan.rows.get(name.removesuffix(".weight"))
+                size = 1
+                for side in shape:
+                    size *= side
+                count += size if rows is None else len(rows.indices) * shape[1]
+        return count
+
+    def _flops(self) -> float | None:
+        plan, samples, size = self.phase.plan, self.samples, self.phase.global_batch_size
+        sizes = model_flops(self.context.empty)
+        if sizes is None:
+            return size * self.context.cost.of(plan, self.context.targets)
+        tokens = round(size * samples.mean)
+        adapters = 6.0 * tokens * sum(a.matrices(self.context.targets[n]) for n, a in plan.active.items())
+        lowest = lowest_layer(self.context.empty, plan)
+        whole = FULL_MODEL in plan.trained
+        return adapters + sizes.step(tokens, size * samples.mean_square, size * samples.supervised, lowest, whole)
+
+    def _communicated(self, accumulation: int) -> int:
+        """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
+        if self.ranks == 1:
+            return 0
+        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm.
+        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0)
+        return agreed + self._exchanged(accumulation)
+
+    def _exchanged(self, accumulation: int) -> int:
+        """Gradients and weights."""
+        held, size = self.held, 2 if self.context.config.model.dtype == "bfloat16" else 4
+        trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
+        if self.stage == 0:
+            return trained * size
+        if self.stage < 3:
+            reduced = trained * size * (accumulation if self.stage == 2 else 1)
+            return reduced + held.adapters
+        padded = sum(w.part(self.ranks) * self.ranks for w in self.inventory.weights.values() if w.trained) * size
+        return accumulation * (padded + self.gathers.traffic) + self._persistent()
+
+    def _persistent(self) -> int:
+        config = zero_settings(self.settings, 1)
+        small = [w for w in self.inventory.weights.values() if w.trained]
+        return sum(
+            w.part(self.ranks) * self.ranks * w.itemsize for w in small if w.numel <= config.param_persistence_threshold
+        )
+
+
+@lru_cache(maxsize=256)
+def _trace(key: _Key, model: ModelConfig, batch: Batch, mode: TaskMode, on_gpu: bool) -> StepTrace:
+    return trace_step(model, key.plan, batch, mode, on_gpu)
+
+
+@lru_cache(maxsize=8)
+def _model(key: _Key, model: ModelConfig, mode: TaskMode) -> Any:
+    return traced_model(model, key.plan, mode)
+
+
+@lru_cache(maxsize=256)
+def _evaluation(
+    key: _Key, model: ModelConfig, batch: Batch, mode: TaskMode, generation: Generation | None, on_gpu: bool
+) -> EvaluationBytes:
+    return evaluation_bytes(model, key.plan, batch, mode, generation, on_gpu)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A plan as a key: equal for plans that cost the same bytes."""
+
+    text: str
+    plan: AdapterPlan = field(compare=False)
+
+    @classmethod
+    def of(cls, plan: AdapterPlan) -> _Key:
+        modules = {
+            name: adapter
+            and (
+                adapter.r,
+                adapter.train_omega,
+                adapter.train_vectors,
+                adapter.group,
+                adapter.rows and len(adapter.rows.indices),
+                adapter.cols and len(adapter.cols.indices),
+                adapter.entries is not None,
+            )
+            for name, adapter in plan.modules.items()
+        }
+        rows = {name: len(kept.indices) for name, kept in plan.rows.items()}
+        others = (plan.lora_dropout, plan.tuner, dict(plan.options), plan.trained, plan.masking, rows)
+        return cls(repr((modules, others)), plan)
+
+
+def cached_trace(model: ModelConfig, plan: AdapterPlan, batch: Batch, mode: TaskMode, on_gpu: bool) -> StepTrace:
+    """`trace_step`, once for the same sizes."""
+    return _trace(_Key.of(plan), model, batch, mode, on_gpu)
+
+
+def cached_model(model: ModelConfig, plan: AdapterPlan, mode: TaskMode) -> Any:
+    """`traced_model`, once for the same sizes."""
+    return _model(_Key.of(plan), model, mode)
+
+
+def cached_evaluation(
+    model: ModelConfig,
+    plan: AdapterPlan,
+    batch: Batch,
+    mode: TaskMode,
+    generation: Generation | None,
+    on_gpu: bool,
+) -> EvaluationBytes:
+    """`evaluation_bytes`, once for the same sizes."""
+    return _evaluation(_Key.of(plan), model, batch, mode, generation, on_gpu)
