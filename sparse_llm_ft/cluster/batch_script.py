@@ -21,9 +21,7 @@ LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 CONFIG_NAME, SCRIPT_NAME, RUNS_NAME = "config.yaml", "run.sbatch", "runs"
 """In the job's folder: a run's settings, the batch script, and of a sweep the run folders, one a line."""
 
-_TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<h1>\d+)(?::(?P<m1>\d+))?(?::(?P<s1>\d+))?|(?:(?P<h2>\d+):)?(?P<m2>\d+)(?::(?P<s2>\d+))?)"
-)
+_TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 _HEAD = r"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
@@ -118,10 +116,15 @@ def seconds_of(time: str) -> int:
     match = _TIME.fullmatch(time)
     if match is None:
         raise UserError(f"--time {time}: expected HH:MM:SS, D-HH, or minutes, as in 12:00:00")
-    part = {name: int(text or 0) for name, text in match.groupdict().items()}
-    if match["days"] is not None:
-        return ((part["days"] * 24 + part["h1"]) * 60 + part["m1"]) * 60 + part["s1"]
-    return (part["h2"] * 60 + part["m2"]) * 60 + part["s2"]
+    days, parts = match["days"], [int(part) for part in match["parts"].split(":")]
+    if days is not None:  # hours come first
+        parts += [0] * (3 - len(parts))
+    elif len(parts) == 1:  # minutes
+        parts.append(0)
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + part
+    return int(days or 0) * 86400 + seconds
 
 
 def check_path(folder: Path) -> None:

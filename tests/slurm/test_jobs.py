@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,14 @@ import yaml
 
 from helpers.slurm_jobs import SUBMIT, Submitted, cli, logs, slurm, state, wait
 
+pytestmark = pytest.mark.slurm
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def reference(slow_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(job_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupts: two nodes, one rank each, ZeRO-2, by `submit`."""
-    job = Submitted(tmp_path_factory.mktemp("reference") / "run", slow_settings, *SUBMIT)
+    job = Submitted(tmp_path_factory.mktemp("reference") / "run", job_settings, *SUBMIT, slow=None)
     job.wait_end()
     assert state(job.run)["state"] == "completed", logs(job.run)
     return job.run
@@ -45,35 +45,35 @@ def processes(job: str, rank: int) -> list[int]:
 
 def test_a_run_by_submit_says_what_it_does(reference: Path) -> None:
     last = state(reference)
-    assert (last["state"], last["step"], last["processes"], last["attempt"]) == ("completed", 240, 2, 1)
+    assert (last["state"], last["step"], last["processes"], last["attempt"]) == ("completed", 150, 2, 1)
     assert last["gpu_hours"] > 0
     listing = cli("status", str(reference.parent)).stdout
-    assert "completed" in listing and "240/240" in listing
+    assert "completed" in listing and "150/150" in listing
 
 
-def test_the_limit_and_a_requeue_change_no_bit(reference: Path, slow_settings: dict, tmp_path: Path) -> None:
+def test_the_limit_and_a_requeue_change_no_bit(reference: Path, job_settings: dict, tmp_path: Path) -> None:
     """USR2 before a real time limit of two minutes, then `scontrol requeue` in the middle of what is left."""
     options = [*SUBMIT[:-1], "2", "--leave-before", "50"]
-    job = Submitted(tmp_path / "run", slow_settings, *options)
+    job = Submitted(tmp_path / "run", job_settings, *options)
     wait(job.run, lambda: "SIGUSR2: saved step" in logs(job.run))
     wait(job.run, lambda: state(job.run)["attempt"] == 2)
     before = int(logs(job.run).partition("SIGUSR2: saved step ")[2].split(";")[0])
-    assert 0 < before < 240
+    assert 0 < before < 150
     job.wait_step(before + 5)
     slurm("scontrol", "requeue", job.job)
     wait(job.run, lambda: "SIGTERM: saved step" in logs(job.run))
     job.wait_end()
     last = state(job.run)
-    assert (last["state"], last["step"], last["attempt"]) == ("completed", 240, 3), logs(job.run)
+    assert (last["state"], last["step"], last["attempt"]) == ("completed", 150, 3), logs(job.run)
     assert (job.run / ADAPTER).read_bytes() == (reference / ADAPTER).read_bytes()
     assert losses(job.run) == losses(reference)
 
 
-def test_cancel_saves_the_step_and_says_so(slow_settings: dict, tmp_path: Path) -> None:
-    job = Submitted(tmp_path / "run", slow_settings, *SUBMIT)
+def test_cancel_saves_the_step_and_says_so(job_settings: dict, tmp_path: Path) -> None:
+    job = Submitted(tmp_path / "run", job_settings, *SUBMIT)
     job.wait_step(3)
     listing = cli("status", str(tmp_path)).stdout
-    assert "running" in listing and "/240" in listing
+    assert "running" in listing and "/150" in listing
     answer = cli("cancel", str(job.run))
     assert answer.returncode == 0 and "SIGTERM: saved step" in answer.stdout, answer.stdout + answer.stderr
     assert (state(job.run)["state"], state(job.run)["reason"]) == ("failed", "cancelled")
@@ -82,11 +82,9 @@ def test_cancel_saves_the_step_and_says_so(slow_settings: dict, tmp_path: Path) 
     assert (job.run / "checkpoints" / f"step-{step:08d}").is_dir()
 
 
-def test_a_rank_that_dies_twice_at_one_step_ends_the_job_and_names_its_node(
-    slow_settings: dict, tmp_path: Path
-) -> None:
+def test_a_rank_that_dies_twice_at_one_step_ends_the_job_and_names_its_node(job_settings: dict, tmp_path: Path) -> None:
     """SIGKILL of rank 1 while it trains, and again while the second attempt loads."""
-    job = Submitted(tmp_path / "run", slow_settings, *SUBMIT)
+    job = Submitted(tmp_path / "run", job_settings, *SUBMIT)
     job.wait_step(3)
     (victim,) = processes(job.job, 1)
     os.kill(victim, signal.SIGKILL)
@@ -103,11 +101,11 @@ def test_a_rank_that_dies_twice_at_one_step_ends_the_job_and_names_its_node(
     assert refused.returncode == 2 and "stopped: 2 attempts" in refused.stdout
 
 
-def test_a_sweep_is_one_array_with_one_report(slow_settings: dict, tmp_path: Path) -> None:
-    settings = slow_settings | {"method": {"name": "lora"}}
-    settings["training"] = slow_settings["training"] | {"max_steps": 4, "global_batch_size": 8}
+def test_a_sweep_is_one_array_with_one_report(job_settings: dict, tmp_path: Path) -> None:
+    settings = job_settings | {"method": {"name": "lora"}}
+    settings["training"] = job_settings["training"] | {"max_steps": 4}
     options = ["--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "10", "--sweep", "adapter.r=2,4"]
-    job = Submitted(tmp_path / "sweep", settings, *options)
+    job = Submitted(tmp_path / "sweep", settings, *options, slow=None)
     job.wait_end()
     runs = [tmp_path / "sweep" / "r-2", tmp_path / "sweep" / "r-4"]
     assert [state(run)["job_id"] for run in runs] == [f"{job.job}_0", f"{job.job}_1"]
@@ -117,9 +115,9 @@ def test_a_sweep_is_one_array_with_one_report(slow_settings: dict, tmp_path: Pat
     assert (tmp_path / "sweep" / "report" / "index.html").is_file()
 
 
-def test_a_chain_continues_where_no_job_may_be_requeued(slow_settings: dict, tmp_path: Path) -> None:
+def test_a_chain_continues_where_no_job_may_be_requeued(job_settings: dict, tmp_path: Path) -> None:
     """Two jobs: the first is asked to leave, the second one completes the run."""
-    settings = slow_settings | {"training": slow_settings["training"] | {"max_steps": 60}}
+    settings = job_settings | {"training": job_settings["training"] | {"max_steps": 30}}
     job = Submitted(tmp_path / "run", settings, *SUBMIT, "--chain", "2")
     job.wait_step(3)
     slurm("scancel", "--signal=USR2", job.job)
@@ -130,9 +128,9 @@ def test_a_chain_continues_where_no_job_may_be_requeued(slow_settings: dict, tmp
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_other_launchers_pass_the_signal_on(launcher: str, slow_settings: dict, tmp_path: Path) -> None:
+def test_other_launchers_pass_the_signal_on(launcher: str, job_settings: dict, tmp_path: Path) -> None:
     """They exit with a status of their own, and the job continues all the same."""
-    settings = slow_settings | {"training": slow_settings["training"] | {"max_steps": 60}}
+    settings = job_settings | {"training": job_settings["training"] | {"max_steps": 30}}
     job = Submitted(tmp_path / "run", settings, *SUBMIT, "--launcher", launcher)
     job.wait_step(3)
     slurm("scancel", "--signal=USR2", job.job)
@@ -151,11 +149,11 @@ def test_other_launchers_pass_the_signal_on(launcher: str, slow_settings: dict, 
     ],
 )
 def test_what_cannot_be_submitted_is_one_line(
-    options: list[str], line: str, slow_settings: dict, tmp_path: Path
+    options: list[str], line: str, job_settings: dict, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(slow_settings | {"output_dir": str(tmp_path / "run")}))
+    config.write_text(yaml.safe_dump(job_settings | {"output_dir": str(tmp_path / "run")}))
     answer = cli("submit", "--config", str(config), *SUBMIT, *options)
     assert (answer.returncode, answer.stderr.count("\n")) == (2, 1), answer.stderr
     assert answer.stderr.startswith(line)
-    assert not subprocess.run(["squeue", "-h", "--me"], capture_output=True, text=True, timeout=60).stdout
+    assert not state(tmp_path / "run")
