@@ -56,15 +56,16 @@ def test_the_limit_and_a_requeue_change_no_bit(reference: Path, job_settings: di
     options = [*SUBMIT[:-1], "2", "--leave-before", "50"]
     job = Submitted(tmp_path / "run", job_settings, *options)
     wait(job.run, lambda: "SIGUSR2: saved step" in logs(job.run))
-    wait(job.run, lambda: state(job.run)["attempt"] == 2)
-    before = int(logs(job.run).partition("SIGUSR2: saved step ")[2].split(";")[0])
+    before, attempts = state(job.run)["step"], state(job.run)["attempt"]
     assert 0 < before < 150
+    wait(job.run, lambda: state(job.run)["attempt"] == attempts + 1)
     job.wait_step(before + 5)
     slurm("scontrol", "requeue", job.job)
-    wait(job.run, lambda: "SIGTERM: saved step" in logs(job.run))
-    job.wait_end()
+    wait(job.run, lambda: "SIGTERM: " in logs(job.run))
+    job.wait_end(600)  # further limits may come
     last = state(job.run)
-    assert (last["state"], last["step"], last["attempt"]) == ("completed", 150, 3), logs(job.run)
+    assert (last["state"], last["step"], last["failures"]) == ("completed", 150, 0), logs(job.run)
+    assert last["attempt"] >= attempts + 2
     assert (job.run / ADAPTER).read_bytes() == (reference / ADAPTER).read_bytes()
     assert losses(job.run) == losses(reference)
 
