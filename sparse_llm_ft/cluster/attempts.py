@@ -50,7 +50,8 @@ class Verdict:
 def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Verdict:
     """An attempt begins in this job: record it.
 
-    An earlier attempt that still says "running" died with its batch script (its node failed): that counts as a failure.
+    An earlier attempt that still says "running" died with its batch script (its node failed): that counts as a failure,
+    unless it had not taken its folder yet. Then it may as well have been asked to leave while it loaded.
 
     Returns:
         Status 0, or 2 where no attempt may follow.
@@ -61,7 +62,7 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Ver
     state = read_state(folder.path) or RunState()
     if folder.is_complete():
         return Verdict(0, f"{folder.path} is complete")
-    if state.state == "running" and not _is_stopped(folder):
+    if state.state == "running" and state.pid is not None and not _is_stopped(folder):
         state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
     if _is_stopped(folder):
         return Verdict(USER_ERROR, (folder.job / STOPPED_FILE).read_text(encoding="utf-8").strip())

@@ -105,6 +105,12 @@ def test_a_node_that_fails_with_the_batch_script_is_counted_when_the_next_attemp
     assert "stopped: 2 attempts in a row failed after step 5, on n[1-2] and n[1-2]" in state(folder).message
 
 
+def test_jobs_that_are_requeued_while_they_load_are_no_failures(folder: RunFolder) -> None:
+    for _ in range(4):
+        assert attempts.begin(folder, JOB).status == 0
+    assert (state(folder).failures, state(folder).attempt) == (0, 4)
+
+
 def test_a_bad_setting_takes_its_line_from_the_log(folder: RunFolder) -> None:
     assert attempts.begin(folder, JOB).status == 0
     text = "loading\nerror: model.name: '/gone' is no folder; expected one\nsrun: error: n1: task 0: Exited\n"

@@ -90,7 +90,7 @@ def cancel_jobs() -> None:
 class Submitted:
     """A run and its job."""
 
-    def __init__(self, run: Path, settings: dict, *options: str, slow: float | None = 0.5) -> None:
+    def __init__(self, run: Path, settings: dict, *options: str, slow: float | None = 0.4) -> None:
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, config = run, run.parent / f"{run.name}.yaml"
         config.write_text(yaml.safe_dump(settings | {"output_dir": str(run)}))

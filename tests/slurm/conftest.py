@@ -25,10 +25,10 @@ def no_job_is_left(cluster: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def job_settings(model_folder: Path, data_folder: Path) -> dict:
-    """WeightLoRA with dropout on ZeRO-2, 150 steps."""
+    """WeightLoRA with dropout on ZeRO-2, 100 steps."""
     settings = run_settings(model_folder, data_folder, Path("to be set"))
     settings["method"] = {"name": "weight_lora", "keep": 4, "steps": 20}
-    settings["training"] |= {"max_steps": 150, "save_every": 100}
+    settings["training"] |= {"max_steps": 100, "save_every": 60}
     settings["deepspeed"] = {"zero_stage": 2}
     settings["evaluation"]["samples"] = 0
     return settings

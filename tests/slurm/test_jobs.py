@@ -45,10 +45,10 @@ def processes(job: str, rank: int) -> list[int]:
 
 def test_a_run_by_submit_says_what_it_does(reference: Path) -> None:
     last = state(reference)
-    assert (last["state"], last["step"], last["processes"], last["attempt"]) == ("completed", 150, 2, 1)
+    assert (last["state"], last["step"], last["processes"], last["attempt"]) == ("completed", 100, 2, 1)
     assert last["gpu_hours"] > 0
     listing = cli("status", str(reference.parent)).stdout
-    assert "completed" in listing and "150/150" in listing
+    assert "completed" in listing and "100/100" in listing
 
 
 def test_the_limit_and_a_requeue_change_no_bit(reference: Path, job_settings: dict, tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_the_limit_and_a_requeue_change_no_bit(reference: Path, job_settings: di
     job = Submitted(tmp_path / "run", job_settings, *options)
     wait(job.run, lambda: "SIGUSR2: saved step" in logs(job.run))
     before, attempts = state(job.run)["step"], state(job.run)["attempt"]
-    assert 0 < before < 150
+    assert 0 < before < 100
     wait(job.run, lambda: state(job.run)["attempt"] == attempts + 1)
     job.wait_step(before + 5)
     slurm("scontrol", "requeue", job.job)
     wait(job.run, lambda: "SIGTERM: " in logs(job.run))
     job.wait_end(600)  # further limits may come
     last = state(job.run)
-    assert (last["state"], last["step"], last["failures"]) == ("completed", 150, 0), logs(job.run)
+    assert (last["state"], last["step"], last["failures"]) == ("completed", 100, 0), logs(job.run)
     assert last["attempt"] >= attempts + 2
     assert (job.run / ADAPTER).read_bytes() == (reference / ADAPTER).read_bytes()
     assert losses(job.run) == losses(reference)
@@ -74,7 +74,7 @@ def test_cancel_saves_the_step_and_says_so(job_settings: dict, tmp_path: Path) -
     job = Submitted(tmp_path / "run", job_settings, *SUBMIT)
     job.wait_step(3)
     listing = cli("status", str(tmp_path)).stdout
-    assert "running" in listing and "/150" in listing
+    assert "running" in listing and "/100" in listing
     answer = cli("cancel", str(job.run))
     assert answer.returncode == 0 and "SIGTERM: saved step" in answer.stdout, answer.stdout + answer.stderr
     assert (state(job.run)["state"], state(job.run)["reason"]) == ("failed", "cancelled")
