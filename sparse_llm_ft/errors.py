@@ -70,6 +70,10 @@ class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
 
 
+class DivergedError(TrainingError):
+    """Losses, gradients or trained values are not finite; the same run would end the same way again."""
+
+
 class PreemptionRequested(Exception):
     """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("plan", "io"),
     ("config", "distributed", "serving"),
     ("phase", "run_folder", "report", "doctor"),
-    ("optim", "data"),
+    ("optim", "data", "cluster"),
     ("model",),
     ("adapters", "objectives"),
     ("scoring", "evaluation", "checkpoint"),

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
+from sparse_llm_ft.cli.cluster_commands import add_commands as add_cluster_commands
 from sparse_llm_ft.cli.doctor import add_command as add_doctor
 from sparse_llm_ft.cli.plan_command import add_command as add_plan
 from sparse_llm_ft.cli.run_commands import add_commands
-from sparse_llm_ft.config import load_config, split_arguments
+from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
-from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import ended_by_reader, escape_unencodable, silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
     launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
-    world = find_world() if launched else World(0, 1, 0, 1)
+    world = find_world() if launched else ONE_PROCESS
     with ended_by_reader(), one_line_errors(world):
         escape_unencodable()
         options = _parse(arguments)
@@ -65,6 +66,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_commands(commands)
     add_check_adapter(commands)
     add_doctor(commands)
+    add_cluster_commands(commands, _check_run)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
@@ -108,17 +110,30 @@ def _train(options: argparse.Namespace, world: World) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from sparse_llm_ft.context.preflight import preflight
-
     if options.processes < 1:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
-    config, world = load_config(*split_arguments(options.config)), World(0, options.processes, 0, options.processes)
+    print(*_check_run(load_config(*split_arguments(options.config)), options.processes), sep="\n")
+
+
+def _check_run(config: RunConfig, processes: int) -> list[str]:
+    """Check a run as `train` would on so many processes; returns lines about it. `submit` checks the same.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    from sparse_llm_ft.context.preflight import preflight
+
+    world = World(0, processes, 0, processes)
     task = preflight(config, world)
+    silence_libraries()
+    prepare_cpu(ONE_PROCESS)
+    import transformers
+
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.training.run import Run
 
-    for line in Run.prepare(RunContext.open(config, world, task)).describe():
-        print(line)
+    transformers.utils.logging.disable_progress_bar()
+    return Run.prepare(RunContext.open(config, world, task)).describe()
 
 
 def _derive(options: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -17,6 +18,12 @@ from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong; run the same command again
 _GRACE_SECONDS = 5.0
+_before_end: list[Callable[[str], None]] = []
+
+
+def call_before_end(action: Callable[[str], None] | None) -> None:
+    """Let `end_at_once` give its text to `action` first, in place of an earlier one; None: to nobody."""
+    _before_end[:] = [] if action is None else [action]
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,4 +82,8 @@ def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
         _wait_for_rank_zero()
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)
+    for action in _before_end:  # in a thread, since a file system that has gone away may block it forever
+        recorder = threading.Thread(target=action, args=(text,), daemon=True)
+        recorder.start()
+        recorder.join(_GRACE_SECONDS)
     os._exit(TRAINING_ERROR)  # the main thread may wait in a collective forever

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a run to leave. The handler only records the signal; all ranks leave together later."""
+"""SIGTERM, SIGUSR1 and SIGUSR2 ask a run to leave (NCCL may catch SIGUSR1).
+
+The handler only records the signal; all ranks leave together later.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from types import FrameType
 
 from sparse_llm_ft.errors import PreemptionRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _caught: set[int] = set()
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 
@@ -42,6 +42,11 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     size = int(environment["WORLD_SIZE"])
     local = environment.get("LOCAL_WORLD_SIZE") or _slurm_local_size(environment)
     return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This node as Slurm calls it, or its host name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def prepare_cpu(world: World) -> None:

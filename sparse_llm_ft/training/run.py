@@ -20,6 +20,7 @@ from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_state, save_checkpoint
+from sparse_llm_ft.cluster.state_writer import StateWriter
 from sparse_llm_ft.config import check_steps
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
@@ -139,6 +140,7 @@ class Run:
         self.splits, self.data, self.schedule, self.methods, self.first = splits, data, schedule, methods, first
         self.evaluator, self.watcher = context.evaluator(splits.measured), context.evaluator(splits.watched)
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
+        self.run_state = StateWriter(self.folder.path, self.world)
 
     @classmethod
     def prepare(cls, context: RunContext, ranks: Coordination = ALONE) -> Run:
@@ -176,6 +178,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Collective. Train all phases, evaluate, export the adapter, and return the summary."""
+        with self.run_state.recorded():
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         state, phase = self._begin(self.first)
         ids = {} if state is None else state.record.trackers
         self.trackers = Trackers(self.config, self.console, self.world.rank, ids)
@@ -221,6 +227,7 @@ class Run:
         """Collective. Take the folder, find the state and phase to begin with, and write the folder's first files."""
         # Find the newest checkpoint; only this process may use the folder from here on.
         run_on_rank_zero(self.world, self.folder.lock)
+        run_on_rank_zero(self.world, self.run_state.begin)
         run = RunFolder.identity(self.config)
         state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
@@ -455,7 +462,9 @@ class Run:
                 loop.engine.module, self.splits.validation, self.context.objective, size, world.rank, world.size
             )
             is_best = self._watch(line, loop)
-        if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
+        logged = self._due(training.log_every, at) or "validation_loss" in line or loop.over()
+        self.run_state.step(line, self._last_step(loop), logged)
+        if logged:
             run_on_rank_zero(self.world, lambda: writer.write(line))
             self.console.step(line, self._last_step(loop))
         return is_best
