@@ -5,6 +5,7 @@ transformers shards a base during loading only if nothing is quantised, and even
 tensor by tensor, with its renamings, conversions, quantiser, tied and fresh weights. Two things differ:
 
     reading   the first rank of each node reads a tensor, in slices, and sends it to the node's other ranks
+    4 bit     each rank of a node gets and quantises a part of a weight (split_quantization.py)
     setting   DeepSpeed shards a parameter at once; the full one is freed before the next is read
 
 So every value is bit by bit what it is without sharding. bitsandbytes keeps the scales of a 4-bit weight (one byte for
@@ -25,10 +26,8 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from unittest import mock
 
-import bitsandbytes
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -39,13 +38,12 @@ from transformers import PreTrainedModel, modeling_utils
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
-from sparse_llm_ft.model.loading import device, load_model, load_tokenizer, silence
+from sparse_llm_ft.engine.split_quantization import Division, SplitQuantizer
+from sparse_llm_ft.model.loading import DTYPES, device, load_model, load_tokenizer, silence
 from sparse_llm_ft.model.resizing import grow_embeddings, token_count
 
 SLICE_BYTES = 16 * 2**20
-"""Bytes of a tensor that are read at a time. Host memory holds no more of a tensor that goes to a GPU. Quantising on a
-CPU also uses this much at a time.
-"""
+"""Bytes of a tensor that are read at a time. Host memory holds no more of a tensor that goes to a GPU."""
 
 
 _Contents = dict[str, tuple[list[int], str, int]]
@@ -86,15 +84,17 @@ def load_sharded_model(
     """
     with _node(node or socket.gethostname()) as readers, ExitStack() as stack:
         reads = Reads() if reads is None else reads
+        quantizer = SplitQuantizer(
+            readers.size, readers.rank, readers.exchange, SLICE_BYTES // DTYPES[config.dtype].itemsize
+        )
         for name, replacement in (
-            ("safe_open", lambda path, *_, **__: _SharedFile(path, readers, reads)),
+            ("safe_open", lambda path, *_, **__: _SharedFile(path, readers, reads, quantizer)),
             ("caching_allocator_warmup", lambda *_: None),  # it would allocate the whole model on every rank
         ):
             stack.enter_context(mock.patch.object(modeling_utils, name, replacement))
         # Every release of transformers calls it to check that tied weights have one value.
         stack.enter_context(mock.patch.object(torch, "equal", partial(_shards_are_equal, torch.equal)))
-        in_slices = partial(_quantize_in_slices, bitsandbytes.functional.quantize_4bit)
-        stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
+        stack.enter_context(quantizer.installed())
         # Reading is a collective: one tensor after the other, in this thread.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         shard = _sharder(deepspeed_settings)
@@ -124,10 +124,18 @@ def _gathered(parameter: nn.Parameter) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Node:
-    """The processes that share one reading: their group (None: all processes) and the rank that reads."""
+    """The processes that share one reading.
+
+    Attributes:
+        group: theirs; None: all processes.
+        reader: the one that reads, by its rank among all processes.
+        size, rank: how many they are, and this one's number among them.
+    """
 
     group: dist.ProcessGroup | None
     reader: int
+    size: int
+    rank: int
 
     @property
     def reads(self) -> bool:
@@ -136,6 +144,17 @@ class _Node:
     def send(self, value: torch.Tensor) -> None:
         """Collective. Fill `value` with the reader's."""
         dist.broadcast(value.view(torch.uint8), self.reader, group=self.group)
+
+    def deal(self, value: torch.Tensor | None, own: torch.Tensor) -> None:
+        """Collective. Fill each process's `own` with its part of the reader's `value`, (processes, len(own))."""
+        parts = None if value is None else list(value.unbind())
+        dist.scatter(own, parts, self.reader, group=self.group)
+
+    def exchange(self, own: torch.Tensor) -> torch.Tensor:
+        """Collective. Everyone's `own`, (n,) of one size: (processes, n)."""
+        gathered = own.new_empty(self.size, len(own))
+        dist.all_gather(list(gathered.unbind()), own, group=self.group)
+        return gathered
 
     def send_json(self, value: _Contents) -> _Contents:
         """Collective. The reader's value on every rank. No object collective: those unpickle what they receive."""
@@ -158,11 +177,11 @@ def _node(name: str) -> Iterator[_Node]:
     nodes = [int(number) for number in numbers]
     members = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in dict.fromkeys(nodes)}
     if len(members) == 1:
-        yield _Node(None, 0)
+        yield _Node(None, 0, len(nodes), dist.get_rank())
         return
     groups = {node: dist.new_group(ranks) for node, ranks in members.items()}
     try:
-        yield _Node(groups[own], members[own][0])
+        yield _Node(groups[own], members[own][0], len(members[own]), members[own].index(dist.get_rank()))
     finally:
         dist.destroy_process_group(groups[own])
 
@@ -172,8 +191,8 @@ class _SharedFile:
     a collective.
     """
 
-    def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads) -> None:
-        self.node, self.tally = node, reads
+    def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads, quantizer: SplitQuantizer) -> None:
+        self.node, self.tally, self.quantizer = node, reads, quantizer
         self.file: FileIO | None = None
         contents: _Contents = {}
 
@@ -210,6 +229,7 @@ class _SharedTensor:
     def __init__(self, file: _SharedFile, name: str) -> None:
         self.file, self.name = file, name
         self.shape, self.type, self.start = file.contents[name]
+        self.stored = modeling_utils.str_to_torch_dtype[self.type]
 
     def get_shape(self) -> list[int]:
         """Sizes, as safetensors returns them."""
@@ -226,8 +246,11 @@ class _SharedTensor:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Collective. The node's reader reads the tensor and sends it to the others."""
-        value = torch.empty(self.shape, dtype=dtype or modeling_utils.str_to_torch_dtype[self.type], device=device)
+        value = torch.empty(self.shape, dtype=dtype or self.stored, device=device)
         if value.is_meta:
+            return value
+        if self.file.quantizer.reads_own_part:
+            self._fill_own_part(value.view(-1))
             return value
         _run_or_fail_together((lambda: self._read(value)) if self.file.node.reads else None)
         if value.numel():
@@ -236,20 +259,60 @@ class _SharedTensor:
 
     def _read(self, value: torch.Tensor) -> None:
         """Read the file into `value`, slice by slice."""
+        assert self.file.file is not None, "only the reader reads"
+        self.file.file.seek(self.start)
+        for part in value.view(-1).split(SLICE_BYTES // self.stored.itemsize):
+            part.copy_(self._next(len(part)))
+        self.file.tally.tensors[self.name] += 1
+
+    def _fill_own_part(self, flat: torch.Tensor) -> None:
+        """Collective. Fill the slices of `flat` (values,) that this process quantises; nothing else is touched, so on a
+        CPU the rest takes no memory.
+        """
+        node, division = self.file.node, self.file.quantizer.division(len(flat))
+        own = torch.empty(division.size, dtype=self.stored, device=flat.device)
+        failure: Exception | None = None  # the other processes wait for a slice whether or not it could be read
+        for turn in range(division.rounds):
+            round_of_all = None
+            if node.reads:
+                round_of_all = torch.zeros(node.size * division.size, dtype=self.stored)
+                try:
+                    if failure is None:
+                        self._read_round(round_of_all, division, turn)
+                except OSError as error:
+                    failure = error
+                round_of_all = round_of_all.view(torch.uint8).view(node.size, -1).to(flat.device)
+            node.deal(round_of_all, own.view(torch.uint8))
+            place = division.slice_of(turn, node.rank)
+            flat[place] = own[: place.stop - place.start]
+        _run_or_fail_together(partial(_raise, failure) if failure is not None else None)
+        if node.reads:
+            self.file.tally.tensors[self.name] += 1
+
+    def _read_round(self, values: torch.Tensor, division: Division, turn: int) -> None:
+        """Read the values of one round into the beginning of `values`."""
+        assert self.file.file is not None, "only the reader reads"
+        if turn == 0:
+            self.file.file.seek(self.start)
+        count = division.round(turn).stop - division.round(turn).start
+        values[:count] = self._next(count)
+
+    def _next(self, count: int) -> torch.Tensor:
+        """The file's next `count` values, as they are stored."""
         file = self.file.file
         assert file is not None, "only the reader reads"
-        stored, flat = modeling_utils.str_to_torch_dtype[self.type], value.view(-1)
-        file.seek(self.start)
-        for part in flat.split(SLICE_BYTES // stored.itemsize):
-            piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
-            rest = memoryview(piece.numpy())  # type: ignore[arg-type]
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise OSError(f"{file.name!s} ends within {self.name}")
-                rest, self.file.tally.bytes = rest[count:], self.file.tally.bytes + count
-            part.copy_(piece.view(stored))
-        self.file.tally.tensors[self.name] += 1
+        piece = torch.empty(count * self.stored.itemsize, dtype=torch.uint8)
+        rest = memoryview(piece.numpy())  # type: ignore[arg-type]
+        while rest:
+            read = file.readinto(rest)
+            if not read:
+                raise OSError(f"{file.name!s} ends within {self.name}")
+            rest, self.file.tally.bytes = rest[read:], self.file.tally.bytes + read
+        return piece.view(self.stored)
+
+
+def _raise(failure: Exception) -> None:
+    raise failure
 
 
 def _run_or_fail_together(action: Callable[[], None] | None) -> None:
@@ -308,22 +371,6 @@ def _shard_what_is_set(shard: Callable[[nn.Parameter], None]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
-    """The same bits as bitsandbytes' `quantize_4bit`; slice by slice on a CPU, where it uses 14 bytes per value."""
-    size = max(1, SLICE_BYTES // 16 // options["blocksize"]) * options["blocksize"]
-    if values.device.type != "cpu" or values.numel() <= size:
-        return quantize(values, **options)  # type: ignore[no-any-return]
-    parts = [quantize(part, **options | {"compress_statistics": False}) for part in values.flatten().split(size)]
-    codes, state = torch.cat([part for part, _ in parts]), parts[0][1]
-    state.shape, state.absmax = values.shape, torch.cat([own.absmax for _, own in parts])
-    if options["compress_statistics"]:
-        state.offset, state.nested = state.absmax.mean(), True
-        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
-            state.absmax - state.offset, blocksize=256
-        )
-    return codes, state
 
 
 def _shards_are_equal(
