@@ -40,6 +40,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.engine.split_quantization import Division, SplitQuantizer
 from sparse_llm_ft.model.loading import DTYPES, device, load_model, load_tokenizer, silence
+from sparse_llm_ft.model.loading_progress import Begin
 from sparse_llm_ft.model.resizing import grow_embeddings, token_count
 
 SLICE_BYTES = 16 * 2**20
@@ -69,6 +70,7 @@ def load_sharded_model(
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
+    bar: Begin | None = None,
 ) -> PreTrainedModel:
     """Collective. `load_model`, with every parameter of the checkpoint already sharded.
 
@@ -78,6 +80,7 @@ def load_sharded_model(
         deepspeed_settings: of the engine that will be built around the model.
         node: processes with the same name share one reading of the files; None: those of one host.
         reads: counts what this process reads.
+        bar: shows the progress; None: nothing does.
 
     Raises:
         ConfigError: weights that cannot be loaded, on this rank or another.
@@ -99,7 +102,7 @@ def load_sharded_model(
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         shard = _sharder(deepspeed_settings)
         with _shard_what_is_set(shard):
-            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed)
+            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed, bar)
     if config.resize_embeddings:
 
         def place(parameter: nn.Parameter) -> None:
