@@ -115,7 +115,8 @@ def write_settings(out: Path, model: Path, options: argparse.Namespace) -> Path:
             "save_every": 1,
         },
         "evaluation": {"samples": 0},
-        "deepspeed": {"zero_stage": 3},
+        # Memory counts here, and gathering a layer again for its backward pass is cheap beside computing it.
+        "deepspeed": {"zero_stage": 3, "zero_optimization": {"stage3_max_reuse_distance": 0}},
         "report": False,
         "output_dir": str((out / "run").resolve()),
     }
@@ -132,7 +133,8 @@ def saved_steps(run: Path) -> int:
 def start_ranks(out: Path, settings: Path, ranks: int, floor: float, killed_at: int | None) -> int:
     """Run the ranks to their end, or until memory is short; their status."""
     command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(ranks), "--standalone"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # What torch frees goes back to the system, so that what is resident is what is held.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     with (out / "log.txt").open("a") as log:
         process = subprocess.Popen(
             [*command, __file__, "--child", str(out), str(settings), str(killed_at or 0)],
@@ -204,7 +206,6 @@ def child(out: str, settings: str, killed_at: str) -> None:
     from sparse_llm_ft.cli.main import main as command
     from sparse_llm_ft.engine.engine import Engine
     from sparse_llm_ft.training import run
-    from sparse_llm_ft.training.loop import Loop
 
     stretches = Stretches(Path(out) / MARKS, int(os.environ["RANK"]))
     stretches.around(run, "build_model", "load")
@@ -224,7 +225,6 @@ def child(out: str, settings: str, killed_at: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run.Run._save = saving  # type: ignore[method-assign]
-    assert Loop is not None
     command(["train", "--config", settings])
 
 

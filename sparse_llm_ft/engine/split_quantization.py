@@ -9,23 +9,19 @@ processes, in rounds:
 
 The processes exchange codes and scales of every round, and each does the second quantisation. The result is bit by bit
 what bitsandbytes makes of the weight. What a process does not quantise it does not read: from the node's reader it gets
-its own slices alone (sharded_loading.py).
+its own slices alone (shared_files.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
-from transformers import PreTrainedModel, core_model_loading
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.pytorch_utils import Conv1D
 
 ALIGNMENT = 256
 """Values of a slice are a multiple of it, and so of the block's size, which is 64 unless someone sets another."""
@@ -71,17 +67,12 @@ class SplitQuantizer:
         ranks, rank: of the node's processes, and this one's number among them.
         exchange: collective of the node's processes. Gets a tensor of bytes, and returns all of theirs, (ranks, bytes).
         round_values: most values of a round.
-
-    Attributes:
-        reads_own_part: whether the tensor that is read now is quantised as it is, so that this process needs only its
-            slices of it.
     """
 
     def __init__(
         self, ranks: int, rank: int, exchange: Callable[[torch.Tensor], torch.Tensor], round_values: int
     ) -> None:
         self.ranks, self.rank, self._exchange, self._round_values = ranks, rank, exchange, round_values
-        self.reads_own_part = False
 
     def division(self, total: int) -> Division:
         """The division of a tensor with `total` values."""
@@ -91,18 +82,7 @@ class SplitQuantizer:
     def installed(self) -> Iterator[None]:
         """A context in which transformers quantises with this object."""
         self._quantize = bitsandbytes.functional.quantize_4bit
-        convert = core_model_loading.WeightRenaming.convert
-
-        def noting(mapping: Any, name: str, model: PreTrainedModel | None = None, **options: Any) -> Any:
-            self.reads_own_part = model is not None and _is_quantised_as_read(mapping, name, model)
-            try:
-                return convert(mapping, name, model=model, **options)
-            finally:
-                self.reads_own_part = False
-
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", self))
-            stack.enter_context(mock.patch.object(core_model_loading.WeightRenaming, "convert", noting))
+        with mock.patch.object(bitsandbytes.functional, "quantize_4bit", self):
             yield
 
     def __call__(
@@ -162,14 +142,6 @@ class SplitQuantizer:
                 codes[start // 2 :][: len(packed)] = packed.view(-1)
                 scales[start // blocksize :][: len(state.absmax)] = state.absmax
         return codes, scales
-
-
-def _is_quantised_as_read(mapping: Any, name: str, model: PreTrainedModel) -> bool:
-    """Whether transformers gives the tensor that it reads for parameter `name` to the quantiser, unchanged."""
-    if type(mapping.quantization_operation) is not Bnb4bitQuantize:
-        return False
-    module = model.get_submodule(name.rpartition(".")[0])
-    return not issubclass(getattr(module, "source_cls", Conv1D), Conv1D)  # a Conv1D's weight is transposed first
 
 
 def _count_smaller(values: torch.Tensor, bounds: torch.Tensor, out_int32: bool = False) -> torch.Tensor:
