@@ -142,7 +142,8 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
     Raises:
         ConfigError: naming the first such setting.
     """
-    known = list(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [*fields, *(f.alias for f in fields.values() if f.alias)]  # DeepSpeed's documents have the aliases
     given = extra.get("zero_optimization", {})
     assert isinstance(given, Mapping), "config/load.py refuses anything else"
     for key in given:
