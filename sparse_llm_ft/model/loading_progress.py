@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 from unittest import mock
@@ -27,19 +27,26 @@ def reported(begin: Begin | None) -> Iterator[None]:
 
     def loading(*, state_dict: dict[str, Any], **options: Any) -> Any:
         sizes = {name: _stored_bytes(tensor) for name, tensor in state_dict.items()}
-        with begin(len(sizes), sum(sizes.values())) as bar:
-
-            def each(items: Any, **_: object) -> Iterator[Any]:
-                for target, mapping in items:
-                    sources = {name for names in mapping.layer_targets.values() for name in names}
-                    yield target, mapping
-                    bar.advance(len(sources), sum(sizes[name] for name in sources))
-
-            with mock.patch.object(core_model_loading, "tqdm", each):
-                return load(state_dict=state_dict, **options)
+        with begin(len(sizes), sum(sizes.values())) as bar, ExitStack() as stack:
+            for kind in (core_model_loading.WeightRenaming, core_model_loading.WeightConverter):
+                stack.enter_context(mock.patch.object(kind, "convert", _counted(kind.convert, sizes, bar)))
+            return load(state_dict=state_dict, **options)
 
     with mock.patch.object(modeling_utils, "convert_and_load_state_dict_in_model", loading):
         yield
+
+
+def _counted(convert: Callable[..., Any], sizes: Mapping[str, int], bar: LoadingBar) -> Callable[..., Any]:
+    """A function that reads one parameter's tensors, as `convert` does, and then advances the bar."""
+
+    def counting(mapping: Any, *arguments: Any, **options: Any) -> Any:
+        sources = {name for names in mapping.layer_targets.values() for name in names}
+        try:
+            return convert(mapping, *arguments, **options)
+        finally:
+            bar.advance(len(sources), sum(sizes[name] for name in sources))
+
+    return counting
 
 
 def _stored_bytes(tensor: Any) -> int:
