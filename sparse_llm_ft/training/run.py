@@ -44,6 +44,7 @@ from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
 from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.io.loading_bar import LoadingBar
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.flops import StepFlops, step_flops
@@ -559,7 +560,9 @@ class Run:
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
-        model = build_model(self.config, self.context.task_mode, phase.plan, settings)
+        model = build_model(
+            self.config, self.context.task_mode, phase.plan, settings, partial(LoadingBar, self.console)
+        )
         self.head = fresh_heads(model, phase.plan)
         return model
 
