@@ -205,7 +205,7 @@ def child(out: str, settings: str, killed_at: str) -> None:
     """Train on this rank as `sparse-llm-ft train` does. Collective."""
     from sparse_llm_ft.cli.main import main as command
     from sparse_llm_ft.engine.engine import Engine
-    from sparse_llm_ft.training import run
+    from sparse_llm_ft.training import phase_training, run
 
     stretches = Stretches(Path(out) / MARKS, int(os.environ["RANK"]))
     stretches.around(run, "build_model", "load")
@@ -214,17 +214,17 @@ def child(out: str, settings: str, killed_at: str) -> None:
     stretches.around(Engine, "backward", "backward")
     stretches.around(Engine, "step", "update")
     stretches.around(run.Run, "_change_phase", "change phase")
-    stretches.around(run.Run, "_read_state", "read state")
+    stretches.around(phase_training.PhaseTraining, "_state", "read state")
     stretches.around(run.Run, "_finish", "export")
-    save = run.Run._save
+    save = phase_training.RunParts.save
 
-    def saving(self: Any, state: Any) -> None:
+    def saving(self: Any, state: Any, protect: int | None = None) -> None:
         with stretches.within("save"):
-            save(self, state)
+            save(self, state, protect)
         if state.progress.step == int(killed_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run.Run._save = saving  # type: ignore[method-assign]
+    phase_training.RunParts.save = saving  # type: ignore[method-assign]
     command(["train", "--config", settings])
 
 

@@ -65,21 +65,27 @@ SERVICES = {
 
 
 class Trackers:
-    """The run's trackers on rank 0; does nothing on other ranks or without trackers.
+    """The run's trackers on rank 0; does nothing on other ranks, without trackers, and before `begin`."""
 
-    Args:
-        ids: tracker -> the id of its run, from the checkpoint.
-    """
-
-    def __init__(self, config: RunConfig, console: Console, rank: int, ids: Mapping[str, str]) -> None:
-        self._config, self._console = config, console
+    def __init__(self, config: RunConfig, console: Console, rank: int) -> None:
+        self._config, self._console, self._rank = config, console, rank
         self._file = Path(config.output_dir) / STATE_FILE
-        self._names: list[str] = [name for name in config.trackers if name in SERVICES] if rank == 0 else []
-        self._state = self._read(ids) if self._names else {}
+        self._names: list[str] = []
+        self._state: dict[str, dict[str, Any]] = {}
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._active: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
+
+    def begin(self, ids: Mapping[str, str]) -> None:
+        """Start the thread, which starts the trackers. Call once.
+
+        Args:
+            ids: tracker -> the id of its run, from the checkpoint.
+        """
+        if self._rank == 0:
+            self._names = [name for name in self._config.trackers if name in SERVICES]
         if self._names:
+            self._state = self._read(ids)
             self._thread.start()
 
     @property

@@ -56,7 +56,9 @@ def started(
     folder.mkdir(exist_ok=True)
     tree = run_settings(tmp_path, tmp_path, folder) | {"trackers": names, "tracker_project": "project"}
     (tmp_path / "config.json").write_text("{}")
-    return Trackers(parse_config(tree), console, rank, ids or {}), console.lines
+    found = Trackers(parse_config(tree), console, rank)
+    found.begin(ids or {})
+    return found, console.lines
 
 
 def steps(lines: list[dict[str, Any]]) -> list[int]:
