@@ -21,17 +21,20 @@ from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import ended_by_reader, escape_unencodable, silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
 
+_DEBUG = "--debug"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug, arguments = _DEBUG in arguments, [argument for argument in arguments if argument != _DEBUG]
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if own and own[0].startswith("--config"):  # a launcher starts the module with a run's settings
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
     launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
     world = find_world() if launched else ONE_PROCESS
-    with ended_by_reader(), one_line_errors(world):
+    with ended_by_reader(), one_line_errors(world, debug):
         escape_unencodable()
         options = _parse(arguments)
         if options.command is _train:
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="sparse-llm-ft", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(_DEBUG, action="store_true", help="show the stack behind an error's line; for any command")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(

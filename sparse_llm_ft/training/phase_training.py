@@ -192,7 +192,8 @@ class PhaseTraining:
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
         self.parts.trackers.close()
-        raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
+        assert loop.preempted_by is not None
+        raise PreemptionRequested(loop.preempted_by, f"saved step {loop.progress.step}")
 
     def _save(self) -> None:
         self.parts.save(self._state(), self.best.kept_step)

@@ -118,7 +118,7 @@ def test_a_run_that_is_refused_before_it_has_its_folder_leaves_no_state(tmp_path
 @pytest.mark.parametrize(
     ("error", "state", "reason"),
     [
-        (PreemptionRequested("SIGTERM: saved step 3"), "preempted", None),
+        (PreemptionRequested("SIGTERM", "saved step 3"), "preempted", None),
         (KeyboardInterrupt(), "preempted", None),
         (ConfigError("seed", "-1", "expected 0 or more"), "failed", "bad_setting"),
         (DivergedError("step 3 has loss nan"), "failed", "diverged"),
