@@ -161,7 +161,7 @@ class Stretches:
     """Divides a rank's time into named stretches, and writes the peak of its memory and the seconds of each."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.rank, self.name = path, rank, "start"
+        self.path, self.rank, self.name = path, rank, "the rest"
         self.began = time.perf_counter()
 
     def switch(self, name: str) -> str:
