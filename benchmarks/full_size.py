@@ -9,7 +9,8 @@ killed; the same command then resumes it, and ends with the exported adapter. A 
 resumes too: call the benchmark again with the same folder.
 
 It prints, for every stretch of the run, the peak of each rank's resident memory (VmHWM, reset at the start of the
-stretch) and its seconds. If the machine's available memory falls below `--floor` GiB, the benchmark kills its ranks.
+stretch) and its seconds, with those of its CPU core in brackets: other work on the machine makes the first longer. If
+the machine's available memory falls below `--floor` GiB, the benchmark kills its ranks.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class Stretches:
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.rank, self.name = path, rank, "the rest"
-        self.began = time.perf_counter()
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
 
     def switch(self, name: str) -> str:
         """End the present stretch, begin another; the former's name."""
@@ -171,13 +172,14 @@ class Stretches:
             "rank": self.rank,
             "stretch": ended,
             "seconds": now - self.began,
+            "cpu": time.process_time() - self.began_cpu,
             "peak": memory("VmHWM"),
             "stays": memory("VmRSS"),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         restart_peak()
-        self.name, self.began = name, time.perf_counter()
+        self.name, self.began, self.began_cpu = name, time.perf_counter(), time.process_time()
         return ended
 
     @contextmanager
@@ -235,11 +237,13 @@ def show(out: Path) -> None:
     rows = []
     for name in names:
         own = [line for line in lines if line["stretch"] == name]
-        seconds = [f"{line['seconds']:.1f}" for line in own if line["rank"] == 0]
+        seconds = [f"{line['seconds']:.1f} ({line['cpu']:.1f})" for line in own if line["rank"] == 0]
         peaks = [max(line["peak"] for line in own if line["rank"] == rank) for rank in sorted({x["rank"] for x in own})]
         rows.append([name, *(f"{peak / 2**30:.2f}" for peak in peaks), " ".join(seconds)])
     ranks = len(rows[0]) - 2
-    print_table(["stretch", *(f"peak of rank {rank}, GiB" for rank in range(ranks)), "seconds on rank 0"], rows)
+    print_table(
+        ["stretch", *(f"peak of rank {rank}, GiB" for rank in range(ranks)), "seconds (of its core) on rank 0"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -51,10 +51,17 @@ def test_a_shortened_model_has_the_first_layers_files_alone(model_folder: Path, 
 
 def test_the_table_has_each_ranks_largest_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
-        {"rank": rank, "stretch": "load", "seconds": 1.5 + call, "peak": (1 + rank + call) * 2**30, "stays": 0}
+        {
+            "rank": rank,
+            "stretch": "load",
+            "seconds": 1.5 + call,
+            "cpu": 1.0,
+            "peak": (1 + rank + call) * 2**30,
+            "stays": 0,
+        }
         for call in range(2)
         for rank in range(2)
     ]
     (tmp_path / "marks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     show(tmp_path)
-    assert capsys.readouterr().out.splitlines()[2:] == ["| load | 2.00 | 3.00 | 1.5 2.5 |"]
+    assert capsys.readouterr().out.splitlines()[2:] == ["| load | 2.00 | 3.00 | 1.5 (1.0) 2.5 (1.0) |"]
