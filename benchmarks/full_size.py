@@ -32,6 +32,7 @@ from harness import argument_parser, memory, print_table, restart_peak
 
 TOKENS, T, STEPS, KILLED_AT = 128, 2, 4, 3
 MARKS = "marks.jsonl"
+REST = "the rest"
 
 
 def main() -> None:
@@ -166,7 +167,7 @@ class Stretches:
     """Divides a rank's time into named stretches, and writes the peak of its memory and the seconds of each."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.rank, self.name = path, rank, "the rest"
+        self.path, self.rank, self.name = path, rank, REST
         self.began, self.began_cpu = time.perf_counter(), time.process_time()
 
     def switch(self, name: str) -> str:
@@ -235,19 +236,17 @@ def child(out: str, settings: str, killed_at: str) -> None:
 
 
 def show(out: Path) -> None:
-    """Print each stretch's largest peak and its seconds, in the order in which they began."""
+    """Print every stretch in its order: each rank's peak and what stays of it, in GiB, and rank 0's seconds."""
     lines = [json.loads(line) for line in (out / MARKS).read_text().splitlines()]
-    names = list(dict.fromkeys(line["stretch"] for line in lines))
+    ranks = sorted({line["rank"] for line in lines})
+    own = [[line for line in lines if line["rank"] == rank and line["stretch"] != REST] for rank in ranks]
     rows = []
-    for name in names:
-        own = [line for line in lines if line["stretch"] == name]
-        seconds = [f"{line['seconds']:.1f} ({line['cpu']:.1f})" for line in own if line["rank"] == 0]
-        peaks = [max(line["peak"] for line in own if line["rank"] == rank) for rank in sorted({x["rank"] for x in own})]
-        rows.append([name, *(f"{peak / 2**30:.2f}" for peak in peaks), " ".join(seconds)])
-    ranks = len(rows[0]) - 2
-    print_table(
-        ["stretch", *(f"peak of rank {rank}, GiB" for rank in range(ranks)), "seconds (of its core) on rank 0"], rows
-    )
+    for of_ranks in zip(*own, strict=False):  # a rank that was killed first has written less
+        sizes = [f"{line['peak'] / 2**30:.2f} ({line['stays'] / 2**30:.2f})" for line in of_ranks]
+        first = of_ranks[0]
+        rows.append([first["stretch"], *sizes, f"{first['seconds']:.1f} ({first['cpu']:.1f})"])
+    header = [f"peak (stays) of rank {rank}, GiB" for rank in ranks]
+    print_table(["stretch", *header, "seconds (of its core) on rank 0"], rows)
 
 
 if __name__ == "__main__":

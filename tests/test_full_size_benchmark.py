@@ -49,19 +49,16 @@ def test_a_shortened_model_has_the_first_layers_files_alone(model_folder: Path, 
     assert shortened(source, 1, folder) == folder  # a second call finds its links
 
 
-def test_the_table_has_each_ranks_largest_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_each_stretch_of_all_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"peak": 2 * 2**30, "stays": 2**30, "cpu": 1.0}
     lines = [
-        {
-            "rank": rank,
-            "stretch": "load",
-            "seconds": 1.5 + call,
-            "cpu": 1.0,
-            "peak": (1 + rank + call) * 2**30,
-            "stays": 0,
-        }
-        for call in range(2)
-        for rank in range(2)
+        sizes | {"rank": rank, "stretch": stretch, "seconds": 1.5 + rank, "peak": (2 + rank) * 2**30}
+        for stretch in ("the rest", "load", "the rest", "forward")
+        for rank in (1, 0)
     ]
     (tmp_path / "marks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     show(tmp_path)
-    assert capsys.readouterr().out.splitlines()[2:] == ["| load | 2.00 | 3.00 | 1.5 (1.0) 2.5 (1.0) |"]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| load | 2.00 (1.00) | 3.00 (1.00) | 1.5 (1.0) |",
+        "| forward | 2.00 (1.00) | 3.00 (1.00) | 1.5 (1.0) |",
+    ]
