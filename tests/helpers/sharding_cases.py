@@ -284,13 +284,16 @@ def a_four_bit_base_is_nowhere_whole_between_forward_and_backward() -> None:
             if hasattr(module, "get_base_layer") or (hasattr(module, "quant_state") and id(module) not in base_layers):
                 module.register_forward_pre_hook(note)
         batch = OBJECTIVE.batch(SAMPLES[:2])
-        loss = OBJECTIVE.loss(engine.forward, batch)
-        after_forward = sum(size for storage, size in gathered if not storage.expired())
-        engine.backward(loss)
-        after_backward = sum(size for storage, size in gathered if not storage.expired())
-        largest = max(size for _, size in gathered)
-        assert len(gathered) >= len(names)
-        assert after_forward <= largest and after_backward <= largest, (after_forward, after_backward, largest)
+        for _ in range(3):  # DeepSpeed knows the order of modules from the third step on, and then acts otherwise
+            gathered.clear()
+            loss = OBJECTIVE.loss(engine.forward, batch)
+            after_forward = sum(size for storage, size in gathered if not storage.expired())
+            engine.backward(loss)
+            after_backward = sum(size for storage, size in gathered if not storage.expired())
+            engine.step(1e-3)
+            largest = max(size for _, size in gathered)
+            assert len(gathered) >= len(names)
+            assert after_forward <= largest and after_backward <= largest, (after_forward, after_backward, largest)
         engine.close()
         model.unload()
 
