@@ -46,7 +46,7 @@ def cli(*arguments: str, slow: float | None = None) -> subprocess.CompletedProce
     kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "slurm" / "slow")])
     kept |= {} if slow is None else {"SLOW_STEP": str(slow)}
     command = [sys.executable, "-m", "sparse_llm_ft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, env=kept)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=kept)
 
 
 def state(run: Path) -> dict:
@@ -67,7 +67,7 @@ def queued(jobs: Sequence[str]) -> list[list[str]]:
     return [line.split(maxsplit=2) for line in answer.stdout.splitlines()]
 
 
-def wait(run: Path, until: Callable[[], bool], seconds: float = 240) -> None:
+def wait(run: Path, until: Callable[[], bool], seconds: float = 600) -> None:
     """Wait, with a limit. Slurm lets a requeued job wait for two minutes; here it may begin at once."""
     end = time.monotonic() + seconds
     while not until():
@@ -103,7 +103,7 @@ class Submitted:
     def in_queue(self) -> bool:
         return bool(queued(self.jobs))
 
-    def wait_end(self, seconds: float = 300) -> None:
+    def wait_end(self, seconds: float = 600) -> None:
         wait(self.run, lambda: not self.in_queue(), seconds)
 
     def wait_step(self, step: int) -> None:
