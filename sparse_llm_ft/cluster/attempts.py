@@ -161,8 +161,9 @@ def _last_attempt(log: Path | None) -> str:
 
 
 def _dead_nodes(text: str) -> str:
-    """The nodes of the tasks that srun saw dying, in order, without those that it then terminated itself."""
-    found = [match[1] for line in text.splitlines() if (match := _DEAD_TASK.match(line))]
+    """The nodes of the tasks that srun saw dying, in order, up to the line in which it begins to end the others."""
+    before = text.partition("Terminating StepId")[0]
+    found = [match[1] for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
     return ",".join(dict.fromkeys(found))
 
 

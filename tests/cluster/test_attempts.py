@@ -12,7 +12,7 @@ from sparse_llm_ft.run_folder import RunFolder
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
 DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
-ENDED_BY_SRUN = "srun: error: n1: task 0: Terminated\n"
+ENDED_BY_SRUN = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n4: task 3: Terminated\n"
 
 
 @pytest.fixture
