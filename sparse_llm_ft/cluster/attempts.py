@@ -129,7 +129,8 @@ def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: 
     nodes = [*state.failed_nodes, where] if again else [where]
     named = f"{reason} after step {state.step} on {where or state.host or 'an unknown node'}: {message}"
     if failures >= _MOST_FAILURES:
-        named = f"stopped: {failures} attempts in a row failed after step {state.step}, on {' and '.join(dict.fromkeys(nodes))}; {message}"
+        where = " and ".join(dict.fromkeys(nodes))
+        named = f"stopped: {failures} attempts in a row failed after step {state.step}, on {where}; {message}"
         _stop(folder, named)
     state = state.failed(reason, shortened(named, 1000)).updated_by(
         failed_step=state.step, failures=failures, failed_nodes=nodes[-100:], updated=time.time()
