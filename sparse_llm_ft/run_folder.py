@@ -29,6 +29,8 @@ STATE_FILE, JOB_FOLDER = "state.json", "slurm"
 _FREE = {
     "resume",
     "report",
+    "trackers",
+    "tracker_project",
     "output_dir",
     "training.micro_batch_size",
     "training.save_every",

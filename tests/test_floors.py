@@ -16,7 +16,7 @@ FLOORS = (
     ("plan_masks",),
     ("plan", "io"),
     ("config", "distributed", "serving"),
-    ("phase", "run_folder", "report"),
+    ("phase", "run_folder", "report", "doctor"),
     ("optim", "data", "cluster"),
     ("model",),
     ("adapters", "objectives"),

@@ -89,10 +89,13 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
     return Checkpoint(folder, state, phase)
 
 
-def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
+def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None, protect: int | None = None) -> None:
     """Write the state as a checkpoint, unless it is already there, and remove all but the newest `keep`.
 
     Folders of later steps, found damaged when the run was resumed, are neither counted nor removed.
+
+    Args:
+        protect: a step whose checkpoint stays in any case.
 
     Raises:
         DivergedError: a value is not finite; nothing is written.
@@ -102,7 +105,10 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> N
         _check_finite(state)
         state.save(folder)
     if keep is not None:
+        kept = None if protect is None else checkpoint_folder(checkpoints, protect).name
         for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
+            if old.name == kept:
+                continue
             if old.is_symlink():
                 old.unlink()  # its target is not ours
             else:

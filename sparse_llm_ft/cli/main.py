@@ -10,6 +10,7 @@ from pathlib import Path
 from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
 from sparse_llm_ft.cli.cluster_commands import add_commands as add_cluster_commands
+from sparse_llm_ft.cli.doctor import add_command as add_doctor
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if own and own[0].startswith("--config"):  # a launcher starts the module with a run's settings
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
-    world = find_world() if {"train", "derive", "evaluate"} & set(arguments[:2]) else ONE_PROCESS
+    launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
+    world = find_world() if launched else ONE_PROCESS
     with ended_by_reader(), one_line_errors(world):
         escape_unencodable()
         options = _parse(arguments)
@@ -62,6 +64,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_commands(commands)
     add_check_adapter(commands)
     add_cluster_commands(commands, _check_run)
+    add_doctor(commands)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )

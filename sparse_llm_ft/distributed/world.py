@@ -35,7 +35,7 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
         _from_slurm(environment)
     else:
         environment.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if "LOCAL_SIZE" in environment:  # the deepspeed launcher's
         environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
@@ -88,7 +88,8 @@ def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:
     return tasks.split(",")[0].split("(")[0] or None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -19,7 +19,7 @@ from sparse_llm_ft.adapters import count_parameters, is_adapter
 from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
-from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
+from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_state, save_checkpoint
 from sparse_llm_ft.cluster.state_writer import StateWriter
 from sparse_llm_ft.config import check_steps
 from sparse_llm_ft.context.context import RunContext
@@ -32,6 +32,7 @@ from sparse_llm_ft.distributed.collectives import (
     broadcast_int,
     broadcast_text,
     coordinate,
+    run_on_every_rank,
     run_on_rank_zero,
 )
 from sparse_llm_ft.distributed.signals import exit_if_preempted
@@ -51,6 +52,7 @@ from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.scoring.cache import hash_model
 from sparse_llm_ft.training.batch_size import first_batch, grown_batch, resumed_batch, settle_growth
+from sparse_llm_ft.training.best import NOTHING_WATCHED, BestWatch
 from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.metrics_logger import MetricsLogger
@@ -72,6 +74,7 @@ from sparse_llm_ft.training.records import (
 )
 from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.scorer import Scorer
+from sparse_llm_ft.training.trackers import Trackers
 
 
 def train(context: RunContext) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class Run:
         self.context, self.config, self.world, self.folder = context, context.config, context.world, context.folder
         self.console, self.targets = context.console, context.targets
         self.splits, self.data, self.schedule, self.methods, self.first = splits, data, schedule, methods, first
-        self.evaluator = context.evaluator(splits.measured)
+        self.evaluator, self.watcher = context.evaluator(splits.measured), context.evaluator(splits.watched)
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
         self.run_state = StateWriter(self.folder.path, self.world)
 
@@ -179,6 +182,8 @@ class Run:
 
     def _train(self) -> dict[str, Any]:
         state, phase = self._begin(self.first)
+        ids = {} if state is None else state.record.trackers
+        self.trackers = Trackers(self.config, self.console, self.world.rank, ids)
         model = self._build_model(phase)
         if state is None:  # a new run: nothing is trained yet
             run, size = RunFolder.identity(self.config), self.config.training.micro_batch_size
@@ -259,7 +264,8 @@ class Run:
         record = PhaseRecord.of(
             phase, state.record.current, self._trained(phase.plan, engine), engine.optimizer_bytes()
         )
-        writer = MetricsLogger(self.folder, self.world.rank, progress.step)
+        self.best = BestWatch.of(self.config.training, state.record.best) if phase.open_ended else NOTHING_WATCHED
+        writer = self._writer(progress.step)
         run_on_rank_zero(self.world, writer.open)
         exit_if_preempted()
         self.console.begin(phase.name, progress.step, self._last_step(loop))
@@ -267,14 +273,20 @@ class Run:
         # Train, and after each step look at what is due.
         flops = step_flops(self.context.empty, phase.plan, self.config.model.dtype, loop.device, self.world.size)
         with closing(loop.steps(partial(self._needs_engine, phase))) as steps:
-            for step in steps:
+            for step in () if self.best.stops else steps:
                 self._count(step, loop, record, state, writer, flops)
+                if self.best.stops:
+                    break
         # Save the state at the phase's end: if the run is killed during the phase change, it repeats the change.
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
         state = self._read_state(loop, record, state)
         self._save(state)
         return engine, state
+
+    def _writer(self, step: int) -> MetricsLogger:
+        tensorboard = "tensorboard" in self.config.trackers
+        return MetricsLogger(self.folder, self.world.rank, step, self.trackers, tensorboard)
 
     def _needs_engine(self, phase: Phase, progress: Progress) -> bool:
         """Whether a step that ends at `progress` is followed by a save or a validation."""
@@ -299,10 +311,13 @@ class Run:
         record.add(loop.phase.global_batch_size, step.tokens, step.seconds, *done)
         if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
             self._save(self._read_state(loop, record, state))
-        self._after_step(step_line(record, step, loop, flops), loop, writer)
+        is_best = self._after_step(step_line(record, step, loop, flops), loop, writer)
         if loop.preempted_by:
+            if self.best.metric is not None:  # what the validation has found belongs to the state
+                self._save(self._read_state(loop, record, state))
             self._stop(loop, writer)
-        if self._due(self.config.training.save_every, loop.progress.step) and not loop.over():
+        due = self._due(self.config.training.save_every, loop.progress.step) and not loop.over()
+        if due or (is_best and self.best.keeps):
             self._save(self._read_state(loop, record, state))
 
     def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
@@ -379,7 +394,7 @@ class Run:
 
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
         """Collective. Evaluate the trained model, export it, write the summary and the report, return the summary."""
-        after = None
+        after, exported = None, self._use_best(engine, state)
         if self.evaluator.parts:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
         exit_if_preempted()
@@ -396,34 +411,73 @@ class Run:
             after,
             self.splits.sizes(self.config.evaluation.split),
             self.context.left_out if phase.plan.active else None,
+            exported.progress.step,
         )
 
         def write() -> None:
             folder = self.folder.model if whole else self.folder.adapter
-            export(folder, self.context, phase.plan, state.tensors, untrained)
+            export(folder, self.context, phase.plan, exported.tensors, untrained)
             self.folder.write_json(SUMMARY_FILE, summary)
             keep_only(self.folder.prefix_cache, None)
 
         run_on_rank_zero(self.world, write)
+        last = state.progress.step + 1  # behind the last step, whose numbers have been sent
+        self.trackers.log(last, {key: part for key, part in summary["metrics"].items() if part})
+        self.trackers.close()
         if self.config.report and self.world.rank == 0:
             draw_report(self.folder, self.console)
         show_summary(summary, self.folder, self.console)
         return summary
 
-    def _after_step(self, line: dict[str, object], loop: Loop, writer: MetricsLogger) -> None:
-        """Collective. Log the step's line, with the validation loss where it is due."""
-        training, at = self.config.training, loop.progress.step
+    def _after_step(self, line: dict[str, object], loop: Loop, writer: MetricsLogger) -> bool:
+        """Collective. Log the step's line, with the validation where it is due. Returns whether it is the best one."""
+        training, at, is_best = self.config.training, loop.progress.step, False
         # Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
         if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
             size, world = self.config.evaluation.micro_batch_size, self.world
             line["validation_loss"] = mean_loss(
                 loop.engine.module, self.splits.validation, self.context.objective, size, world.rank, world.size
             )
+            is_best = self._watch(line, loop)
         logged = self._due(training.log_every, at) or "validation_loss" in line or loop.over()
         self.run_state.step(line, self._last_step(loop), logged)
         if logged:
             run_on_rank_zero(self.world, lambda: writer.write(line))
             self.console.step(line, self._last_step(loop))
+        return is_best
+
+    def _watch(self, line: dict[str, object], loop: Loop) -> bool:
+        """Collective. Take what is followed off this validation, into the line too. Returns whether it is the best."""
+        if self.best.metric is None:
+            return False
+        value = line["validation_loss"]
+        if self.best.measures:
+            metrics = self.watcher(loop.engine.module, self.folder.path / "predictions-validation.jsonl")
+            value = line[f"validation_{self.best.metric}"] = metrics[self.best.metric]
+        assert isinstance(value, float)
+        is_best = self.best.note(loop.progress.step, value)
+        if self.best.stops:
+            self.console.log(f"stopping at step {loop.progress.step}: {self.best.describe()}")
+        return is_best
+
+    def _use_best(self, engine: Engine, state: TrainState) -> TrainState:
+        """Collective. The state to measure and export: the best step's, whose values the engine then has."""
+        step, found = self.best.kept_step, []
+        if step is None or step == state.progress.step:
+            return state
+        folder = checkpoint_folder(self.folder.checkpoints, step)
+
+        def read() -> None:
+            found.append(load_checkpoint(folder, self.context.expected, RunFolder.identity(self.config)))
+
+        try:
+            run_on_every_rank(read, "all nodes must share the file system of output_dir")
+        except UserError as error:
+            self.console.log(f"the best step cannot be used, and the last one is exported: {error}")
+            return state
+        engine.load_state_dict(found[0].state.engine_state)
+        self.console.log(f"continuing with step {step}: {self.best.describe()}")
+        return found[0].state
 
     def _stop(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
         """Collective. Close the logs and raise `PreemptionRequested`."""
@@ -431,6 +485,7 @@ class Run:
             loop.prefix.flush()
         self.console.end()
         run_on_rank_zero(self.world, writer.close)
+        self.trackers.close()
         raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
 
     def _last_step(self, loop: Loop) -> int:
@@ -457,14 +512,15 @@ class Run:
             progress=copy.copy(loop.progress),
             phase=loop.phase.to_dict(),
             callback=loop.callback.to_dict() if loop.callback else None,
-            record=before.record.with_current(record),
+            record=before.record.with_current(record, self.trackers.ids, self.best.found),
             callback_tensors=loop.callback.tensors() if loop.callback else {},
         )
 
     def _save(self, state: TrainState) -> None:
         """Collective. Write the state as a checkpoint."""
         keep = self.config.training.keep_checkpoints
-        run_on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
+        protect = self.best.kept_step
+        run_on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep, protect))
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """Collective. Write the plan and the phase's file when a phase begins."""
