@@ -15,6 +15,7 @@ import yaml
 
 from helpers.launching import ROOT
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 _jobs: list[str] = []
 SUBMIT = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "10"]
 
@@ -61,10 +62,10 @@ def logs(run: Path) -> str:
 
 
 def queued(jobs: Sequence[str]) -> list[list[str]]:
-    """[id, state, reason] of these jobs, as far as they wait or run."""
-    command = ["squeue", "--noheader", "--format=%i %T %r", f"--jobs={','.join(jobs)}"]
+    """[id, state, reason] of these jobs, as far as they wait or run. A job that is being requeued counts."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%i %T %r", f"--jobs={','.join(jobs)}"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # fails if all are gone
-    return [line.split(maxsplit=2) for line in answer.stdout.splitlines()]
+    return [row for line in answer.stdout.splitlines() if (row := line.split(maxsplit=2))[1] not in ENDED]
 
 
 def wait(run: Path, until: Callable[[], bool], seconds: float = 600) -> None:
