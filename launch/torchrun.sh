@@ -5,5 +5,5 @@ set -euo pipefail
 : "${HEAD:?set HEAD to the name of the first machine}" "${NODES:=1}" "${GPUS:=8}" "${RUN_ID:=run}" "${PORT:=29400}"
 # torchrun would die of these signals; ignored by it, they still reach the run's own handlers.
 trap "" USR1 USR2
-exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts 3 --rdzv-id "$RUN_ID" --rdzv-backend c10d \
+exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-id "$RUN_ID" --rdzv-backend c10d \
   --rdzv-endpoint "$HEAD:$PORT" -m sparse_llm_ft train "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,17 @@ def _status(options: argparse.Namespace) -> None:
     if not views:
         raise UserError(f"{', '.join(map(str, roots))}: no run below; expected a folder that holds runs")
     console = Console(rank=0).rich
-    if not options.watch:
-        console.print(_listing(views))
-        return
-    with Live(_listing(views), console=console, auto_refresh=False) as live:
-        while any(view.is_alive for view in views):
+    live = Live(console=console, auto_refresh=False) if options.watch and console.is_terminal else None
+    with live or nullcontext():
+        while True:
+            if live is None:  # a file gets one listing after the other
+                console.print(_listing(views))
+            else:
+                live.update(_listing(views), refresh=True)
+            if not (options.watch and any(view.is_alive for view in views)):
+                return
             time.sleep(WATCH_SECONDS)
             views = look()
-            live.update(_listing(views), refresh=True)
 
 
 def _listing(views: list[RunView]) -> Group:

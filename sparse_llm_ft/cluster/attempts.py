@@ -129,9 +129,8 @@ def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: 
     nodes = [*state.failed_nodes, where] if again else [where]
     named = f"{reason} after step {state.step} on {where or state.host or 'an unknown node'}: {message}"
     if failures >= _MOST_FAILURES:
-        named = (
-            f"stopped: {failures} attempts in a row failed after step {state.step}, on {' and '.join(nodes)}; {message}"
-        )
+        where = " and ".join(dict.fromkeys(nodes))
+        named = f"stopped: {failures} attempts in a row failed after step {state.step}, on {where}; {message}"
         _stop(folder, named)
     state = state.failed(reason, shortened(named, 1000)).updated_by(
         failed_step=state.step, failures=failures, failed_nodes=nodes[-100:], updated=time.time()
@@ -161,8 +160,9 @@ def _last_attempt(log: Path | None) -> str:
 
 
 def _dead_nodes(text: str) -> str:
-    """The nodes of the tasks that srun saw dying, in order, without those that it then terminated itself."""
-    found = [match[1] for line in text.splitlines() if (match := _DEAD_TASK.match(line))]
+    """The nodes of the tasks that srun saw dying, in order, up to the line in which it begins to end the others."""
+    before = text.partition("Terminating StepId")[0]
+    found = [match[1] for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
     return ",".join(dict.fromkeys(found))
 
 

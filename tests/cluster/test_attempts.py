@@ -12,7 +12,7 @@ from sparse_llm_ft.run_folder import RunFolder
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
 DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
-ENDED_BY_SRUN = "srun: error: n1: task 0: Terminated\n"
+ENDED_BY_SRUN = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n4: task 3: Terminated\n"
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_node_that_fails_with_the_batch_script_is_counted_when_the_next_attemp
     run_to(folder, 5)
     assert (state(folder).failures, state(folder).failed_nodes) == (1, ["n[1-2]"])
     assert attempts.begin(folder, JOB).status == 2
-    assert "stopped: 2 attempts in a row failed after step 5, on n[1-2] and n[1-2]" in state(folder).message
+    assert "stopped: 2 attempts in a row failed after step 5, on n[1-2]; its node failed" in state(folder).message
 
 
 def test_jobs_that_are_requeued_while_they_load_are_no_failures(folder: RunFolder) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from helpers.launching import ROOT
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 _jobs: list[str] = []
 SUBMIT = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "10"]
 
@@ -46,7 +47,7 @@ def cli(*arguments: str, slow: float | None = None) -> subprocess.CompletedProce
     kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "slurm" / "slow")])
     kept |= {} if slow is None else {"SLOW_STEP": str(slow)}
     command = [sys.executable, "-m", "sparse_llm_ft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, env=kept)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=kept)
 
 
 def state(run: Path) -> dict:
@@ -61,13 +62,13 @@ def logs(run: Path) -> str:
 
 
 def queued(jobs: Sequence[str]) -> list[list[str]]:
-    """[id, state, reason] of these jobs, as far as they wait or run."""
-    command = ["squeue", "--noheader", "--format=%i %T %r", f"--jobs={','.join(jobs)}"]
+    """[id, state, reason] of these jobs, as far as they wait or run. A job that is being requeued counts."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%i %T %r", f"--jobs={','.join(jobs)}"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # fails if all are gone
-    return [line.split(maxsplit=2) for line in answer.stdout.splitlines()]
+    return [row for line in answer.stdout.splitlines() if (row := line.split(maxsplit=2))[1] not in ENDED]
 
 
-def wait(run: Path, until: Callable[[], bool], seconds: float = 240) -> None:
+def wait(run: Path, until: Callable[[], bool], seconds: float = 600) -> None:
     """Wait, with a limit. Slurm lets a requeued job wait for two minutes; here it may begin at once."""
     end = time.monotonic() + seconds
     while not until():
@@ -103,7 +104,7 @@ class Submitted:
     def in_queue(self) -> bool:
         return bool(queued(self.jobs))
 
-    def wait_end(self, seconds: float = 300) -> None:
+    def wait_end(self, seconds: float = 600) -> None:
         wait(self.run, lambda: not self.in_queue(), seconds)
 
     def wait_step(self, step: int) -> None:
