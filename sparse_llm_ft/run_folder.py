@@ -29,6 +29,7 @@ _FREE = {
     "report",
     "output_dir",
     "training.micro_batch_size",
+    "training.device_memory",
     "training.save_every",
     "training.eval_every",
     "training.log_every",

@@ -225,7 +225,7 @@ def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
 def _check_together(config: RunConfig) -> None:
     """Checks that need more than one value, or a folder."""
     training = config.training
-    if training.global_batch_size % training.micro_batch_size:
+    if training.global_batch_size % training.fixed_micro_batch_size:
         raise ConfigError(
             "training.global_batch_size",
             f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size}",
@@ -343,11 +343,11 @@ def check_world(config: RunConfig, world_size: int, resumes: bool = False) -> No
         resumes: the run has checkpoints; it finds a micro-batch that fits by itself.
     """
     training = config.training
-    share = world_size if resumes else training.micro_batch_size * world_size
+    share = world_size if resumes else training.fixed_micro_batch_size * world_size
     if training.global_batch_size % share:
         product = (
             f"{world_size} processes"
-            if resumes
+            if resumes or training.micro_batch_size == "auto"
             else (f"training.micro_batch_size × processes = {training.micro_batch_size} × {world_size}")
         )
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
-from sparse_llm_ft.config.types import MAX_BATCH, Date, FilePath, Float, Int, Section
+from sparse_llm_ft.config.types import MAX_BATCH, Bytes, Date, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
@@ -124,7 +124,9 @@ class TrainingConfig(Section):
     """Training: batches, learning rate, steps, checkpoints.
 
     Attributes:
-        micro_batch_size: samples a rank sees in one forward pass.
+        micro_batch_size: samples a rank sees in one forward pass; ``auto``: the most that the planner finds to fit into
+            the device's memory.
+        device_memory: bytes of memory that each process may use, for what is planned; None: its GPU's.
         global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
         learning_rate: of the adapters, or of the whole model.
         head_learning_rate: of what is trained whole beside adapters: a fresh head, ``adapter.modules_to_save``,
@@ -145,7 +147,8 @@ class TrainingConfig(Section):
         compile: ``layers`` compiles each layer with torch.compile when it is first called; same losses up to rounding.
     """
 
-    micro_batch_size: Int = Field(1, ge=1)
+    micro_batch_size: Annotated[Int, Field(ge=1)] | Literal["auto"] = 1
+    device_memory: Bytes | None = Field(None, ge=1)
     global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
     learning_rate: Float = Field(1e-4, gt=0)
     head_learning_rate: Float | None = Field(None, gt=0)
@@ -164,6 +167,11 @@ class TrainingConfig(Section):
     prefix_cache_bytes: Int = Field(2**33, ge=1)
     on_oom: Literal["error", "shrink"] = "error"
     compile: Literal["off", "layers"] = "off"
+
+    @property
+    def fixed_micro_batch_size(self) -> int:
+        """The micro-batch as a number; 1 while it is still to be decided."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class EvaluationConfig(Section):

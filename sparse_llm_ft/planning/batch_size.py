@@ -81,7 +81,7 @@ def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: 
 
 def first_batch(phase: Phase, config: RunConfig) -> Phase:
     """The first phase with the configured batch sizes."""
-    return phase.with_batch(config.training.micro_batch_size, config.training.global_batch_size)
+    return phase.with_batch(config.training.fixed_micro_batch_size, config.training.global_batch_size)
 
 
 def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Phase:

@@ -49,6 +49,7 @@ from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 from sparse_llm_ft.planning.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.micro_batch import settle_micro_batch
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.scoring.cache import hash_model
 from sparse_llm_ft.training.callbacks import build_callback
@@ -157,6 +158,8 @@ class Run:
         first = context.methods(schedule.total_steps).first(context.plan, context.targets)
         config = settle_growth(config, first, task_mode, data.longest, context.console)
         context = replace(context, config=config)
+        config = settle_micro_batch(context, ranks)
+        context = replace(context, config=config)
         context.folder.check(config, resolved=True)
         methods = context.methods(schedule.total_steps)
         first = first_batch(methods.first(context.plan, context.targets), config)
@@ -176,7 +179,7 @@ class Run:
         state, phase = self._begin(self.first)
         model = self._build_model(phase)
         if state is None:  # a new run: nothing is trained yet
-            run, size = RunFolder.identity(self.config), self.config.training.micro_batch_size
+            run, size = RunFolder.identity(self.config), self.config.training.fixed_micro_batch_size
             record = RunRecord(run=run, samples=self.splits.key, micro_batch_size=size)
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
@@ -222,7 +225,7 @@ class Run:
         if state is not None:
             # Resume its phase, for the present number of ranks and with the settings that have changed since.
             check_samples(state.record, self.splits.key)
-            configured = self.config.training.micro_batch_size
+            configured = self.config.training.fixed_micro_batch_size
             changed = configured if configured != state.record.micro_batch_size else None
             state.record.micro_batch_size = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, changed)
