@@ -288,6 +288,11 @@ class RunConfig(Section):
         return dumped[0] if len(dumped) == 1 else dumped
 
     @property
+    def memory_budget(self) -> int | None:
+        """Bytes of each device that every phase must fit into, as planned: the least of the methods'."""
+        return min((m.memory_budget for m in self.method if m.memory_budget is not None), default=None)
+
+    @property
     def method_name(self) -> str:
         """For people: ``lora_drop + partial_lora``."""
         return " + ".join(method.name for method in self.method)

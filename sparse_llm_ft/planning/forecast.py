@@ -20,6 +20,7 @@ from sparse_llm_ft.engine.step_trace import Batch, StepTrace, trace_step, traced
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.planning.batch_size import Peak
 from sparse_llm_ft.planning.phases import ForeseenPhase, foresee_phases
 from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 
@@ -139,9 +140,10 @@ def forecast(
     ranks = context.world.size if world_size is None else world_size
     samples = sample_sizes(context) if samples is None else samples
     overhead = overhead or (DeviceOverhead() if on_gpu else NO_DEVICE)
-    found = foresee_phases(context, ranks, samples) if phases is None else phases
+    if phases is None:
+        phases = foresee_phases(context, ranks, samples, budget_peak(context, ranks, samples, on_gpu, overhead))
     planners = [
-        _PhasePlanner(context, ranks, samples, on_gpu, overhead, one, first=i == 0) for i, one in enumerate(found)
+        _PhasePlanner(context, ranks, samples, on_gpu, overhead, one, first=i == 0) for i, one in enumerate(phases)
     ]
     following = [*planners[1:], None]
     done = tuple(planner.forecast(after) for planner, after in zip(planners, following, strict=True))
@@ -152,6 +154,25 @@ def forecast(
             "all of which have a loss"
         )
     return RunForecast(done, ranks, samples, tuple(notes))
+
+
+def budget_peak(
+    context: RunContext,
+    world_size: int | None = None,
+    samples: SampleSizes | None = None,
+    on_gpu: bool = True,
+    overhead: DeviceOverhead | None = None,
+) -> Peak | None:
+    """What plans a phase under ``method.budget.memory``; None where no method has one. Arguments as of `forecast`."""
+    if context.config.memory_budget is None:
+        return None
+    sizes = sample_sizes(context) if samples is None else samples
+
+    def peak(phase: Phase) -> int:
+        alone = (ForeseenPhase(phase, "", None),)
+        return forecast(context, world_size, sizes, on_gpu, overhead, alone).peak_bytes
+
+    return peak
 
 
 @dataclass(frozen=True)

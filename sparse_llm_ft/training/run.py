@@ -48,8 +48,10 @@ from sparse_llm_ft.model.flops import StepFlops, step_flops
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
-from sparse_llm_ft.planning.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.forecast import budget_peak
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch
+from sparse_llm_ft.planning.phases import memory_of
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.scoring.cache import hash_model
 from sparse_llm_ft.training.callbacks import build_callback
@@ -127,14 +129,23 @@ class Run:
 
     Attributes:
         first: the run's first phase.
+        peak: plans a phase, where a method has a memory budget.
     """
 
     def __init__(
-        self, context: RunContext, splits: Splits, data: TrainingSet, schedule: Schedule, methods: Chain, first: Phase
+        self,
+        context: RunContext,
+        splits: Splits,
+        data: TrainingSet,
+        schedule: Schedule,
+        methods: Chain,
+        first: Phase,
+        peak: Peak | None = None,
     ) -> None:
         self.context, self.config, self.world, self.folder = context, context.config, context.world, context.folder
         self.console, self.targets = context.console, context.targets
         self.splits, self.data, self.schedule, self.methods, self.first = splits, data, schedule, methods, first
+        self.peak = peak
         self.evaluator = context.evaluator(splits.measured)
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
 
@@ -161,9 +172,15 @@ class Run:
         config = settle_micro_batch(context, ranks)
         context = replace(context, config=config)
         context.folder.check(config, resolved=True)
-        methods = context.methods(schedule.total_steps)
-        first = first_batch(methods.first(context.plan, context.targets), config)
-        return cls(context, splits, data, schedule, methods, first)
+        # Under a memory budget, the planner decides which adapters may live, and the phases' micro-batches.
+        peak = budget_peak(context, on_gpu=torch.cuda.is_available())
+        methods = context.methods(schedule.total_steps, memory_of(config, peak))
+        first = first_batch(methods.first(context.plan, context.targets), config, context.world.size, peak)
+        if first.micro_batch_size != config.training.fixed_micro_batch_size:
+            context.console.log(
+                f"phase {first.name} has micro-batch {first.micro_batch_size}, see method.budget.memory"
+            )
+        return cls(context, splits, data, schedule, methods, first, peak)
 
     def describe(self) -> list[str]:
         """Lines for people: the data, the run's length, samples shortened or left out, the first phase and its size."""
@@ -376,6 +393,7 @@ class Run:
             self.world.size,
             self.context.task_mode,
             self.context.expected.parameters,
+            self.peak,
         )
         phase = self._with_steps(phase)
         model = rebuild_model(self.config, model, before.plan, phase.plan)
