@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers.contexts import open_context
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
@@ -17,6 +18,7 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.planning.forecast import budget_peak, forecast
 from sparse_llm_ft.planning.opening import open_for_planning
+from sparse_llm_ft.training.run import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "weight_lora": {"keep": 3, "steps": 4, "choose": "cost", "batch_growth": "none"},
@@ -31,10 +33,13 @@ def tree_of(settings: dict[str, Any], method: str, memory: int) -> dict[str, Any
     return settings
 
 
-def needed(settings: dict[str, Any], layers: str) -> int:
-    """Of plain LoRA at micro-batch 4, with adapters in these layers."""
+def needed(settings: dict[str, Any], layer: str) -> int:
+    """Of plain LoRA at micro-batch 4, with adapters as the method has at most from this layer up: three, or all."""
+    some = settings["method"]["name"] == "weight_lora"
+    layers = f".*layers.{layer}.(self_attn.q_proj|mlp.gate_proj|mlp.up_proj)" if some else f".*layers.[{layer}-1].*"
     settings = settings | {"adapter": settings["adapter"] | {"target_modules": layers}, "method": {"name": "lora"}}
-    context = open_for_planning(parse_config(settings), World(0, 1, 0, 1))
+    context = open_context(parse_config(settings))
+    Run.prepare(context)  # tokenises: the longest sample is then known
     return forecast(context, on_gpu=False).peak_bytes
 
 
@@ -42,9 +47,9 @@ def needed(settings: dict[str, Any], layers: str) -> int:
 def test_the_run_fits_into_the_budget(method: str, model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     settings = run_settings(model_folder, data_folder, tmp_path / "run")
     tree = tree_of(settings, method, 1)
-    upper, whole = (needed(tree, rule) for rule in (r".*\.layers\.1\..*", "all-linear"))
-    assert upper < whole
-    memory = (upper + whole) // 2
+    upper, lower = (needed(tree, layer) for layer in ("1", "0"))
+    assert upper < lower
+    memory = (upper + lower) // 2
     tree["method"]["budget"]["memory"] = memory
     statuses = run_worlds({"run": {"trees": tree, "world_size": 1}}, tmp_path / "logs", timeout=300)
     assert statuses["run"] == [0], last_lines(tmp_path / "logs" / "run")
