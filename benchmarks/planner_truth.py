@@ -65,8 +65,8 @@ class Case:
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
-    "weight_lora": {"name": "weight_lora", "keep": 21, "steps": 2, "batch_growth": "none"},
-    "weight_lora_plus": {"name": "weight_lora_plus", "keep": 21, "steps": 2, "batch_growth": "none"},
+    "weight_lora": {"name": "weight_lora", "keep": 21, "steps": 100, "batch_growth": "none"},
+    "weight_lora_plus": {"name": "weight_lora_plus", "keep": 21, "steps": 100, "batch_growth": "none"},
     "lora_drop": {"name": "lora_drop"},
     "partial_lora": {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5},
     "partial_lora compact": {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5, "masking": "compact"},
