@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def table(folder: str, positions: int, options: argparse.Namespace) -> None:
         for quantization in ("none", "nf4"):
             for stage in options.stages:
                 cells = [cell(folder, method, quantization, stage, length) for length in lengths]
+                print(method, quantization, stage, *cells, file=sys.stderr, flush=True)
                 rows.append([method, "nf4" if quantization == "nf4" else "bf16", str(stage), *cells])
     print_table(["method", "base", "ZeRO", *(f"{length:,} tokens" for length in lengths)], rows)
 
