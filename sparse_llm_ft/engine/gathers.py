@@ -75,17 +75,14 @@ class _Coordinator:
     def _gather(self, names: Sequence[str]) -> None:
         if not names:
             return
-        kinds: dict[int, list[str]] = {}
-        for name in names:
-            kinds.setdefault(self.weights[name].itemsize, []).append(name)
-            self.live += self.weights[name].numel
-        groups = [[name] for name in names] if len(names) == 1 else list(kinds.values())
-        for group in groups:
-            size = sum(map(self._bytes, group))
-            self.traffic += size
-            buffer = _Buffer(set(group), tuple(group), size, copied=len(names) == 1)
-            self.flight |= dict.fromkeys(group, buffer)
-            self._grow(size)
+        size = sum(map(self._bytes, names))
+        self.live += sum(self.weights[name].numel for name in names)
+        self.traffic += size
+        # A single parameter is gathered into its own place. Several have a buffer for each type, all of which wait
+        # together, and are kept together.
+        buffer = _Buffer(set(names), tuple(names), size, copied=len(names) == 1)
+        self.flight |= dict.fromkeys(names, buffer)
+        self._grow(size)
 
     def fetch(self, names: Sequence[str]) -> None:
         """A module is about to read these."""

@@ -15,7 +15,7 @@ from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation, evaluation_bytes
 from sparse_llm_ft.engine.gathers import Gathers, simulate
-from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
+from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, persists, rank_bytes, zero_settings
 from sparse_llm_ft.engine.step_trace import Batch, StepTrace, trace_step, traced_model
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
@@ -294,6 +294,10 @@ class _PhasePlanner:
             held.offloaded,
         )
 
+    @property
+    def _trained_bytes(self) -> int:
+        return sum(w.numel * w.itemsize for w in self.inventory.weights.values() if w.trained)
+
     def _passes(self, accumulation: int) -> int:
         """The most bytes of both passes beside what is always there: the step's tensors, gathered weights, buckets, and
         gradients as far as they exist: with several micro-steps, those of the earlier ones from the beginning.
@@ -304,7 +308,9 @@ class _PhasePlanner:
             beside = held.gradients if earlier or self.stage == 3 else 0
             if self.stage == 0 and not earlier:
                 beside = use.gradients
-            if self.stage == 3 or (self.stage and use.backward):
+            if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
+                beside = held.buckets + self._trained_bytes
+            if self.stage == 3 or (self.stage and use.backward and not (self.stage == 1 and earlier)):
                 beside += held.buckets
             highest = max(highest, beside + max(use.now + during, use.peak + after))
         return highest
@@ -361,8 +367,9 @@ class _PhasePlanner:
         """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
         if self.ranks == 1:
             return 0
-        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm.
-        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0)
+        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm. At
+        # stage 3 DeepSpeed sums a norm of its own.
+        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0) + (8 if self.stage == 3 else 0)
         return agreed + self._exchanged(accumulation)
 
     def _exchanged(self, accumulation: int) -> int:
@@ -378,11 +385,10 @@ class _PhasePlanner:
         return accumulation * (padded + self.gathers.traffic) + self._persistent()
 
     def _persistent(self) -> int:
+        """What every update gathers anew, frozen weights too."""
         config = zero_settings(self.settings, 1)
-        small = [w for w in self.inventory.weights.values() if w.trained]
-        return sum(
-            w.part(self.ranks) * self.ranks * w.itemsize for w in small if w.numel <= config.param_persistence_threshold
-        )
+        kept = [w for w in self.inventory.weights.values() if persists(w, config)]
+        return sum(w.part(self.ranks) * self.ranks * w.itemsize for w in kept)
 
 
 @lru_cache(maxsize=256)
