@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint
 LLAMA_CPP_PYTHON ?= 0.3.36
 SERVERS ?= $(VENV)/servers
 
-.PHONY: setup quickstart bench bench-quick test test-fast test-long test-distributed test-servers test-all lint constraints clean help
+.PHONY: setup quickstart bench bench-quick test test-fast test-long test-distributed test-servers test-slurm test-all lint constraints clean help
 
 setup: $(READY)  ## install into .venv; CONSTRAINTS=constraints.txt takes the exact tested versions
 
@@ -40,13 +40,13 @@ bench-quick: $(READY)  ## the same for one case, in three rounds
 	$(BIN)/python benchmarks/compare.py --out runs/bench-quick --quick
 
 test: $(READY)  ## run the tests, in about 7 minutes on two cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers" -n 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers and not slurm" -n 2 --dist loadfile
 
 test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not distributed and not servers" -n 2 --dist loadfile $(FAST)
 
 test-long: $(READY)  ## run the long tests alone
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "long and not slurm"
 
 # Every stage, dtype, world and offload; fifty kill trials; every fault. Hours on two cores.
 test-distributed: $(READY)  ## run all distributed and fault tests, long or not
@@ -62,6 +62,9 @@ $(SERVERS)/ready: $(READY)
 
 test-servers: $(SERVERS)/ready  ## compare adapters with llama.cpp's own code, which it downloads and compiles once
 	SERVERS=$(SERVERS) $(BIN)/python -m pytest -m servers tests/servers
+
+test-slurm: $(READY)  ## submit, interrupt and kill jobs on a Slurm cluster of two nodes, if there is one here
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
 
 test-all: test test-long  ## run every test
 

@@ -70,8 +70,21 @@ class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
 
 
+class DivergedError(TrainingError):
+    """Losses, gradients or trained values are not finite; the same run would end the same way again."""
+
+
 class PreemptionRequested(Exception):
-    """A signal asked the run to leave, and everything is saved: the signal, and what was saved."""
+    """A signal asked the run to leave, and everything is saved.
+
+    Args:
+        signal_name: such as ``SIGTERM``; ``SIGINT`` is Ctrl-C.
+        saved: what was saved.
+    """
+
+    def __init__(self, signal_name: str, saved: str) -> None:
+        super().__init__(f"{signal_name}: {saved}")
+        self.signal_name = signal_name
 
 
 _PATTERN = re.compile(r"hf_[A-Za-z0-9_]{20,}|(?<=://)[^/\s@]+(?=@)")

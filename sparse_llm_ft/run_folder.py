@@ -21,12 +21,16 @@ from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
 CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+STATE_FILE, JOB_FOLDER = "state.json", "slurm"
+"""What a job writes before its run begins: the state, and a folder with the batch script, settings and log."""
 
 # Settings that change how a run is executed, not what it computes. A resumed run may differ in them. A method's own are
 # in `MethodSettings.free`.
 _FREE = {
     "resume",
     "report",
+    "trackers",
+    "tracker_project",
     "output_dir",
     "training.micro_batch_size",
     "training.device_memory",
@@ -59,6 +63,7 @@ class RunFolder:
         self.phases = self.path / "phases"
         self.report = self.path / "report"
         self.prefix_cache = self.path / "prefix-cache"  # while the run trains
+        self.job = self.path / JOB_FOLDER
 
     def check(self, config: RunConfig, resolved: bool = False) -> None:
         """Refuse a folder into which this run must not write. Changes nothing.
@@ -85,8 +90,9 @@ class RunFolder:
             )
         # If it is not empty, it must hold a run that this one may resume.
         if not (self.path / CONFIG_FILE).is_file():
-            if all(entry.name.startswith((LOCK_FILE, ".tmp-")) for entry in self.path.iterdir()):
-                return  # a first start that was killed before it had written its config
+            prepared = (STATE_FILE, JOB_FOLDER)
+            if all(e.name.startswith((LOCK_FILE, ".tmp-")) or e.name in prepared for e in self.path.iterdir()):
+                return  # a first start that was killed before it had written its config, or that a job prepared
             raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
         if config.resume == "never":
             raise ConfigError(

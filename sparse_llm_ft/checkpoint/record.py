@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -87,6 +88,22 @@ class PhaseRecord(BaseModel):
         return self.flops / self.possible_flops if self.possible_flops else None
 
 
+class BestStep(BaseModel):
+    """The best validation so far.
+
+    Attributes:
+        step: of the run.
+        value: None: no value was finite.
+        waited: validations since.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    step: Count
+    value: Annotated[float, Field(allow_inf_nan=False)] | None
+    waited: Count = 0
+
+
 class RunRecord(BaseModel):
     """A run's past.
 
@@ -97,6 +114,8 @@ class RunRecord(BaseModel):
         before: metrics before training; None without evaluation.
         phases: the finished phases.
         current: the phase in training; None between two phases.
+        trackers: experiment tracker -> the id of its run.
+        best: of the current phase; None without `training.keep_best` and `early_stopping`.
     """
 
     model_config = ConfigDict(strict=True)
@@ -107,15 +126,24 @@ class RunRecord(BaseModel):
     before: Annotated[dict[str, float] | None, FEW_KEYS] = None
     phases: Annotated[list[PhaseRecord], FailFast()] = []
     current: PhaseRecord | None = None
+    trackers: Annotated[dict[str, str], FEW_KEYS] = {}
+    best: BestStep | None = None
 
     @classmethod
     def empty(cls) -> RunRecord:
         """The record of a state that belongs to no run."""
         return cls(run="", samples="", micro_batch_size=0)
 
-    def with_current(self, current: PhaseRecord) -> RunRecord:
-        """The record with a copy of `current`, which continues to count."""
-        return self.model_copy(update={"current": current.model_copy()})
+    def with_current(
+        self, current: PhaseRecord, trackers: Mapping[str, str] | None = None, best: BestStep | None = None
+    ) -> RunRecord:
+        """The record with a copy of `current`, which continues to count.
+
+        Args:
+            trackers: ids that are known by now; None: those of before.
+        """
+        known = self.trackers if trackers is None else dict(trackers)
+        return self.model_copy(update={"current": current.model_copy(), "trackers": known, "best": best})
 
     def shrunk(self, micro_batch_size: int) -> RunRecord:
         """The record after a step of the current phase ran out of memory, which continues with this micro-batch."""
@@ -132,7 +160,7 @@ class RunRecord(BaseModel):
         """
         assert self.current is not None, "a phase has been trained"
         finished = self.current.model_copy(update={"measured": measured})
-        return self.model_copy(update={"phases": [*self.phases, finished], "current": None})
+        return self.model_copy(update={"phases": [*self.phases, finished], "current": None, "best": None})
 
 
 def first_problem(error: ValidationError) -> str:

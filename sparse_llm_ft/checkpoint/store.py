@@ -14,7 +14,7 @@ from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.validation import Expected, validate_state
 from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
+from sparse_llm_ft.errors import CheckpointError, DivergedError, UserError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import PlanError
@@ -89,20 +89,26 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
     return Checkpoint(folder, state, phase)
 
 
-def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None) -> None:
+def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None, protect: int | None = None) -> None:
     """Write the state as a checkpoint, unless it is already there, and remove all but the newest `keep`.
 
     Folders of later steps, found damaged when the run was resumed, are neither counted nor removed.
 
+    Args:
+        protect: a step whose checkpoint stays in any case.
+
     Raises:
-        TrainingError: a value is not finite; nothing is written.
+        DivergedError: a value is not finite; nothing is written.
     """
     folder = checkpoint_folder(checkpoints, state.progress.step)
     if not state.is_saved(folder):
         _check_finite(state)
         state.save(folder)
     if keep is not None:
+        kept = None if protect is None else checkpoint_folder(checkpoints, protect).name
         for old in [other for other in newest_first(checkpoints) if other.name <= folder.name][keep:]:
+            if old.name == kept:
+                continue
             if old.is_symlink():
                 old.unlink()  # its target is not ours
             else:
@@ -113,7 +119,7 @@ def _check_finite(state: TrainState) -> None:
     named = [*state.tensors.items(), *((n, t) for n, moments in state.moments.items() for t in moments.values())]
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
-            raise TrainingError(
+            raise DivergedError(
                 f"step {state.progress.step} is not saved: {name} or a moment of it is not finite; lower "
                 "training.learning_rate; the last checkpoint is intact"
             )

@@ -9,26 +9,32 @@ from pathlib import Path
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
+from sparse_llm_ft.cli.cluster_commands import add_commands as add_cluster_commands
+from sparse_llm_ft.cli.doctor import add_command as add_doctor
 from sparse_llm_ft.cli.plan_command import add_command as add_plan
 from sparse_llm_ft.cli.run_commands import add_commands
-from sparse_llm_ft.config import load_config, split_arguments
+from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
-from sparse_llm_ft.distributed.world import World, find_world, prepare_cpu
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import ended_by_reader, escape_unencodable, silence_libraries
 from sparse_llm_ft.run_folder import RunFolder
+
+_DEBUG = "--debug"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; a user error is one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug, arguments = _DEBUG in arguments, [argument for argument in arguments if argument != _DEBUG]
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if own and own[0].startswith("--config"):  # a launcher starts the module with a run's settings
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
-    world = find_world() if {"train", "derive", "evaluate"} & set(arguments[:2]) else World(0, 1, 0, 1)
-    with ended_by_reader(), one_line_errors(world):
+    launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
+    world = find_world() if launched else ONE_PROCESS
+    with ended_by_reader(), one_line_errors(world, debug):
         escape_unencodable()
         options = _parse(arguments)
         if options.command is _train:
@@ -43,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="sparse-llm-ft", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(_DEBUG, action="store_true", help="show the stack behind an error's line; for any command")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -62,6 +69,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_plan(commands)
     add_commands(commands)
     add_check_adapter(commands)
+    add_doctor(commands)
+    add_cluster_commands(commands, _check_run)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
@@ -105,17 +114,30 @@ def _train(options: argparse.Namespace, world: World) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from sparse_llm_ft.context.preflight import preflight
-
     if options.processes < 1:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
-    config, world = load_config(*split_arguments(options.config)), World(0, options.processes, 0, options.processes)
+    print(*_check_run(load_config(*split_arguments(options.config)), options.processes), sep="\n")
+
+
+def _check_run(config: RunConfig, processes: int) -> list[str]:
+    """Check a run as `train` would on so many processes; returns lines about it. `submit` checks the same.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    from sparse_llm_ft.context.preflight import preflight
+
+    world = World(0, processes, 0, processes)
     task = preflight(config, world)
+    silence_libraries()
+    prepare_cpu(ONE_PROCESS)
+    import transformers
+
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.training.run import Run
 
-    for line in Run.prepare(RunContext.open(config, world, task)).describe():
-        print(line)
+    transformers.utils.logging.disable_progress_bar()
+    return Run.prepare(RunContext.open(config, world, task)).describe()
 
 
 def _derive(options: argparse.Namespace) -> None:

@@ -120,6 +120,22 @@ class AdapterConfig(Section):
     trainable_tokens: tuple[Int | str, ...] = ()
 
 
+LOSS = "loss"
+"""The metric that every task has: the mean loss of the validation split."""
+
+
+class EarlyStopping(Section):
+    """When training stops before its end.
+
+    Attributes:
+        metric: as in `TrainingConfig.keep_best`.
+        patience: validations in a row without a better value.
+    """
+
+    metric: str = LOSS
+    patience: Int = Field(ge=1)
+
+
 class TrainingConfig(Section):
     """Training: batches, learning rate, steps, checkpoints.
 
@@ -142,6 +158,10 @@ class TrainingConfig(Section):
         prefix_cache: where each process keeps the hidden states that enter the lowest layer with an adapter, so that
             the layers below run once for each sample (training/prefix_cache.py).
         prefix_cache_bytes: most bytes of them on each process.
+        keep_best: ``loss``, or a number that the task's metrics give (``accuracy``, ``rougeL``): the step with the best
+            validation is kept, measured and exported in place of the last one. Validations of the run's last phase
+            count, and a metric is taken on the first `evaluation.samples` of the validation split.
+        early_stopping: ends the last phase before its end; None: it does not.
         on_oom: whether running out of memory in a step ends the run, or halves the micro-batch, with twice the
             accumulation, and makes the step again (engine/memory_guard.py).
         compile: ``layers`` compiles each layer with torch.compile when it is first called; same losses up to rounding.
@@ -165,6 +185,8 @@ class TrainingConfig(Section):
     max_skipped_updates: Int = Field(3, ge=0)
     prefix_cache: Literal["off", "memory", "disk"] = "off"
     prefix_cache_bytes: Int = Field(2**33, ge=1)
+    keep_best: str | None = None
+    early_stopping: EarlyStopping | None = None
     on_oom: Literal["error", "shrink"] = "error"
     compile: Literal["off", "layers"] = "off"
 
@@ -172,6 +194,11 @@ class TrainingConfig(Section):
     def fixed_micro_batch_size(self) -> int:
         """The micro-batch as a number; 1 while it is still to be decided."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def watched_metric(self) -> str | None:
+        """What `keep_best` and `early_stopping` follow; None: nothing."""
+        return self.keep_best or (None if self.early_stopping is None else self.early_stopping.metric)
 
 
 class EvaluationConfig(Section):
@@ -266,8 +293,16 @@ MANAGED = {
 """DeepSpeed setting -> the setting of another section that owns it."""
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
+
+
 class RunConfig(Section):
-    """All settings of one run."""
+    """All settings of one run.
+
+    Attributes:
+        trackers: where the numbers of logged steps go besides metrics.jsonl (training/trackers.py).
+        tracker_project: the project or experiment that trackers file the run under.
+    """
 
     model: ModelConfig
     task: TaskConfig
@@ -280,6 +315,8 @@ class RunConfig(Section):
     seed: Int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "never"] = "auto"
     report: StrictBool = True
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    tracker_project: str = Field("sparse-llm-ft", pattern=r"^[\w .-]{1,100}$")
 
     @field_serializer("method")
     def _as_written(self, methods: Methods) -> Any:

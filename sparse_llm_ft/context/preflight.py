@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
 from sparse_llm_ft.config import RunConfig, check_world
+from sparse_llm_ft.config.schema import LOSS
 from sparse_llm_ft.data.reading import check_columns, check_references, has_split
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.evaluation.metrics import numbers_of
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -23,6 +28,7 @@ def preflight(config: RunConfig, world: World) -> Task:
     folder = RunFolder(config.output_dir)
     check_world(config, world.size, resumes=folder.has_checkpoints())
     folder.check(config)
+    _check_trackers(config.trackers)
     task = resolve_task(config.task)
     check_columns(task, "train")
     if config.training.eval_every is not None:
@@ -33,9 +39,34 @@ def preflight(config: RunConfig, world: World) -> Task:
                 "expected a file validation.jsonl (or .json, .csv, ...) there, or no eval_every",
             )
         check_columns(task, "validation")
+    _check_best(config, task)
     if config.evaluation.samples:
         check_eval_splits(config, task)
     return task
+
+
+def _check_best(config: RunConfig, task: Task) -> None:
+    """Refuse a metric that no validation gives."""
+    training, known = config.training, (LOSS, *numbers_of(task.metrics))
+    stopping = training.early_stopping
+    asked = {"training.keep_best": training.keep_best, "training.early_stopping.metric": stopping and stopping.metric}
+    for setting, metric in asked.items():
+        if metric is None:
+            continue
+        if metric not in known:
+            raise ConfigError(setting, repr(metric), f"expected one of {', '.join(known)}")
+        if training.eval_every is None:
+            raise ConfigError(setting, f"{metric}, but nothing is validated", "expected training.eval_every beside it")
+        if metric != LOSS and not config.evaluation.samples:
+            raise ConfigError(
+                setting, f"{metric}, and evaluation.samples is 0", f"expected {LOSS}, or samples to take it on"
+            )
+    if training.keep_best and stopping and training.keep_best != stopping.metric:
+        raise ConfigError(
+            "training.early_stopping.metric",
+            f"{stopping.metric}, and training.keep_best is {training.keep_best}",
+            "expected the same",
+        )
 
 
 def check_eval_splits(config: RunConfig, task: Task) -> None:
@@ -55,3 +86,14 @@ def check_eval_splits(config: RunConfig, task: Task) -> None:
             )
         check_columns(task, split, further)
     check_references(task, split, config.task.references or ())
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that is named twice, or whose library is missing."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("trackers", f"{name} twice", "expected each once")
+        if find_spec(name) is None:
+            raise ConfigError(
+                "trackers", f"{name} is not installed", f"expected pip install {name}, or trackers without it"
+            )

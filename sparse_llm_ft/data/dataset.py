@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import RunConfig, TaskConfig
+from sparse_llm_ft.config.schema import LOSS
 from sparse_llm_ft.data.cache import CachedDataset, cache_folder, samples_key, schema_of, tokenizer_key, write_cached
 from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.data.reading import Example, Skipped, examples, read_split, split_files
@@ -54,6 +55,8 @@ class Splits:
     """A run's tokenised splits; `validation` and `measured` may be empty.
 
     Attributes:
+        watched: the first samples of the validation split, with their rows, for metrics during training; empty if the
+            settings ask for none.
         key: equal for equal samples in all splits; only the two ends of a streamed file count.
     """
 
@@ -61,6 +64,7 @@ class Splits:
     validation: Sequence[Any]
     measured: tuple[EvalSplit, ...]
     key: str
+    watched: tuple[EvalSplit, ...] = ()
 
     @classmethod
     def encode(
@@ -89,7 +93,9 @@ class Splits:
             key = train.key
         validation = encoding.stored("validation") if config.training.eval_every is not None else ()
         measured = encoding.measured()
-        return cls(train, validation, measured, samples_key(train=key, measured=[part.key for part in measured]))
+        keys = samples_key(train=key, measured=[part.key for part in measured])
+        watched = (encoding.measured_part("validation"),) if config.training.watched_metric not in (None, LOSS) else ()
+        return cls(train, validation, measured, keys, watched)
 
     def sizes(self, measured: str) -> dict[str, int]:
         """Split -> number of samples; 0 for a streamed training split.
@@ -287,20 +293,20 @@ class SplitBuilder:
         evaluation = self.config.evaluation
         if not evaluation.samples:
             return ()
-        parts = []
-        for further in (None, *self.task.further_splits):
-            rows = self._on_every_rank(partial(self._measured_rows, further))
-            samples = self.stored(evaluation.split, further, evaluation.samples)
-            parts.append(EvalSplit(further or "", rows, samples, samples.key))
-        return tuple(parts)
+        return tuple(self.measured_part(evaluation.split, further) for further in (None, *self.task.further_splits))
 
-    def _measured_rows(self, further: str | None) -> list[Example]:
+    def measured_part(self, split: str, further: str | None = None) -> EvalSplit:
+        """Collective over `ranks`. The first `evaluation.samples` of a split."""
+        rows = self._on_every_rank(partial(self._measured_rows, split, further))
+        samples = self.stored(split, further, self.config.evaluation.samples)
+        return EvalSplit(further or "", rows, samples, samples.key)
+
+    def _measured_rows(self, split: str, further: str | None) -> list[Example]:
         """The first `evaluation.samples` usable rows: `stored` makes its samples from the same ones."""
-        evaluation = self.config.evaluation
-        rows = self._rows(evaluation.split, further, Skipped())
+        rows = self._rows(split, further, Skipped())
         if self.task.on_bad_row == "skip":
             rows = (row for row in rows if self._fits(row))
-        return list(islice(rows, evaluation.samples))
+        return list(islice(rows, self.config.evaluation.samples))
 
     def _rows(self, split: str, further: str | None, skipped: Skipped) -> Iterable[Example]:
         if split == "train" or self.task.group_by is None:

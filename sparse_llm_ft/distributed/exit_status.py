@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.signals import INTERRUPTED
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
-USER_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
+USER_ERROR, TRAINING_ERROR = 2, 1
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong; run the same command again
 _GRACE_SECONDS = 5.0
+_before_end: list[Callable[[str], None]] = []
+
+
+def call_before_end(action: Callable[[str], None] | None) -> None:
+    """Let `end_at_once` give its text to `action` first, in place of an earlier one; None: to nobody."""
+    _before_end[:] = [] if action is None else [action]
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,13 +38,16 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def one_line_errors(world: World) -> Iterator[None]:
-    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, Ctrl-C
-    into a line and status 130, a `PreemptionRequested` into its line and status 75.
+def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
+    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, a
+    `PreemptionRequested` into its line and status 75, after Ctrl-C 130.
 
     All ranks raise the same error, and rank 0 prints it. The others wait a moment before they exit, since launchers
     kill all processes when the first one fails. If the first process of another node is still alive then, the error may
     be its own (a file missing there), and it prints it too.
+
+    Args:
+        debug: print the error's stack before its line.
     """
     try:
         yield
@@ -43,6 +56,8 @@ def one_line_errors(world: World) -> Iterator[None]:
         if world.rank != 0:
             _wait_for_rank_zero()
         if world.local_rank == 0:
+            if debug:
+                traceback.print_exc()
             where = f"rank {world.rank}: " if world.rank else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(status)
@@ -51,7 +66,7 @@ def one_line_errors(world: World) -> Iterator[None]:
             print(f"{request}; the same command continues", file=sys.stderr, flush=True)
         else:
             _wait_for_rank_zero()
-        sys.exit(REQUEUE)
+        sys.exit(INTERRUPTED if request.signal_name == signal.SIGINT.name else REQUEUE)
     except KeyboardInterrupt:
         if world.rank == 0:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
@@ -75,4 +90,8 @@ def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
         _wait_for_rank_zero()
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)
+    for action in _before_end:  # in a thread, since a file system that has gone away may block it forever
+        recorder = threading.Thread(target=action, args=(text,), daemon=True)
+        recorder.start()
+        recorder.join(_GRACE_SECONDS)
     os._exit(TRAINING_ERROR)  # the main thread may wait in a collective forever

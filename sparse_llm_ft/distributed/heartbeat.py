@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sparse_llm_ft.distributed import exit_status, signals
-from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.distributed.world import World, node_name
 from sparse_llm_ft.errors import TrainingError, UserError, reason_of
 
 _DONE = "done"
@@ -97,7 +97,7 @@ class Heartbeat:
     def _beat_loop(self) -> None:
         while not self._stopped.is_set():
             self._beats += 1
-            self._heard = self._exchange(f"{self._beats} {socket.gethostname()}")
+            self._heard = self._exchange(f"{self._beats} {node_name()}")
             self._stopped.wait(self.timeouts.beat)
 
     def _monitor_loop(self) -> None:

@@ -1,14 +1,25 @@
-"""SIGTERM and SIGUSR1 ask a run to leave. The handler only records the signal; all ranks leave together later."""
+"""SIGTERM, SIGUSR1, SIGUSR2 (NCCL may catch SIGUSR1) and Ctrl-C ask a run to leave.
+
+The handler only records the signal; all ranks leave together later. A second Ctrl-C ends the process at once, also if
+the main thread waits in a collective.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
 from sparse_llm_ft.errors import PreemptionRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell's."""
+ONE_CTRL_C = 1.0
+"""Seconds within which several SIGINT are one: the terminal and a launcher may both send it."""
 _caught: set[int] = set()
 
 
@@ -16,6 +27,11 @@ def catch_signals() -> None:
     """Record the signals from now on, so that none of them interrupts a write. Main thread only."""
     for number in SIGNALS:
         signal.signal(number, _note)
+    # Python's handler runs in the main thread, once it is back from C. A wakeup file gets each signal at once.
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_end_on_second_interrupt, args=(read,), name="interrupts", daemon=True).start()
 
 
 def caught() -> list[int]:
@@ -41,8 +57,21 @@ def exit_if_preempted() -> None:
     if dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     if name := preempted_by(flags.tolist()):
-        raise PreemptionRequested(f"{name}: nothing new to save")
+        raise PreemptionRequested(name, "nothing new to save")
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     _caught.add(number)
+
+
+def _end_on_second_interrupt(signals_file: int) -> None:
+    first: float | None = None
+    while number := os.read(signals_file, 1):
+        if number[0] != signal.SIGINT:
+            continue
+        if first is None:
+            first = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"stopping as soon as the present step is saved; Ctrl-C again stops at once\n")
+        elif time.monotonic() - first > ONE_CTRL_C:
+            os._exit(INTERRUPTED)

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 
@@ -35,13 +35,18 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
         _from_slurm(environment)
     else:
         environment.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if "LOCAL_SIZE" in environment:  # the deepspeed launcher's
         environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
     size = int(environment["WORLD_SIZE"])
     local = environment.get("LOCAL_WORLD_SIZE") or _slurm_local_size(environment)
     return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This node as Slurm calls it, or its host name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def prepare_cpu(world: World) -> None:
@@ -83,7 +88,8 @@ def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:
     return tasks.split(",")[0].split("(")[0] or None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -18,22 +18,28 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.layers import compile_layers
 from sparse_llm_ft.model.loading import load_model
+from sparse_llm_ft.model.loading_progress import Begin
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
 
 def build_model(
-    config: RunConfig, task_mode: TaskMode, plan: AdapterPlan, deepspeed_settings: Mapping[str, object]
+    config: RunConfig,
+    task_mode: TaskMode,
+    plan: AdapterPlan,
+    deepspeed_settings: Mapping[str, object],
+    bar: Begin | None = None,
 ) -> PeftModel:
     """Collective. Load the base and put the plan's adapters on it, the same on every rank.
 
     Args:
         deepspeed_settings: of the engine that will be built around the model.
+        bar: shows the progress of loading; None: nothing does.
     """
     if config.deepspeed.zero_stage == 3:
-        base = load_sharded_model(config.model, deepspeed_settings, task_mode, config.seed)
+        base = load_sharded_model(config.model, deepspeed_settings, task_mode, config.seed, bar=bar)
     else:
-        base = load_model(config.model, task_mode, config.seed)
+        base = load_model(config.model, task_mode, config.seed, bar)
     torch.manual_seed(config.seed)
     return _compiled(config, add_adapters(base, plan))
 

@@ -31,6 +31,7 @@ from sparse_llm_ft.config import merge
 from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
+from sparse_llm_ft.engine.tables import Tables
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
@@ -154,7 +155,8 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
     Raises:
         ConfigError: naming the first such setting.
     """
-    known = list(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [*fields, *(f.alias for f in fields.values() if f.alias)]  # DeepSpeed's documents have the aliases
     given = extra.get("zero_optimization", {})
     assert isinstance(given, Mapping), "config/load.py refuses anything else"
     for key in given:
@@ -210,6 +212,7 @@ class Engine:
         )
         if settings.zero_stage == 3:
             zero.gather_with_users(model)
+            self._tables = Tables(model, lambda module: zero.remove_hooks_of(module, keep=self._model_hooks))
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
         self._optimizer = optimizer
         self.norm = torch.tensor(math.nan)
@@ -391,6 +394,8 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine and its optimizer state. The model stays, and its frozen base is untouched."""
+        if self.settings.zero_stage == 3:
+            self._tables.restore()
         self._engine.destroy()
         zero.remove_hooks(self.module, keep=self._model_hooks)
         zero.detach_from_engine(self.module.parameters())

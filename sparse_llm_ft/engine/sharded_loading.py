@@ -4,8 +4,11 @@ transformers shards a base during loading only if nothing is quantised, and even
 4-bit base is loaded in full by every rank (peft#1844). Here transformers' own loader runs through the checkpoint,
 tensor by tensor, with its renamings, conversions, quantiser, tied and fresh weights. Two things differ:
 
-    reading   the first rank of each node reads a tensor, in slices, and sends it to the node's other ranks
-    setting   DeepSpeed shards a parameter at once; the full one is freed before the next is read
+    reading   the first rank of each node reads a tensor, in slices, and sends the others what they need of it
+              (shared_files.py)
+    4 bit     each rank of a node gets and quantises a part of a weight (split_quantization.py)
+    setting   DeepSpeed shards a parameter at once, without sending it again from rank 0; the full one is freed
+              before the next is read
 
 So every value is bit by bit what it is without sharding. bitsandbytes keeps the scales of a 4-bit weight (one byte for
 64 values) beside the weight. They become a parameter of the layer, sharded and gathered like the weight itself.
@@ -13,55 +16,31 @@ So every value is bit by bit what it is without sharding. bitsandbytes keeps the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from io import FileIO
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
-import bitsandbytes
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from deepspeed.runtime.zero import partition_parameters
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
-from sparse_llm_ft.model.loading import device, load_model, load_tokenizer, silence
+from sparse_llm_ft.engine.shared_files import SLICE_BYTES, Layout, Node, Reads, ShardLayout, SharedFile, node_of
+from sparse_llm_ft.engine.split_quantization import SplitQuantizer
+from sparse_llm_ft.model.loading import DTYPES, device, load_model, load_tokenizer, silence
+from sparse_llm_ft.model.loading_progress import Begin
 from sparse_llm_ft.model.resizing import grow_embeddings, token_count
-
-SLICE_BYTES = 16 * 2**20
-"""Bytes of a tensor that are read at a time. Host memory holds no more of a tensor that goes to a GPU. Quantising on a
-CPU also uses this much at a time.
-"""
-
-
-_Contents = dict[str, tuple[list[int], str, int]]
-"""Tensor name -> its sizes, its type's name, and where it begins in the file."""
-
-
-@dataclass
-class Reads:
-    """Counts what this process reads from files.
-
-    Attributes:
-        tensors: name -> number of reads.
-    """
-
-    tensors: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0
 
 
 def load_sharded_model(
@@ -71,6 +50,7 @@ def load_sharded_model(
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
+    bar: Begin | None = None,
 ) -> PreTrainedModel:
     """Collective. `load_model`, with every parameter of the checkpoint already sharded.
 
@@ -80,26 +60,31 @@ def load_sharded_model(
         deepspeed_settings: of the engine that will be built around the model.
         node: processes with the same name share one reading of the files; None: those of one host.
         reads: counts what this process reads.
+        bar: shows the progress; None: nothing does.
 
     Raises:
         ConfigError: weights that cannot be loaded, on this rank or another.
     """
-    with _node(node or socket.gethostname()) as readers, ExitStack() as stack:
+    with node_of(node or socket.gethostname()) as readers, ExitStack() as stack:
         reads = Reads() if reads is None else reads
+        quantizer = SplitQuantizer(
+            readers.size, readers.rank, readers.exchange, SLICE_BYTES // DTYPES[config.dtype].itemsize
+        )
+        shard = _sharder(deepspeed_settings)
+        parts = _NeededParts(readers, quantizer, _has_plain_shards(deepspeed_settings))
         for name, replacement in (
-            ("safe_open", lambda path, *_, **__: _SharedFile(path, readers, reads)),
+            ("safe_open", lambda path, *_, **__: SharedFile(path, readers, reads, parts.layout)),
             ("caching_allocator_warmup", lambda *_: None),  # it would allocate the whole model on every rank
         ):
             stack.enter_context(mock.patch.object(modeling_utils, name, replacement))
         # Every release of transformers calls it to check that tied weights have one value.
         stack.enter_context(mock.patch.object(torch, "equal", partial(_shards_are_equal, torch.equal)))
-        in_slices = partial(_quantize_in_slices, bitsandbytes.functional.quantize_4bit)
-        stack.enter_context(mock.patch.object(bitsandbytes.functional, "quantize_4bit", in_slices))
+        stack.enter_context(quantizer.installed())
+        stack.enter_context(parts.noted())
         # Reading is a collective: one tensor after the other, in this thread.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
-        shard = _sharder(deepspeed_settings)
         with _shard_what_is_set(shard):
-            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed)
+            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed, bar)
     if config.resize_embeddings:
 
         def place(parameter: nn.Parameter) -> None:
@@ -122,165 +107,68 @@ def _gathered(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().cpu().clone()
 
 
-@dataclass(frozen=True)
-class _Node:
-    """The processes that share one reading: their group (None: all processes) and the rank that reads."""
+class _NeededParts:
+    """What this node's processes need of the tensor that transformers is about to read.
 
-    group: dist.ProcessGroup | None
-    reader: int
-
-    @property
-    def reads(self) -> bool:
-        return dist.get_rank() == self.reader
-
-    def send(self, value: torch.Tensor) -> None:
-        """Collective. Fill `value` with the reader's."""
-        dist.broadcast(value.view(torch.uint8), self.reader, group=self.group)
-
-    def send_json(self, value: _Contents) -> _Contents:
-        """Collective. The reader's value on every rank. No object collective: those unpickle what they receive."""
-        data = json.dumps(value).encode() if self.reads else b""
-        length = torch.tensor([len(data)], device=device())
-        dist.broadcast(length, self.reader, group=self.group)
-        shared = torch.zeros(int(length), dtype=torch.uint8, device=device())
-        if self.reads:
-            shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(shared, self.reader, group=self.group)
-        return json.loads(bytes(shared.cpu().numpy()))
-
-
-@contextmanager
-def _node(name: str) -> Iterator[_Node]:
-    """Collective. A context with the processes that share this process's node name."""
-    own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    numbers = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(dist.get_world_size())]
-    dist.all_gather(numbers, torch.tensor([own], device=device()))
-    nodes = [int(number) for number in numbers]
-    members = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in dict.fromkeys(nodes)}
-    if len(members) == 1:
-        yield _Node(None, 0)
-        return
-    groups = {node: dist.new_group(ranks) for node, ranks in members.items()}
-    try:
-        yield _Node(groups[own], members[own][0])
-    finally:
-        dist.destroy_process_group(groups[own])
-
-
-class _SharedFile:
-    """The part of `safetensors.safe_open` that transformers uses. Only the node's reader opens the file. Creating it is
-    a collective.
+    Args:
+        plain_shards: whether a process keeps no more of a parameter than one shard of as many as there are processes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], node: _Node, reads: Reads) -> None:
-        self.node, self.tally = node, reads
-        self.file: FileIO | None = None
-        contents: _Contents = {}
+    def __init__(self, node: Node, quantizer: SplitQuantizer, plain_shards: bool) -> None:
+        self.node, self.quantizer, self.plain_shards = node, quantizer, plain_shards
+        self._next: Literal["quantised", "sharded"] | None = None
 
-        def look() -> None:
-            with safe_open(path, framework="pt"):  # checks that the file's header and length fit
-                pass
-            # safetensors does not do the reading: what it has read of a memory map stays resident until the file is
-            # closed, and without a map it reads the full tensor for each slice.
-            self.file = Path(path).open("rb", buffering=0)  # noqa: SIM115  (closed in __exit__)
-            length = int.from_bytes(self.file.read(8), "little")
-            for name, entry in json.loads(self.file.read(length)).items():
-                if name != "__metadata__":
-                    contents[name] = entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0]
+    def layout(self, value: torch.Tensor) -> Layout | None:
+        """The parts of `value`, which will be filled; None: all of it."""
+        if self._next == "quantised":
+            return self.quantizer.division(value.numel())
+        if self._next == "sharded" and self.plain_shards and value.nbytes > SLICE_BYTES:
+            size = max(1, SLICE_BYTES // value.element_size() // self.node.size)
+            return ShardLayout(value.numel(), -(-value.numel() // dist.get_world_size()), self.node.members, size)
+        return None
 
-        _run_or_fail_together(look if node.reads else None)
-        self.contents = node.send_json(contents)
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A context in which this object knows what transformers makes of each tensor."""
+        convert = core_model_loading.WeightRenaming.convert
 
-    def keys(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self.contents)
+        def noting(mapping: Any, name: str, model: PreTrainedModel | None = None, **options: Any) -> Any:
+            self._next = None if model is None else self._becomes(mapping, name, model)
+            try:
+                return convert(mapping, name, model=model, **options)
+            finally:
+                self._next = None
 
-    def get_slice(self, name: str) -> _SharedTensor:
-        """A handle on a tensor that is not read yet."""
-        return _SharedTensor(self, name)
+        with mock.patch.object(core_model_loading.WeightRenaming, "convert", noting):
+            yield
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-class _SharedTensor:
-    """A tensor of a file. transformers asks for all of it, ``[...]``, and then for a device and a type."""
-
-    def __init__(self, file: _SharedFile, name: str) -> None:
-        self.file, self.name = file, name
-        self.shape, self.type, self.start = file.contents[name]
-
-    def get_shape(self) -> list[int]:
-        """Sizes, as safetensors returns them."""
-        return self.shape
-
-    def get_dtype(self) -> str:
-        """The type's name, as safetensors returns it: ``BF16``."""
-        return self.type
-
-    def __getitem__(self, index: object) -> _SharedTensor:
-        if index is not Ellipsis:
-            raise NotImplementedError(f"{self.name}: only full tensors can be read sharded, not [{index}]")
-        return self
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Collective. The node's reader reads the tensor and sends it to the others."""
-        value = torch.empty(self.shape, dtype=dtype or modeling_utils.str_to_torch_dtype[self.type], device=device)
-        if value.is_meta:
-            return value
-        _run_or_fail_together((lambda: self._read(value)) if self.file.node.reads else None)
-        if value.numel():
-            self.file.node.send(value)
-        return value
-
-    def _read(self, value: torch.Tensor) -> None:
-        """Read the file into `value`, slice by slice."""
-        file = self.file.file
-        assert file is not None, "only the reader reads"
-        stored, flat = modeling_utils.str_to_torch_dtype[self.type], value.view(-1)
-        file.seek(self.start)
-        for part in flat.split(SLICE_BYTES // stored.itemsize):
-            piece = torch.empty(len(part) * stored.itemsize, dtype=torch.uint8)
-            rest = memoryview(piece.numpy())  # type: ignore[arg-type]
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise OSError(f"{file.name!s} ends within {self.name}")
-                rest, self.file.tally.bytes = rest[count:], self.file.tally.bytes + count
-            part.copy_(piece.view(stored))
-        self.file.tally.tensors[self.name] += 1
+    def _becomes(self, mapping: Any, name: str, model: PreTrainedModel) -> Literal["quantised", "sharded"] | None:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(mapping.quantization_operation) is Bnb4bitQuantize:
+            transposed = issubclass(getattr(module, "source_cls", Conv1D), Conv1D)  # before it is quantised
+            return None if transposed else "quantised"
+        is_parameter = module._parameters.get(name.rpartition(".")[2]) is not None
+        return "sharded" if mapping.quantization_operation is None and is_parameter else None
 
 
-def _run_or_fail_together(action: Callable[[], None] | None) -> None:
-    """Collective. Run `action` on the ranks that have one; if it fails on one rank, all raise.
-
-    Raises:
-        OSError: with the reason, on ranks that know it.
-    """
-    failure: Exception | None = None
-    try:
-        if action is not None:
-            action()
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        failure = error
-    flag = torch.tensor([failure is not None], dtype=torch.int32, device=device())
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
-        raise OSError(str(failure or "another process could not read its weights"))
+def _has_plain_shards(settings: Mapping[str, object]) -> bool:
+    """Whether DeepSpeed's settings ask for neither second shards (hpZ) nor shards within groups (MiCS)."""
+    given = settings["zero_optimization"]
+    assert isinstance(given, Mapping)
+    return given.get("zero_hpz_partition_size", 1) <= 1 and given.get("mics_shard_size", -1) <= 0
 
 
 def _sharder(settings: Mapping[str, object]) -> Callable[[nn.Parameter], None]:
     """Collective. A function, collective too, that shards one parameter as DeepSpeed does."""
-    first = nn.Parameter(torch.zeros(1))
+    first: Any = nn.Parameter(torch.zeros(1))
     deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=dict(settings))
 
     def shard(parameter: nn.Parameter) -> None:
         memory = parameter.data.untyped_storage()
         alone = memory.nbytes() == parameter.data.nbytes
-        first.convert_to_zero_parameters(  # type: ignore[attr-defined]
-            param_list=[parameter]
-        )
+        # DeepSpeed would send rank 0's values to all. Here each rank has its own part of them, and not always more.
+        with mock.patch.object(partition_parameters.dist, "broadcast", lambda *_, **__: None):
+            first.convert_to_zero_parameters(param_list=[parameter])
         if alone:  # transformers' loop refers to it until it has read the next one
             memory.resize_(0)
 
@@ -308,22 +196,6 @@ def _shard_what_is_set(shard: Callable[[nn.Parameter], None]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _quantize_in_slices(quantize: Callable[..., Any], values: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
-    """The same bits as bitsandbytes' `quantize_4bit`; slice by slice on a CPU, where it uses 14 bytes per value."""
-    size = max(1, SLICE_BYTES // 16 // options["blocksize"]) * options["blocksize"]
-    if values.device.type != "cpu" or values.numel() <= size:
-        return quantize(values, **options)  # type: ignore[no-any-return]
-    parts = [quantize(part, **options | {"compress_statistics": False}) for part in values.flatten().split(size)]
-    codes, state = torch.cat([part for part, _ in parts]), parts[0][1]
-    state.shape, state.absmax = values.shape, torch.cat([own.absmax for _, own in parts])
-    if options["compress_statistics"]:
-        state.offset, state.nested = state.absmax.mean(), True
-        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
-            state.absmax - state.offset, blocksize=256
-        )
-    return codes, state
 
 
 def _shards_are_equal(

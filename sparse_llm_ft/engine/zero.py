@@ -254,7 +254,12 @@ def remove_hooks(model: nn.Module, keep: set[tuple[int, str, int]]) -> None:
             module.engine_hooks = 0
         for left_over in _LEFT_ON_MODULES:
             module.__dict__.pop(left_over, None)
-        for kind in _HOOK_KINDS:
-            registered = getattr(module, kind)
-            for key in [key for key in registered if (id(module), kind, key) not in keep]:
-                del registered[key]
+        remove_hooks_of(module, keep)
+
+
+def remove_hooks_of(module: nn.Module, keep: set[tuple[int, str, int]]) -> None:
+    """Remove the hooks of one module but for those in `keep`."""
+    for kind in _HOOK_KINDS:
+        registered = getattr(module, kind)
+        for key in [key for key in registered if (id(module), kind, key) not in keep]:
+            del registered[key]

@@ -164,3 +164,9 @@ METRICS: Mapping[Metric, Compute] = {
 }
 """Metric -> function. Each returns one number of its own name, except ``rouge`` (``rouge1``, ``rouge2``, ``rougeL``,
 ``rougeLsum``) and ``squad`` (``exact_match``, ``f1``)."""
+
+
+def numbers_of(names: Iterable[Metric]) -> tuple[str, ...]:
+    """Names of the numbers that `score` gives for these metrics."""
+    several = {"rouge": _ROUGE, "squad": ("exact_match", "f1")}
+    return tuple(number for name in names for number in several.get(name, (name,)))

@@ -30,7 +30,7 @@ from sparse_llm_ft.run_folder import RunFolder, open_run
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run and its newest usable checkpoint.
+    """A run and its newest usable checkpoint; under `training.keep_best`, the best one so far.
 
     Attributes:
         config: the run's original settings; data and relative paths may have moved.
@@ -105,8 +105,10 @@ def read_run(
     found, complaints = newest_valid(folder.checkpoints, context.expected, folder.stored_identity())
     if found is None:
         raise UserError("; ".join((*complaints, f"{path}: no usable checkpoint")))
-    step = broadcast(found.step)
-    if step != found.step:  # the run is still training and has saved another checkpoint
+    best = found.state.record.best
+    kept = best.step if stored.training.keep_best and best is not None and best.value is not None else found.step
+    step = broadcast(kept)
+    if step != found.step:  # the best one; or the run is still training and has saved another checkpoint
         try:
             found = load_checkpoint(checkpoint_folder(folder.checkpoints, step), context.expected)
         except CheckpointError as error:

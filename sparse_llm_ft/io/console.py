@@ -73,7 +73,7 @@ class Console:
             return
         self._last = now
         left = (total - record["step"]) * (now - self._started) / max(done, 1)
-        self.log(f"{record['phase']} {record['step']}/{total}  {status}  {_clock(left)} left")
+        self.log(f"{record['phase']} {record['step']}/{total}  {status}  {clock(left)} left")
 
     def show_ratios(self, title: str | None, ratios: Mapping[str, tuple[float, float]]) -> None:
         """Kept shares of rows and columns by module."""
@@ -93,7 +93,8 @@ class Console:
             self._bar = None
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours from one on: ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 

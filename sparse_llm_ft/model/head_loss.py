@@ -88,12 +88,24 @@ def head_targets(targets: torch.Tensor) -> Iterator[None]:
 
 
 def _head_forward(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-    targets = _targets.get()
-    trained = any(parameter.requires_grad for parameter in head.parameters())
-    if targets is None or trained or targets.shape != hidden.shape[:-1]:
+    targets = _targets_of(head, hidden)
+    if targets is None:
         return type(head).forward(head, hidden)  # type: ignore[no-any-return]
     flat = hidden.reshape(-1, hidden.shape[-1])
     return chunked_cross_entropy(flat, head.weight, head.bias, targets.to(flat.device).reshape(-1))
+
+
+def _targets_of(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
+    """The targets, if a lean head computes the loss of `hidden` (B, P, d) in place of logits."""
+    targets = _targets.get()
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    return None if targets is None or trained or targets.shape != hidden.shape[:-1] else targets
+
+
+def computes_loss(forward: Any, hidden: torch.Tensor) -> bool:
+    """Whether a head's `forward` makes a loss of `hidden`, so that its backward pass needs no weight."""
+    lean = getattr(forward, "__func__", None) is _head_forward
+    return lean and _targets_of(forward.__self__, hidden) is not None
 
 
 def make_head_lean(model: PreTrainedModel) -> bool:

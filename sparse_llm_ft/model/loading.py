@@ -36,6 +36,7 @@ from sparse_llm_ft.model.architecture import (
 from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.four_bit import keep_unpacked, release_weights
 from sparse_llm_ft.model.lean import make_lean
+from sparse_llm_ft.model.loading_progress import Begin, reported
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
@@ -189,11 +190,14 @@ def check_weights(config: ModelConfig) -> None:
     raise ConfigError("model.name", f"{config.name!r} has no weights", "expected model.safetensors there")
 
 
-def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int = 0, bar: Begin | None = None
+) -> PreTrainedModel:
     """The frozen base with its weights, on this process's device.
 
     Args:
         seed: seeds torch's generators, so that a new head and new rows of embeddings are the same on every rank.
+        bar: shows the progress; None: nothing does.
 
     Raises:
         ConfigError: the weights cannot be loaded.
@@ -211,11 +215,9 @@ def load_model(config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int =
 
     # The weights; a missing head is drawn.
     torch.manual_seed(seed)
-    model = (
-        _load_with_head(config, task_mode, **options)
-        if task_mode.has_head
-        else load_complete(config, task_mode, **options)
-    )
+    load = _load_with_head if task_mode.has_head else load_complete
+    with reported(bar):
+        model = load(config, task_mode, **options)
     if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id
 

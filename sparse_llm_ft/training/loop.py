@@ -31,7 +31,7 @@ from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
-from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.errors import DivergedError, TrainingError
 from sparse_llm_ft.model.buffers import KeptBuffers
 from sparse_llm_ft.objectives.base import Forward, Objective, lengths_of
 from sparse_llm_ft.phase import Phase
@@ -150,7 +150,7 @@ class Loop:
 
         Raises:
             UserError: the same on every rank, if the stream gives one of them a row that cannot be used.
-            TrainingError: more than `max_skipped_updates` updates in a row were not finite.
+            DivergedError: more than `max_skipped_updates` updates in a row were not finite.
         """
         self.engine.module.train()
         thread = BatchThread(self._make, self._certain)
@@ -315,10 +315,10 @@ class Loop:
         )
 
     def _count_skipped(self, skipped: bool, loss: float, norm: float, step: int) -> None:
-        """Raise TrainingError after too many skipped updates in a row."""
+        """Raise DivergedError after too many skipped updates in a row."""
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped > self.max_skipped_updates:
-            raise TrainingError(
+            raise DivergedError(
                 f"step {step} has loss {loss} and gradient norm {norm}"
                 f"{f', after {self._skipped - 1} skipped updates in a row' if self._skipped > 1 else ''}; lower "
                 "training.learning_rate; the last checkpoint is intact"

@@ -107,6 +107,7 @@ def summarize(
     after: Mapping[str, float] | None,
     samples: Mapping[str, int],
     left_out: LeftOut | None = None,
+    exported_step: int = 0,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -114,6 +115,7 @@ def summarize(
         record: that of the last state; its current phase is the run's last one.
         samples: split -> number of samples used; 0 for a stream, whose number is unknown.
         left_out: weights that no adapter of the run could go on.
+        exported_step: the step whose values were measured after training and exported.
     """
     assert record.current is not None, "the last phase was trained"
     finished = [_totals(phase) | {"measured": phase.measured} for phase in record.phases]
@@ -131,6 +133,8 @@ def summarize(
         "samples": dict(samples),
         "without_adapters": None if left_out is None or not left_out.kinds else asdict(left_out),
         "phases": [*finished, _totals(record.current)],
+        "exported_step": exported_step,
+        "best": None if record.best is None else record.best.model_dump(),
         "metrics": {"before": record.before, "after": after},
     }
 
@@ -181,10 +185,11 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder, console: Console
             console.log(f"phase {phase['name']} measured: {phase['measured']}")
     if left_out := summary.get("without_adapters"):
         console.log(f"without adapters: {LeftOut(**left_out).describe()}")
+    of_step = f", of step {summary['exported_step']}" if summary.get("best") else ""
     if folder.model.is_dir():
-        console.log(f"model: {folder.model}")
+        console.log(f"model: {folder.model}{of_step}")
     else:
-        console.log(f"adapter (stock PEFT): {folder.adapter}")
+        console.log(f"adapter (stock PEFT): {folder.adapter}{of_step}")
         for line in run_lines(folder.adapter) if folder.adapter.is_dir() else ():
             console.log(line)
     if folder.report.is_dir():

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
 
-from sparse_llm_ft.adapters import count_parameters, is_adapter
-from sparse_llm_ft.adapters.masking import to_compact
-from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord
+from sparse_llm_ft.checkpoint.record import RunRecord
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
-from sparse_llm_ft.checkpoint.store import newest_state, save_checkpoint
+from sparse_llm_ft.checkpoint.store import checkpoint_folder, load_checkpoint, newest_state
+from sparse_llm_ft.cluster.state_writer import StateWriter
 from sparse_llm_ft.config import check_steps
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
@@ -29,38 +25,31 @@ from sparse_llm_ft.distributed.collectives import (
     ALONE,
     Coordination,
     broadcast_int,
-    broadcast_text,
     coordinate,
+    run_on_every_rank,
     run_on_rank_zero,
 )
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model, untrained_tensors
 from sparse_llm_ft.engine.engine import Engine, process_group
-from sparse_llm_ft.engine.memory_guard import MemoryGuard
-from sparse_llm_ft.errors import PreemptionRequested, UserError
-from sparse_llm_ft.evaluation.loop import mean_loss
+from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
-from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.io.loading_bar import LoadingBar
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
-from sparse_llm_ft.model.flops import StepFlops, step_flops
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.plan import FULL_MODEL
 from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
 from sparse_llm_ft.planning.forecast import budget_peak
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch
 from sparse_llm_ft.planning.phases import memory_of
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
-from sparse_llm_ft.scoring.cache import hash_model
-from sparse_llm_ft.training.callbacks import build_callback
-from sparse_llm_ft.training.loop import Loop, Step
-from sparse_llm_ft.training.metrics_logger import MetricsLogger
-from sparse_llm_ft.training.prefix_cache import open_prefix
+from sparse_llm_ft.training.best import NOTHING_WATCHED
+from sparse_llm_ft.training.phase_training import PhaseTraining, RunParts
 from sparse_llm_ft.training.prefix_store import keep_only
 from sparse_llm_ft.training.records import (
-    cached_share,
     check_samples,
     describe_measurement,
     describe_phase,
@@ -70,11 +59,11 @@ from sparse_llm_ft.training.records import (
     phase_file,
     remarks,
     show_summary,
-    step_line,
     summarize,
 )
 from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.scorer import Scorer
+from sparse_llm_ft.training.trackers import Trackers
 
 
 def train(context: RunContext) -> dict[str, Any]:
@@ -148,6 +137,10 @@ class Run:
         self.peak = peak
         self.evaluator = context.evaluator(splits.measured)
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
+        self.run_state = StateWriter(self.folder.path, self.world)
+        self.trackers = Trackers(self.config, self.console, self.world.rank)
+        self.parts = RunParts(context, splits, data, schedule, self.run_state, self.trackers)
+        self.best = NOTHING_WATCHED  # in the phase trained last
 
     @classmethod
     def prepare(cls, context: RunContext, ranks: Coordination = ALONE) -> Run:
@@ -193,7 +186,12 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Collective. Train all phases, evaluate, export the adapter, and return the summary."""
+        with self.run_state.recorded():
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         state, phase = self._begin(self.first)
+        self.trackers.begin({} if state is None else state.record.trackers)
         model = self._build_model(phase)
         if state is None:  # a new run: nothing is trained yet
             run, size = RunFolder.identity(self.config), self.config.training.fixed_micro_batch_size
@@ -219,7 +217,7 @@ class Run:
         phase = self._with_steps(self.first)
         model = self._build_model(phase)
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
-        loop = self._loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
+        loop = self.parts.loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         # Fit the head, if the phase trains one; then derive.
         for _ in loop.steps():
             exit_if_preempted()
@@ -236,6 +234,7 @@ class Run:
         """Collective. Take the folder, find the state and phase to begin with, and write the folder's first files."""
         # Find the newest checkpoint; only this process may use the folder from here on.
         run_on_rank_zero(self.world, self.folder.lock)
+        run_on_rank_zero(self.world, self.run_state.begin)
         run = RunFolder.identity(self.config)
         state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
@@ -263,120 +262,28 @@ class Run:
         for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
             self.console.log(remark)
         while True:
-            engine, state, out_of_memory = self._train_until(model, phase, state)
-            self._save(state)  # if the run is killed during the phase change, it repeats the change
-            if not out_of_memory:
+            engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
+            engine.load_state_dict(state.engine_state)
+            if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
+                # The first evaluation needs the engine: at stage 3 its hooks gather the weights.
+                self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
+                state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
+            training = PhaseTraining(self.parts, engine, phase, state)
+            state, self.best = training.train(), training.best
+            # Saved here, so that a run that is killed during the phase change repeats the change.
+            self.parts.save(state, self.best.kept_step)
+            if not training.loop.out_of_memory:
                 return engine, phase, state
             # Continue from the step before, with a new engine around the same model.
             engine.close()
             smaller = shrunk_batch(phase, self.world.size, state.progress.step + 1)
             state = replace(state, phase=smaller.to_dict(), record=state.record.shrunk(smaller.micro_batch_size))
-            self._save(state)
+            self.parts.save(state, self.best.kept_step)
             self.console.log(
                 f"step {state.progress.step + 1} ran out of memory and is made again: micro-batch "
                 f"{phase.micro_batch_size} -> {smaller.micro_batch_size}, global batch {phase.global_batch_size}"
             )
             phase = smaller
-
-    def _train_until(self, model: PeftModel, phase: Phase, state: TrainState) -> tuple[Engine, TrainState, bool]:
-        """Collective. Train a phase to its end, or until memory does not suffice for a step: its engine, the state
-        after the last step made, and whether memory did not suffice.
-        """
-        engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
-        engine.load_state_dict(state.engine_state)
-        if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
-            # The first evaluation needs the engine: at stage 3 its hooks gather the weights.
-            self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
-            state.record.before = self.evaluator(engine.module, self.folder.path / "predictions-before.jsonl")
-        # Open the phase's loop, record and logs.
-        loop = self._loop(engine, phase, state)
-        if self.config.training.on_oom == "shrink":
-            loop.guard = MemoryGuard(engine)
-        folder = partial(self._states_folder, phase)
-        loop.prefix = open_prefix(loop, self.config.training, self.console.log, folder)
-        progress = loop.progress
-        record = PhaseRecord.of(
-            phase, state.record.current, self._trained(phase.plan, engine), engine.optimizer_bytes()
-        )
-        writer = MetricsLogger(self.folder, self.world.rank, progress.step)
-        run_on_rank_zero(self.world, writer.open)
-        exit_if_preempted()
-        self.console.begin(phase.name, progress.step, self._last_step(loop))
-
-        # Train, and after each step look at what is due.
-        flops = step_flops(self.context.empty, phase.plan, self.config.model.dtype, loop.device, self.world.size)
-        with closing(loop.steps(partial(self._needs_engine, phase))) as steps:
-            for step in steps:
-                self._count(step, loop, record, state, writer, flops)
-        self.console.end()
-        run_on_rank_zero(self.world, writer.close)
-        return engine, self._read_state(loop, record, state), loop.out_of_memory
-
-    def _needs_engine(self, phase: Phase, progress: Progress) -> bool:
-        """Whether a step that ends at `progress` is followed by a save or a validation."""
-        training = self.config.training
-        validates = not phase.is_warmup and self._due(training.eval_every, progress.counted_steps)
-        return validates or self._due(training.save_every, progress.step)
-
-    def _count(
-        self,
-        step: Step,
-        loop: Loop,
-        record: PhaseRecord,
-        state: TrainState,
-        writer: MetricsLogger,
-        flops: StepFlops | None,
-    ) -> None:
-        """Collective. Count a step, log it, and save a checkpoint if one is due."""
-        done = (0.0, 0.0)
-        if flops is not None:
-            operations = flops.step(step.tokens, step.squares, step.units, cached_share(step, loop))
-            done = (operations, flops.peak * step.seconds)
-        record.add(loop.phase.global_batch_size, step.tokens, step.seconds, *done)
-        if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
-            self._save(self._read_state(loop, record, state))
-        self._after_step(step_line(record, step, loop, flops), loop, writer)
-        if loop.preempted_by:
-            self._stop(loop, writer)
-        if self._due(self.config.training.save_every, loop.progress.step) and not loop.over():
-            self._save(self._read_state(loop, record, state))
-
-    def _loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
-        """Collective. The phase's loop, continuing from `state`."""
-        samples, schedule = self.data.sequences(phase.subset), self.schedule
-        if phase.is_warmup:
-            schedule = schedule.for_warmup(phase.steps or 0, len(samples), phase.learning_rate)
-        return Loop(
-            engine,
-            phase,
-            build_callback(phase, state, engine),
-            samples,
-            self.context.objective,
-            schedule,
-            copy.copy(state.progress),
-            self.world,
-            self.config.seed,
-            self.config.training.max_skipped_updates,
-        )
-
-    def _states_folder(self, phase: Phase, lowest: int) -> Path:
-        """Collective. Where the states that enter layer `lowest` lie on disk. Those of other layers are removed."""
-        model, folder = self.config.model, self.folder.prefix_cache
-
-        def key() -> str:
-            return content_key(
-                base=hash_model(model),
-                model=model.model_dump(include={"dtype", "quantization", "resize_embeddings"}),
-                seed=self.config.seed,  # of rows that were added to the embeddings
-                lowest=lowest,
-                samples=self.splits.key,
-                subset=phase.subset and asdict(phase.subset),
-                packing=self.config.task.packing,
-            )
-
-        found = broadcast_text(key() if self.world.rank == 0 else "")
-        run_on_rank_zero(self.world, lambda: keep_only(folder, found))
-        return folder / found
 
     def _change_phase(
         self, model: PeftModel, before: Phase, phase: Phase, state: TrainState, measured: str | None
@@ -416,7 +323,7 @@ class Run:
 
     def _finish(self, engine: Engine, phase: Phase, state: TrainState) -> dict[str, Any]:
         """Collective. Evaluate the trained model, export it, write the summary and the report, return the summary."""
-        after = None
+        after, exported = None, self._use_best(engine, state)
         if self.evaluator.parts:
             after = self.evaluator(engine.module, self.folder.path / "predictions-after.jsonl")
         exit_if_preempted()
@@ -433,44 +340,42 @@ class Run:
             after,
             self.splits.sizes(self.config.evaluation.split),
             self.context.left_out if phase.plan.active else None,
+            exported.progress.step,
         )
 
         def write() -> None:
             folder = self.folder.model if whole else self.folder.adapter
-            export(folder, self.context, phase.plan, state.tensors, untrained)
+            export(folder, self.context, phase.plan, exported.tensors, untrained)
             self.folder.write_json(SUMMARY_FILE, summary)
             keep_only(self.folder.prefix_cache, None)
 
         run_on_rank_zero(self.world, write)
+        last = state.progress.step + 1  # behind the last step, whose numbers have been sent
+        self.trackers.log(last, {key: part for key, part in summary["metrics"].items() if part})
+        self.trackers.close()
         if self.config.report and self.world.rank == 0:
             draw_report(self.folder, self.console)
         show_summary(summary, self.folder, self.console)
         return summary
 
-    def _after_step(self, line: dict[str, object], loop: Loop, writer: MetricsLogger) -> None:
-        """Collective. Log the step's line, with the validation loss where it is due."""
-        training, at = self.config.training, loop.progress.step
-        # Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
-        if not loop.phase.is_warmup and self._due(training.eval_every, loop.progress.counted_steps):
-            size, world = self.config.evaluation.micro_batch_size, self.world
-            line["validation_loss"] = mean_loss(
-                loop.engine.module, self.splits.validation, self.context.objective, size, world.rank, world.size
-            )
-        if self._due(training.log_every, at) or "validation_loss" in line or loop.over():
-            run_on_rank_zero(self.world, lambda: writer.write(line))
-            self.console.step(line, self._last_step(loop))
+    def _use_best(self, engine: Engine, state: TrainState) -> TrainState:
+        """Collective. The state to measure and export: the best step's, whose values the engine then has."""
+        step, found = self.best.kept_step, []
+        if step is None or step == state.progress.step:
+            return state
+        folder = checkpoint_folder(self.folder.checkpoints, step)
 
-    def _stop(self, loop: Loop, writer: MetricsLogger) -> NoReturn:
-        """Collective. Close the logs and raise `PreemptionRequested`."""
-        if loop.prefix is not None:
-            loop.prefix.flush()
-        self.console.end()
-        run_on_rank_zero(self.world, writer.close)
-        raise PreemptionRequested(f"{loop.preempted_by}: saved step {loop.progress.step}")
+        def read() -> None:
+            found.append(load_checkpoint(folder, self.context.expected, RunFolder.identity(self.config)))
 
-    def _last_step(self, loop: Loop) -> int:
-        """The last step of the phase's schedule."""
-        return loop.schedule.last_step(loop.progress, loop.phase.global_batch_size)
+        try:
+            run_on_every_rank(read, "all nodes must share the file system of output_dir")
+        except UserError as error:
+            self.console.log(f"the best step cannot be used, and the last one is exported: {error}")
+            return state
+        engine.load_state_dict(found[0].state.engine_state)
+        self.console.log(f"continuing with step {step}: {self.best.describe()}")
+        return found[0].state
 
     def _with_steps(self, phase: Phase) -> Phase:
         """The phase with `steps` computed from its `epochs`."""
@@ -478,28 +383,6 @@ class Run:
             return phase
         samples = phase.epochs * len(self.data.sequences(phase.subset))
         return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
-
-    def _trained(self, plan: AdapterPlan, engine: Engine) -> int:
-        """Collective. Number of trained values, without masked ones: adapters and fully trained modules."""
-        whole = [name for name in engine.parameters if not is_adapter(name)]
-        values = to_compact(plan, engine.values(whole))
-        return count_parameters(plan, self.targets) + sum(map(torch.numel, values.values()))
-
-    def _read_state(self, loop: Loop, record: PhaseRecord, before: TrainState) -> TrainState:
-        """Collective. The loop's present state, from which a run can continue."""
-        return TrainState(
-            **loop.engine.state_dict(),
-            progress=copy.copy(loop.progress),
-            phase=loop.phase.to_dict(),
-            callback=loop.callback.to_dict() if loop.callback else None,
-            record=before.record.with_current(record),
-            callback_tensors=loop.callback.tensors() if loop.callback else {},
-        )
-
-    def _save(self, state: TrainState) -> None:
-        """Collective. Write the state as a checkpoint."""
-        keep = self.config.training.keep_checkpoints
-        run_on_rank_zero(self.world, lambda: save_checkpoint(self.folder.checkpoints, state, keep))
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """Collective. Write the plan and the phase's file when a phase begins."""
@@ -515,10 +398,8 @@ class Run:
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
-        model = build_model(self.config, self.context.task_mode, phase.plan, settings)
+        model = build_model(
+            self.config, self.context.task_mode, phase.plan, settings, partial(LoadingBar, self.console)
+        )
         self.head = fresh_heads(model, phase.plan)
         return model
-
-    @staticmethod
-    def _due(every: int | None, step: int) -> bool:
-        return every is not None and step % every == 0

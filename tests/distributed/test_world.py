@@ -74,12 +74,15 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
     assert bool(waited) == (world.rank != 0)
 
 
-@pytest.mark.parametrize(("rank", "said"), [(0, "SIGTERM: saved step 3; the same command continues\n"), (1, "")])
-def test_a_run_that_was_asked_to_leave_wants_to_be_started_again(rank, said, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_was_asked_to_leave_says_what_is_saved(rank, name, status, monkeypatch, capsys) -> None:
+    """A scheduler starts it again after 75, and not after Ctrl-C."""
     monkeypatch.setattr(exit_status.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(rank, 2, rank, 2)):
-        raise PreemptionRequested("SIGTERM: saved step 3")
-    assert stop.value.code == 75 and capsys.readouterr().err == said
+        raise PreemptionRequested(name, "saved step 3")
+    assert stop.value.code == status
+    assert capsys.readouterr().err == ("" if rank else f"{name}: saved step 3; the same command continues\n")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,13 @@ def test_one_survivor_of_each_node_names_the_dead(world, dead, speaks, monkeypat
     monkeypatch.setattr(exit_status.os, "_exit", statuses.append)
     exit_status.end_at_once(world, dead, "rank x is gone")
     assert statuses == [1] and capsys.readouterr().err == ("error: rank x is gone\n" if speaks else "")
+
+
+def test_debug_shows_the_stack_before_the_line(capsys) -> None:
+    with pytest.raises(SystemExit), exit_status.one_line_errors(World(0, 1, 0, 1), debug=True):
+        raise UserError("a line")
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "test_world.py" in said and said.endswith("\nerror: a line\n")
 
 
 def test_an_interruption_is_one_line(capsys) -> None:

@@ -40,9 +40,10 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, find_targets
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
-from sparse_llm_ft.engine import sharded_loading
+from sparse_llm_ft.engine import sharded_loading, shared_files
 from sparse_llm_ft.engine.engine import Engine
-from sparse_llm_ft.engine.sharded_loading import Reads, load_sharded_model
+from sparse_llm_ft.engine.sharded_loading import load_sharded_model
+from sparse_llm_ft.engine.shared_files import Reads
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.model.loading import DTYPES, head_modules, load_model
@@ -86,11 +87,21 @@ def a_sharded_base_is_the_base_loaded_whole() -> None:
         for dtype, quantization in KINDS:
             config = ModelConfig(name=folder, dtype=dtype, quantization=quantization)
             expected = load_model(config)
-            with mock.patch.object(sharded_loading, "SLICE_BYTES", 2**11):  # several slices for a tensor
+            with small_slices():
                 sharded = load_sharded_model(config, settings_of(dtype))
             check_equal(expected, sharded)
             tied = sharded.get_output_embeddings().weight is sharded.get_input_embeddings().weight
             assert tied == sharded.config.tie_word_embeddings == folder.endswith("tied")
+
+
+@contextmanager
+def small_slices() -> Iterator[None]:
+    """Several slices for a tensor."""
+    with (
+        mock.patch.object(sharded_loading, "SLICE_BYTES", 2**11),
+        mock.patch.object(shared_files, "SLICE_BYTES", 2**11),
+    ):
+        yield
 
 
 @case
@@ -218,7 +229,7 @@ def watched() -> Iterator[list[tuple[int, int]]]:
             note(parameter.nbytes + (0 if state is None else state.absmax.nbytes + small_state(module)))
             done.append((module, parameter))
 
-    read = sharded_loading._SharedTensor.to
+    read = shared_files.SharedTensor.to
 
     def reading(self, *args, **kwargs) -> torch.Tensor:
         value = read(self, *args, **kwargs)
@@ -228,7 +239,7 @@ def watched() -> Iterator[list[tuple[int, int]]]:
     hook = register_module_parameter_registration_hook(on_set)
     gc.collect()
     gc.freeze()  # what was there before is not counted, and not gone through
-    with mock.patch.object(sharded_loading._SharedTensor, "to", reading):
+    with mock.patch.object(shared_files.SharedTensor, "to", reading):
         yield moments
     gc.unfreeze()
     hook.remove()

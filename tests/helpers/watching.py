@@ -54,3 +54,24 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
 
 def shown(unit: Any) -> list[Any]:
     return [[sample.prompt_ids, sample.completion_ids] for sample in getattr(unit, "samples", (unit,))]
+
+
+def interrupt(at_step: int) -> Callable[[int], None]:
+    """What sends rank 1 a Ctrl-C when it has made the given step; all ranks catch signals, as the command does."""
+
+    def before(rank: int) -> None:
+        from sparse_llm_ft.distributed.signals import catch_signals
+        from sparse_llm_ft.training.loop import Loop
+
+        catch_signals()
+        finish = Loop._finish
+
+        def finished(self: Loop, *args: Any) -> Any:
+            step = finish(self, *args)
+            if rank == 1 and self.progress.step == at_step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step
+
+        Loop._finish = finished
+
+    return before

@@ -131,6 +131,7 @@ def test_a_run_is_only_read(runs: Path) -> None:
     assert {path.name for path in (runs / "partial_lora").iterdir()} == {
         *("config.yaml", "plan.json", "phases", "checkpoints", "metrics.jsonl", "tensorboard", "summary.json"),
         *("adapter", "predictions-before.jsonl", "predictions-after.jsonl", ".lock"),
+        "state.json",
     }
 
 

@@ -34,6 +34,7 @@ from helpers import (  # noqa: F401  (register their cases)
     prefix_cases,
     rebuild_cases,
     sharding_cases,
+    table_cases,
 )
 from helpers.case_tools import (
     CASES,

@@ -31,6 +31,7 @@ def test_the_folder_is_complete_and_free_of_pickle(finished_run: Path) -> None:
         "plan.json",
         "metrics.jsonl",
         "summary.json",
+        "state.json",
         "checkpoints",
         "adapter",
         "tensorboard",

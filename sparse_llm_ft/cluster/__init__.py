@@ -1,0 +1,1 @@
+"""Jobs on a cluster: the state that a run folder says, batch scripts, and what Slurm knows."""

@@ -1,0 +1,188 @@
+"""How an attempt of a job begins and ends: the batch script asks whether to try again, and this counts in state.json.
+
+A run that was asked to leave continues. A run whose process died is tried again, until an attempt does not get past the
+step that the one before reached: then something is wrong with the run or the node, and the job stops for good. What
+would end the same way again (a bad setting, a diverged loss, too little memory) is not tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_llm_ft.cluster.state import DETERMINISTIC, Reason, RunState, job_id, read_state
+from sparse_llm_ft.distributed.exit_status import REQUEUE, TRAINING_ERROR, USER_ERROR
+from sparse_llm_ft.distributed.world import node_name
+from sparse_llm_ft.errors import one_line, shortened
+from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.run_folder import RunFolder
+
+STOPPED_FILE = "stopped"
+"""In the job's folder: why no attempt may follow. `submit` removes it."""
+
+MARK = "--- attempt "
+"""Begins the line that separates the attempts in a job's log."""
+
+_MOST_FAILURES = 2
+_LOG_BYTES = 2**18
+_DEAD_TASK = re.compile(r"^srun: error: (\S+): tasks? [-,\d]+: (Killed|Out Of Memory|Segmentation|Aborted|Bus|Exited)")
+_OUT_OF_MEMORY = re.compile(
+    r"oom[_-]kill|Out Of Memory|OUT_OF_MEMORY|OutOfMemoryError|CUDA out of memory", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the batch script does next: 75 tries again, anything else ends the job.
+
+    Attributes:
+        line: for the log.
+    """
+
+    status: int
+    line: str
+
+
+def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Verdict:
+    """An attempt begins in this job: record it.
+
+    An earlier attempt that still says "running" died with its batch script (its node failed): that counts as a failure,
+    unless it had not taken its folder yet. Then it may as well have been asked to leave while it loaded.
+
+    Returns:
+        Status 0, or 2 where no attempt may follow.
+
+    Raises:
+        UserError: the state cannot be read.
+    """
+    state = read_state(folder.path) or RunState()
+    if folder.is_complete():
+        return Verdict(0, f"{folder.path} is complete")
+    if state.state == "running" and state.pid is not None and not _is_stopped(folder):
+        state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
+    if _is_stopped(folder):
+        return Verdict(USER_ERROR, (folder.job / STOPPED_FILE).read_text(encoding="utf-8").strip())
+    now = time.time()
+    state = state.updated_by(
+        state="running",
+        reason=None,
+        message="",
+        started=state.started or now,
+        attempt_started=now,
+        updated=now,
+        attempt=state.attempt + 1,
+        host=node_name(environment),
+        pid=None,
+        job_id=job_id(environment),
+        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+    )
+    state.write(folder.path)
+    return Verdict(0, f"{MARK}{state.attempt} of {folder.path}, job {state.job_id} on {state.nodes}")
+
+
+def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
+    """An attempt has ended with this exit status of its launcher: record why, and decide what follows.
+
+    The run's own word counts for more than the status, which launchers replace by their own.
+
+    Args:
+        log: the job's log, in which srun names dead tasks and their nodes.
+
+    Raises:
+        UserError: the state cannot be read.
+    """
+    state = read_state(folder.path) or RunState()
+    if folder.is_complete():
+        if state.state != "completed":
+            state.ended("completed").write(folder.path)
+        return Verdict(0, f"{folder.path} is complete")
+    text = _last_attempt(log)
+    if state.state == "running" and status == REQUEUE:  # asked to leave before it had begun to train
+        state = state.ended("preempted", "nothing new to save")
+        state.write(folder.path)
+    if state.state == "preempted":
+        return Verdict(REQUEUE, f"{state.message}; the run continues")
+    if state.state == "running":  # without a word
+        reason, message = _guess(status, text)
+        state = state.failed(reason, message)
+    elif state.reason in ("error", "node_failure") and _OUT_OF_MEMORY.search(text):
+        state = state.updated_by(reason="out_of_memory")
+    reason = state.reason or "error"
+    if reason in DETERMINISTIC:
+        state = state.updated_by(updated=time.time())
+        state.write(folder.path)
+        return _stop(folder, f"failed ({reason}): {state.message}")
+    state = _count_failure(folder, state, reason, state.message, _dead_nodes(text) or state.nodes)
+    if _is_stopped(folder):
+        return Verdict(TRAINING_ERROR, state.message)
+    return Verdict(REQUEUE, f"{state.message}; trying once more")
+
+
+def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: str, where: str) -> RunState:
+    """Count an attempt's failure at the state's step, and stop for good after two."""
+    again = state.failed_step is not None and state.step <= state.failed_step
+    failures = state.failures + 1 if again else 1
+    nodes = [*state.failed_nodes, where] if again else [where]
+    named = f"{reason} after step {state.step} on {where or state.host or 'an unknown node'}: {message}"
+    if failures >= _MOST_FAILURES:
+        named = (
+            f"stopped: {failures} attempts in a row failed after step {state.step}, on {' and '.join(nodes)}; {message}"
+        )
+        _stop(folder, named)
+    state = state.failed(reason, shortened(named, 1000)).updated_by(
+        failed_step=state.step, failures=failures, failed_nodes=nodes[-100:], updated=time.time()
+    )
+    state.write(folder.path)
+    return state
+
+
+def _stop(folder: RunFolder, line: str) -> Verdict:
+    line = one_line(line)
+    write_file(folder.job / STOPPED_FILE, f"{line}; `sparse-llm-ft submit` starts it again\n")
+    return Verdict(TRAINING_ERROR, line)
+
+
+def _is_stopped(folder: RunFolder) -> bool:
+    return (folder.job / STOPPED_FILE).is_file()
+
+
+def _last_attempt(log: Path | None) -> str:
+    """What the log says since the last attempt began, at most 256 KiB of it."""
+    if log is None or not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+        text = file.read().decode("utf-8", errors="replace")
+    return text.rpartition(MARK)[2]
+
+
+def _dead_nodes(text: str) -> str:
+    """The nodes of the tasks that srun saw dying, in order, without those that it then terminated itself."""
+    found = [match[1] for line in text.splitlines() if (match := _DEAD_TASK.match(line))]
+    return ",".join(dict.fromkeys(found))
+
+
+def _guess(status: int, text: str) -> tuple[Reason, str]:
+    """Why a run ended that did not say it, from status and log."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    said = errors[-1].removeprefix("error: ") if errors else f"exit status {status}"
+    if status == USER_ERROR:
+        return "bad_setting", said
+    if _OUT_OF_MEMORY.search(text):
+        return "out_of_memory", "the kernel ended a process that used more memory than the job has"
+    if _dead_nodes(text):
+        return "killed", f"a process died ({said})"
+    return "error", said
+
+
+def allow_attempts(folder: RunFolder) -> None:
+    """Let attempts begin again. Whoever submits the run anew counts failures anew.
+
+    Raises:
+        OSError: the file that stops them cannot be removed.
+    """
+    (folder.job / STOPPED_FILE).unlink(missing_ok=True)

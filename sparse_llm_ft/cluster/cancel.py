@@ -1,0 +1,62 @@
+"""End a run: its job, or its process on this host. The run saves its step first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from sparse_llm_ft.cluster import slurm
+from sparse_llm_ft.cluster.state import read_state
+from sparse_llm_ft.cluster.status import RunView, view_runs
+from sparse_llm_ft.distributed.world import node_name
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.run_folder import RunFolder
+
+WAIT_SECONDS = 60.0
+"""For the run to save and leave: twice Slurm's default KillWait."""
+
+
+def cancel(folder: RunFolder, wait: float = WAIT_SECONDS) -> str:
+    """Cancel a run and wait until it has left; returns a line about it.
+
+    Raises:
+        UserError: it does not run, or not here; or it does not leave in time.
+    """
+    (view,) = view_runs([folder])
+    state = view.state
+    if state is None or not view.is_alive:
+        raise UserError(f"{folder.path}: {view.word}; expected a run that is pending or running")
+    if view.job is not None and state.job_id is not None:
+        if view.job.runs and not slurm.is_batch(state.job_id):
+            slurm.terminate_steps(state.job_id)  # an interactive allocation is its user's
+        else:
+            slurm.cancel(state.job_id)
+    elif state.host == node_name() and state.pid is not None and _is_run(state.pid):
+        os.kill(state.pid, signal.SIGTERM)
+    else:
+        raise UserError(f"{folder.path}: runs on {state.host} without a job; expected this command there")
+    _wait(folder, view, wait)
+    ended = read_state(folder.path)
+    if ended is not None and ended.state != "completed":
+        ended.failed("cancelled", ended.message or "before it began").write(folder.path)
+    return f"{folder.path}: cancelled" + (f" ({ended.message})" if ended and ended.message else "")
+
+
+def _is_run(pid: int) -> bool:
+    """Whether the process is one of this package's: state.json may be old, or somebody else's."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in (b"sparse_llm_ft", b"sparse-llm-ft", b"train.py"))
+
+
+def _wait(folder: RunFolder, view: RunView, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while view.is_alive:
+        if time.monotonic() > end:
+            raise UserError(f"{folder.path}: has not left {seconds:.0f} s after SIGTERM; look at it with `status`")
+        time.sleep(1.0)
+        (view,) = view_runs([folder])

@@ -1,0 +1,127 @@
+"""What runs are doing: their own word in state.json, corrected by what Slurm and this host's processes say."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_llm_ft.cluster.slurm import Job, find_jobs
+from sparse_llm_ft.cluster.state import Reason, RunState, read_state
+from sparse_llm_ft.distributed.world import node_name
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.run_folder import CONFIG_FILE, STATE_FILE, RunFolder
+
+SILENT_SECONDS = 90.0
+"""A running run whose state is older has died, or its disk has gone away. It writes every 20 s."""
+
+_REASONS: Mapping[str, Reason] = {
+    "OUT_OF_MEMORY": "out_of_memory",
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "NODE_FAIL": "node_failure",
+    "BOOT_FAIL": "node_failure",
+    "CANCELLED": "cancelled",
+}
+"""Slurm's last word on a job -> why its run failed; any other word does not say why."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as it is now.
+
+    Attributes:
+        state: corrected; None where the folder holds a run that says nothing (of an earlier release).
+        note: what the file does not say, such as why a job waits.
+        job: Slurm's word on its job, if there is one.
+    """
+
+    folder: RunFolder
+    state: RunState | None
+    note: str = ""
+    job: Job | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs, or will without anybody's doing."""
+        if self.job is not None:
+            return self.job.waits or self.job.runs
+        return self.state is not None and self.state.state == "running"
+
+    @property
+    def word(self) -> str:
+        """The state in a word or two: ``failed: out of memory``."""
+        if self.state is None:
+            return "unknown"
+        reason = self.state.reason
+        return f"{self.state.state}: {reason.replace('_', ' ')}" if reason else self.state.state
+
+
+def find_runs(root: Path) -> Iterator[RunFolder]:
+    """The runs in a folder, itself included, in the order of their names. Links are not followed.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected a run's output_dir, or a folder with runs")
+    for path, folders, files in os.walk(root):
+        is_run = STATE_FILE in files or (CONFIG_FILE in files and "checkpoints" in folders)
+        folders[:] = [] if is_run else sorted(name for name in folders if not name.startswith("."))
+        if is_run:
+            yield RunFolder(path)
+
+
+def view_runs(folders: Sequence[RunFolder]) -> list[RunView]:
+    """The runs as they are now; asks Slurm once for all of them."""
+    stored: list[tuple[RunFolder, RunState | None, str]] = []
+    for folder in folders:
+        try:
+            stored.append((folder, read_state(folder.path), ""))
+        except UserError as error:
+            stored.append((folder, None, str(error)))
+    jobs = find_jobs({state.job_id for _, state, _ in stored if state is not None and state.job_id is not None})
+    return [
+        RunView(folder, None, problem or "no state.json")
+        if state is None
+        else judge(folder, state, jobs.get(state.job_id or ""), time.time())
+        for folder, state, problem in stored
+    ]
+
+
+def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> RunView:
+    """One run as it is at `now`.
+
+    Args:
+        job: what Slurm says about its job; None: nothing, or it has none.
+    """
+    if folder.is_complete():
+        return RunView(folder, state.ended("completed"), "", job)
+    if job is not None and job.waits:  # at first, or once more
+        return RunView(folder, state.ended("pending", state.message), f"waits: {job.reason or job.state}", job)
+    silent = now - state.updated
+    if job is not None and job.runs:
+        if state.state != "running":
+            return RunView(folder, state.ended("running", state.message), "starting, or about to end", job)
+        note = f"loading, or silent, for {silent:.0f} s" if silent > SILENT_SECONDS else ""
+        return RunView(folder, state, note, job)
+    ended = None if job is None else _REASONS.get(job.state.split()[0])
+    if state.state in ("completed", "failed"):
+        return RunView(folder, state, "", job)
+    if job is not None and (ended is not None or state.state != "preempted"):
+        message = f"Slurm says {job.state}" + (f" on {job.nodes}" if job.nodes else "")
+        return RunView(folder, state.failed(ended or "killed", message), "", job)
+    if state.state == "running" and (is_dead := _has_died(state, silent)):
+        return RunView(folder, state.failed("killed", is_dead), "", job)
+    return RunView(folder, state, "", job)
+
+
+def _has_died(state: RunState, silent: float) -> str | None:
+    """How it is known that a running run's process is gone; None while it seems alive."""
+    if state.host == node_name() and state.pid is not None and not Path(f"/proc/{state.pid}").exists():
+        return f"process {state.pid} died without a word; the same command continues"
+    if silent > SILENT_SECONDS:
+        return f"no word from {state.host} for {silent:.0f} s: killed, or the node failed"
+    return None

@@ -1,0 +1,133 @@
+"""`Submission`: the runs of one `submit`, their files, and the jobs that run them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_llm_ft.cluster import slurm
+from sparse_llm_ft.cluster.attempts import allow_attempts
+from sparse_llm_ft.cluster.batch_script import CONFIG_NAME, RUNS_NAME, SCRIPT_NAME, JobOptions, check_path, render
+from sparse_llm_ft.cluster.state import RunState, read_state
+from sparse_llm_ft.cluster.status import view_runs
+from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.run_folder import JOB_FOLDER, RunFolder
+
+
+@dataclass
+class Submission:
+    """One run, or the runs of a sweep.
+
+    Args:
+        folder: the run's output_dir, or the sweep's, which holds its runs' folders; absolute.
+        runs: the settings of each run, with absolute output_dirs.
+        is_sweep: whether the runs are an array's tasks.
+
+    Attributes:
+        skipped: runs of a sweep that are complete already.
+    """
+
+    folder: Path
+    runs: list[RunConfig]
+    options: JobOptions
+    is_sweep: bool
+    skipped: list[Path] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse runs that could not be resumed, that are in a job already, or that are complete.
+
+        Raises:
+            UserError: naming the run.
+        """
+        check_path(self.folder)
+        if self.is_sweep and RunFolder(self.folder).has_config():
+            raise ConfigError("output_dir", f"{str(self.folder)!r} holds a run", "expected a folder for a sweep's runs")
+        for config in self.runs:
+            check_path(Path(config.output_dir))
+            if config.resume == "never":
+                raise ConfigError("resume", "never, but a job that is requeued continues its run", "expected auto")
+        views = view_runs([RunFolder(config.output_dir) for config in self.runs])
+        for view in views:
+            if view.is_alive and view.state is not None:
+                where = f"job {view.state.job_id}" if view.state.job_id else view.state.host
+                raise ConfigError(
+                    "output_dir",
+                    f"the run in {str(view.folder.path)!r} is {view.word} ({where})",
+                    "wait for it, or `sparse-llm-ft cancel` it",
+                )
+        self.skipped = [view.folder.path for view in views if view.folder.is_complete()]
+        self.runs = [config for config in self.runs if Path(config.output_dir) not in self.skipped]
+        if not self.runs:
+            raise ConfigError("output_dir", f"{str(self.folder)!r} is complete", "expected another folder")
+
+    @property
+    def tasks(self) -> int:
+        """Of the array; 0: a single run."""
+        return len(self.runs) if self.is_sweep else 0
+
+    def script(self) -> str:
+        """The batch script."""
+        paths = [Path.cwd(), self.folder.parent]
+        for config in self.runs:
+            paths += [Path(path) for path in (config.model.name, config.task.path) if path and Path(path).is_dir()]
+        return render(self.options, self.folder, self.tasks, paths)
+
+    def submit(self) -> list[str]:
+        """Write the jobs' files, submit, and let the run folders say "pending"; returns the jobs' ids.
+
+        Raises:
+            UserError: a file cannot be written, or Slurm refuses.
+        """
+        job = self.folder / JOB_FOLDER
+        script = job / SCRIPT_NAME
+        try:
+            write_file(script, self.script())
+            script.chmod(script.stat().st_mode | 0o111)
+            if self.is_sweep:
+                write_file(job / RUNS_NAME, "".join(f"{config.output_dir}\n" for config in self.runs))
+            for config in self.runs:
+                folder = RunFolder(config.output_dir)
+                write_file(folder.job / CONFIG_NAME, dump_config(config))
+                allow_attempts(folder)
+        except OSError as error:
+            raise UserError(f"{job}: cannot be written ({error.strerror})") from None
+        jobs: list[str] = []
+        for _ in range(max(1, self.options.chain)):
+            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            jobs.append(slurm.submit(script, after))
+        for number, config in enumerate(self.runs):
+            _mark_pending(Path(config.output_dir), f"{jobs[0]}_{number}" if self.is_sweep else jobs[0])
+        return jobs
+
+    def next_steps(self, jobs: Sequence[str]) -> list[str]:
+        """Lines about the jobs, and what to type next."""
+        what = f"array {jobs[0]} of {self.tasks} runs" if self.is_sweep else f"job {jobs[0]}"
+        chain = f", then {', '.join(jobs[1:])}" if jobs[1:] else ""
+        size = f"{self.options.nodes} x {self.options.tasks_per_node} processes"
+        lines = [f"submitted {what} ({size}, {self.options.time}){chain}"]
+        lines += [f"left out, complete: {path}" for path in self.skipped]
+        name = f"{jobs[0]}_*.log" if self.is_sweep else f"{jobs[0]}.log"
+        lines += [
+            f"log:     tail -F {self.folder / JOB_FOLDER / name}",
+            f"state:   sparse-llm-ft status {self.folder} --watch",
+            f"cancel:  {f'scancel {jobs[0]}' if self.is_sweep else f'sparse-llm-ft cancel {self.folder}'}",
+        ]
+        if self.is_sweep:
+            runs = " ".join([*map(str, self.skipped), *(config.output_dir for config in self.runs)])
+            lines.append(f"compare: sparse-llm-ft report {runs} --output {self.folder / 'report'}")
+        return lines
+
+
+def _mark_pending(folder: Path, job: str) -> None:
+    """Let a run's folder say that it is in a job, unless that job has begun and says more."""
+    state = read_state(folder) or RunState()
+    if state.job_id == job:
+        return
+    pending = state.ended("pending").updated_by(
+        failed_step=None, failures=0, failed_nodes=[], job_id=job, pid=None, updated=time.time()
+    )
+    pending.write(folder)

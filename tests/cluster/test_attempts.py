@@ -1,0 +1,141 @@
+"""What follows the end of an attempt: try again, or stop for good and name the node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparse_llm_ft.cluster import attempts
+from sparse_llm_ft.cluster.state import RunState, read_state
+from sparse_llm_ft.run_folder import RunFolder
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
+DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+ENDED_BY_SRUN = "srun: error: n1: task 0: Terminated\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def state(folder: RunFolder) -> RunState:
+    found = read_state(folder.path)
+    assert found is not None
+    return found
+
+
+def run_to(folder: RunFolder, step: int, **changes: object) -> None:
+    """An attempt that has begun in the job, and whose run has come to `step`."""
+    assert attempts.begin(folder, JOB).status == 0
+    state(folder).updated_by(step=step, pid=1, **changes).write(folder.path)
+
+
+def log(folder: RunFolder, text: str) -> Path:
+    path = folder.job / "7.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{DEAD.replace('n2', 'n9')}{attempts.MARK}2 of the run\n{text}")
+    return path
+
+
+def complete(folder: RunFolder) -> None:
+    folder.adapter.mkdir(parents=True)
+    (folder.path / "summary.json").write_text("{}")
+
+
+def test_an_attempt_begins(folder: RunFolder) -> None:
+    verdict = attempts.begin(folder, JOB)
+    assert verdict.line == f"{attempts.MARK}1 of {folder.path}, job 7 on n[1-2]"
+    now = state(folder)
+    assert (now.state, now.job_id, now.nodes, now.host, now.attempt) == ("running", "7", "n[1-2]", "n1", 1)
+
+
+def test_a_run_that_left_is_tried_again_whatever_the_launcher_says(folder: RunFolder) -> None:
+    for _ in range(5):  # as often as it takes
+        run_to(folder, 3, state="preempted", message="SIGUSR2: saved step 3")
+        assert attempts.end(folder, 143).status == 75
+
+
+def test_a_run_that_left_before_it_trained_is_tried_again(folder: RunFolder) -> None:
+    assert attempts.begin(folder, JOB).status == 0
+    assert attempts.end(folder, 75).status == 75
+    assert state(folder).state == "preempted"
+
+
+def test_a_complete_run_is_complete(folder: RunFolder) -> None:
+    run_to(folder, 3)
+    complete(folder)
+    assert attempts.end(folder, 1).status == 0
+    assert state(folder).state == "completed"
+
+
+@pytest.mark.parametrize("reason", ["bad_setting", "diverged", "out_of_memory"])
+def test_what_would_end_the_same_way_is_not_tried_again(reason: str, folder: RunFolder) -> None:
+    run_to(folder, 3, state="failed", reason=reason, message="because")
+    assert attempts.end(folder, 1).status not in (0, 75)
+    assert (folder.job / "stopped").read_text().startswith(f"failed ({reason}): because")
+    assert attempts.begin(folder, JOB).status == 2
+
+
+def test_two_deaths_at_one_step_stop_the_job_and_name_the_nodes(folder: RunFolder) -> None:
+    run_to(folder, 5)
+    first = attempts.end(folder, 137, log(folder, DEAD + ENDED_BY_SRUN))
+    assert first.status == 75 and "after step 5 on n2" in first.line
+    assert (state(folder).reason, state(folder).failed_nodes) == ("killed", ["n2"])
+    run_to(folder, 4)  # it did not get past step 5
+    second = attempts.end(folder, 137, log(folder, DEAD.replace("n2", "n3")))
+    assert second.status == 1
+    assert second.line.startswith("stopped: 2 attempts in a row failed after step 4, on n2 and n3; ")
+    assert attempts.begin(folder, JOB).status == 2
+
+
+def test_progress_between_two_deaths_lets_the_run_go_on(folder: RunFolder) -> None:
+    for step in (5, 6, 7):
+        run_to(folder, step)
+        assert attempts.end(folder, 137, log(folder, DEAD)).status == 75
+    assert state(folder).failures == 1
+
+
+def test_a_node_that_fails_with_the_batch_script_is_counted_when_the_next_attempt_begins(folder: RunFolder) -> None:
+    run_to(folder, 5)
+    run_to(folder, 5)
+    assert (state(folder).failures, state(folder).failed_nodes) == (1, ["n[1-2]"])
+    assert attempts.begin(folder, JOB).status == 2
+    assert "stopped: 2 attempts in a row failed after step 5, on n[1-2] and n[1-2]" in state(folder).message
+
+
+def test_jobs_that_are_requeued_while_they_load_are_no_failures(folder: RunFolder) -> None:
+    for _ in range(4):
+        assert attempts.begin(folder, JOB).status == 0
+    assert (state(folder).failures, state(folder).attempt) == (0, 4)
+
+
+def test_a_bad_setting_takes_its_line_from_the_log(folder: RunFolder) -> None:
+    assert attempts.begin(folder, JOB).status == 0
+    text = "loading\nerror: model.name: '/gone' is no folder; expected one\nsrun: error: n1: task 0: Exited\n"
+    attempts.end(folder, 2, log(folder, text))
+    assert (state(folder).reason, state(folder).message) == (
+        "bad_setting",
+        "model.name: '/gone' is no folder; expected one",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: n2: task 1: Out Of Memory\n", {}),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", {"state": "failed", "reason": "node_failure"}),
+    ],
+)
+def test_out_of_memory_is_read_from_the_log(text: str, before: dict[str, str], folder: RunFolder) -> None:
+    run_to(folder, 3, **before)
+    assert attempts.end(folder, 1, log(folder, text)).status == 1
+    assert state(folder).reason == "out_of_memory"
+
+
+def test_submitting_again_lets_attempts_begin(folder: RunFolder) -> None:
+    run_to(folder, 3, state="failed", reason="diverged")
+    attempts.end(folder, 1)
+    attempts.allow_attempts(folder)
+    assert attempts.begin(folder, JOB).status == 0

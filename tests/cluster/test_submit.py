@@ -1,0 +1,193 @@
+"""`submit` and Slurm's commands, played by small scripts on PATH."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.cluster import slurm
+from sparse_llm_ft.cluster.batch_script import JobOptions
+from sparse_llm_ft.cluster.slurm import Job, find_jobs
+from sparse_llm_ft.cluster.state import RunState, read_state
+from sparse_llm_ft.cluster.submission import Submission
+from sparse_llm_ft.config import load_config
+from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.run_folder import RunFolder
+
+OPTIONS = JobOptions(nodes=2, gpus_per_node=0, tasks_per_node=1, time="10:00")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands that comes first on PATH; `sbatch` gives numbers from 100 on."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    play(folder, "sbatch", f'echo "$@" >> {folder}/calls; echo $((99 + $(wc -l < {folder}/calls)))')
+    play(folder, "sinfo", "echo debug*; echo gpu")
+    play(folder, "squeue", "exit 1")
+    play(folder, "sacct", "exit 1")
+    return folder
+
+
+def play(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def config_file(settings: dict, tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def submission(settings: dict, tmp_path: Path, options: JobOptions = OPTIONS) -> Submission:
+    config = load_config([config_file(settings, tmp_path)])
+    return Submission(Path(config.output_dir), [config], options, is_sweep=False)
+
+
+def test_a_submitted_run_is_pending_and_its_settings_are_fixed(settings: dict, tmp_path: Path, commands: Path) -> None:
+    job = submission(settings, tmp_path)
+    job.check()
+    assert job.submit() == ["100"]
+    folder = RunFolder(job.folder)
+    state = read_state(folder.path)
+    assert state is not None and (state.state, state.job_id) == ("pending", "100")
+    assert load_config([str(folder.job / "config.yaml")]) == job.runs[0]
+    assert os.access(folder.job / "run.sbatch", os.X_OK)
+    folder.check(job.runs[0])  # the job itself may begin there
+    assert "sparse-llm-ft cancel" in "\n".join(job.next_steps(["100"]))
+
+
+def test_a_chain_is_jobs_after_each_other(settings: dict, tmp_path: Path, commands: Path) -> None:
+    job = submission(settings, tmp_path, JobOptions(2, 0, 1, "10:00", chain=3))
+    assert job.submit() == ["100", "101", "102"]
+    calls = (commands / "calls").read_text().splitlines()
+    assert [call.count("--dependency=afterany:") for call in calls] == [0, 1, 1]
+    assert "afterany:101" in calls[2]
+
+
+def test_submitting_counts_failures_anew(settings: dict, tmp_path: Path, commands: Path) -> None:
+    job = submission(settings, tmp_path)
+    RunState(state="failed", reason="killed", failed_step=5, failures=2, failed_nodes=["n1"], step=5).write(job.folder)
+    job.submit()
+    state = read_state(job.folder)
+    assert state is not None and (state.failures, state.failed_step, state.failed_nodes, state.step) == (0, None, [], 5)
+
+
+def test_a_run_that_is_in_a_job_already_is_refused(settings: dict, tmp_path: Path, commands: Path) -> None:
+    job = submission(settings, tmp_path)
+    RunState(job_id="7").write(job.folder)
+    play(commands, "squeue", 'echo "7|PENDING|Priority||"')
+    with pytest.raises(UserError, match=r"is pending \(job 7\); wait for it, or `sparse-llm-ft cancel`"):
+        job.check()
+
+
+def test_a_run_that_could_not_be_resumed_is_refused(settings: dict, tmp_path: Path, commands: Path) -> None:
+    with pytest.raises(UserError, match="resume: never, but a job that is requeued"):
+        submission(settings | {"resume": "never"}, tmp_path).check()
+
+
+def test_a_complete_run_is_refused_and_left_out_of_a_sweep(settings: dict, tmp_path: Path, commands: Path) -> None:
+    job = submission(settings, tmp_path)
+    RunState(state="completed").write(job.folder)
+    (job.folder / "adapter").mkdir()
+    (job.folder / "summary.json").write_text("{}")
+    other = job.runs[0].model_copy(update={"output_dir": str(tmp_path / "other")})
+    sweep = Submission(tmp_path / "sweep", [*job.runs, other], OPTIONS, is_sweep=True)
+    sweep.check()
+    assert (sweep.runs, sweep.skipped, sweep.tasks) == ([other], [job.folder], 1)
+    with pytest.raises(UserError, match="is complete"):
+        job.check()
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("echo 'sbatch: error: invalid partition specified: x' >&2; exit 1", "sbatch: invalid partition specified: x"),
+        ("echo hello", "sbatch: answered 'hello'; expected the number of a job"),
+        ("exit 3", "sbatch: exit status 3"),
+    ],
+)
+def test_what_sbatch_refuses_is_one_line_and_nothing_is_pending(
+    script: str, line: str, settings: dict, tmp_path: Path, commands: Path
+) -> None:
+    play(commands, "sbatch", script)
+    job = submission(settings, tmp_path)
+    with pytest.raises(UserError) as refused:
+        job.submit()
+    assert str(refused.value) == line
+    assert read_state(job.folder) is None
+
+
+def test_a_command_that_does_not_answer_is_given_up(
+    settings: dict, tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "SECONDS", 0.2)
+    play(commands, "sinfo", "exec sleep 60")
+    with pytest.raises(UserError, match="sinfo: no answer within"):
+        slurm.partitions()
+
+
+def test_jobs_are_looked_for_in_the_queue_and_then_in_accounting(commands: Path) -> None:
+    play(
+        commands, "squeue", 'echo "7|RUNNING|None|n[1-2]|"; echo "8_1|PENDING|BeginTime||"; echo "8_2|RUNNING|None|n3|"'
+    )
+    play(commands, "sacct", f'echo "$@" > {commands}/asked; echo "5|CANCELLED by 0|n1"; echo "6|NODE_FAIL|n2"')
+    assert find_jobs({"5", "6", "7", "8_1"}) == {
+        "5": Job("CANCELLED", "", "n1"),
+        "6": Job("NODE_FAIL", "", "n2"),
+        "7": Job("RUNNING", "", "n[1-2]"),
+        "8_1": Job("PENDING", "BeginTime", ""),
+    }
+    assert "7" not in (commands / "asked").read_text().partition("--jobs=")[2]
+
+
+def test_without_slurm_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_jobs({"7"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--partition", "fast"], "error: --partition fast: unknown; expected one of debug, gpu"),
+        (["--time", "soon"], "error: --time soon: expected HH:MM:SS"),
+        (["--sweep", "method.rank=1,2"], "error: method.rank: unknown key"),
+        (["--sweep", "seed=1,x"], "error: seed: "),
+        (["--nodes", "two"], "error: argument --nodes"),
+        (["training.steps=3"], "error: training.steps: unknown key"),
+    ],
+)
+def test_wrong_options_are_one_line_before_anything_is_imported(
+    options: list[str],
+    line: str,
+    settings: dict,
+    tmp_path: Path,
+    commands: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    needed = ["submit", "--config", config_file(settings, tmp_path), "--gpus-per-node", "0", "--tasks-per-node", "1"]
+    with pytest.raises(SystemExit) as end:
+        main([*needed, "--time", "10:00", *options])
+    printed = capsys.readouterr().err
+    assert (end.value.code, printed.count("\n")) == (2, 1) and printed.startswith(line), printed
+    assert not (commands / "calls").exists()
+
+
+def test_without_slurm_a_dry_run_prints_the_script(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    needed = ["submit", "--config", config_file(settings, tmp_path), "--gpus-per-node", "1", "--time", "10:00"]
+    with pytest.raises(SystemExit) as end:
+        main(needed)
+    assert end.value.code == 2 and "sinfo: not found" in capsys.readouterr().err
+    main([*needed, "--dry-run", "--sweep", "seed=0,1"])
+    printed = capsys.readouterr().out
+    assert "#SBATCH --array=0-1" in printed and f"{settings['output_dir']}/seed-1: 40 training samples" in printed
+    assert not Path(settings["output_dir"]).exists()
