@@ -47,7 +47,6 @@ def peak(settings: dict[str, Any], section: str, key: str, value: Any, ranks: in
         ("micro_batch_size", "training", "micro_batch_size", [1, 2, 4, 8]),
         ("r", "adapter", "r", list(range(1, 17))),
         ("max_length", "task", "max_length", [16, 17, 18]),
-        ("zero_stage", "deepspeed", "zero_stage", [1, 0]),
     ],
 )
 def test_the_answer_is_that_of_trying_every_value(
@@ -65,6 +64,16 @@ def test_the_answer_is_that_of_trying_every_value(
             assert (found.peak, found.beyond_peak) == (needed[fits], needed[beyond])
         if field == "max_length":
             break
+
+
+def test_the_lowest_stage_that_fits_whatever_the_others_need(settings: dict) -> None:
+    context = opened(settings)
+    needed = {stage: peak(settings, "deepspeed", "zero_stage", stage) for stage in (0, 1, 2, 3)}
+    assert len(set(needed.values())) > 2
+    for memory in (*needed.values(), min(needed.values()) - 1):
+        found = solve("zero_stage", context, memory, SAMPLES, on_gpu=False)
+        lowest = min((stage for stage, need in needed.items() if need <= memory), default=None)
+        assert (found.value, found.beyond) == (lowest, 3 if lowest is None else lowest - 1 if lowest else None)
 
 
 def test_where_none_or_every_value_fits(settings: dict) -> None:
