@@ -67,8 +67,8 @@ class Case:
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
-    "weight_lora": {"name": "weight_lora", "keep": 21, "steps": 100, "batch_growth": "none"},
-    "weight_lora_plus": {"name": "weight_lora_plus", "keep": 21, "steps": 100, "batch_growth": "none"},
+    "weight_lora": {"name": "weight_lora", "keep": 10, "steps": 100, "batch_growth": "none"},
+    "weight_lora_plus": {"name": "weight_lora_plus", "keep": 10, "steps": 100, "batch_growth": "none"},
     "lora_drop": {"name": "lora_drop"},
     "partial_lora": {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5},
     "partial_lora compact": {"name": "partial_lora", "ratios": "balanced", "ratio": 0.5, "masking": "compact"},
@@ -78,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"name": "vera"},
     "lora_plus": {"name": "lora_plus"},
 }
-"""Method sections by the names of cases. The default K is a tenth of SmolLM2's 210 adapters."""
+"""Method sections by the names of cases. K is a twentieth of SmolLM2's 210 adapters."""
 
 LIMITS = {
     "stage3_max_reuse_distance": 5_000_000,
@@ -370,7 +370,7 @@ def samples_of(case: Case) -> list[Any]:
     draw = random.Random(0)
 
     def sample(length: int) -> Sample:
-        ids = [draw.randrange(3, 200) for _ in range(length)]
+        ids = [draw.randrange(3, 20) for _ in range(length)]
         return Sample(tuple(ids[:1]), tuple(ids[1:]))
 
     count = case.batch * case.ranks * case.accumulation
