@@ -23,9 +23,6 @@ def open_for_planning(config: RunConfig, world: World) -> RunContext:
         ConfigError: naming the setting.
     """
     check_world(config, world.size)
-    settings = config.task
-    if settings.path is not None and not Path(settings.path).is_dir():  # the data come later
-        config = config.model_copy(update={"task": settings.model_copy(update={"path": "."})})
     task, folder = resolve_task(config.task), Path(config.model.name)
     alone = folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS)
     return RunContext.open(config, world, task, tokenizer=stand_in() if alone else None)

@@ -90,7 +90,7 @@ def test_config_json_alone_is_enough(plan: Plan, model_folder: Path, tmp_path: P
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(model_folder / "config.json", bare)
-    changed = {"model": {"name": str(bare)}, "task": {"path": str(tmp_path / "nothing")}}
+    changed = {"model": {"name": str(bare)}, "task": {"path": str(bare)}}
     with_weights = json.loads(plan("--json", "--gpu-memory", "4GiB")[1])
     status, out, _ = plan("--json", "--gpu-memory", "4GiB", changed=changed)
     assert status == 0 and json.loads(out) == with_weights
