@@ -78,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"name": "vera"},
     "lora_plus": {"name": "lora_plus"},
 }
-"""Method sections by the names of cases. The default K is a tenth of SmolLM2's 210 adapters."""
+"""Method sections by the names of cases. K is a tenth of SmolLM2's 210 adapters."""
 
 LIMITS = {
     "stage3_max_reuse_distance": 5_000_000,
@@ -258,6 +258,9 @@ def run_config(case: Case, model: str) -> Any:
     from sparse_llm_ft.config import parse_config
 
     total = case.batch * case.ranks * case.accumulation
+    method = METHODS[case.method]
+    if case.model == "tiny" and "keep" in method:  # the tests' model has 14 adapters
+        method = method | {"keep": 4}
     return parse_config(
         {
             "model": {
@@ -275,7 +278,7 @@ def run_config(case: Case, model: str) -> Any:
                 "packing": case.packing,
             },
             "adapter": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
-            "method": METHODS[case.method],
+            "method": method,
             "training": {"micro_batch_size": case.batch, "global_batch_size": total, "max_steps": 1000},
             "deepspeed": {"zero_stage": case.stage, "zero_optimization": LIMITS if case.limits else {}},
             "evaluation": {"samples": 0},
@@ -370,7 +373,7 @@ def samples_of(case: Case) -> list[Any]:
     draw = random.Random(0)
 
     def sample(length: int) -> Sample:
-        ids = [draw.randrange(3, 200) for _ in range(length)]
+        ids = [draw.randrange(3, 20) for _ in range(length)]
         return Sample(tuple(ids[:1]), tuple(ids[1:]))
 
     count = case.batch * case.ranks * case.accumulation

@@ -52,7 +52,7 @@ class _Coordinator:
     config: Any
     ranks: int
     order: Sequence[tuple[str, ...]]
-    available: set[str] = field(default_factory=set)
+    available: dict[str, int] = field(default_factory=dict)  # name -> bytes of its storage
     flight: dict[str, _Buffer] = field(default_factory=dict)
     fetched_for: dict[str, int] = field(default_factory=dict)
     now: int = 0
@@ -98,7 +98,8 @@ class _Coordinator:
             buffer.waiting.discard(name)
             if not buffer.waiting and len(buffer.names) > 1:
                 self.now -= buffer.bytes
-            self.available.add(name)
+            weight = self.weights[name]
+            self.available[name] = buffer.bytes if len(buffer.names) == 1 else weight.numel * weight.itemsize
         self._prefetch(names)
         self.step += 1
 
@@ -132,9 +133,8 @@ class _Coordinator:
             leaving -= set(later)
             seen += sum(self.weights[n].numel for n in later)
         for name in leaving:
-            self.available.discard(name)
             self.live -= self.weights[name].numel
-            self.now -= self.weights[name].numel * self.weights[name].itemsize
+            self.now -= self.available.pop(name)
 
 
 def simulate(trace: StepTrace, weights: Mapping[str, Weight], config: Any, ranks: int) -> Gathers:
