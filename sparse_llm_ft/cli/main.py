@@ -11,6 +11,7 @@ from sparse_llm_ft import __version__
 from sparse_llm_ft.cli.check_adapter import add_command as add_check_adapter
 from sparse_llm_ft.cli.cluster_commands import add_commands as add_cluster_commands
 from sparse_llm_ft.cli.doctor import add_command as add_doctor
+from sparse_llm_ft.cli.fetch import add_command as add_fetch
 from sparse_llm_ft.cli.plan_command import add_command as add_plan
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
@@ -70,6 +71,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_commands(commands)
     add_check_adapter(commands)
     add_doctor(commands)
+    add_fetch(commands, _check_run)
     add_cluster_commands(commands, _check_run)
     derive = commands.add_parser(
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
