@@ -33,6 +33,7 @@ _FREE = {
     "tracker_project",
     "output_dir",
     "training.micro_batch_size",
+    "training.device_memory",
     "training.save_every",
     "training.eval_every",
     "training.log_every",

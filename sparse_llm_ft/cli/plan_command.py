@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from typing import Any
 
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
+from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.run_folder import open_run
@@ -18,13 +19,8 @@ from sparse_llm_ft.run_folder import open_run
 DOES_NOT_FIT = 3
 """Exit status."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+FIELDS = ("micro_batch_size", "max_length", "r", "keep", "nodes", "zero_stage")
+"""What ``--solve`` takes (planning/solve.py)."""
 
 
 def add_command(commands: Any) -> None:
@@ -47,17 +43,27 @@ def add_command(commands: Any) -> None:
     plan.add_argument("--rate-of", metavar="RUN", help="times as a finished run of this model measured them")
     plan.add_argument("--json", action="store_true", help="print JSON alone")
     plan.add_argument("--no-others", action="store_true", help="leave out the table of other methods")
+    plan.add_argument(
+        "--solve",
+        metavar="FIELD",
+        help="print the best value that fits, and the first that does not, of micro_batch_size, max_length, r, keep "
+        "(largest), nodes or zero_stage (smallest)",
+    )
     plan.set_defaults(command=run_plan)
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Forecast and print; ends with status 3 if a phase does not fit."""
     config, world = load_config(*split_arguments(options.config)), _world(options)
-    given = None if options.gpu_memory is None else parse_size(options.gpu_memory)
+    given = config.training.device_memory if options.gpu_memory is None else parse_size(options.gpu_memory)
+    if options.solve is not None:
+        config = _check_solved(options.solve, config)
     _check_rates(options)
     from sparse_llm_ft.planning.forecast import forecast
+    from sparse_llm_ft.planning.micro_batch import describe, with_micro_batch
     from sparse_llm_ft.planning.opening import open_for_planning
     from sparse_llm_ft.planning.samples import sample_sizes
+    from sparse_llm_ft.planning.solve import solve
     from sparse_llm_ft.planning.tables import phase_table, size_text, to_json
 
     memory, on_gpu = _memory(given, world)
@@ -65,6 +71,12 @@ def run_plan(options: argparse.Namespace) -> None:
         context = open_for_planning(config, world)
     samples = sample_sizes(context)
     try:
+        if options.solve is not None:
+            found_value = solve(options.solve, context, memory, samples, on_gpu, options.gpus)
+            print(json.dumps(asdict(found_value)) if options.json else describe(found_value, memory))
+            sys.exit(DOES_NOT_FIT if found_value.value is None else 0)
+        if config.training.micro_batch_size == "auto":
+            context = with_micro_batch(context, solve("micro_batch_size", context, memory, samples, on_gpu).value or 1)
         found = forecast(context, samples=samples, on_gpu=on_gpu)
     except UserError:
         raise
@@ -101,10 +113,23 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: anything else.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    size = bytes_of(text)
+    if size is None:
         raise UserError(f"--gpu-memory {text}: expected a size such as 80GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    return size
+
+
+def _check_solved(field: str, config: RunConfig) -> RunConfig:
+    """The settings to open the run with; a micro-batch that is sought need not go with the number of processes.
+
+    Raises:
+        UserError: no such field.
+    """
+    if field not in FIELDS:
+        raise UserError(f"--solve {field}: expected one of {', '.join(FIELDS)}")
+    if field != "micro_batch_size":
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": "auto"})})
 
 
 def _world(options: argparse.Namespace) -> World:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -219,17 +219,24 @@ def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
     kind: Any = RunConfig
     for part in section:
         kind = find_settings(method["name"]) if part == "method" else kind.model_fields[part].annotation
+        kind = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)  # of an optional section
     return list(kind.model_fields)
 
 
 def _check_together(config: RunConfig) -> None:
     """Checks that need more than one value, or a folder."""
     training = config.training
-    if training.global_batch_size % training.micro_batch_size:
+    if training.global_batch_size % training.fixed_micro_batch_size:
         raise ConfigError(
             "training.global_batch_size",
             f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size}",
             "choose sizes that divide",
+        )
+    if config.memory_budget is not None and training.micro_batch_size == "auto":
+        raise ConfigError(
+            "training.micro_batch_size",
+            "auto, and method.budget limits the memory that a given micro-batch may need",
+            "expected a number",
         )
     check_chain(config.method)
     check_steps(config, training.max_steps)
@@ -343,11 +350,11 @@ def check_world(config: RunConfig, world_size: int, resumes: bool = False) -> No
         resumes: the run has checkpoints; it finds a micro-batch that fits by itself.
     """
     training = config.training
-    share = world_size if resumes else training.micro_batch_size * world_size
+    share = world_size if resumes else training.fixed_micro_batch_size * world_size
     if training.global_batch_size % share:
         product = (
             f"{world_size} processes"
-            if resumes
+            if resumes or training.micro_batch_size == "auto"
             else (f"training.micro_batch_size × processes = {training.micro_batch_size} × {world_size}")
         )
         raise ConfigError(

@@ -51,6 +51,11 @@ class MethodSettings(Section):
         return False
 
     @property
+    def memory_budget(self) -> int | None:
+        """Bytes of each device that every phase must fit into, as planned; None: no limit."""
+        return None
+
+    @property
     def grows_batch(self) -> bool:
         """Whether a later phase may get a larger micro-batch."""
         return False

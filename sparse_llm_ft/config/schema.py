@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
-from sparse_llm_ft.config.types import MAX_BATCH, Date, FilePath, Float, Int, Section
+from sparse_llm_ft.config.types import MAX_BATCH, Bytes, Date, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
@@ -140,7 +140,9 @@ class TrainingConfig(Section):
     """Training: batches, learning rate, steps, checkpoints.
 
     Attributes:
-        micro_batch_size: samples a rank sees in one forward pass.
+        micro_batch_size: samples a rank sees in one forward pass; ``auto``: the most that the planner finds to fit into
+            the device's memory.
+        device_memory: bytes of memory that each process may use, for what is planned; None: its GPU's.
         global_batch_size: samples of one optimizer step over all ranks; accumulation steps follow from it.
         learning_rate: of the adapters, or of the whole model.
         head_learning_rate: of what is trained whole beside adapters: a fresh head, ``adapter.modules_to_save``,
@@ -165,7 +167,8 @@ class TrainingConfig(Section):
         compile: ``layers`` compiles each layer with torch.compile when it is first called; same losses up to rounding.
     """
 
-    micro_batch_size: Int = Field(1, ge=1)
+    micro_batch_size: Annotated[Int, Field(ge=1)] | Literal["auto"] = 1
+    device_memory: Bytes | None = Field(None, ge=1)
     global_batch_size: Int = Field(16, ge=1, le=MAX_BATCH)
     learning_rate: Float = Field(1e-4, gt=0)
     head_learning_rate: Float | None = Field(None, gt=0)
@@ -186,6 +189,11 @@ class TrainingConfig(Section):
     early_stopping: EarlyStopping | None = None
     on_oom: Literal["error", "shrink"] = "error"
     compile: Literal["off", "layers"] = "off"
+
+    @property
+    def fixed_micro_batch_size(self) -> int:
+        """The micro-batch as a number; 1 while it is still to be decided."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def watched_metric(self) -> str | None:
@@ -315,6 +323,11 @@ class RunConfig(Section):
         """A mapping for one method, a list for several."""
         dumped = [method.model_dump(mode="json") for method in methods]
         return dumped[0] if len(dumped) == 1 else dumped
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of each device that every phase must fit into, as planned: the least of the methods'."""
+        return min((m.memory_budget for m in self.method if m.memory_budget is not None), default=None)
 
     @property
     def method_name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,30 @@ Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(gt=0, le=1)]
 
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE)
+_UNITS = (
+    {"": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+)
+
+
+def bytes_of(text: str) -> int | None:
+    """Bytes of a text such as ``80GiB``, ``24 GB`` or ``1000000``; None for any other text."""
+    match = _SIZE.fullmatch(text.strip())
+    return None if match is None else int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def _as_bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return _no_bool(value)
+    size = bytes_of(value)
+    if size is None:
+        raise ValueError("a size such as 80GiB")
+    return size
+
+
+Bytes = Annotated[int, BeforeValidator(_as_bytes)]
+"""A number of bytes, perhaps written with its unit."""
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
 

@@ -201,13 +201,14 @@ class RunContext:
         """
         return self.methods(1).first(self.plan, self.targets)
 
-    def methods(self, total_steps: int) -> Chain:
+    def methods(self, total_steps: int, memory: Callable[[AdapterPlan], int] | None = None) -> Chain:
         """The run's methods.
 
         Args:
             total_steps: the run's optimizer steps at its initial global batch.
+            memory: see `MethodInputs`.
         """
-        return build_methods(self.config, total_steps, self.cost)
+        return build_methods(self.config, total_steps, self.cost, memory)
 
     @cached_property
     def cost(self) -> StepCost:

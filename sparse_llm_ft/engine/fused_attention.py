@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 FUSED = "sparse_llm_ft_fused"
 """Its name as ``attn_implementation``."""
@@ -52,6 +53,8 @@ def _fused_attention(
     mask = args[0] if args else kwargs.get("attention_mask")
     if bias is None and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         bias = mask.new_empty(mask.shape, dtype=query.dtype)  # torch makes it in every layer; the kernel saves it
+        groups = getattr(module, "num_key_value_groups", 1)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # as `use_gqa_in_sdpa` says: none with a mask
     output: torch.Tensor = _FusedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 

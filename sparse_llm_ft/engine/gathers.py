@@ -52,7 +52,7 @@ class _Coordinator:
     config: Any
     ranks: int
     order: Sequence[tuple[str, ...]]
-    available: set[str] = field(default_factory=set)
+    available: dict[str, int] = field(default_factory=dict)  # name -> bytes of its storage
     flight: dict[str, _Buffer] = field(default_factory=dict)
     fetched_for: dict[str, int] = field(default_factory=dict)
     now: int = 0
@@ -75,17 +75,14 @@ class _Coordinator:
     def _gather(self, names: Sequence[str]) -> None:
         if not names:
             return
-        kinds: dict[int, list[str]] = {}
-        for name in names:
-            kinds.setdefault(self.weights[name].itemsize, []).append(name)
-            self.live += self.weights[name].numel
-        groups = [[name] for name in names] if len(names) == 1 else list(kinds.values())
-        for group in groups:
-            size = sum(map(self._bytes, group))
-            self.traffic += size
-            buffer = _Buffer(set(group), tuple(group), size, copied=len(names) == 1)
-            self.flight |= dict.fromkeys(group, buffer)
-            self._grow(size)
+        size = sum(map(self._bytes, names))
+        self.live += sum(self.weights[name].numel for name in names)
+        self.traffic += size
+        # A single parameter is gathered into its own place. Several have a buffer for each type, all of which wait
+        # together, and are kept together.
+        buffer = _Buffer(set(names), tuple(names), size, copied=len(names) == 1)
+        self.flight |= dict.fromkeys(names, buffer)
+        self._grow(size)
 
     def fetch(self, names: Sequence[str]) -> None:
         """A module is about to read these."""
@@ -101,7 +98,8 @@ class _Coordinator:
             buffer.waiting.discard(name)
             if not buffer.waiting and len(buffer.names) > 1:
                 self.now -= buffer.bytes
-            self.available.add(name)
+            weight = self.weights[name]
+            self.available[name] = buffer.bytes if len(buffer.names) == 1 else weight.numel * weight.itemsize
         self._prefetch(names)
         self.step += 1
 
@@ -135,9 +133,8 @@ class _Coordinator:
             leaving -= set(later)
             seen += sum(self.weights[n].numel for n in later)
         for name in leaving:
-            self.available.discard(name)
             self.live -= self.weights[name].numel
-            self.now -= self.weights[name].numel * self.weights[name].itemsize
+            self.now -= self.available.pop(name)
 
 
 def simulate(trace: StepTrace, weights: Mapping[str, Weight], config: Any, ranks: int) -> Gathers:

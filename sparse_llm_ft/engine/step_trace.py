@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.utils._pytree import tree_iter
 
 from sparse_llm_ft.adapters import add_adapters
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
@@ -249,8 +250,8 @@ def _watching(model: PeftModel, live: LiveBytes) -> Iterator[_Watch]:
 
 
 def readers(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Every module that reads parameters when it is called, with their names: its own, and a layer with adapters also
-    those of the modules inside it, which it does not call.
+    """Every module that is called, with the names of the parameters that it reads: its own, and a layer with adapters
+    also those of the modules inside it, which it does not call.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found, inside = [], set[int]()
@@ -262,7 +263,7 @@ def readers(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
             own += [parameter for part in parts for parameter in part.parameters(recurse=False)]
             own += [p for kind in (module.lora_omega, module.lora_u, module.lora_v) for p in kind.parameters()]
             inside |= {id(part) for part in module.modules() if part is not module}
-        if own and id(module) not in inside:
+        if id(module) not in inside:
             found.append((module, tuple(dict.fromkeys(names[id(p)] for p in own))))
     return found
 
@@ -274,13 +275,13 @@ def _tell(
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
         note("fetch", names)
-        for value in args:
+        for value in tree_iter(args):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 value.register_hook(lambda _: note("release", names))
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         note("release", names)
-        for value in output if isinstance(output, tuple) else (output,):
+        for value in tree_iter(output):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 value.register_hook(lambda _: note("fetch", names))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,19 @@ from sparse_llm_ft.plan import AdapterPlan, Shape
 from sparse_llm_ft.scoring.scores import Scores
 
 
-def build_methods(config: RunConfig, total_steps: int, cost: StepCost | None = None) -> Chain:
+def build_methods(
+    config: RunConfig,
+    total_steps: int,
+    cost: StepCost | None = None,
+    memory: Callable[[AdapterPlan], int] | None = None,
+) -> Chain:
     """The methods of the config, in order.
 
     Args:
         total_steps: the run's optimizer steps at its initial global batch.
-        cost: the base's arithmetic; `RunContext.methods` has it.
+        cost, memory: see `MethodInputs`; `RunContext.methods` has the first.
     """
-    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps, cost)
+    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps, cost, memory)
     return Chain([find_method(settings.name)(settings, inputs) for settings in config.method])
 
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, StrictBool
 
+from sparse_llm_ft.config.budget import GivenBudget
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.config.types import Float, Share
-from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.errors import ConfigError, TrainingError
+from sparse_llm_ft.methods.cost_choice import lowest_within
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import Phase, ScoringSpec, Subset
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, group_name, module_kind
@@ -36,6 +38,8 @@ class LoraDropSettings(MethodSettings):
         share: whether the others share one LoRA per type and shape; false removes them.
         choose: which layers keep their own (section 4.4): the k of highest ``importance``; k ``random`` ones; the k
             ``top`` layers; or ``inverted``, all but the k important ones, which share instead.
+        budget: what the phase after the pilot may need (ours, cost_choice.py): modules below the lowest layer that it
+            allows get no adapter, neither their own nor a shared one. A number is a `Budget.step_time`.
     """
 
     composes = "shares"
@@ -45,6 +49,12 @@ class LoraDropSettings(MethodSettings):
     threshold: Share = 0.9
     share: StrictBool = True
     choose: Literal["importance", "inverted", "random", "top"] = "importance"
+    budget: GivenBudget = None
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Of `budget`."""
+        return None if self.budget is None else self.budget.memory
 
     @property
     def draws_samples(self) -> bool:
@@ -60,6 +70,8 @@ class LoraDrop(Method[LoraDropSettings]):
     def begin(self, phase: Phase, state: TrainState, targets: Mapping[str, Shape]) -> tuple[Phase, TrainState]:
         """The pilot: the incoming plan on the sample."""
         settings = self.settings
+        if settings.budget is not None:  # refuse at once what no layer is within
+            self._within_budget(phase.plan, set(phase.plan.active), targets)
         pilot = replace(
             phase,
             name="pilot",
@@ -80,7 +92,7 @@ class LoraDrop(Method[LoraDropSettings]):
             return None
         assert isinstance(scores, dict)
         kept = self.choose(importance_by_type(scores, module_kind))
-        return self._after(phase, self._shared(phase.plan, kept, targets)), state.fresh()
+        return self._after(phase, self._within_budget(phase.plan, kept, targets)), state.fresh()
 
     def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
         """As if all layers were equally important: then the most of them keep their own adapters."""
@@ -90,7 +102,7 @@ class LoraDrop(Method[LoraDropSettings]):
         for name in phase.plan.active:
             types[module_kind(name)] = types.get(module_kind(name), 0) + 1
         kept = self.choose({name: 1 / types[module_kind(name)] for name in phase.plan.active})
-        after = self._after(phase, self._shared(phase.plan, kept, targets))
+        after = self._after(phase, self._within_budget(phase.plan, kept, targets))
         return after, f"{len(kept)} of {len(phase.plan.active)} adapters stay, as if all were equally important"
 
     def _after(self, phase: Phase, plan: AdapterPlan) -> Phase:
@@ -120,6 +132,45 @@ class LoraDrop(Method[LoraDropSettings]):
         if self.settings.choose == "top":
             return list(names[len(names) - k :])
         return list(important)
+
+    def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
+        """Under a budget: from where on there are adapters, and what a step then costs."""
+        cost = self.inputs.cost
+        if self.settings.budget is None or before.scoring is None or cost is None:
+            return None
+        plan = after.target_plan or after.plan
+        share = cost.of(plan, targets) / cost.of(before.plan, targets)
+        return (
+            f"method.budget {self.settings.budget}: adapters from {cost.layer(cost.lowest(plan.active))} up; a step "
+            f"costs {share:.3f} of one with all adapters, by arithmetic"
+        )
+
+    def _within_budget(self, plan: AdapterPlan, kept: set[str], targets: Mapping[str, Shape]) -> AdapterPlan:
+        """`_shared`, with adapters from the lowest layer up from which the budget allows them."""
+        budget, cost = self.settings.budget, self.inputs.cost
+        if budget is None or not (kept or self.settings.share):
+            return self._shared(plan, kept, targets)
+        assert cost is not None, "a run's context knows its base"
+        whole, planned = cost.of(plan, targets), self.inputs.memory
+
+        def from_layer(layer: int) -> AdapterPlan:
+            upper = {name: a if a and cost.depths[name] >= layer else None for name, a in plan.modules.items()}
+            return self._shared(replace(plan, modules=upper), kept, targets)
+
+        layers = {cost.depths[name] for name in (kept if not self.settings.share else plan.active)}
+        plans = {layer: from_layer(layer) for layer in layers}
+        shares = {layer: cost.of(found, targets) / whole for layer, found in plans.items()}
+        lowest = lowest_within(shares, budget, None if planned is None else lambda layer: planned(plans[layer]))
+        if lowest is None:
+            top = max(shares)
+            needs = "" if planned is None else f" and {planned(plans[top]) / 2**30:.3g}GiB"
+            raise ConfigError(
+                "method.budget",
+                f"{budget}, but a step with adapters in {cost.layer(top)} alone costs {shares[top]:.3f} of one with "
+                f"all adapters{needs}, as planned",
+                "expected more, or a smaller training.micro_batch_size",
+            )
+        return plans[lowest]
 
     def _shared(self, plan: AdapterPlan, kept: set[str], targets: Mapping[str, Shape]) -> AdapterPlan:
         """The plan in which all modules but the `kept` ones share, or are left without adapter."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.model.step_cost import StepCost
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import Shape
+from sparse_llm_ft.plan import AdapterPlan, Shape
 
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState
@@ -28,6 +28,8 @@ class MethodInputs:
         seed: the run's seed.
         total_steps: the run's optimizer steps at its initial global batch.
         cost: the base's arithmetic; None where no base is known.
+        memory: plan -> bytes that its phase needs on each device at the configured micro-batch; None where nothing can
+            be planned.
     """
 
     r: int
@@ -35,6 +37,7 @@ class MethodInputs:
     seed: int
     total_steps: int
     cost: StepCost | None = None
+    memory: Callable[[AdapterPlan], int] | None = None
 
 
 class Method(ABC, Generic[S]):

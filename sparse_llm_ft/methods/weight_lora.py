@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, StrictInt
 
+from sparse_llm_ft.config.budget import GivenBudget
 from sparse_llm_ft.config.method_settings import MethodSettings
 from sparse_llm_ft.config.types import Float
 from sparse_llm_ft.errors import ConfigError, TrainingError
-from sparse_llm_ft.methods.cost_choice import Allowed, allowed
+from sparse_llm_ft.methods.cost_choice import Allowed, Memory, allowed
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, Shape, is_matrix, with_omega
@@ -38,8 +39,7 @@ class WeightLoraSettings(MethodSettings):
         omega_lr, omega_optimizer: learning rate, which ignores `training.schedule`, and optimizer of omega.
         choose: ``omega`` keeps the largest; ``cost`` the largest of those that `budget` allows (ours); ``random`` is
             the paper's ablation RLoRA.
-        budget: of ``cost``: the largest share of a step with all adapters that a step with the survivors may cost, by
-            arithmetic (cost_choice.py).
+        budget: of ``cost``: what the survivors' phase may need (cost_choice.py); a number is a `Budget.step_time`.
         batch_growth: how the batch uses the freed memory. ``keep_global``: larger micro-batch, fewer accumulation
             steps, the same updates. ``grow_global``: larger micro-batch and global batch. Left out, it is
             ``keep_global``, or ``none`` for a model whose memory cannot be planned.
@@ -55,7 +55,7 @@ class WeightLoraSettings(MethodSettings):
     omega_lr: Float = Field(0.1, gt=0)
     omega_optimizer: Literal["sgd", "adamw"] = "sgd"
     choose: Literal["omega", "random", "cost"] = "omega"
-    budget: Float | None = Field(None, gt=0, le=1)
+    budget: GivenBudget = None
     batch_growth: Literal["none", "keep_global", "grow_global"] = "keep_global"
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
 
@@ -68,6 +68,11 @@ class WeightLoraSettings(MethodSettings):
     def grows_batch(self) -> bool:
         """Whether the survivors' phase may get a larger micro-batch."""
         return self.batch_growth != "none"
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Of `budget`."""
+        return None if self.budget is None else self.budget.memory
 
     @property
     def open_keys(self) -> frozenset[str]:
@@ -96,9 +101,15 @@ class WeightLoraSettings(MethodSettings):
                 "expected less than method.steps",
             )
         if (self.choose == "cost") != (self.budget is not None):
-            known = "left out" if self.budget is None else f"{self.budget:g}"
+            known = "left out" if self.budget is None else str(self.budget)
             right = "a share such as 0.7" if self.budget is None else "choose: cost, or no budget"
             raise ConfigError("method.budget", f"{known}, and method.choose is {self.choose}", f"expected {right}")
+        if self.memory_budget is not None and self.batch_growth == "grow_global":
+            raise ConfigError(
+                "method.batch_growth",
+                "grow_global, and method.budget limits memory, into which the micro-batch alone may grow",
+                "expected keep_global or none",
+            )
         if self.lr_scaling != "none" and self.batch_growth != "grow_global":
             raise ConfigError(
                 "method.lr_scaling",
@@ -164,23 +175,30 @@ class WeightLora(Method[WeightLoraSettings]):
         if cut is None:
             return None
         active = phase.plan.active
+        may_stay = list(active)[cut.first :]
+        plan = self._survivors(phase.plan, may_stay, targets)
+        lowest = self.inputs.cost and self.inputs.cost.layer(self.inputs.cost.lowest(may_stay[:1]))
+        return self._after(phase, plan), (
+            f"{len(plan.active)} of {len(active)} adapters survive, the first of them in {lowest or may_stay[0]}, the "
+            "others among the largest"
+        )
+
+    def _survivors(self, plan: AdapterPlan, may_stay: Sequence[str], targets: Mapping[str, Shape]) -> AdapterPlan:
+        """The K survivors that need most: the first of those that may stay, and the largest of the others."""
+        active = plan.active
         budget = sum(a.matrices(targets[name]) for name, a in active.items())
-        first, *others = list(active)[cut.first :]
+        first, *others = may_stay
         others.sort(key=lambda name: -active[name].matrices(targets[name]))  # stable: the lower of equals first
-        kept = {first, *others[: cut.keep - 1]}
+        kept = {first, *others[: self.settings.keep - 1]}
         modules = {
             name: replace(adapter, omega=1.0, train_omega=False) if adapter and name in kept else None
-            for name, adapter in phase.plan.modules.items()
+            for name, adapter in plan.modules.items()
         }
-        ranks = self.grown_ranks(replace(phase.plan, modules=modules), targets, budget)
+        ranks = self.grown_ranks(replace(plan, modules=modules), targets, budget)
         for name, adapter in modules.items():
             if adapter is not None:
                 modules[name] = replace(adapter, r=ranks[name], lora_alpha=adapter.scaling * ranks[name])
-        lowest = self.inputs.cost and self.inputs.cost.layer(self.inputs.cost.lowest([first]))
-        return self._after(phase, replace(phase.plan, modules=modules)), (
-            f"{len(kept)} of {len(active)} adapters survive, the first of them in {lowest or first}, the others among "
-            "the largest"
-        )
+        return replace(plan, modules=modules)
 
     def _after(self, phase: Phase, plan: AdapterPlan) -> Phase:
         return replace(
@@ -205,7 +223,7 @@ class WeightLora(Method[WeightLoraSettings]):
             return None
         return (
             f"method.choose cost: survivors may be from {self.inputs.cost.layer(reach.layer)} up; a step then costs at "
-            f"most {reach.share:.3f} of one with all adapters (method.budget {self.settings.budget:g}, by arithmetic)"
+            f"most {reach.share:.3f} of one with all adapters (method.budget {self.settings.budget}, by arithmetic)"
         )
 
     def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
@@ -233,7 +251,14 @@ class WeightLora(Method[WeightLoraSettings]):
             layer: cost.step(min(layer, trained), self.survivors_work(works, [d >= layer for d in depths])) / whole
             for layer in set(depths)
         }
-        return allowed(depths, shares, self.settings.keep, self.settings.budget)
+        return allowed(depths, shares, self.settings.keep, self.settings.budget, self._memory(plan, depths, targets))
+
+    def _memory(self, plan: AdapterPlan, depths: Sequence[int], targets: Mapping[str, Shape]) -> Memory | None:
+        """What survivors from a layer up need at most, as `foresee` assumes them; None where nothing can be planned."""
+        planned, at = self.inputs.memory, dict(zip(plan.active, depths, strict=True))
+        if planned is None:
+            return None
+        return lambda layer: planned(self._survivors(plan, [name for name in at if at[name] >= layer], targets))
 
     def survivors_work(self, works: Mapping[str, float], stay: Sequence[bool]) -> float:
         """The most that survivors cost in a step.

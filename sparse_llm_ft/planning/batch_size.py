@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from sparse_llm_ft.adapters.tuners import TensorShape
@@ -79,9 +79,53 @@ def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: 
     return config.model_copy(update={"method": tuple(method.without_growth() for method in config.method)})
 
 
-def first_batch(phase: Phase, config: RunConfig) -> Phase:
-    """The first phase with the configured batch sizes."""
-    return phase.with_batch(config.training.micro_batch_size, config.training.global_batch_size)
+Peak = Callable[[Phase], int]
+"""Bytes that a phase with its batch sizes needs on each device."""
+
+
+def first_batch(phase: Phase, config: RunConfig, world_size: int = 1, peak: Peak | None = None) -> Phase:
+    """The first phase with the configured batch sizes; the micro-batch is smaller where ``method.budget.memory`` needs
+    that.
+
+    Args:
+        peak: None: no method has such a budget, or nothing can be planned yet.
+
+    Raises:
+        ConfigError: as `fitted_batch`.
+    """
+    phase = phase.with_batch(config.training.fixed_micro_batch_size, config.training.global_batch_size)
+    return phase if peak is None else fitted_batch(phase, config, world_size, phase.micro_batch_size, peak)
+
+
+def fitted_batch(phase: Phase, config: RunConfig, world_size: int, most: int, peak: Peak) -> Phase:
+    """The phase with the largest micro-batch, at most `most`, that fits into ``method.budget.memory``.
+
+    Raises:
+        ConfigError: not even 1 fits.
+    """
+    limit, total = config.memory_budget, phase.global_batch_size
+    assert limit is not None, "a peak is given where there is a budget"
+
+    def sized(micro: int) -> Phase:
+        return phase.with_batch(micro, total, phase.lr_factor)
+
+    def fits(micro: int) -> bool:
+        return peak(sized(micro)) <= limit
+
+    sizes = [size for size in range(1, most + 1) if total % (size * world_size) == 0]
+    if not sizes or not fits(sizes[0]):
+        raise ConfigError(
+            "method.budget",
+            f"memory is {limit / 2**30:.3g}GiB, and phase {phase.name} ({phase.plan.describe()}) needs "
+            f"{peak(sized(1)) / 2**30:.3g}GiB at micro-batch 1, as planned",
+            "expected more, a smaller task.max_length, model.gradient_checkpointing: true or a higher "
+            "deepspeed.zero_stage",
+        )
+    low, high = 0, len(sizes)
+    while high - low > 1:  # the one at `low` fits
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sized(sizes[low])
 
 
 def resumed_batch(phase: Phase, world_size: int, limit: int | None = None) -> Phase:
@@ -124,6 +168,7 @@ def grown_batch(
     world_size: int,
     task_mode: TaskMode,
     parameters: Mapping[str, TensorShape],
+    within: Peak | None = None,
 ) -> tuple[Phase, str | None]:
     """The next phase, with a micro-batch that grows into the freed memory as its `batch_growth` says: the peak of a
     step's tensors, with adapters and their optimizer state, stays at or below that of the phase before.
@@ -132,11 +177,17 @@ def grown_batch(
         before: the phase that has just ended.
         length: tokens of the longest training sample, for which memory is computed.
         parameters: of the base, name -> shape.
+        within: given where ``method.budget.memory`` is the limit, not the phase before: the micro-batch is then the
+            largest that fits up to the configured one, or with growth up to a process's whole share.
 
     Returns:
         The phase, and a remark on the planned memory for the log; None where nothing may grow.
     """
     micro, total = before.micro_batch_size, before.global_batch_size
+    if within is not None:
+        most = config.training.fixed_micro_batch_size if phase.batch_growth == "none" else total // world_size
+        fitted = fitted_batch(phase.with_batch(micro, total, before.lr_factor), config, world_size, most, within)
+        return fitted, "method.budget.memory" if fitted.micro_batch_size != micro else None
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor), None
 

@@ -15,11 +15,12 @@ from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation, evaluation_bytes
 from sparse_llm_ft.engine.gathers import Gathers, simulate
-from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
+from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, persists, rank_bytes, zero_settings
 from sparse_llm_ft.engine.step_trace import Batch, StepTrace, trace_step, traced_model
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
+from sparse_llm_ft.planning.batch_size import Peak
 from sparse_llm_ft.planning.phases import ForeseenPhase, foresee_phases
 from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 
@@ -139,9 +140,10 @@ def forecast(
     ranks = context.world.size if world_size is None else world_size
     samples = sample_sizes(context) if samples is None else samples
     overhead = overhead or (DeviceOverhead() if on_gpu else NO_DEVICE)
-    found = foresee_phases(context, ranks, samples) if phases is None else phases
+    if phases is None:
+        phases = foresee_phases(context, ranks, samples, budget_peak(context, ranks, samples, on_gpu, overhead))
     planners = [
-        _PhasePlanner(context, ranks, samples, on_gpu, overhead, one, first=i == 0) for i, one in enumerate(found)
+        _PhasePlanner(context, ranks, samples, on_gpu, overhead, one, first=i == 0) for i, one in enumerate(phases)
     ]
     following = [*planners[1:], None]
     done = tuple(planner.forecast(after) for planner, after in zip(planners, following, strict=True))
@@ -152,6 +154,25 @@ def forecast(
             "all of which have a loss"
         )
     return RunForecast(done, ranks, samples, tuple(notes))
+
+
+def budget_peak(
+    context: RunContext,
+    world_size: int | None = None,
+    samples: SampleSizes | None = None,
+    on_gpu: bool = True,
+    overhead: DeviceOverhead | None = None,
+) -> Peak | None:
+    """What plans a phase under ``method.budget.memory``; None where no method has one. Arguments as of `forecast`."""
+    if context.config.memory_budget is None:
+        return None
+    sizes = sample_sizes(context) if samples is None else samples
+
+    def peak(phase: Phase) -> int:
+        alone = (ForeseenPhase(phase, "", None),)
+        return forecast(context, world_size, sizes, on_gpu, overhead, alone).peak_bytes
+
+    return peak
 
 
 @dataclass(frozen=True)
@@ -273,6 +294,10 @@ class _PhasePlanner:
             held.offloaded,
         )
 
+    @property
+    def _trained_bytes(self) -> int:
+        return sum(w.numel * w.itemsize for w in self.inventory.weights.values() if w.trained)
+
     def _passes(self, accumulation: int) -> int:
         """The most bytes of both passes beside what is always there: the step's tensors, gathered weights, buckets, and
         gradients as far as they exist: with several micro-steps, those of the earlier ones from the beginning.
@@ -283,7 +308,9 @@ class _PhasePlanner:
             beside = held.gradients if earlier or self.stage == 3 else 0
             if self.stage == 0 and not earlier:
                 beside = use.gradients
-            if self.stage == 3 or (self.stage and use.backward):
+            if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
+                beside = held.buckets + self._trained_bytes
+            if self.stage == 3 or (self.stage and use.backward and not (self.stage == 1 and earlier)):
                 beside += held.buckets
             highest = max(highest, beside + max(use.now + during, use.peak + after))
         return highest
@@ -340,8 +367,9 @@ class _PhasePlanner:
         """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
         if self.ranks == 1:
             return 0
-        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm.
-        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0)
+        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm. At
+        # stage 3 DeepSpeed sums a norm of its own.
+        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0) + (8 if self.stage == 3 else 0)
         return agreed + self._exchanged(accumulation)
 
     def _exchanged(self, accumulation: int) -> int:
@@ -357,11 +385,10 @@ class _PhasePlanner:
         return accumulation * (padded + self.gathers.traffic) + self._persistent()
 
     def _persistent(self) -> int:
+        """What every update gathers anew, frozen weights too."""
         config = zero_settings(self.settings, 1)
-        small = [w for w in self.inventory.weights.values() if w.trained]
-        return sum(
-            w.part(self.ranks) * self.ranks * w.itemsize for w in small if w.numel <= config.param_persistence_threshold
-        )
+        kept = [w for w in self.inventory.weights.values() if persists(w, config)]
+        return sum(w.part(self.ranks) * self.ranks * w.itemsize for w in kept)
 
 
 @lru_cache(maxsize=256)

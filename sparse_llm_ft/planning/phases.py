@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.config.types import MAX_BATCH
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.planning.batch_size import first_batch, grown_batch
+from sparse_llm_ft.plan import AdapterPlan
+from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch
 from sparse_llm_ft.planning.samples import SampleSizes
 
 
@@ -31,11 +34,29 @@ MOST_PHASES = 16
 """No method has so many; a method of another package might foresee for ever."""
 
 
-def foresee_phases(context: RunContext, world_size: int, samples: SampleSizes) -> tuple[ForeseenPhase, ...]:
-    """Follow the run's methods from the first phase to the last, see `Method.foresee`."""
+def memory_of(config: RunConfig, peak: Peak | None) -> Callable[[AdapterPlan], int] | None:
+    """`MethodInputs.memory`: a plan's peak at the configured micro-batch."""
+    if peak is None:
+        return None
+    training = config.training
+
+    def planned(plan: AdapterPlan) -> int:
+        return peak(Phase("train", plan).with_batch(training.fixed_micro_batch_size, training.global_batch_size))
+
+    return planned
+
+
+def foresee_phases(
+    context: RunContext, world_size: int, samples: SampleSizes, peak: Peak | None = None
+) -> tuple[ForeseenPhase, ...]:
+    """Follow the run's methods from the first phase to the last, see `Method.foresee`.
+
+    Args:
+        peak: where a method has a memory budget.
+    """
     config, total = context.config, _total_steps(context, samples)
-    chain = context.methods(total or MAX_BATCH)
-    phase = first_batch(chain.first(context.plan, context.targets), config)
+    chain = context.methods(total or MAX_BATCH, memory_of(config, peak))
+    phase = first_batch(chain.first(context.plan, context.targets), config, world_size, peak)
     found, assumption, counted = list[ForeseenPhase](), "", 0
     for _ in range(MOST_PHASES):
         steps = _steps(phase, total, counted, config.training.global_batch_size, samples)
@@ -55,6 +76,7 @@ def foresee_phases(context: RunContext, world_size: int, samples: SampleSizes) -
             world_size,
             context.task_mode,
             context.expected.parameters,
+            peak,
         )
     return tuple(found)
 

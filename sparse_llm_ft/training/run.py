@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 
@@ -40,7 +41,10 @@ from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
-from sparse_llm_ft.planning.batch_size import first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.forecast import budget_peak
+from sparse_llm_ft.planning.micro_batch import settle_micro_batch
+from sparse_llm_ft.planning.phases import memory_of
 from sparse_llm_ft.run_folder import PLAN_FILE, SUMMARY_FILE, RunFolder
 from sparse_llm_ft.training.best import NOTHING_WATCHED
 from sparse_llm_ft.training.phase_training import PhaseTraining, RunParts
@@ -114,14 +118,23 @@ class Run:
 
     Attributes:
         first: the run's first phase.
+        peak: plans a phase, where a method has a memory budget.
     """
 
     def __init__(
-        self, context: RunContext, splits: Splits, data: TrainingSet, schedule: Schedule, methods: Chain, first: Phase
+        self,
+        context: RunContext,
+        splits: Splits,
+        data: TrainingSet,
+        schedule: Schedule,
+        methods: Chain,
+        first: Phase,
+        peak: Peak | None = None,
     ) -> None:
         self.context, self.config, self.world, self.folder = context, context.config, context.world, context.folder
         self.console, self.targets = context.console, context.targets
         self.splits, self.data, self.schedule, self.methods, self.first = splits, data, schedule, methods, first
+        self.peak = peak
         self.evaluator = context.evaluator(splits.measured)
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
         self.run_state = StateWriter(self.folder.path, self.world)
@@ -149,10 +162,18 @@ class Run:
         first = context.methods(schedule.total_steps).first(context.plan, context.targets)
         config = settle_growth(config, first, task_mode, data.longest, context.console)
         context = replace(context, config=config)
+        config = settle_micro_batch(context, ranks)
+        context = replace(context, config=config)
         context.folder.check(config, resolved=True)
-        methods = context.methods(schedule.total_steps)
-        first = first_batch(methods.first(context.plan, context.targets), config)
-        return cls(context, splits, data, schedule, methods, first)
+        # Under a memory budget, the planner decides which adapters may live, and the phases' micro-batches.
+        peak = budget_peak(context, on_gpu=torch.cuda.is_available())
+        methods = context.methods(schedule.total_steps, memory_of(config, peak))
+        first = first_batch(methods.first(context.plan, context.targets), config, context.world.size, peak)
+        if first.micro_batch_size != config.training.fixed_micro_batch_size:
+            context.console.log(
+                f"phase {first.name} has micro-batch {first.micro_batch_size}, see method.budget.memory"
+            )
+        return cls(context, splits, data, schedule, methods, first, peak)
 
     def describe(self) -> list[str]:
         """Lines for people: the data, the run's length, samples shortened or left out, the first phase and its size."""
@@ -173,7 +194,7 @@ class Run:
         self.trackers.begin({} if state is None else state.record.trackers)
         model = self._build_model(phase)
         if state is None:  # a new run: nothing is trained yet
-            run, size = RunFolder.identity(self.config), self.config.training.micro_batch_size
+            run, size = RunFolder.identity(self.config), self.config.training.fixed_micro_batch_size
             record = RunRecord(run=run, samples=self.splits.key, micro_batch_size=size)
             state = TrainState({}, {}, {}, Progress(), phase.to_dict(), record=record)
         while True:
@@ -220,7 +241,7 @@ class Run:
         if state is not None:
             # Resume its phase, for the present number of ranks and with the settings that have changed since.
             check_samples(state.record, self.splits.key)
-            configured = self.config.training.micro_batch_size
+            configured = self.config.training.fixed_micro_batch_size
             changed = configured if configured != state.record.micro_batch_size else None
             state.record.micro_batch_size = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, changed)
@@ -279,6 +300,7 @@ class Run:
             self.world.size,
             self.context.task_mode,
             self.context.expected.parameters,
+            self.peak,
         )
         phase = self._with_steps(phase)
         model = rebuild_model(self.config, model, before.plan, phase.plan)

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 
 from helpers.method_settings import TARGETS, config, state
+from sparse_llm_ft.config.budget import Budget
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.methods.chain import Chain, build_methods
-from sparse_llm_ft.methods.cost_choice import allowed
+from sparse_llm_ft.methods.cost_choice import allowed, lowest_within
 from sparse_llm_ft.model.step_cost import StepCost, step_flops
 from sparse_llm_ft.optim import keep_largest
 from sparse_llm_ft.phase import Phase
-from sparse_llm_ft.plan import uniform_plan
+from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
 LAYERS = 4
 COST = StepCost(
@@ -55,13 +56,13 @@ def test_no_set_within_the_budget_has_a_larger_sum_of_omega(seed: int) -> None:
     ]
     if not sets:
         with pytest.raises(ConfigError, match=r"^method\.budget") as error:
-            allowed(depths, shares, keep, budget)
+            allowed(depths, shares, keep, Budget(step_time=budget))
         least = min(share(depths[c[0]], keep) for c in itertools.combinations(range(n), keep))
         named = float(str(error.value).partition("expected ")[2].split()[0])
         assert 0 <= named - least <= 0.001
-        assert allowed(depths, shares, keep, named).share <= named
+        assert allowed(depths, shares, keep, Budget(step_time=named)).share <= named
         return
-    reach = allowed(depths, shares, keep, budget)
+    reach = allowed(depths, shares, keep, Budget(step_time=budget))
     kept = keep_largest({name: value for name, value in omega.items() if int(name) >= reach.first}, keep)
     assert sorted(kept, key=int) == [f"{i}" for i in max(sets)[1]]
     assert reach.share <= budget and depths[reach.first] == reach.layer
@@ -132,3 +133,96 @@ def test_the_change_says_where_the_lowest_survivor_is() -> None:
     assert line is not None and line.startswith("the lowest survivor is in layers.3: a step costs 0.6")
     assert chain.outlook(following[0], TARGETS) is None
     assert chain.remark(replace(phase, cut=None), following[0], TARGETS) is None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_both_limits_hold_and_no_lower_layer_meets_them(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = sorted(draw.sample(range(40), draw.randint(1, 12)))
+    shares = dict(zip(layers, sorted((draw.random() for _ in layers), reverse=True), strict=True))
+    needs = dict(zip(layers, sorted(draw.choices(range(1, 9), k=len(layers)), reverse=True), strict=True))
+    memory, step_time = draw.randint(1, 9), draw.uniform(0.01, 1.0)
+    for budget in (
+        Budget(memory=memory, step_time=step_time),
+        Budget(memory=memory),
+        Budget(step_time=step_time),
+    ):
+        within = [
+            layer
+            for layer in layers
+            if (budget.step_time is None or shares[layer] <= step_time)
+            and (budget.memory is None or needs[layer] <= memory)
+        ]
+        assert lowest_within(shares, budget, needs.__getitem__) == min(within, default=None)
+    assert lowest_within(shares, Budget(memory=1)) == layers[0], "what cannot be planned is not limited"
+
+
+def bytes_from(plan: AdapterPlan) -> int:
+    """Memory that falls by 10 with every layer below the lowest adapter; 100 with adapters everywhere."""
+    return 100 - 10 * min(int(name.split(".")[1]) for name in plan.active)
+
+
+@pytest.mark.parametrize(("memory", "first_allowed"), [(100, 0), (95, 3), (85, 6), (70, 9)])
+def test_a_memory_budget_allows_the_layers_whose_survivors_fit(memory: int, first_allowed: int) -> None:
+    chain = build_methods(config(METHOD | {"budget": {"memory": memory}}), 20, COST, bytes_from)
+    phase = chain.first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    assert phase.cut is not None and phase.cut.first == first_allowed
+    both = build_methods(config(METHOD | {"budget": {"memory": memory, "step_time": 0.75}}), 20, COST, bytes_from)
+    phase = both.first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    assert phase.cut is not None and phase.cut.first == max(6, first_allowed)
+
+
+def test_a_memory_budget_that_nothing_fits_is_refused_and_one_that_cannot_be_planned_waits() -> None:
+    settings = config(METHOD | {"budget": {"memory": 50}})
+    with pytest.raises(ConfigError, match=r"^method\.budget: .*, but 3 adapters in the uppermost layers need"):
+        build_methods(settings, 20, COST, bytes_from).first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    phase = build_methods(settings, 20, COST).first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    assert phase.cut is not None and phase.cut.first == 0
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("budget", "lowest"), [({"memory": 85}, 2), (0.75, 2), ({"memory": 70, "step_time": 0.99}, 3)])
+def test_lora_drop_has_adapters_from_the_lowest_layer_within_the_budget(
+    share: bool, budget: object, lowest: int
+) -> None:
+    method = {"name": "lora_drop", "share": share, "threshold": 1.0, "budget": budget}
+    chain = build_methods(config(method), 20, COST, bytes_from)
+    pilot = chain.first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    assert len(pilot.plan.active) == len(TARGETS), "the pilot measures all"
+    following = chain.next(pilot, state(pilot), dict.fromkeys(TARGETS, 1.0), TARGETS)
+    assert following is not None
+    after = following[0].plan
+    assert set(after.active) == {name for name in TARGETS if COST.depths[name] >= lowest}
+    line = chain.remark(pilot, following[0], TARGETS)
+    assert line is not None and f"adapters from layers.{lowest} up" in line
+    foreseen = chain.foresee(pilot, TARGETS)
+    assert foreseen is not None and set(foreseen[0].plan.active) == set(after.active)
+
+
+def test_lora_drop_refuses_before_the_pilot_what_no_layer_is_within() -> None:
+    method = {"name": "lora_drop", "budget": {"memory": 50}}
+    with pytest.raises(ConfigError, match=r"^method\.budget: .* a step with adapters in layers\.3 alone costs"):
+        build_methods(config(method), 20, COST, bytes_from).first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+
+
+def test_a_number_is_a_share_of_time_and_is_written_as_one() -> None:
+    given = config(METHOD | {"budget": 0.5}).method[0]
+    assert given.budget == Budget(step_time=0.5) and given.model_dump(mode="json")["budget"] == 0.5
+    both = config(METHOD | {"budget": {"memory": "40GiB", "step_time": 0.6}}).method[0]
+    assert both.model_dump(mode="json")["budget"] == {"memory": 40 * 2**30, "step_time": 0.6}
+    assert both.memory_budget == 40 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("budget", "problem"),
+    [
+        ({}, "method.budget: "),
+        ({"memory": "much"}, "method.budget: 'much'"),
+        ({"memroy": 1}, "method.budget: unknown key; did you mean memory"),
+        ({"step_time": 2}, "method.budget: 2"),
+    ],
+)
+def test_wrong_budgets_are_one_line(budget: dict, problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(METHOD | {"budget": budget})
+    assert str(error.value).startswith(problem)

@@ -1,0 +1,102 @@
+"""A slice of benchmarks/planner_truth.py: forecasts beside the bytes of real steps on a tiny model, to the byte."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import planner_truth
+from planner_truth import Case
+
+from sparse_llm_ft.planning.forecast import forecast
+
+CASES = [
+    Case("tiny", ranks=2, stage=0, method="weight_lora", length=24),
+    Case("tiny", ranks=2, stage=2, method="partial_lora", quantization="nf4", length=24),
+    Case("tiny", ranks=2, stage=3, method="weight_lora", phase=1, length=24, limits=True),
+]
+LONG_CASES = [
+    Case("tiny", length=24),
+    Case("tiny", batch=3, length=16, padded=True),
+    Case("tiny", method="weight_lora", phase=1, length=24),
+    Case("tiny", method="weight_lora_plus", phase=1, length=24),
+    Case("tiny", stage=2, method="partial_lora", length=24),
+    Case("tiny", quantization="nf4", length=24),
+    Case("tiny", dtype="float32", length=24),
+    Case("tiny", packing=True, length=24),
+]
+
+
+@pytest.mark.distributed
+def test_every_line_is_that_of_a_real_step_of_two_ranks(model_folder: Path) -> None:
+    check(model_folder, CASES, ranks=2)
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+def test_every_line_is_that_of_a_real_step(model_folder: Path) -> None:
+    check(model_folder, LONG_CASES, ranks=1)
+
+
+def check(model_folder: Path, cases: list[Case], ranks: int) -> None:
+    models = {"tiny": str(model_folder)}
+    for case, real in planner_truth.launch(models, cases, ranks):
+        planned = planner_truth.plan(case, models)
+        exact = ("adapters", "gradients", "optimizer", "communicated")
+        if case.method != "partial_lora":  # whose kept entries need not lie in equal parts on both ranks
+            assert {key: planned[key] for key in exact} == {key: real[key] for key in exact}, case.name
+        assert planned["base"] == pytest.approx(real["base"], abs=64), case.name
+        assert planned["optimizer"] == pytest.approx(real["optimizer"], rel=0.1), case.name
+        # Nothing predicts a sequence's first token; of a pack there are two.
+        assert planned["kept_for_backward"] == pytest.approx(real["kept_for_backward"], rel=0.05), case.name
+        rest = 0.05 if case.packing else 0.001
+        assert planned["logits_and_loss"] == pytest.approx(real["logits_and_loss"], rel=rest), case.name
+        assert planned["gathered_weights"] == pytest.approx(real["gathered_weights"], rel=0.03), case.name
+        assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), case.name
+
+
+def test_a_forecast_has_every_line_and_peak_and_knows_its_limits(model_folder: Path) -> None:
+    """Numbers that must hold whatever the sizes are."""
+    context, sizes = planner_truth.opened(Case("tiny", method="weight_lora", length=24), {"tiny": str(model_folder)})
+    config = context.config
+    method = config.method[0].model_copy(update={"keep": 2})
+    evaluation = config.evaluation.model_copy(update={"samples": 4, "max_new_tokens": 6})
+    context = replace(context, config=config.model_copy(update={"method": (method,), "evaluation": evaluation}))
+    found = forecast(context, samples=sizes, on_gpu=False)
+    select, train = found.phases
+    assert [phase.name for phase in found.phases] == ["select", "train"]
+    assert select.peaks.keys() == {"load", "step", "change", "save", "evaluate"}
+    assert select.peaks["load"] and select.peaks["change"] and not (train.peaks["load"] or train.peaks["change"])
+    assert train.trainable < select.trainable and train.flops_per_step < select.flops_per_step
+    assert select.steps == 100 and train.steps == 900
+    static = sum(select.lines[key] for key in ("base", "adapters", "optimizer"))
+    assert static + select.lines["kept_for_backward"] < select.peaks["step"] <= select.peak_bytes
+    assert static < select.peaks["evaluate"]
+    assert found.fits(found.peak_bytes) and not found.fits(found.peak_bytes - 1)
+    assert select.communicated_bytes_per_step == 0
+    on_gpu = forecast(context, samples=sizes, on_gpu=True)
+    assert on_gpu.peak_bytes > found.peak_bytes and on_gpu.phases[0].lines["device_overhead"] > 2**29
+    json.dumps([dict(phase.lines) for phase in found.phases])
+
+
+def test_more_ranks_need_less_of_what_is_cut_and_the_same_of_what_is_not(model_folder: Path) -> None:
+    sizes_of = {}
+    for stage in (0, 1, 2, 3):
+        context, sizes = planner_truth.opened(
+            Case("tiny", stage=stage, accumulation=4, length=24), {"tiny": str(model_folder)}
+        )
+        one, four = (forecast(context, ranks, sizes, on_gpu=False).phases[0].lines for ranks in (1, 4))
+        sizes_of[stage] = {key: four[key] / one[key] for key in ("base", "gradients", "optimizer")}
+    assert sizes_of[0] == {"base": 1.0, "gradients": 1.0, "optimizer": 1.0}
+    for stage in (1, 2, 3):
+        assert sizes_of[stage]["optimizer"] == pytest.approx(0.25, rel=0.02)
+        assert sizes_of[stage]["gradients"] == pytest.approx(0.25, rel=0.02)
+    assert sizes_of[1]["base"] == sizes_of[2]["base"] == 1.0
+    # The tiny base's parameters all stay gathered at stage 3: each rank holds its part beside them.
+    assert 1.0 < sizes_of[3]["base"] < 1.3
