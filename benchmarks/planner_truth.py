@@ -346,7 +346,8 @@ def head_watched(model: Any, live: Any, found: dict[str, int]) -> Iterator[None]
     """A context in which the output head tells by how much it lets the bytes rise."""
     from sparse_llm_ft.model.architecture import base_of
 
-    head = base_of(model).get_output_embeddings()
+    base: Any = base_of(model)
+    head = base.get_output_embeddings()
     began = [0]
 
     def before(*_: Any) -> None:

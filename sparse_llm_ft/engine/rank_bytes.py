@@ -66,7 +66,7 @@ class Inventory:
         weights, whole = {}, list(model.buffers())
         for name, parameter in model.named_parameters():
             weights[name] = Weight(parameter.numel(), parameter.element_size(), parameter.requires_grad)
-            scales, *others = state_tensors(getattr(parameter, "quant_state", None)) or [None]
+            scales, *others = state_tensors(getattr(parameter, "quant_state", None)) or (None,)
             if scales is not None:  # engine/sharded_loading.py makes them a parameter
                 weights[f"{name}_absmax"] = Weight(scales.numel(), scales.element_size(), False)
             whole += others
@@ -111,10 +111,9 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
 
     if stage == 3:
         kept = [w for w in inventory.weights.values() if persists(w, config)] if ranks > 1 else []
-        whole = lambda weights: sum(w.numel * w.itemsize for w in weights)  # noqa: E731
-        base = sum(w.part(ranks) * w.itemsize for w in frozen) + whole([w for w in kept if not w.trained])
+        base = sum(w.part(ranks) * w.itemsize for w in frozen) + _whole(kept, trained=False)
         parts = [-(-math.prod(shape) // ranks) for shape in trained.values()]
-        adapters = sum(parts) * size + whole([w for w in kept if w.trained])
+        adapters = sum(parts) * size + _whole(kept, trained=True)
         per_rank = [sum(-(-math.prod(trained[name]) // ranks) for name in group.names) for group in groups]
         gradients = sum(parts) * size
         buckets = config.reduce_bucket_size * size
@@ -141,6 +140,11 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
         0 if offloads else update,
         optimizer if offloads else 0,
     )
+
+
+def _whole(weights: Sequence[Weight], trained: bool) -> int:
+    """Bytes of those weights that are trained, or of those that are not."""
+    return sum(w.numel * w.itemsize for w in weights if w.trained == trained)
 
 
 def zero_settings(settings: EngineSettings, trained: int) -> Any:

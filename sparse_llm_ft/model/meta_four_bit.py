@@ -29,12 +29,14 @@ def quantize_empty(model: PreTrainedModel, config: ModelConfig) -> None:
     found = options.get("quantization_config") or BitsAndBytesConfig.from_dict(
         dict(stored_quantization(options["config"]) or {})
     )
-    kept = HfQuantizer.get_modules_to_not_convert(model, found.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model, found.llm_int8_skip_modules, list(model._keep_in_fp32_modules or ())
+    )
     replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=found)  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             _fill(module, found.bnb_4bit_use_double_quant)
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
     keep_unpacked(model)
     release_weights(model)
 

@@ -19,7 +19,7 @@ from sparse_llm_ft.planning.forecast import forecast
 CASES = [
     Case("tiny", ranks=2, stage=0, method="weight_lora", length=24),
     Case("tiny", ranks=2, stage=2, method="partial_lora", quantization="nf4", length=24),
-    Case("tiny", ranks=2, stage=3, method="weight_lora", phase=1, length=24, limits=True),
+    Case("tiny", ranks=2, stage=3, length=24),
 ]
 LONG_CASES = [
     Case("tiny", length=24),
