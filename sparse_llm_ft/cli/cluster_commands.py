@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sparse_llm_ft.cli.plan_command import check_memory, parse_size
 from sparse_llm_ft.cluster import attempts, slurm
 from sparse_llm_ft.cluster.batch_script import LAUNCHERS, JobOptions
 from sparse_llm_ft.cluster.cancel import cancel
@@ -21,6 +22,7 @@ from sparse_llm_ft.cluster.status import RunView, find_runs, view_runs
 from sparse_llm_ft.cluster.submission import Submission
 from sparse_llm_ft.cluster.sweep import combinations
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import Console, clock
 from sparse_llm_ft.run_folder import RunFolder
@@ -45,6 +47,7 @@ def add_commands(commands: Any, check: Check) -> None:
     submit.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="one process each; 0: CPUs alone")
     submit.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of a node without GPUs")
     submit.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process")
+    submit.add_argument("--gpu-memory", metavar="SIZE", help="of one, as 80GiB: refuse a run that does not fit")
     submit.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit; a run that needs more goes on")
     submit.add_argument("--leave-before", type=int, default=300, metavar="SECONDS", help="to save before the limit")
     submit.add_argument("--partition", metavar="NAME")
@@ -93,6 +96,7 @@ def _submit(options: argparse.Namespace, check: Check) -> None:
         tuple(options.sbatch),
     )
     asked.check()
+    memory = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     if not options.dry_run:
         _check_cluster(options.partition)
     base = load_config(files, overrides)
@@ -103,6 +107,9 @@ def _submit(options: argparse.Namespace, check: Check) -> None:
     submission.check()
     for config in submission.runs:
         lines = check(config, asked.processes)
+        world = World(0, asked.processes, 0, asked.processes // asked.nodes)
+        known = config.training.device_memory if memory is None else memory
+        lines.append(check_memory(config, world, known, on_gpu=asked.gpus_per_node > 0))
         if options.sweep:
             print(f"{config.output_dir}: {lines[0]}")
         else:

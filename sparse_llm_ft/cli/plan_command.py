@@ -107,6 +107,37 @@ def run_plan(options: argparse.Namespace) -> None:
     sys.exit(0 if fits else DOES_NOT_FIT)
 
 
+def check_memory(config: RunConfig, world: World, memory: int | None, on_gpu: bool) -> str:
+    """A line about what the run will need on each device.
+
+    Args:
+        memory: bytes of a device; None: not known, and nothing is refused.
+
+    Raises:
+        UserError: a phase does not fit.
+    """
+    from sparse_llm_ft.planning.forecast import forecast
+    from sparse_llm_ft.planning.opening import open_for_planning
+    from sparse_llm_ft.planning.tables import size_text
+
+    if config.training.micro_batch_size == "auto":
+        return "planned memory: training.micro_batch_size is auto, and the job chooses it"
+    try:
+        found = forecast(open_for_planning(config, world), on_gpu=on_gpu)
+    except UserError:
+        raise
+    except Exception as error:  # a model may fail on the meta device in any way
+        return f"planned memory: not known for this model ({type(error).__name__}: {reason_of(error, 200)})"
+    worst = max(found.phases, key=lambda phase: phase.peak_bytes)
+    what = max(worst.peaks, key=lambda name: worst.peaks[name])
+    if memory is not None and not found.fits(memory):
+        raise UserError(
+            f"--gpu-memory {size_text(memory)}: phase {worst.name} needs {size_text(worst.peak_bytes)} ({what}); "
+            "expected more, or what `sparse-llm-ft plan --solve` finds"
+        )
+    return f"planned memory: {size_text(worst.peak_bytes)} of each device (phase {worst.name}, {what})"
+
+
 def parse_size(text: str) -> int:
     """Bytes of a text such as ``80GiB``, ``24 GB`` or ``1000000``.
 

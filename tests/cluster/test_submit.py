@@ -191,3 +191,16 @@ def test_without_slurm_a_dry_run_prints_the_script(
     printed = capsys.readouterr().out
     assert "#SBATCH --array=0-1" in printed and f"{settings['output_dir']}/seed-1: 40 training samples" in printed
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_run_whose_plan_does_not_fit_is_not_submitted(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], commands: Path
+) -> None:
+    needed = ["submit", "--config", config_file(settings, tmp_path), "--gpus-per-node", "1", "--time", "10:00"]
+    with pytest.raises(SystemExit) as end:
+        main([*needed, "--gpu-memory", "1MiB"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith("error: --gpu-memory 1.0 MiB: phase train needs"), printed
+    assert not (commands / "calls").exists()
+    main([*needed, "--gpu-memory", "80GiB", "--dry-run"])
+    assert "planned memory: " in capsys.readouterr().out
