@@ -90,7 +90,8 @@ def run_plan(options: argparse.Namespace) -> None:
     rates = _rates(options, found, config)
     for note in found.notes:
         print(note)
-    where = f"{world.size} {'GPU' if on_gpu else 'process'}{'s' if on_gpu and world.size > 1 else ''}"
+    one, several = ("GPU", "GPUs") if on_gpu else ("process", "processes")
+    where = f"{world.size} {one if world.size == 1 else several}"
     print(f"one of {where}, ZeRO-{config.deepspeed.zero_stage}, {size_text(memory)} each\n")
     for phase in found.phases:
         print(phase_table(phase, world.size, rates) + "\n")
