@@ -366,9 +366,9 @@ class _PhasePlanner:
         """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
         if self.ranks == 1:
             return 0
-        # The loop sums four counts and, in one vector, the loss and a flag for each signal; the engine the norm. At
-        # stage 3 DeepSpeed sums a norm of its own.
-        agreed = 4 * 8 + 4 * (1 + len(signals.caught())) + (4 if self.stage else 0) + (8 if self.stage == 3 else 0)
+        # The loop sums four counts and, in one vector, the loss, a flag for memory and one for each signal; the engine
+        # the norm. At stage 3 DeepSpeed sums a norm of its own.
+        agreed = 4 * 8 + 4 * (2 + len(signals.caught())) + (4 if self.stage else 0) + (8 if self.stage == 3 else 0)
         return agreed + self._exchanged(accumulation)
 
     def _exchanged(self, accumulation: int) -> int:

@@ -19,8 +19,8 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "folder": ({"task": {"path": "/nowhere"}}, "task.path: '/nowhere' is not a folder"),
     "column": ({"task": {"prompt": "{nothing}"}}, "nothing"),
     "key of stage 3": (
-        {"deepspeed": {"zero_stage": 3, "zero_optimization": {"stage3_prefetch_bucket_size": 1}}},
-        "deepspeed.zero_optimization.stage3_prefetch_bucket_size: unknown key",
+        {"deepspeed": {"zero_stage": 3, "zero_optimization": {"stage3_prefetch_bucket": 1}}},
+        "deepspeed.zero_optimization.stage3_prefetch_bucket: unknown key",
     ),
     "rows": ({"task": {"max_length": 2}}, "task.max_length"),
     "steps": ({"method": {"name": "weight_lora", "keep": 2, "steps": 99}}, "method.steps"),

@@ -114,18 +114,18 @@ TOKENIZER_CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", TASK_CHANGES)
 def test_other_settings_have_another_key(change: str, settings: dict) -> None:
-    before = encoding(settings)._key("train", None, None)
-    assert encoding(settings)._key("train", None, None) == before
-    assert encoding(settings)._key("validation", None, None) != before
-    assert encoding(settings)._key("train", None, 3) != before
+    before = encoding(settings).key("train", None, None)
+    assert encoding(settings).key("train", None, None) == before
+    assert encoding(settings).key("validation", None, None) != before
+    assert encoding(settings).key("train", None, 3) != before
     settings["task"] = {key: value for key, value in (settings["task"] | TASK_CHANGES[change]).items() if value}
-    assert encoding(settings)._key("train", None, None) != before
+    assert encoding(settings).key("train", None, None) != before
 
 
 @pytest.mark.parametrize("change", TOKENIZER_CHANGES)
 def test_another_tokenizer_has_another_key(change: str, settings: dict) -> None:
-    before = encoding(settings)._key("train", None, None)
-    assert encoding(settings, TOKENIZER_CHANGES[change])._key("train", None, None) != before
+    before = encoding(settings).key("train", None, None)
+    assert encoding(settings, TOKENIZER_CHANGES[change]).key("train", None, None) != before
 
 
 def test_another_mode_has_another_key(labelled_folder: Path, encoder_folder: Path, settings: dict) -> None:
@@ -137,7 +137,7 @@ def test_another_mode_has_another_key(labelled_folder: Path, encoder_folder: Pat
     }
     made = encoding(settings)
     head = SplitBuilder(made.config, made.task, made.tokenizer, TaskMode("sequence_classification", 2))
-    assert head._key("train", None, None) != made._key("train", None, None)
+    assert head.key("train", None, None) != made.key("train", None, None)
 
 
 def test_samples_are_known_by_the_rows_and_not_by_their_place(

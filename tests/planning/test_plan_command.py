@@ -19,8 +19,9 @@ Plan = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def plan(settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Plan:
-    """Runs the command: exit status, standard output, standard error."""
+def plan(settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Runs the command: exit status, standard output, standard error. No samples are in its cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def run(*arguments: str, changed: dict | None = None) -> tuple[int, str, str]:
         method = {"method": {"name": "weight_lora", "keep": 3, "steps": 2, "batch_growth": "none"}}
