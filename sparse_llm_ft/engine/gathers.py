@@ -3,7 +3,8 @@
 `PartitionedParameterCoordinator` knows the order of uses from the first steps. Before a module's pass it gathers what
 the module reads, and then begins to gather what comes next, up to ``prefetch_bucket_size`` values. Behind a pass it
 releases what no module reads again within ``max_reuse_distance`` values. Several parameters come in one buffer, from
-which each is copied when the first of them is needed; the buffer lives until the last one is.
+which each is copied when the first of them is needed; the buffer lives until the last one is. Frozen embeddings and
+heads are gathered without it, for one use each (engine/tables.py).
 """
 
 from __future__ import annotations
@@ -84,6 +85,15 @@ class _Coordinator:
         self.flight |= dict.fromkeys(names, buffer)
         self._grow(size)
 
+    def use_table(self, names: Sequence[str], begins: bool) -> None:
+        """A frozen embedding or head is about to be used, or has been."""
+        size = sum(map(self._bytes, names))
+        if begins:
+            self.traffic += size
+            self._grow(size)
+        else:
+            self.now -= size
+
     def fetch(self, names: Sequence[str]) -> None:
         """A module is about to read these."""
         held = [n for n in names if not persists(self.weights[n], self.config)]
@@ -137,24 +147,34 @@ class _Coordinator:
             self.now -= self.available.pop(name)
 
 
-def simulate(trace: StepTrace, weights: Mapping[str, Weight], config: Any, ranks: int) -> Gathers:
+def simulate(
+    trace: StepTrace,
+    weights: Mapping[str, Weight],
+    config: Any,
+    ranks: int,
+    tables: Mapping[str, bool] | None = None,
+) -> Gathers:
     """A step's gathers on one of `ranks` processes.
 
     Args:
         weights: by the names in `trace`; the scales of a 4-bit weight have its name with ``_absmax``.
         config: DeepSpeed's settings of ZeRO.
+        tables: weights of frozen embeddings and heads -> whether the backward pass gathers them too.
     """
+    tables = {name: again for name, again in (tables or {}).items() if not persists(weights[name], config)}
     nothing = (0,) * len(trace.uses)
     if ranks == 1:
         return Gathers(0, 0, 0, nothing, nothing)
     uses = [replace(use, parameters=_with_scales(use.parameters, weights)) for use in trace.uses]
-    order = [use.parameters for use in uses if use.kind == "fetch"]
+    order = [use.parameters for use in uses if use.kind == "fetch" and not tables.keys() & set(use.parameters)]
     state, during, after, kept = _Coordinator(weights, config, ranks, order), list[int](), list[int](), 0
     for use in uses:
         if not use.backward:
             kept = state.now
         before, state.most = state.most, state.now
-        if use.kind == "fetch":
+        if own := [name for name in use.parameters if name in tables]:
+            state.use_table([name for name in own if tables[name] or not use.backward], use.kind == "fetch")
+        elif use.kind == "fetch":
             state.fetch(use.parameters)
         else:
             state.release(use.parameters)

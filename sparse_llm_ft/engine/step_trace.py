@@ -268,6 +268,23 @@ def readers(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
     return found
 
 
+def gathered_alone(model: nn.Module) -> dict[str, bool]:
+    """Weights of a traced model's frozen embeddings and output head, which ZeRO-3 gathers for one use each
+    (engine/tables.py) -> whether its backward pass uses them too: the head's, unless the loss is computed in it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    base: Any = base_of(model)
+    found: dict[str, bool] = {}
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(base, part, lambda: None)()
+        if not (isinstance(module, nn.Embedding) or type(module) is nn.Linear):
+            continue
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            again = part == "get_output_embeddings" and "forward" not in module.__dict__
+            found |= {names[id(parameter)]: again for parameter in module.parameters()}
+    return found
+
+
 def _tell(
     module: nn.Module, names: tuple[str, ...], note: Callable[[Literal["fetch", "release"], tuple[str, ...]], None]
 ) -> list[Any]:

@@ -14,7 +14,7 @@ from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation
 from sparse_llm_ft.engine.gathers import Gathers, simulate
 from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, persists, rank_bytes, zero_settings
-from sparse_llm_ft.engine.step_trace import Batch, StepTrace
+from sparse_llm_ft.engine.step_trace import Batch, StepTrace, gathered_alone
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
@@ -231,7 +231,10 @@ class _PhasePlanner:
             nothing = (0,) * len(self.trace.uses)
             return Gathers(0, 0, 0, nothing, nothing)
         trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
-        return simulate(self.trace, self.inventory.weights, zero_settings(self.settings, trained), self.ranks)
+        config = zero_settings(self.settings, trained)
+        alone = config.offload_param is None and config.zero_hpz_partition_size == 1
+        tables = gathered_alone(self.model) if alone else {}
+        return simulate(self.trace, self.inventory.weights, config, self.ranks, tables)
 
     @cached_property
     def evaluation(self) -> EvaluationBytes:

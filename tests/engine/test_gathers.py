@@ -69,3 +69,18 @@ def test_no_more_values_are_gathered_ahead_than_may_live() -> None:
 def test_one_rank_gathers_nothing() -> None:
     found = simulate(trace("embed", "a"), WEIGHTS, limits(), ranks=1)
     assert found.most == found.traffic == 0 and set(found.after) == {0}
+
+
+def test_frozen_embeddings_and_heads_are_gathered_for_one_use_each() -> None:
+    """Without the coordinator: nothing is prefetched with them, and they stay for no later use."""
+    names = ("embed", "a", "b", "head", "norm")  # the norm is small and stays
+    weights = WEIGHTS | {"head": Weight(1000, 2, False)}
+    far = limits(max_reuse_distance=10**6, prefetch_bucket_size=10**6)
+    for again in (False, True):
+        found = simulate(trace(*names), weights, far, ranks=2, tables={"embed": False, "head": again})
+        # The layers once, in one buffer: the embedding does not begin their gathering, a does.
+        assert found.traffic == 2 * (1000 + 102 + 100) + 2000 * (1 + again)
+        assert found.after[1] == 2000 and found.after[2] == 0
+        assert found.kept == 2 * (102 + 100)
+        head = [use.parameters for use in trace(*names).uses].index(("head",))
+        assert found.after[head] == found.kept + 2000 and found.after[head + 1] == found.kept
