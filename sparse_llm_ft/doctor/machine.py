@@ -75,11 +75,8 @@ def shared_memory() -> Iterator[Finding]:
         yield warning("/dev/shm", "missing", "NCCL talks between GPUs of a node through it")
         return
     size = shutil.disk_usage(folder).total
-    text = f"{size / GIB:.1f} GiB"
-    if size < _SHARED_MEMORY:
-        yield warning("/dev/shm", text, "give the container more, such as docker run --shm-size=8g")
-    else:
-        yield ok("/dev/shm", text)
+    advice = "give the container more, such as docker run --shm-size=8g"
+    yield _enough("/dev/shm", size, _SHARED_MEMORY, f"{size / GIB:.1f} GiB", advice)
 
 
 def output_folder(folder: Path) -> Iterator[Finding]:
@@ -90,10 +87,7 @@ def output_folder(folder: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(existing).free
     text = f"{free / GIB:.0f} GiB free at {existing}"
-    if free < _ROOM:
-        yield warning("disk", text, "checkpoints of a run take a few GiB")
-    else:
-        yield ok("disk", text)
+    yield _enough("disk", free, _ROOM, text, "checkpoints of a run take a few GiB")
     with tempfile.TemporaryDirectory(dir=existing, prefix=".doctor-") as name:
         lock = FolderLock(Path(name))
         lock.acquire()
@@ -115,11 +109,8 @@ def cache_room(folder: Path) -> Iterator[Finding]:
     """Room for models from the hub."""
     existing = next(part for part in (folder, *folder.parents) if part.exists())
     free = shutil.disk_usage(existing).free
-    text = f"{free / GIB:.0f} GiB free for {folder}"
-    if free < _CACHE:
-        yield warning("model cache", text, "a model of 8B takes 16 GiB; set HF_HOME to a larger disk")
-    else:
-        yield ok("model cache", text)
+    advice = "a model of 8B takes 16 GiB; set HF_HOME to a larger disk"
+    yield _enough("model cache", free, _CACHE, f"{free / GIB:.0f} GiB free for {folder}", advice)
 
 
 def slurm() -> Iterator[Finding]:
@@ -133,6 +124,11 @@ def slurm() -> Iterator[Finding]:
         yield warning("slurm", f"{version or 'installed'}, but sinfo lists no partition", "is the controller up?")
     else:
         yield ok("slurm", f"{version}: {partitions}")
+
+
+def _enough(subject: str, size: int, least: int, text: str, advice: str) -> Finding:
+    """Fine from `least` bytes on."""
+    return warning(subject, text, advice) if size < least else ok(subject, text)
 
 
 def _file_system(folder: Path) -> str:

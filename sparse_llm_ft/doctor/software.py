@@ -59,11 +59,10 @@ def four_bit() -> Iterator[Finding]:
 
 
 def deepspeed_loads() -> Iterator[Finding]:
-    """DeepSpeed, its accelerator, and the compiler of its CPU optimizers, which only offloading needs."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    """Whether DeepSpeed loads, and the kind of device that it uses."""
+    from sparse_llm_ft.engine.library import describe_library
 
-    yield ok("deepspeed", f"{deepspeed.__version__} uses {get_accelerator().device_name()}")
+    yield ok("deepspeed", describe_library())
 
 
 def compilers() -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
@@ -196,13 +195,3 @@ def _grouped(trained: Mapping[str, Any], settings: EngineSettings) -> dict[str, 
 
 def _algorithms(trained: Mapping[str, Any], settings: EngineSettings) -> list[str]:
     return [settings.omega_algorithm if group == "omega" else "adamw" for group in _grouped(trained, settings)]
-
-
-def gathered_bytes(weights: Mapping[str, Weight], names: Sequence[str], ranks: int) -> int:
-    """Bytes of these parameters, gathered: every rank's part, padding included."""
-    return sum(weights[name].part(ranks) * ranks * weights[name].itemsize for name in names)
-
-
-def dtype_bytes(dtype: torch.dtype) -> int:
-    """Bytes of a value."""
-    return dtype.itemsize

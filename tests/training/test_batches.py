@@ -17,6 +17,7 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.training.batches import ShareMaker
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.schedule import Schedule
 
@@ -158,3 +159,19 @@ def test_an_error_of_the_thread_is_the_main_threads(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ZeroDivisionError, match="in the collator"):
         next(loop.steps())
     assert not alive()
+
+
+def test_what_is_pinned_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA pins no expanded tensor, whose entries share memory."""
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous()
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    nothing: Any = None
+    for device, dense in (("cuda", True), ("cpu", False)):
+        maker = ShareMaker(nothing, nothing, None, nothing, nothing, nothing, torch.device(device))
+        batch = maker._pinned({"position_ids": torch.arange(3).expand(2, 3)})
+        assert batch["position_ids"].tolist() == [[0, 1, 2]] * 2
+        assert batch["position_ids"].is_contiguous() == dense
