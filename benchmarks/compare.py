@@ -4,7 +4,8 @@
 
 Every system has a process to itself, and they take turns: in every round each makes its steps while the others wait.
 A ratio is taken in each round, and their median is shown, so that a machine which slows down for a while slows down
-both sides. Bytes are counted, not sampled. Writes results.json and results.md after every case.
+both sides. Bytes are counted, not sampled. Writes results.json and results.md after every case. After a kill the same
+command continues with the case that was being measured.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def full(base: str) -> list[Group]:
     return [
         Group(main, ALL, True, MAIN, True),
         Group(in_bfloat16(main), ALL, fast, communicating=True),
-        *(Group(data, MAIN, True) for data in wider),
-        *(Group(in_bfloat16(data), MAIN, False) for data in wider),
         Group(nf4, MAIN, True),
         Group(in_bfloat16(nf4), MAIN, fast),
+        *(Group(data, MAIN, True) for data in wider),
+        *(Group(in_bfloat16(data), MAIN, False) for data in wider),
     ]
 
 
@@ -131,17 +132,31 @@ def run(groups: Sequence[Group], options: argparse.Namespace, results: dict[str,
     from sparse_llm_ft.config import ModelConfig
     from sparse_llm_ft.model.loading import empty_model
 
+    done = {(row["title"], row["case"]) for row in results["rows"]}
     for group in groups:
         shapes = find_targets(empty_model(ModelConfig(name=group.data.base)), "all-linear")
         wanted = {case: jobs_of(case, group.data, options.zero_stage, shapes) for case in group.cases}
         with tempfile.TemporaryDirectory() as logs, Pool(Path(logs)) as pool:
             for i, case in enumerate(group.cases):
+                if (str(group.data), case) in done:
+                    continue
                 began = time.monotonic()
                 results["rows"].append(measure(case, group, wanted[case], pool, options.rounds, options.steps))
                 (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                 (options.out / "results.md").write_text(page(results), encoding="utf-8")
                 print(f"{group.data}: {case}, {time.monotonic() - began:.0f} s", flush=True)
                 pool.keep({job for later in group.cases[i + 1 :] for job in wanted[later].values()})
+
+
+def continued(results: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The results with the rows of a file of the same command and machine; exits if the file is of another one."""
+    if not file.exists():
+        return results
+    old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    other = [key for key, value in results.items() if key != "rows" and old.get(key) != value]
+    if other:
+        sys.exit(f"{file}: its {', '.join(other)} differ from this run's; remove it or name another --out")
+    return old
 
 
 def bfloat16_is_fast() -> bool:
@@ -199,7 +214,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, help="only so many of the bases and batches, from the first")
     parser.add_argument("--bytes-only", action="store_true", help="no seconds, for a machine that is not idle")
     parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick and --tiny")
-    parser.add_argument("--steps", type=int, default=2, help="of a system in a round")
+    parser.add_argument("--steps", type=int, default=1, help="of a system in a round")
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=2)
     parser.add_argument("--docs", type=Path, help="a Markdown file; the tables replace what is between its markers")
     options = parser.parse_args()
@@ -213,6 +228,7 @@ def main() -> None:
         "rounds": options.rounds,
     }
     results |= {"steps": options.steps, "base": "a checkpoint" if options.model else "random weights", "rows": []}
+    results = continued(results, options.out / "results.json")
     with tempfile.TemporaryDirectory() as temporary:
         groups = make(options.model or write_base(Path(temporary), options.tiny))[: options.groups]
         if options.cases:
