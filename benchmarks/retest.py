@@ -1,12 +1,14 @@
 """Partial-LoRA against LoRA on MiniLM and SST-2, with rates searched for each system: a part of docs/results.md.
 
-    python benchmarks/retest.py --models MODELS --data DATA --out RUNS [--processes 1] [--only NAME ...]
+    python benchmarks/retest.py --models MODELS --data DATA --out RUNS [--results FILE] [--processes 1] [--only NAME]
 
 Args:
     --models: holds all-minilm-l6-v2.
     --data: holds glue/sst2 with GLUE's train.jsonl and validation.jsonl.
-    --out: run folders and one result per run go here. After a kill the same command continues: finished runs are not
-        repeated, and an unfinished one resumes.
+    --out: run folders go here. After a kill the same command continues: finished runs are not repeated, and an
+        unfinished one resumes.
+    --results: one line of JSON per finished run; default: results.jsonl in --out. With docs/retest.jsonl, which has the
+        runs that docs/results.md is made of, only runs that it lacks are made.
     --only: names of systems.
 
 Every system has the same steps, data order and fresh head for a seed. Its learning rate is the one of three with the
@@ -21,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,12 +34,13 @@ from typing import Any
 
 from harness import argument_parser
 from reproduce import train_one
+from retest_systems import ALPHA, LORA, RANK, SYSTEMS, System
 
 from jobs import failed_file
 from tables import write_part
 
 MODEL, TASK = "all-minilm-l6-v2", "glue/sst2"
-STEPS, BATCH, RANK, ALPHA = 1000, 16, 8, 16.0
+STEPS, BATCH = 1000, 16
 HELD_OUT, CUT_OFF = 500, 4000
 SEARCH_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 CENTRE = 1e-3
@@ -46,55 +50,6 @@ MARGIN = 1.0
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """Degrees of freedom -> the 97.5 % quantile of Student's t."""
 HEAD_VALUES = 2 * 384 + 2
-PUBLISHED = 0.135
-"""Partial-LoRA's kept share of LoRA's values on SST-2 (Table 6: 0.18M of 1.33M)."""
-
-
-@dataclass(frozen=True)
-class System:
-    """One row of the table.
-
-    Attributes:
-        factors: of LoRA's best rate; those of LoRA itself of `CENTRE`.
-        adapter: settings that differ from rank 8 at scaling 2.
-        rate_of: a system of the same budget whose rate it takes, without a search of its own.
-    """
-
-    name: str
-    method: Mapping[str, Any]
-    factors: tuple[float, float, float] = (0.25, 1.0, 4.0)
-    adapter: Mapping[str, float] | None = None
-    rate_of: System | None = None
-
-    @property
-    def folder(self) -> str:
-        """Its part of the paths of its runs."""
-        return "".join(c if c.isalnum() else "-" for c in self.name.lower()).strip("-")
-
-
-def _partial(**settings: Any) -> dict[str, Any]:
-    own = {"name": "partial_lora", "sample_fraction": 0.05, "micro_batch_size": 64, "masking": "compact"}
-    return own | settings
-
-
-MASKS = (1.0, 4.0, 16.0)
-LORA = System("LoRA, r 8", {"name": "lora"})
-BALANCED = System("Partial-LoRA, balanced .135", _partial(ratios="balanced", ratio=PUBLISHED), MASKS)
-SYSTEMS = (
-    LORA,
-    BALANCED,
-    System("Partial-LoRA, joint (ours)", _partial(derivation="joint", mask_scaling=True), MASKS),
-    # An adapter whose output is scaled by 1e-30 changes nothing in float32, so that the head learns alone.
-    System("Head alone", {"name": "lora"}, adapter={"r": 1, "lora_alpha": 1e-30}),
-    System("LoRA, r 1", {"name": "lora"}, adapter={"r": 1, "lora_alpha": ALPHA / RANK}),
-    System("Targeted-LoRA, balanced .135", _partial(ratios="balanced", ratio=PUBLISHED, selection="targeted"), MASKS),
-    System("Full fine-tuning", {"name": "full"}, (1 / 64, 1 / 16, 1 / 4)),
-    System("Partial-LoRA, single", _partial(), MASKS),
-    # Both derivations at the published share: where one keeps more than elsewhere, with the rest at a lower bound.
-    System("Partial-LoRA, joint at .135", _partial(derivation="joint", ratio=PUBLISHED), rate_of=BALANCED),
-    System("Partial-LoRA, single with min_ratio .12", _partial(min_ratio=0.12), rate_of=BALANCED),
-)
-"""In the order in which they run, so that a part of the table is useful."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +69,10 @@ class Run:
         """Its output_dir while it runs."""
         return out / "runs" / self.system.folder / f"lr-{self.learning_rate:g}-seed-{self.seed}"
 
-    def file(self, out: Path) -> Path:
-        """Its result."""
-        return out / "results" / self.system.folder / f"lr-{self.learning_rate:g}-seed-{self.seed}.json"
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What tells it from other runs."""
+        return self.system.folder, self.learning_rate, self.seed
 
     def config(self, models: Path, data: Path, out: Path) -> dict[str, Any]:
         """Its settings."""
@@ -148,10 +104,27 @@ class Run:
             "report": False,
         }
 
-    def result(self, out: Path) -> dict[str, Any] | None:
-        """What `finish` wrote; None if the run is not finished."""
-        path = self.file(out)
-        return json.loads(path.read_text()) if path.is_file() else None
+
+class Results:
+    """The results of finished runs: a file with one line of JSON for each."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._lock = file, threading.Lock()
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self._known: dict[tuple[str, float, int], dict[str, Any]] = {}
+        for result in map(json.loads, lines):
+            self._known[result.pop("system"), result.pop("learning_rate"), result.pop("seed")] = result
+
+    def of(self, run: Run) -> dict[str, Any] | None:
+        """The run's result; None if it is not finished."""
+        return self._known.get(run.key)
+
+    def add(self, run: Run, result: dict[str, Any]) -> None:
+        """Write the run's result at the end of the file."""
+        named = dict(zip(("system", "learning_rate", "seed"), run.key, strict=True))
+        with self._lock, self.file.open("a") as file:
+            file.write(json.dumps(named | result) + "\n")
+            self._known[run.key] = result
 
 
 def prepare_data(source: Path, target: Path) -> Path:
@@ -179,12 +152,12 @@ def _words(row: str) -> str:
     return str(json.loads(row)["sentence"]).strip()
 
 
-def finish(run: Run, models: Path, data: Path, out: Path) -> str:
+def finish(run: Run, models: Path, data: Path, block: Block) -> str:
     """Train the run, measure it, write its result, and delete its folder. Returns a line about it.
 
     Both in forks of this process, which has imported everything: DeepSpeed connects its processes once in each.
     """
-    folder, file = run.folder(out), run.file(out)
+    out, folder = block.out, run.folder(block.out)
     in_fork(train_one, run.config(models, data, out), folder)
     failed = failed_file(folder)
     if failed.is_file():  # the loss is not finite at this rate
@@ -193,10 +166,7 @@ def finish(run: Run, models: Path, data: Path, out: Path) -> str:
         return f"{folder}: not finished, see {folder}.log"
     else:
         result = _read(folder) | (_measured(run, models, data, out) if run.measured else {})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(file)
+    block.results.add(run, result)
     shutil.rmtree(folder, ignore_errors=True)
     shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
     return f"{run.system.name}, rate {run.learning_rate:g}, seed {run.seed}: {shown}"
@@ -259,6 +229,7 @@ class Block:
     """All runs, and what is known of them."""
 
     out: Path
+    results: Results
 
     @cached_property
     def _lora_rates(self) -> tuple[float, ...]:
@@ -283,7 +254,7 @@ class Block:
         losses: dict[float, list[float]] = {}
         runs = self.search(system)
         for run in runs:
-            result = run.result(self.out)
+            result = self.results.of(run)
             if result is None:
                 return None
             losses.setdefault(run.learning_rate, []).append(result["held_out_loss"])
@@ -296,12 +267,12 @@ class Block:
 
     def missing(self, system: System) -> list[Run]:
         """The runs of the system that can be run now."""
-        left = [run for run in self.search(system) if run.result(self.out) is None]
-        return left or [run for run in self.finals(system) if run.result(self.out) is None]
+        left = [run for run in self.search(system) if self.results.of(run) is None]
+        return left or [run for run in self.finals(system) if self.results.of(run) is None]
 
     def scores(self, system: System) -> dict[int, dict[str, Any]]:
         """Seed -> result, of the finished final runs."""
-        found = {run.seed: run.result(self.out) for run in self.finals(system)}
+        found = {run.seed: self.results.of(run) for run in self.finals(system)}
         return {seed: result for seed, result in found.items() if result is not None and "accuracy" in result}
 
 
@@ -310,7 +281,8 @@ def page(block: Block) -> Iterator[str]:
     yield from ("## Partial-LoRA against LoRA, with rates searched for each", "")
     yield from (
         "```",
-        "python benchmarks/retest.py --models MODELS --data DATA --out RUNS --output docs/results.md",
+        "python benchmarks/retest.py --models MODELS --data DATA --out RUNS --results docs/retest.jsonl \\",
+        "    --output docs/results.md",
         "```",
     )
     counts = json.loads((block.out / "data" / "counts.json").read_text())
@@ -324,7 +296,7 @@ derivation uses half of it for its head.
 
 Each system's rate, which is also that of its head, is one of three with a factor of 4 between them: the one with the
 lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate with * lies at an end
-of its three. The last two systems take the rate of the balanced one, which has their budget. The rows are means over
+of its three. Systems that are given the balanced one's budget take its rate. The rows are means over
 {len(SEEDS)} other seeds, or as many as are named; a seed has the same data order and the same fresh head for all
 systems. Differences are to LoRA of the same seed on all tested samples, with their 95 % t-intervals.
 """
@@ -374,6 +346,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     for name in ("models", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="one line per finished run; default: results.jsonl in --out")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=[system.name for system in SYSTEMS])
     parser.add_argument("--output", type=Path, help="docs/results.md, or another page to write the table into")
@@ -384,14 +357,14 @@ def main() -> None:
     import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
 
     models, out = options.models.resolve(), options.out.resolve()
-    data, block = prepare_data(options.data, out), Block(out)
+    data, block = prepare_data(options.data, out), Block(out, Results(options.results or out / "results.jsonl"))
     chosen = [system for system in SYSTEMS if options.only is None or system.name in options.only]
     for system in chosen:
         while runs := block.missing(system):
             with ThreadPoolExecutor(options.processes) as pool:
-                for line in pool.map(lambda run: finish(run, models, data, out), runs):
+                for line in pool.map(lambda run: finish(run, models, data, block), runs):
                     print(line, flush=True)
-            if any(run.result(out) is None for run in runs):
+            if any(block.results.of(run) is None for run in runs):
                 sys.exit("a run failed; its log is beside its folder")
         if options.output:
             write_part(options.output, "retest", "\n".join(page(block)))

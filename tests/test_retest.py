@@ -16,15 +16,15 @@ from scipy import stats
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import retest
+from retest_systems import BALANCED, LORA, SYSTEMS
 
 from sparse_llm_ft.config import parse_config
 
 Score = Callable[[retest.Run], dict[str, Any]]
 
 
-def write(run: retest.Run, out: Path, result: dict[str, Any]) -> None:
-    run.file(out).parent.mkdir(parents=True, exist_ok=True)
-    run.file(out).write_text(json.dumps(result))
+def empty_block(out: Path) -> retest.Block:
+    return retest.Block(out, retest.Results(out / "results.jsonl"))
 
 
 def finish(block: retest.Block, score: Score) -> None:
@@ -32,10 +32,10 @@ def finish(block: retest.Block, score: Score) -> None:
     (block.out / "data").mkdir()
     counts = {"train": 12000, "dropped": 3500, "dev": 872, "cut_off": 4000}
     (block.out / "data" / "counts.json").write_text(json.dumps(counts))
-    for system in retest.SYSTEMS:
+    for system in SYSTEMS:
         while runs := block.missing(system):
             for run in runs:
-                write(run, block.out, score(run))
+                block.results.add(run, score(run))
 
 
 def result(loss: float, accuracy: float = 80.0) -> dict[str, Any]:
@@ -44,54 +44,61 @@ def result(loss: float, accuracy: float = 80.0) -> dict[str, Any]:
 
 
 def test_every_system_is_a_run_that_the_settings_allow(tmp_path: Path) -> None:
-    for system in retest.SYSTEMS:
+    for system in SYSTEMS:
         tree = retest.Run(system, 1e-3, 0).config(Path("models"), tmp_path, tmp_path)
         config = parse_config(tree | {"model": {"name": "org/base", "dtype": "float32"}})
         assert config.training.max_steps == 1000 and config.seed == 0
-    assert len({system.folder for system in retest.SYSTEMS}) == len(retest.SYSTEMS)
+    assert len({system.folder for system in SYSTEMS}) == len(SYSTEMS)
 
 
 def test_the_search_comes_first_and_lora_s_before_all_others(tmp_path: Path) -> None:
-    block = retest.Block(tmp_path)
-    assert [block.missing(system) for system in retest.SYSTEMS[1:]] == [[]] * (len(retest.SYSTEMS) - 1)
-    runs = block.missing(retest.LORA)
+    block = empty_block(tmp_path)
+    assert [block.missing(system) for system in SYSTEMS[1:]] == [[]] * (len(SYSTEMS) - 1)
+    runs = block.missing(LORA)
     assert [(run.learning_rate, run.seed) for run in runs] == [
         (rate, seed) for seed in (100, 101) for rate in (2.5e-4, 1e-3, 4e-3)
     ]
     # 4e-3 is the best on one seed, and collapses on the other.
     for run in runs:
         loss = {2.5e-4: 0.45, 1e-3: 0.4, 4e-3: 0.3 if run.seed == 100 else 0.7}[run.learning_rate]
-        write(run, tmp_path, result(loss))
-    assert block.best_rate(retest.LORA) == 1e-3
-    assert [run.seed for run in block.missing(retest.LORA)] == [0, 1, 2, 3, 4]
-    assert block.rates(retest.BALANCED) == (1e-3, 4e-3, 1.6e-2)
+        block.results.add(run, result(loss))
+    assert block.best_rate(LORA) == 1e-3
+    assert [run.seed for run in block.missing(LORA)] == [0, 1, 2, 3, 4]
+    assert block.rates(BALANCED) == (1e-3, 4e-3, 1.6e-2)
 
 
 def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> None:
-    block = retest.Block(tmp_path)
+    block = empty_block(tmp_path)
     generator = np.random.default_rng(0)
     lora, others = generator.normal(82, 2, 5), generator.normal(-0.2, 0.3, 5)
 
     def score(run: retest.Run) -> dict[str, Any]:
         loss = 0.4 + abs(run.learning_rate - 4e-3)
         accuracy = lora[run.seed] if run.measured else 0.0
-        if run.measured and run.system is retest.BALANCED:
+        if run.measured and run.system is BALANCED:
             accuracy += others[run.seed]
         return result(loss, float(accuracy))
 
     finish(block, score)
     lines = [line for line in "\n".join(retest.page(block)).splitlines() if line.startswith("| ")]
     rows = {cells[1]: cells[2:-1] for line in lines for cells in [[cell.strip() for cell in line.split("|")]]}
-    assert list(rows)[1:] == [system.name for system in retest.SYSTEMS]
+    assert list(rows)[1:] == [system.name for system in SYSTEMS]
     low, high = stats.t.interval(0.95, 4, loc=np.mean(others), scale=stats.sem(others))
-    row = rows[retest.BALANCED.name]
+    row = rows[BALANCED.name]
     assert row[0] == "1,000" and row[1] == "0.004*"  # LoRA's best rate lies at an end of its own three
     assert row[2:5] == [f"{mean(lora) + np.mean(others) + shift:.1f}" for shift in (1, -1, 0)]
     assert row[5] == f"{np.mean(others):+.2f} ({low:+.2f} to {high:+.2f})" and row[6] == "yes" and row[7] == "5"
-    assert rows[retest.LORA.name][5:7] == ["", ""] and rows["Head alone"][0] == "0"
+    assert rows[LORA.name][5:7] == ["", ""] and rows["Head alone"][0] == "0"
     assert "Not complete" not in "\n".join(retest.page(block))
-    retest.Run(retest.LORA, 4e-3, 4).file(tmp_path).unlink()
-    assert f"Not complete: {retest.LORA.name}." in "\n".join(retest.page(block))
+
+    # Another process reads the same results, and a run that is not in the file is missing.
+    assert list(retest.page(empty_block(tmp_path))) == list(retest.page(block))
+    last = {"system": LORA.folder, "learning_rate": 4e-3, "seed": 4}
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text(
+        "".join(line for line in lines if not last.items() <= json.loads(line).items())
+    )
+    assert f"Not complete: {LORA.name}." in "\n".join(retest.page(empty_block(tmp_path)))
 
 
 def test_phrases_of_tested_sentences_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

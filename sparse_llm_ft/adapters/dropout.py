@@ -23,16 +23,37 @@ class SeededDropout:
         """A seed from torch's CPU generator, whatever the device: reading it waits for no GPU."""
         return cls(p, int(torch.randint(2**62, (1,))))
 
+    def mask(self, shape: tuple[int, ...], device: torch.device) -> Mask:
+        """What is dropped of `shape`: the same at every call."""
+        if device.type == "meta":
+            return Mask(None, None)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        if device.type == "cpu" and self.p <= 0.25:
+            return Mask(None, _dropped(math.prod(shape), self.p, generator))
+        kept = torch.empty(shape, dtype=torch.bool, device=device)
+        return Mask(kept.bernoulli_(1.0 - self.p, generator=generator), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which entries are dropped, in one of two forms: for few on a CPU, their flat indices are much faster than flags of
+    all. Neither: none, for tensors without values.
+
+    Attributes:
+        kept: flags of the entries that stay.
+        dropped: int64, ascending.
+    """
+
+    kept: torch.Tensor | None
+    dropped: torch.Tensor | None
+
     def apply_(self, values: torch.Tensor) -> torch.Tensor:
-        """Set the dropped entries of the contiguous `values` to zero, in place; the same ones at every call."""
-        if values.is_meta:
-            return values
-        generator = torch.Generator(values.device).manual_seed(self.seed)
-        if values.device.type == "cpu" and self.p <= 0.25:
-            values.view(-1).index_fill_(0, _dropped(values.numel(), self.p, generator), 0.0)
-            return values
-        kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-        return values.mul_(kept.bernoulli_(1.0 - self.p, generator=generator))
+        """Set the dropped entries of the contiguous `values` to zero, in place."""
+        if self.kept is not None:
+            return values.mul_(self.kept)
+        if self.dropped is not None:
+            values.view(-1).index_fill_(0, self.dropped, 0.0)
+        return values
 
 
 def _dropped(size: int, p: float, generator: torch.Generator) -> torch.Tensor:

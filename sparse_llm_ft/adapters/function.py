@@ -28,7 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from sparse_llm_ft.adapters.dropout import SeededDropout
+from sparse_llm_ft.adapters.dropout import Mask, SeededDropout
 from sparse_llm_ft.model.four_bit import computes_as_its_class, through_weight
 from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype
 from sparse_llm_ft.model.recompute import Recipe, recipe_of
@@ -119,10 +119,11 @@ class _AdaptedLinear(torch.autograd.Function):
         outer = flat.to(ctx.dtype)
         factor = _factor(call, omega, ctx.dtype)
         wide = _full_rows(up, flat.shape[-1], call.rows)
+        mask = _mask(len(flat), down, call)
         narrow = torch.mm(wide.t(), outer.t()).t()  # G B, (T, r); written so, a CPU computes it four times as fast
         if needs_down or needs_up or needs_omega:
             x = inputs[0] if ctx.value_of_input is None else ctx.value_of_input(*inputs)
-            seen = _seen(x.reshape(-1, x.shape[-1]).to(ctx.dtype), call)  # (T, kept cols)
+            seen = _seen(x.reshape(-1, x.shape[-1]).to(ctx.dtype), call, mask)  # (T, kept cols)
             hidden = seen @ down.t()  # (T, r)
             if needs_omega:
                 wide_type = torch.promote_types(ctx.dtype, torch.float32)
@@ -140,7 +141,7 @@ class _AdaptedLinear(torch.autograd.Function):
         # The way through the base's weight, to which the adapter's is added.
         if needs_x:
             dx = through_weight(flat, call.base, weight)
-            _add_through_adapter(dx, narrow, down, call)
+            _add_through_adapter(dx, narrow, down, call, mask)
             dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]).to(ctx.input_dtype)
         return dx, grad_down, grad_up, grad_omega, None, None
 
@@ -155,17 +156,22 @@ def _factor(call: Adapted, omega: torch.Tensor | None, dtype: torch.dtype) -> to
     return _constant(call) if omega is None else omega.detach().clamp(min=0).to(dtype) * _constant(call)
 
 
-def _seen(x: torch.Tensor, call: Adapted) -> torch.Tensor:
+def _mask(tokens: int, down: torch.Tensor, call: Adapted) -> Mask | None:
+    """What dropout drops of A's input, (tokens, kept columns)."""
+    return None if call.dropout is None else call.dropout.mask((tokens, down.shape[1]), down.device)
+
+
+def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
     """What A is applied to, (T, kept columns), from x (T, d_in)."""
     seen = x if call.cols is None else x.index_select(1, call.cols)
-    if call.dropout is None:
+    if mask is None:
         return seen
-    return call.dropout.apply_(seen.clone(memory_format=torch.contiguous_format) if seen is x else seen)
+    return mask.apply_(seen.clone(memory_format=torch.contiguous_format) if seen is x else seen)
 
 
 def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:
     """H: (T, r)."""
-    return _seen(x.to(down.dtype), call) @ down.t()
+    return _seen(x.to(down.dtype), call, _mask(len(x), down, call)) @ down.t()
 
 
 def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch.Tensor:
@@ -175,14 +181,16 @@ def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch
     return up if rows is None else up.new_zeros(d_out, up.shape[1]).index_copy_(0, rows, up)
 
 
-def _add_through_adapter(dx: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, call: Adapted) -> None:
+def _add_through_adapter(
+    dx: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, call: Adapted, mask: Mask | None
+) -> None:
     """Add G_H A, dropped as x was, to dx (T, d_in)."""
-    if call.dropout is None and call.cols is None and dx.dtype == narrow.dtype:
+    if mask is None and call.cols is None and dx.dtype == narrow.dtype:
         dx.addmm_(narrow, down)
         return
     change = narrow @ down  # (T, kept cols)
-    if call.dropout is not None:
-        change = call.dropout.apply_(change)
+    if mask is not None:
+        change = mask.apply_(change)
     if call.cols is None:
         dx += change
     else:

@@ -300,24 +300,23 @@ class Engine:
 
         Call it between the last `backward` of an accumulation and its `step`.
         """
-        flat = self._flat_gradients()
-        return {name: self._shards.gradient(name, flat).cpu() for name in self.parameters}
+        return self._shards.gradients(self._flat_gradients())
 
     def _flat_gradients(self) -> list[torch.Tensor]:
         return zero.flat_gradients(self._wrapped, self._shards.masters)
 
     def values(self, names: Iterable[str] | None = None) -> Tensors:
         """Collective. Values of the named parameters, or of all (None): unsharded, float32, on the CPU."""
-        wanted = self.parameters if names is None else names
-        return {name: self._shards.read(name).cpu() for name in wanted}
+        return self._shards.read(self.parameters if names is None else names)
 
     def moments(self) -> Moments:
         """Collective. Adam's moments of every parameter that has them: unsharded, on the CPU; 0 for masked entries."""
-        return {
-            name: {key: self._shards.read(name, key).cpu() for key in keys}
-            for name in self.parameters
-            if (keys := MOMENTS[self._algorithm(name)])
-        }
+        keys = {name: MOMENTS[self._algorithm(name)] for name in self.parameters}
+        found: dict[str, Tensors] = {name: {} for name, own in keys.items() if own}
+        for key in dict.fromkeys(key for own in keys.values() for key in own):
+            for name, moment in self._shards.read([name for name in found if key in keys[name]], key).items():
+                found[name][key] = moment
+        return found
 
     def optimizer_steps(self) -> dict[str, int]:
         """Updates made so far per parameter group: the count in Adam's bias correction."""
@@ -344,9 +343,11 @@ class Engine:
         if self._plan is not None:
             values = to_full(self._plan, values)
             moments = {name: _converted(to_full, self._plan, name, entry) for name, entry in moments.items()}
-            for name, kept in row_masks(self._plan).items():
-                if name in values:
-                    values[name] = fill_rows(kept, values[name], self._shards.read(name).cpu())
+            masked = row_masks(self._plan)
+            own = self.values([name for name in masked if name in values])
+            for name, kept in masked.items():
+                if name in own:
+                    values[name] = fill_rows(kept, values[name], own[name])
                 for key, moment in moments.get(name, {}).items():
                     nothing = moment.new_zeros((kept.size, moment.shape[1]))
                     moments[name] = moments[name] | {key: fill_rows(kept, moment, nothing)}

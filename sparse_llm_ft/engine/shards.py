@@ -6,12 +6,14 @@ rank's slices of many parameters. `ShardSlice` locates one parameter's slice in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from sparse_llm_ft.checkpoint.state import Tensors
 from sparse_llm_ft.optim.adapter_optimizer import AdapterOptimizer
 from sparse_llm_ft.optim.masks import Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup, index_dtype
@@ -63,10 +65,11 @@ class Shards:
         for i, (group, master) in enumerate(masters):
             optimizer.allocate_for(master, group["algorithm"], self._kept(i, master, masks))
 
-    def read(self, name: str, key: str | None = None) -> torch.Tensor:
-        """Collective. The parameter's value (None) or moment `key`: unsharded, float32; masked moments are 0."""
-        shard = self.shard_slices[name]
-        return self._assemble(name, None if shard is None else self._part(shard, key))
+    def read(self, names: Iterable[str], key: str | None = None) -> Tensors:
+        """Collective. Values (None) or moments `key` of parameters: unsharded, float32, on the CPU; masked moments are
+        0.
+        """
+        return self._assemble(names, lambda shard: self._part(shard, key))
 
     def write(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
         """Overwrite what `read` reads. Each rank takes its slice of `value`, of a moment only the kept entries.
@@ -85,11 +88,12 @@ class Shards:
         target = (master if key is None else self.optimizer.state[master][key]).detach().view(-1)
         target[at] = part if kept is None else part[kept]
 
-    def gradient(self, name: str, flat: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Collective. A parameter's gradient: unsharded, float32, masked entries included; `flat` as in `norm`."""
-        shard = self.shard_slices[name]
-        part = None if shard is None else flat[shard.master].reshape(-1)[shard.offset : shard.offset + shard.length]
-        return self._assemble(name, part)
+    def gradients(self, flat: Sequence[torch.Tensor]) -> Tensors:
+        """Collective. All parameters' gradients: unsharded, float32, on the CPU, masked entries included; `flat` as in
+        `norm`.
+        """
+        parts = [gradient.reshape(-1) for gradient in flat]
+        return self._assemble(self.shapes, lambda s: parts[s.master][s.offset : s.offset + s.length])
 
     def norm(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         """Collective. Euclidean norm over the trained entries of all parameters: a float64 scalar on `device`.
@@ -146,12 +150,38 @@ class Shards:
         part[kept] = stored
         return part
 
-    def _assemble(self, name: str, part: torch.Tensor | None) -> torch.Tensor:
-        """Collective. One parameter from the slices of all ranks."""
-        shard, shape = self.shard_slices[name], self.shapes[name]
-        whole = torch.zeros(torch.Size(shape).numel(), device=self.device)
-        if part is not None and shard is not None:
-            whole[shard.start : shard.start + shard.length] = part.to(self.device, torch.float32)
-        if self.sharded:  # as integers, all but one of them 0: exact, including the sign of a zero
-            dist.all_reduce(whole.view(torch.int32))
-        return whole.view(shape)
+    def _assemble(self, names: Iterable[str], part: Callable[[ShardSlice], torch.Tensor]) -> Tensors:
+        """Collective. Parameters from the slices of all ranks: one collective and one copy to the host per bundle.
+
+        Args:
+            part: the values of one of this rank's slices, 1-D.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for bundle in self._bundles(names):
+            sizes = [math.prod(self.shapes[name]) for name in bundle]
+            flat = torch.zeros(sum(sizes), device=self.device)
+            for name, whole in zip(bundle, flat.split(sizes), strict=True):
+                if (shard := self.shard_slices[name]) is not None:
+                    whole[shard.start : shard.start + shard.length] = part(shard)
+            if self.sharded:  # as integers, all but one of them 0: exact, including the sign of a zero
+                dist.all_reduce(flat.view(torch.int32))
+            for name, whole in zip(bundle, flat.cpu().split(sizes), strict=True):
+                found[name] = whole.view(self.shapes[name]).clone()  # a file may not hold two parts of one storage
+        return found
+
+    def _bundles(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """The names in parts of no more entries than the largest parameter has. It must fit by itself, so no part needs
+        more memory; and all omegas are one part.
+        """
+        most = max((math.prod(shape) for shape in self.shapes.values()), default=0)
+        bundle: list[str] = []
+        entries = 0
+        for name in names:
+            size = math.prod(self.shapes[name])
+            if bundle and entries + size > most:
+                yield bundle
+                bundle, entries = [], 0
+            bundle.append(name)
+            entries += size
+        if bundle:
+            yield bundle

@@ -44,14 +44,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = max(1, (CHUNK_ELEMENTS_CUDA if on_gpu else CHUNK_ELEMENTS) // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
-            logits = hidden[chunk] @ weight.t()  # (C, V)
-            scores = (logits if bias is None else logits + bias).float()
-            counted = targets[chunk] != IGNORE_INDEX  # (C,)
-            own = targets[chunk].clamp(min=0).unsqueeze(1)
-            total += ((scores.logsumexp(1) - scores.gather(1, own).squeeze(1)) * counted).sum()
-            if grad is not None:  # softmax minus one at the target
-                scores = scores.softmax(1).scatter_add_(1, own, scores.new_full(own.shape, -1.0))
-                grad[chunk] = (scores * counted.unsqueeze(1)).to(hidden.dtype) @ weight
+            loss, rows = _loss_and_gradient(hidden[chunk], weight, bias, targets[chunk], needed)
+            total += loss
+            if grad is not None and rows is not None:
+                grad[chunk] = rows
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -61,6 +57,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad * outer).to(grad.dtype), None, None, None
+
+
+def _loss_and_gradient(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A chunk's summed loss, and its gradient by the hidden states (C, d). Every pass over (C, V) numbers costs as much
+    as a layer's element-wise work, so there are few, and in place.
+    """
+    logits = hidden @ weight.t()  # (C, V)
+    scores = torch.log_softmax(logits if bias is None else logits + bias, 1, dtype=torch.float32)
+    del logits
+    counted = targets != IGNORE_INDEX  # (C,)
+    own = targets.clamp(min=0).unsqueeze(1)
+    loss = -(scores.gather(1, own).squeeze(1) * counted).sum()
+    if not needs_grad:
+        return loss, None
+    scores.exp_().scatter_add_(1, own, scores.new_full(own.shape, -1.0))  # softmax minus one at the target
+    return loss, (scores.to(hidden.dtype) @ weight) * counted.unsqueeze(1)
 
 
 def chunked_cross_entropy(

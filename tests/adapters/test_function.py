@@ -42,7 +42,8 @@ def plain(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, omega: Any, cal
     """The formula, differentiated by autograd."""
     seen = x if call.cols is None else x[..., call.cols]
     if call.dropout is not None:
-        kept = call.dropout.apply_(torch.ones(seen.numel(), dtype=x.dtype)).view(seen.shape)
+        mask = call.dropout.mask((seen.numel(),), seen.device)
+        kept = mask.apply_(torch.ones(seen.numel(), dtype=x.dtype)).view(seen.shape)
         seen = seen * kept / (1 - call.dropout.p)
     change = (seen @ down.T) @ up.T * call.scaling * (1.0 if omega is None else gate(omega))
     if call.rows is not None:
@@ -146,12 +147,17 @@ def test_entries_are_dropped_independently_with_probability_p(p: float) -> None:
     assert _dropped(1, p, draw).numel() <= 1
 
 
+def dropped_ones(dropout: SeededDropout) -> torch.Tensor:
+    ones = torch.ones(50, 20)
+    return dropout.mask((50, 20), ones.device).apply_(ones)
+
+
 def test_dropout_draws_the_same_mask_at_every_call() -> None:
     for p in (0.1, 0.7):
         dropout = SeededDropout.draw(p)
-        first, second = (dropout.apply_(torch.ones(50, 20)) for _ in range(2))
+        first, second = (dropped_ones(dropout) for _ in range(2))
         assert torch.equal(first, second) and 0 < first.mean() < 1
-        assert not torch.equal(first, SeededDropout.draw(p).apply_(torch.ones(50, 20)))
+        assert not torch.equal(first, dropped_ones(SeededDropout.draw(p)))
 
 
 def layer(dropout: float = 0.0) -> tuple[SparseLoraLayer, torch.Tensor]:

@@ -67,9 +67,9 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
         for shard in ranks:
             shard.write(name, value)
             shard.write(name, moment, "exp_avg")
-        assert torch.equal(sum(shard.read(name) for shard in ranks), value)
+        assert torch.equal(sum(shard.read([name])[name] for shard in ranks), value)
         expected = moment * entries[name] if name in entries else moment
-        found = sum(shard.read(name, "exp_avg") for shard in ranks)
+        found = sum(shard.read([name], "exp_avg")[name] for shard in ranks)
         # A partition in which nothing is masked keeps moments of all its entries.
         for shard in ranks:
             place = shard.shard_slices[name]
@@ -93,7 +93,20 @@ def test_the_norm_leaves_masked_entries_out() -> None:
     gradient = torch.arange(32.0)
     kept = [0, 5, 10, 15 + 6, 15 + 7, *range(23, 29)]
     assert shards.norm([gradient]) == pytest.approx(sum(i * i for i in kept) ** 0.5)
-    assert torch.equal(shards.gradient("b", [gradient]), torch.arange(15.0, 23.0).view(4, 2))
+    assert torch.equal(shards.gradients([gradient])["b"], torch.arange(15.0, 23.0).view(4, 2))
+
+
+def test_parameters_are_read_together_up_to_the_size_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 15, 8 and 6 entries, the last two are read by one collective. The tensors share no storage."""
+    shards, sizes = shards_of([0, 29], 0, {}), []
+    shards.sharded = True
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sizes.append(tensor.numel()))
+    for name, shape in SHAPES.items():
+        shards.write(name, torch.full(shape, float(len(name) + len(shape))))
+    found = shards.read(SHAPES)
+    assert sizes == [15, 14] and list(found) == list(SHAPES)
+    assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in found.values())
+    assert all(torch.equal(found[name], torch.full(shape, 1.0 + len(shape))) for name, shape in SHAPES.items())
 
 
 def test_wrong_names_and_shapes_are_refused() -> None:
