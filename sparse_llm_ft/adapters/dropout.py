@@ -36,8 +36,8 @@ class SeededDropout:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which entries are dropped, in one of two forms: for few on a CPU, their flat indices are much faster than flags of
-    all. Neither: none, for tensors without values.
+    """Which entries are dropped, in one of two forms: flags of all, or, for few on a CPU, their flat indices, which are
+    much faster there. Neither: none, for tensors without values.
 
     Attributes:
         kept: flags of the entries that stay.
