@@ -40,6 +40,7 @@ def measure(options: argparse.Namespace, row: str) -> dict[str, float]:
     from sparse_llm_ft.engine.build import build_model, engine_settings
     from sparse_llm_ft.engine.engine import init_distributed
     from sparse_llm_ft.engine.memory import step_bytes
+    from sparse_llm_ft.io.console import Console
     from sparse_llm_ft.model.loading import empty_model
     from sparse_llm_ft.phase import Phase
     from sparse_llm_ft.plan import uniform_plan, with_omega
@@ -67,7 +68,7 @@ def measure(options: argparse.Namespace, row: str) -> dict[str, float]:
 
     init_distributed()
     settings = engine_settings(config, phase, world.size)
-    model = build_model(config, CAUSAL_LM, phase.plan, settings.to_deepspeed())
+    model = build_model(config, CAUSAL_LM, phase.plan, settings.to_deepspeed(), world, Console(world.rank))
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, empty.config.vocab_size, (options.total, options.length), generator=draw).tolist()
     half = options.length // 2

@@ -83,6 +83,7 @@ class Worker:
         from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
         from sparse_llm_ft.engine.build import build_model, engine_settings
         from sparse_llm_ft.engine.engine import init_distributed
+        from sparse_llm_ft.io.console import Console
         from sparse_llm_ft.model.loading import empty_model
         from sparse_llm_ft.phase import Phase
 
@@ -102,7 +103,8 @@ class Worker:
         plan = case.plan(find_targets(empty_model(config.model), "all-linear"))
         phase = Phase("compared", plan, cut=case.cut, omega_lr=0.01).with_batch(data.batch, total)
         settings = engine_settings(config, phase, self.world.size)
-        model = build_model(config, CAUSAL_LM, plan, settings.to_deepspeed())
+        console = Console(self.world.rank)
+        model = build_model(config, CAUSAL_LM, plan, settings.to_deepspeed(), self.world, console)
         rows = self.tokens.tolist()
         samples = [Sample(tuple(row[: data.prompt]), tuple(row[data.prompt :])) for row in rows]
         return loop_step(model, phase, samples, settings, config.training, self.world, self.meter)

@@ -294,7 +294,7 @@ def real_step(case: Case, context: Any, phase: Any, world: Any) -> dict[str, int
     settings = engine_settings(context.config, phase, world.size)
     gc.collect()
     before = tensors()
-    model = build_model(context.config, context.task_mode, phase.plan, settings.to_deepspeed())
+    model = build_model(context.config, context.task_mode, phase.plan, settings.to_deepspeed(), world, context.console)
     return stepped(case, context, phase, world, settings, model, set(before))
 
 

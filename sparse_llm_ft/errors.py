@@ -31,8 +31,20 @@ def reason_of(error: object, most: int = 300) -> str:
     return shortened(" ".join(str(error).split()), most)
 
 
+def describe_failure(error: Exception) -> str:
+    """An error in one line: the text of one of ours, and the type and text of any other."""
+    ours = isinstance(error, UserError | TrainingError)
+    return one_line(str(error) if ours else f"{type(error).__name__}: {reason_of(error)}")
+
+
 class UserError(Exception):
-    """Something in what the user gave. The message is one line and says what would be right."""
+    """Something in what the user gave. The message is one line and says what would be right.
+
+    Attributes:
+        is_shared: rank 0 says it, so that no other rank need do so.
+    """
+
+    is_shared = False
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -67,7 +79,13 @@ class CheckpointError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact."""
+    """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact.
+
+    Attributes:
+        is_shared: as in `UserError`.
+    """
+
+    is_shared = False
 
 
 class DivergedError(TrainingError):

@@ -49,6 +49,7 @@ _FREE = {
     "model.lean",
     "model.trust_remote_code",
     "model.attn_implementation",
+    "model.stage_to",
 }
 
 

@@ -19,10 +19,13 @@ from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.io.console import ended_by_reader, escape_unencodable, silence_libraries
+from sparse_llm_ft.io.console import Console, ended_by_reader, escape_unencodable, silence_libraries
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.run_folder import RunFolder
 
 _DEBUG = "--debug"
+_IMPORTING = "importing torch, transformers and deepspeed"
+"""It takes up to half a minute."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,18 +100,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _train(options: argparse.Namespace, world: World) -> None:
     """Check, then import torch and train. Collective."""
-    from sparse_llm_ft.context.preflight import preflight
+    from sparse_llm_ft.context.preflight import check_node, preflight
 
     catch_signals()
     files, overrides = split_arguments(options.config)  # --config also swallows the overrides behind it
     config = load_config(files, [*overrides, *options.settings])
     task = preflight(config, world)
+    check_node(config)
     silence_libraries()
-    prepare_cpu(world)
-    # These import torch, transformers and deepspeed: half a minute.
-    from sparse_llm_ft.context.context import RunContext
-    from sparse_llm_ft.distributed.heartbeat import monitor_ranks
-    from sparse_llm_ft.training.run import train
+    with Wait(Console(world.rank), _IMPORTING):
+        prepare_cpu(world)
+        from sparse_llm_ft.context.context import RunContext
+        from sparse_llm_ft.distributed.heartbeat import monitor_ranks
+        from sparse_llm_ft.training.run import train
 
     context = RunContext.open(config, world, task)  # before ranks connect: what it refuses, each finds by itself
     with monitor_ranks(world):
@@ -132,22 +136,24 @@ def _check_run(config: RunConfig, processes: int) -> list[str]:
     world = World(0, processes, 0, processes)
     task = preflight(config, world)
     silence_libraries()
-    prepare_cpu(ONE_PROCESS)
-    import transformers
+    with Wait(Console(0, stderr=True), _IMPORTING):
+        prepare_cpu(ONE_PROCESS)
+        import transformers
 
-    from sparse_llm_ft.context.context import RunContext
-    from sparse_llm_ft.training.run import Run
+        from sparse_llm_ft.context.context import RunContext
+        from sparse_llm_ft.training.run import Run
 
     transformers.utils.logging.disable_progress_bar()
     return Run.prepare(RunContext.open(config, world, task)).describe()
 
 
 def _derive(options: argparse.Namespace) -> None:
-    from sparse_llm_ft.context.preflight import preflight
+    from sparse_llm_ft.context.preflight import check_node, preflight
 
     catch_signals()
     config, world = load_config(*split_arguments(options.config)), find_world()
     task = preflight(config, world)
+    check_node(config)
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.run import derive
@@ -177,7 +183,6 @@ def _tasks(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     folder = RunFolder(options.run)
     summary = folder.summary()
-    from sparse_llm_ft.io.console import Console
     from sparse_llm_ft.training.records import show_summary
 
     show_summary(summary, folder, Console(rank=0))

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_llm_ft.config import RunConfig, load_config, merge, parse_config
-from sparse_llm_ft.context.preflight import check_eval_splits
+from sparse_llm_ft.context.preflight import check_eval_splits, check_node
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
 from sparse_llm_ft.export.options import TARGETS, ExportOptions, refuse_existing
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.run_folder import CONFIG_FILE, open_run
 
 if TYPE_CHECKING:
     from sparse_llm_ft.inference.trained_run import TrainedRun
 
 _RUN = "a run's output_dir; the run need not be finished"
-_MEASURING = ("evaluation.", "deepspeed.", "task.path=", "task.metrics=", "seed=")
+_MEASURING = ("evaluation.", "deepspeed.", "task.path=", "task.metrics=", "model.stage_to=", "seed=")
 _TO = "peft: a stock PEFT adapter; merged: whole weights, for transformers alone; native: this package's own adapter"
 
 
@@ -118,13 +119,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not config.evaluation.samples:
         raise UserError("evaluation.samples: 0 measures nothing; expected 1 or more")
     check_eval_splits(config, task)
+    check_node(config)
     if options.output:
         refuse_existing(Path(options.output))
     from sparse_llm_ft.distributed.collectives import broadcast_int
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.engine.engine import process_group
     from sparse_llm_ft.inference.evaluate import evaluate, free_folder
-    from sparse_llm_ft.io.console import Console
 
     output = Path(options.output) if options.output else free_folder(folder.path)
     with ExitStack() as connected:
@@ -135,19 +136,22 @@ def _evaluate(options: argparse.Namespace) -> None:
             connected.enter_context(process_group())
             return broadcast_int(step)
 
-        result = evaluate(_read(options, config, world, connect), output)
-    console = Console(world.rank)
+        console = Console(world.rank)
+        result = evaluate(_read(options, config, world, connect, console), output)
     for name, value in result["metrics"].items():
         console.log(f"{name} {value:.4f}")
     console.log(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")
 
 
 def _with_settings(path: Path, settings: Sequence[str]) -> RunConfig:
-    """The run's settings, overridden by those given; only sections that do not make it another run are allowed."""
+    """The run's settings, overridden by those given; only sections that do not make it another run are allowed.
+
+    The run's own ``model.stage_to`` does not count: the folder may be a stranger's, and must not say where to write.
+    """
     for setting in settings:
         if not setting.startswith(_MEASURING):
             raise UserError(f"{setting}: expected a setting of {', '.join(_MEASURING)}")
-    return load_config([str(path)], settings)
+    return load_config([str(path)], ["model.stage_to=null", *settings])
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -192,8 +196,13 @@ def _read(
     config: RunConfig | None = None,
     world: World = ONE_PROCESS,
     agree: Callable[[int], int] = int,
+    console: Console | None = None,
 ) -> TrainedRun:
-    """Open the run, and print a line on standard error about each of its checkpoints that cannot be used."""
+    """Open the run, and print a line on standard error about each of its checkpoints that cannot be used.
+
+    Args:
+        console: None: one on standard error, since standard output gets a result.
+    """
     open_run(options.run)  # reports what is wrong with it before anything slow is imported
     import transformers
 
@@ -201,7 +210,8 @@ def _read(
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = read_run(options.run, config, world, options.trust_remote_code, agree)
+    console = Console(world.rank, stderr=True) if console is None else console
+    run = read_run(options.run, config, world, options.trust_remote_code, agree, console)
     for complaint in run.complaints if world.rank == 0 else ():
         print(complaint, file=sys.stderr)
     return run

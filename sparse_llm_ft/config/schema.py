@@ -31,6 +31,9 @@ class ModelConfig(Section):
         trust_remote_code: whether code from the model's repository or folder may run in this process.
         resize_embeddings: give the input embeddings and the output head a row for each token of the tokenizer, if it
             has more than they do.
+        stage_to: a folder on each node's own disk, into which the first process of the node copies the base's files,
+            once; weights are then read from there. Environment variables are replaced on the node
+            (model/base_files.py).
     """
 
     name: FilePath = Field(min_length=1)
@@ -42,6 +45,7 @@ class ModelConfig(Section):
     attn_implementation: str | None = None
     trust_remote_code: StrictBool = False
     resize_embeddings: StrictBool = False
+    stage_to: FilePath | None = Field(None, min_length=1)
 
 
 class TaskConfig(Section):

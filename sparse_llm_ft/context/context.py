@@ -70,6 +70,7 @@ class RunContext:
         task: Task,
         begun: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        console: Console | None = None,
     ) -> RunContext:
         """Check every setting that model and DeepSpeed can check before weights are loaded.
 
@@ -80,11 +81,12 @@ class RunContext:
             task: the result of `preflight`.
             begun: whether the run has a plan already, in a checkpoint; so has one whose folder holds checkpoints.
             tokenizer: in place of the model's own, for planning without one.
+            console: shows what is logged; None: on standard output.
 
         Raises:
             ConfigError: naming the setting.
         """
-        console = Console(world.rank)
+        console = Console(world.rank) if console is None else console
         check_deepspeed(config.deepspeed.extra)
         if config.model.trust_remote_code:
             console.log(
@@ -190,6 +192,7 @@ class RunContext:
             self.world,
             self.config.deepspeed.zero_stage,
             self.config.seed,
+            self.console,
             ChatFormat.of(self.tokenizer, self.config.task).end_token_id,
         )
 

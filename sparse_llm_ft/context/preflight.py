@@ -13,6 +13,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.metrics import numbers_of
+from sparse_llm_ft.model.base_files import stage_folder
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -43,6 +44,16 @@ def preflight(config: RunConfig, world: World) -> Task:
     if config.evaluation.samples:
         check_eval_splits(config, task)
     return task
+
+
+def check_node(config: RunConfig) -> None:
+    """Check what only a node that trains can; a login node may lack the variables in ``model.stage_to``.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if config.model.stage_to is not None:
+        stage_folder(config.model.stage_to)
 
 
 def _check_best(config: RunConfig, task: Task) -> None:

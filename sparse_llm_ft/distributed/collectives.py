@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +13,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sparse_llm_ft.distributed.signals import exit_if_preempted
-from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError
+from sparse_llm_ft.distributed.world import World, node_name
+from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError, describe_failure
 from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.io.wait import Wait
 
 _FINE, _WORKING, _USER, _OWN = range(4)
 """States that ranks exchange; the largest wins."""
@@ -25,14 +26,14 @@ def run_on_rank_zero(world: World, action: Callable[[], None]) -> None:
     """Collective. Run `action` on rank 0 while the others wait; if it fails, all ranks stop.
 
     Raises:
-        UserError: on every rank, with the reason on rank 0 (a full or read-only disk, a folder in use).
+        UserError: on every rank, with the reason (a full or read-only disk, a folder in use).
         TrainingError: on every rank if rank 0 raised one. Any other exception keeps its type and traceback on rank 0,
             and becomes a TrainingError elsewhere.
     """
-    _on_some(world.rank == 0, action, "rank 0 failed")
+    _on_some(world.rank == 0, action)
 
 
-def _on_some(chosen: bool, action: Callable[[], None], elsewhere: str) -> None:
+def _on_some(chosen: bool, action: Callable[[], None]) -> None:
     failure: Exception | None = None
     if chosen:
         try:
@@ -40,7 +41,7 @@ def _on_some(chosen: bool, action: Callable[[], None], elsewhere: str) -> None:
         except Exception as error:  # of any type: no rank may wait for this one
             failure = error
     failure, kind = _judged(failure)
-    _end(failure, _worst(kind), elsewhere)
+    _end(failure, _worst(kind))
 
 
 def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
@@ -49,11 +50,31 @@ def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
     return failure, _FINE if failure is None else _USER if isinstance(failure, UserError) else _OWN
 
 
-def _end(failure: Exception | None, worst: int, elsewhere: str) -> None:
-    if failure is not None:
-        raise failure
-    if worst:
-        raise (UserError if worst == _USER else TrainingError)(elsewhere)
+def _end(failure: Exception | None, worst: int) -> None:
+    """Collective. If a rank has failed, raise: there its own error, and elsewhere one with the first one's reason."""
+    if worst == _FINE:
+        return
+    reason = first_failure(failure)
+    error = (UserError if worst == _USER else TrainingError)(reason or "") if failure is None else failure
+    if isinstance(error, UserError | TrainingError):
+        error.is_shared = True
+    raise error
+
+
+def first_failure(failure: Exception | None) -> str | None:
+    """Collective. Which rank has failed, on which node, and why, in one line; of several ranks the first one. None if
+    none has.
+
+    Args:
+        failure: this rank's.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor([size if failure is None else rank], device=_device())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) == size:
+        return None
+    own = "" if failure is None else f"rank {rank} ({node_name()}): {describe_failure(failure)}"
+    return broadcast_bytes(own.encode(), int(first)).decode()
 
 
 def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "", every: float = 30.0) -> None:
@@ -63,12 +84,12 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
     exceeds the process group's timeout.
 
     Args:
-        what: describes the action in a line that rank 0 logs at each synchronisation; empty: none.
+        what: describes the action while rank 0 shows that it takes a while; empty: it does not.
         every: seconds between synchronisations.
 
     Raises:
-        UserError: on every rank, with the reason where it failed. An exception that is neither this nor a disk error
-            keeps its type and traceback there, and becomes a TrainingError elsewhere.
+        UserError: on every rank, with the reason. An exception that is neither this nor a disk error keeps its type
+            and traceback where it was raised, and becomes a TrainingError elsewhere.
         PreemptionRequested: on every rank, if one was asked to leave meanwhile. `action` stops when the process ends.
     """
     raised: list[Exception] = []
@@ -82,19 +103,17 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
     worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not delay the end of the process
     if world.local_rank == 0:
         worker.start()
-    began, console = time.monotonic(), Console(world.rank)
-    while True:
-        if world.local_rank == 0:
-            worker.join(every)
-        working = worker.is_alive()  # read first: the thread raises before it ends
-        failure, kind = _judged(raised[0] if raised else None)
-        worst = _worst(_WORKING if working else kind)
-        if worst != _WORKING:
-            break
-        exit_if_preempted()
-        if what:
-            console.log(f"{what}: {time.monotonic() - began:.0f} s so far")
-    _end(failure, worst, "the first rank of another node failed")
+    with Wait(Console(world.rank), what) if what else nullcontext():
+        while True:
+            if world.local_rank == 0:
+                worker.join(every)
+            working = worker.is_alive()  # read first: the thread raises before it ends
+            failure, kind = _judged(raised[0] if raised else None)
+            worst = _worst(_WORKING if working else kind)
+            if worst != _WORKING:
+                break
+            exit_if_preempted()
+    _end(failure, worst)
 
 
 def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:
@@ -111,23 +130,23 @@ def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:
         except (OSError, CheckpointError) as error:
             raise UserError(f"{error}{ending}") from error
 
-    _on_some(True, hinted, f"another process failed{ending}")
+    _on_some(True, hinted)
 
 
-def broadcast_int(value: int) -> int:
-    """Collective. Rank 0's value."""
+def broadcast_int(value: int, source: int = 0) -> int:
+    """Collective. The value of the rank `source`."""
     shared = torch.tensor([value], device=_device())
-    dist.broadcast(shared, 0)
+    dist.broadcast(shared, source)
     return int(shared)
 
 
-def broadcast_bytes(data: bytes) -> bytes:
-    """Collective. Rank 0's bytes."""
-    size = broadcast_int(len(data))
+def broadcast_bytes(data: bytes, source: int = 0) -> bytes:
+    """Collective. The bytes of the rank `source`."""
+    size = broadcast_int(len(data), source)
     shared = torch.zeros(size, dtype=torch.uint8, device=_device())
-    if dist.get_rank() == 0:
+    if dist.get_rank() == source:
         shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else shared)
-    dist.broadcast(shared, 0)
+    dist.broadcast(shared, source)
     return bytes(shared.cpu().numpy())
 
 
@@ -157,7 +176,7 @@ def coordinate(world: World, what: str) -> Coordination:
     """The coordination of connected ranks.
 
     Args:
-        what: the work, for the progress lines of `run_on_local_leaders`.
+        what: the work of `run_on_local_leaders`, for people who wait.
     """
     return Coordination(
         partial(run_on_rank_zero, world),
@@ -174,8 +193,13 @@ def _run_alone(action: Callable[[], None]) -> None:
         raise UserError(str(error)) from error
 
 
-ALONE = Coordination(_run_alone, _run_alone, _run_alone, str)
-"""A single process; a file that cannot be read is a `UserError`."""
+def _lead_alone(action: Callable[[], None]) -> None:
+    with Wait(Console(0, stderr=True), "reading and tokenising the data"):
+        _run_alone(action)
+
+
+ALONE = Coordination(_run_alone, _lead_alone, _run_alone, str)
+"""A single process; a file that cannot be read is a `UserError`. Commands print their results on standard output."""
 
 
 def _worst(failure: int) -> int:

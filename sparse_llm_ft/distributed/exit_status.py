@@ -43,8 +43,8 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
     `PreemptionRequested` into its line and status 75, after Ctrl-C 130.
 
     All ranks raise the same error, and rank 0 prints it. The others wait a moment before they exit, since launchers
-    kill all processes when the first one fails. If the first process of another node is still alive then, the error may
-    be its own (a file missing there), and it prints it too.
+    kill all processes when the first one fails. If the first process of another node is still alive then, and rank 0
+    does not know of the error (`is_shared`), it may be its own (a file missing there), and it prints it too.
 
     Args:
         debug: print the error's stack before its line.
@@ -55,7 +55,7 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
         status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
         if world.rank != 0:
             _wait_for_rank_zero()
-        if world.local_rank == 0:
+        if world.rank == 0 or (world.local_rank == 0 and not error.is_shared):
             if debug:
                 traceback.print_exc()
             where = f"rank {world.rank}: " if world.rank else ""
@@ -80,13 +80,18 @@ def _wait_for_rank_zero() -> None:
         time.sleep(0.05)
 
 
-def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
-    """End this process from any thread, with one line and status 1, because other ranks are `dead`.
+def end_at_once(
+    world: World, gone: set[int], text: str, status: int = TRAINING_ERROR, is_said: bool = False
+) -> NoReturn:
+    """End this process from any thread, with one line, because other ranks are `gone`.
 
     The first survivor of each node prints the line; the others wait a moment, as in `one_line_errors`.
+
+    Args:
+        is_said: whether one of those that are gone has printed it.
     """
     first = world.rank - world.local_rank
-    if any(rank not in dead for rank in range(first, world.rank)):
+    if is_said or any(rank not in gone for rank in range(first, world.rank)):
         _wait_for_rank_zero()
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)
@@ -94,4 +99,4 @@ def end_at_once(world: World, dead: set[int], text: str) -> NoReturn:
         recorder = threading.Thread(target=action, args=(text,), daemon=True)
         recorder.start()
         recorder.join(_GRACE_SECONDS)
-    os._exit(TRAINING_ERROR)  # the main thread may wait in a collective forever
+    os._exit(status)  # the main thread may wait in a collective forever

@@ -1,7 +1,8 @@
 """Detects dead ranks. The survivors name them and exit, whatever collective they are waiting in.
 
 A thread of every rank writes a beat into the run's TCPStore and reads the beats of all others, over its own connection.
-It adds no traffic to the training's collectives, and training never waits for it.
+It adds no traffic to the training's collectives, and training never waits for it. A rank that leaves with an error of
+its own writes the reason in place of a beat, so that the others end with it and need not wait for the silence.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch.distributed as dist
 
 from sparse_llm_ft.distributed import exit_status, signals
 from sparse_llm_ft.distributed.world import World, node_name
-from sparse_llm_ft.errors import TrainingError, UserError, reason_of
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, describe_failure, reason_of
 
-_DONE = "done"
+_DONE, _FAILED = "done", "failed"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Timeouts:
         doubted: the same after this process was asked to leave. Launchers ask the survivors when one rank dies, and
             kill them 30 s later.
         lost: the same after a collective has failed, which proves that a rank is gone.
+        failed: after another rank has left with an error, until this one ends too. The same error may be on its way
+            here, and then this process ends with its own.
         store: within which the store must answer.
     """
 
@@ -42,6 +45,7 @@ class Timeouts:
     silent: float = 40.0
     doubted: float = 15.0
     lost: float = 6.0
+    failed: float = 3.0
     store: float = 5.0
 
 
@@ -55,6 +59,7 @@ class Heartbeat:
         connect: connects to the store; called again after a failure.
         holder: the rank to blame if the store is not reachable, and its description.
         end: called with the dead ranks and their description.
+        left: called with a rank that has left with an error, its line about it, and its exit status.
     """
 
     def __init__(
@@ -64,13 +69,15 @@ class Heartbeat:
         holder: tuple[int, str],
         end: Callable[[set[int], str], None],
         timeouts: Timeouts = Timeouts(),
+        left: Callable[[int, str, int], None] = lambda rank, text, status: None,
     ) -> None:
         self.world, self.timeouts = world, timeouts
-        self._connect, self._holder, self._end = connect, holder, end
+        self._connect, self._holder, self._end, self._left = connect, holder, end, left
         self._others = [rank for rank in range(world.size) if rank != world.rank]
         self._last = dict.fromkeys(self._others, "")
         self._silent = dict.fromkeys(self._others, 0.0)
         self._store_silence, self._beats, self._met = 0.0, 0, False
+        self._since_failure = 0.0
         self._store: Any = None
         self._heard: list[str] | None = None
         self._stopped, self._lost = threading.Event(), threading.Event()
@@ -88,11 +95,43 @@ class Heartbeat:
 
     def close(self, done: bool) -> None:
         """Stop; if `done`, tell the others that this rank has finished."""
+        if self._stop() and done:
+            self._exchange(_DONE)
+
+    def fail(self, text: str, status: int) -> bool:
+        """Stop, and tell the others that this rank leaves with an error. On another rank than 0, wait until rank 0 has
+        said it: launchers end all processes when the first one does.
+
+        Args:
+            text: one line about the error.
+            status: this rank's exit status.
+
+        Returns:
+            Whether rank 0 has said it, or one of its own.
+        """
+        beat = f"{_FAILED} {status} rank {self.world.rank} ({node_name()}): {text}"
+        if not self._stop():
+            return False  # the store does not answer
+        if self.world.rank == 0:
+            self._exchange(beat)
+            return False
+        times = self.timeouts
+        end = time.monotonic() + times.failed + 4 * times.beat
+        while time.monotonic() < end:
+            heard = self._exchange(beat)
+            if heard is None or any(signals.caught()):
+                return self._met  # rank 0 has left, or a launcher ends this process because it has
+            if heard[0].startswith(_FAILED):
+                return True
+            time.sleep(times.beat / 10)
+        return False
+
+    def _stop(self) -> bool:
+        """End both threads; False if one still waits for the store."""
         self._stopped.set()
         self._monitor.join()
         self._beater.join(2 * self.timeouts.store)
-        if done and not self._beater.is_alive():
-            self._exchange(_DONE)
+        return not self._beater.is_alive()
 
     def _beat_loop(self) -> None:
         while not self._stopped.is_set():
@@ -132,9 +171,10 @@ class Heartbeat:
             self._store_silence, self._met = 0.0, True
             for rank, beat in zip(self._others, beats, strict=True):
                 starting = beat == "" and not self._lost.is_set()  # a rank in a failed collective had started
-                alive = starting or beat == _DONE or beat != self._last[rank]
+                alive = starting or beat.startswith((_DONE, _FAILED)) or beat != self._last[rank]
                 self._silent[rank] = 0.0 if alive else self._silent[rank] + seconds
                 self._last[rank] = beat
+        self._follow_failure(seconds)
         limit = self._limit()
         dead = {rank for rank, silent in self._silent.items() if silent >= limit}
         hosts = {rank: self._last[rank].partition(" ")[2] or "host unknown" for rank in dead}
@@ -143,6 +183,16 @@ class Heartbeat:
             dead, names = {self._holder[0]}, [self._holder[1]]
         if dead and not self._stopped.is_set():
             self._end(dead, ", ".join(names))
+
+    def _follow_failure(self, seconds: float) -> None:
+        """End as the first rank did that has left with an error, some seconds after it."""
+        failed = next((rank for rank in self._others if self._last[rank].startswith(_FAILED)), None)
+        if failed is None:
+            return
+        self._since_failure += seconds
+        if self._since_failure >= self.timeouts.failed and not self._stopped.is_set():
+            _, status, text = self._last[failed].split(" ", 2)
+            self._left(failed, text, int(status))
 
     def _limit(self) -> float:
         if self._lost.is_set():
@@ -154,7 +204,7 @@ class Heartbeat:
 def monitor_ranks(world: World) -> Iterator[None]:
     """Monitor the other ranks while the body runs, and end the process as soon as one is dead.
 
-    If the body raises, the others find this rank silent, unless they stop with the same error.
+    If the body raises, the others hear why and end too, unless they stop with the same error.
     """
     if world.size == 1:
         yield
@@ -174,18 +224,35 @@ def monitor_ranks(world: World) -> Iterator[None]:
             "checkpoint",
         )
 
-    heartbeat = Heartbeat(world, lambda: _store(address, port), holder, end)
-    done = False
+    def left(rank: int, text: str, status: int) -> None:
+        exit_status.end_at_once(world, {rank}, text, status, is_said=rank == 0)
+
+    heartbeat = Heartbeat(world, lambda: _store(address, port), holder, end, left=left)
     try:
         yield
-        done = True
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+    except Exception as error:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             heartbeat.collective_failed()
+        _leave(heartbeat, error)
         raise
+    except BaseException:
+        heartbeat.close(done=False)
+        raise
+    else:
+        heartbeat.close(done=True)
     finally:
-        heartbeat.close(done)
         del server
+
+
+def _leave(heartbeat: Heartbeat, error: Exception) -> None:
+    """Stop; if the error is this rank's own, let the others know."""
+    if isinstance(error, PreemptionRequested) or (isinstance(error, UserError | TrainingError) and error.is_shared):
+        heartbeat.close(done=False)  # every rank leaves by itself
+        return
+    status = exit_status.USER_ERROR if isinstance(error, UserError) else exit_status.TRAINING_ERROR
+    is_said = heartbeat.fail(describe_failure(error), status)
+    if isinstance(error, UserError | TrainingError):
+        error.is_shared = is_said
 
 
 @contextmanager

@@ -12,13 +12,16 @@ from sparse_llm_ft.adapters import add_adapters, change_plan, is_adapter, traine
 from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
+from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import gathered_copy, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.layers import compile_layers
 from sparse_llm_ft.model.loading import load_model
-from sparse_llm_ft.model.loading_progress import Begin
+from sparse_llm_ft.model.staging import keep_name, stage_base
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -28,18 +31,25 @@ def build_model(
     task_mode: TaskMode,
     plan: AdapterPlan,
     deepspeed_settings: Mapping[str, object],
-    bar: Begin | None = None,
+    world: World,
+    console: Console,
 ) -> PeftModel:
-    """Collective. Load the base and put the plan's adapters on it, the same on every rank.
+    """Collective. Load the base, from the node's copy under ``model.stage_to``, and put the plan's adapters on it, the
+    same on every rank.
 
     Args:
         deepspeed_settings: of the engine that will be built around the model.
-        bar: shows the progress of loading; None: nothing does.
+
+    Raises:
+        UserError: the base cannot be copied or loaded.
     """
-    if config.deepspeed.zero_stage == 3:
-        base = load_sharded_model(config.model, deepspeed_settings, task_mode, config.seed, bar=bar)
-    else:
-        base = load_model(config.model, task_mode, config.seed, bar)
+    model = stage_base(config.model, world, console)
+    with Wait(console, "loading", unit="bytes") as wait:
+        if config.deepspeed.zero_stage == 3:
+            base = load_sharded_model(model, deepspeed_settings, task_mode, config.seed, wait=wait)
+        else:
+            base = load_model(model, task_mode, config.seed, wait)
+    keep_name(base, config.model)
     torch.manual_seed(config.seed)
     return _compiled(config, add_adapters(base, plan))
 

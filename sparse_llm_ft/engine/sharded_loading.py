@@ -38,8 +38,8 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.engine.shared_files import SLICE_BYTES, Layout, Node, Reads, ShardLayout, SharedFile, node_of
 from sparse_llm_ft.engine.split_quantization import SplitQuantizer
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.loading import DTYPES, device, load_model, load_tokenizer, silence
-from sparse_llm_ft.model.loading_progress import Begin
 from sparse_llm_ft.model.resizing import grow_embeddings, token_count
 
 
@@ -50,7 +50,7 @@ def load_sharded_model(
     seed: int = 0,
     node: str | None = None,
     reads: Reads | None = None,
-    bar: Begin | None = None,
+    wait: Wait | None = None,
 ) -> PreTrainedModel:
     """Collective. `load_model`, with every parameter of the checkpoint already sharded.
 
@@ -60,7 +60,7 @@ def load_sharded_model(
         deepspeed_settings: of the engine that will be built around the model.
         node: processes with the same name share one reading of the files; None: those of one host.
         reads: counts what this process reads.
-        bar: shows the progress; None: nothing does.
+        wait: shows the progress, in bytes; None: nothing does.
 
     Raises:
         ConfigError: weights that cannot be loaded, on this rank or another.
@@ -84,7 +84,7 @@ def load_sharded_model(
         # Reading is a collective: one tensor after the other, in this thread.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         with _shard_what_is_set(shard):
-            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed, bar)
+            model = load_model(config.model_copy(update={"resize_embeddings": False}), task_mode, seed, wait)
     if config.resize_embeddings:
 
         def place(parameter: nn.Parameter) -> None:

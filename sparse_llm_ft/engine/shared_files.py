@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import modeling_utils
 
+from sparse_llm_ft.distributed.collectives import first_failure
 from sparse_llm_ft.model.loading import device
 
 SLICE_BYTES = 16 * 2**20
@@ -308,7 +309,7 @@ def run_or_fail_together(action: Callable[[], None] | None) -> None:
     """Collective. Run `action` on the ranks that have one; if it fails on one rank, all raise.
 
     Raises:
-        OSError: with the reason, on ranks that know it.
+        OSError: with the reason.
     """
     failure: Exception | None = None
     try:
@@ -316,7 +317,6 @@ def run_or_fail_together(action: Callable[[], None] | None) -> None:
             action()
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         failure = error
-    flag = torch.tensor([failure is not None], dtype=torch.int32, device=device())
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
-        raise OSError(str(failure or "another process could not read its weights"))
+    reason = first_failure(failure)
+    if reason is not None:
+        raise OSError(reason if failure is None else str(failure))

@@ -24,6 +24,8 @@ from sparse_llm_ft.evaluation.loop import mean_loss, predict_labels
 from sparse_llm_ft.evaluation.metrics import score
 from sparse_llm_ft.evaluation.spans import choose_spans
 from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.spans import SpanObjective
 
@@ -36,6 +38,7 @@ class Evaluator:
     """Evaluates a fixed subset: before and after training, and in `sparse-llm-ft evaluate`.
 
     Attributes:
+        console: shows the progress.
         end_token_id: ends a decoder's texts beside the end-of-sequence tokens, if given.
     """
 
@@ -48,6 +51,7 @@ class Evaluator:
     world: World
     zero_stage: int
     seed: int
+    console: Console
     end_token_id: int | None = None
 
     @property
@@ -77,14 +81,18 @@ class Evaluator:
         """Collective. Every rank gets all predictions, in order: texts, label indices, or scores; and the mean loss, or
         None if the forward passes do not compute it.
         """
+        with Wait(self.console, f"predicting {part.name}".rstrip(), unit="batches") as wait:
+            return self._predict(model, part, wait)
+
+    def _predict(self, model: nn.Module, part: EvalSplit, wait: Wait) -> tuple[list[Any], float | None]:
         ranks = self.world.rank, self.world.size
         size = self.settings.micro_batch_size
         if isinstance(self.objective, SpanObjective):
             unanswerable = self.task.no_answer is not None
-            spans = choose_spans(model, part.examples, part.samples, self.objective, size, *ranks, unanswerable)
+            spans = choose_spans(model, part.examples, part.samples, self.objective, size, *ranks, unanswerable, wait)
             return spans, None
         if self._has_labels:
-            loss, values = predict_labels(model, part.samples, self.objective, size, *ranks)
+            loss, values = predict_labels(model, part.samples, self.objective, size, *ranks, wait)
             return (values if self.task.labels is None else [int(value) for value in values]), loss
         texts = generate(
             model,
@@ -96,6 +104,7 @@ class Evaluator:
             seed=self.seed,
             seq2seq=self.task_mode.mode == "seq2seq_lm",
             end_token_id=self.end_token_id,
+            wait=wait,
         )
         return texts, None
 
@@ -146,7 +155,8 @@ class Evaluator:
 
     def _loss(self, model: nn.Module, part: EvalSplit) -> float:
         world, size = self.world, self.settings.micro_batch_size
-        return mean_loss(model, part.samples, self.objective, size, world.rank, world.size)
+        with Wait(self.console, f"measuring the loss {part.name}".rstrip(), unit="batches") as wait:
+            return mean_loss(model, part.samples, self.objective, size, world.rank, world.size, wait)
 
 
 def as_score(text: str, limits: tuple[float, float]) -> float:

@@ -25,6 +25,7 @@ from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.evaluation.control_tokens import ControlTokens
 from sparse_llm_ft.evaluation.loop import evaluation_batches
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.architecture import base_of
 
 
@@ -39,6 +40,7 @@ def generate(
     seed: int = 0,
     seq2seq: bool = False,
     end_token_id: int | None = None,
+    wait: Wait | None = None,
 ) -> list[str]:
     """Collective. Every rank gets the generated text of every sample, in order.
 
@@ -55,8 +57,11 @@ def generate(
         seed: seed of sampling.
         seq2seq: an encoder reads the prompt; the decoder generates from its start token on.
         end_token_id: a further token that ends a text, if given.
+        wait: shows how many batches are done.
     """
-    tokens = rank_tokens(model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq, end_token_id)
+    tokens = rank_tokens(
+        model, samples, tokenizer, settings, rank, world_size, synced, seed, seq2seq, end_token_id, wait
+    )
     if world_size > 1:
         dist.all_reduce(tokens)
     base: Any = base_of(model)
@@ -75,6 +80,7 @@ def rank_tokens(
     seed: int,
     seq2seq: bool,
     end_token_id: int | None = None,
+    wait: Wait | None = None,
 ) -> torch.Tensor:
     """Collective. The tokens that this rank generates, see `generate`.
 
@@ -95,7 +101,9 @@ def rank_tokens(
     # Each batch's new tokens, up to the first stop token.
     with (
         _without_own_settings(model),
-        evaluation_batches(model, samples, lengths, collate, settings.micro_batch_size, rank, world_size) as batches,
+        evaluation_batches(
+            model, samples, lengths, collate, settings.micro_batch_size, rank, world_size, wait=wait
+        ) as batches,
     ):
         for indices, batch in batches:
             begin = 1 if seq2seq else batch["input_ids"].shape[1]

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.distributed.signals import exit_if_preempted
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
 
 S = TypeVar("S")
@@ -40,6 +41,7 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     preemptible: bool = True,
+    wait: Wait | None = None,
 ) -> Iterator[Iterator[IndexedBatch]]:
     """Collective. This rank's batches on the model's device, in evaluation mode without gradients. Each module's own
     mode is restored at the end, also after an error.
@@ -50,6 +52,7 @@ def evaluation_batches(
     Args:
         lengths: (samples,), the tokens of each sample.
         preemptible: whether a signal ends the run after a batch; otherwise the caller handles it.
+        wait: shows how many batches are done.
 
     Raises:
         PreemptionRequested: on every rank, while the batches are consumed.
@@ -58,7 +61,8 @@ def evaluation_batches(
         device = next(model.parameters()).device
         order = np.argsort(lengths, kind="stable").tolist()  # saves padding
         places = rank_batches(len(samples), batch_size, rank, world_size)
-        yield _collated([[order[place] for place in row] for row in places], samples, collate, device, preemptible)
+        rows = [[order[place] for place in row] for row in places]
+        yield _collated(rows, samples, collate, device, preemptible, wait)
 
 
 def _collated(
@@ -67,16 +71,25 @@ def _collated(
     collate: Callable[[Sequence[S]], Batch],
     device: torch.device,
     preemptible: bool,
+    wait: Wait | None,
 ) -> Iterator[IndexedBatch]:
-    for indices in rows:
+    for done, indices in enumerate(rows, 1):
         batch = collate([samples[i] for i in indices or [0]])
         yield indices, {name: value.to(device) for name, value in batch.items()}
+        if wait is not None:
+            wait.at(done, len(rows))
         if preemptible:
             exit_if_preempted()
 
 
 def mean_loss(
-    model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
+    model: nn.Module,
+    samples: Sequence[Any],
+    objective: Objective[Any],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    wait: Wait | None = None,
 ) -> float:
     """Collective. Mean loss per unit over all `samples`; each counts once whatever the world size.
 
@@ -85,7 +98,7 @@ def mean_loss(
     total = torch.zeros(2, dtype=torch.float64)
     lengths = lengths_of(samples, objective)
     with evaluation_batches(
-        model, samples, lengths, objective.batch, batch_size, rank, world_size, preemptible=False
+        model, samples, lengths, objective.batch, batch_size, rank, world_size, preemptible=False, wait=wait
     ) as batches:
         for indices, batch in batches:
             loss = objective.loss(model, batch)
@@ -99,7 +112,13 @@ def mean_loss(
 
 
 def predict_labels(
-    model: nn.Module, samples: Sequence[Any], objective: Objective[Any], batch_size: int, rank: int, world_size: int
+    model: nn.Module,
+    samples: Sequence[Any],
+    objective: Objective[Any],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    wait: Wait | None = None,
 ) -> tuple[float, list[float]]:
     """Collective. Every rank gets the mean loss per unit (see `mean_loss`) and every sample's predicted label index or
     score, in order.
@@ -110,7 +129,9 @@ def predict_labels(
     predictions = torch.zeros(len(samples), dtype=torch.float64, device=device)
     units = torch.zeros((), dtype=torch.float64, device=device)
     lengths = lengths_of(samples, objective)
-    with evaluation_batches(model, samples, lengths, objective.batch, batch_size, rank, world_size) as batches:
+    with evaluation_batches(
+        model, samples, lengths, objective.batch, batch_size, rank, world_size, wait=wait
+    ) as batches:
         for indices, batch in batches:
             loss, predicted = objective.losses_and_predictions(model, batch)
             losses[indices] = loss[: len(indices)].double()

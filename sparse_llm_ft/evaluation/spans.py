@@ -14,6 +14,7 @@ from torch import nn
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.spans import SpanSample
 from sparse_llm_ft.evaluation.loop import evaluation_batches
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.objectives.base import lengths_of
 from sparse_llm_ft.objectives.spans import SpanObjective
 
@@ -33,6 +34,7 @@ def choose_spans(
     rank: int,
     world_size: int,
     unanswerable: bool,
+    wait: Wait | None = None,
 ) -> list[str]:
     """Collective. Every rank gets every example's answer, in order: a span of its context.
 
@@ -43,8 +45,9 @@ def choose_spans(
         samples: all windows of the examples.
         unanswerable: whether questions may have no answer. Then the answer is "" if the classification token's two
             logits have a larger sum in every window than the best span. Otherwise it is "" only if no span is possible.
+        wait: shows how many batches are done.
     """
-    scores, spans = rank_spans(model, samples, objective, batch_size, rank, world_size)
+    scores, spans = rank_spans(model, samples, objective, batch_size, rank, world_size, wait)
     if world_size > 1:
         dist.all_reduce(scores)
         dist.all_reduce(spans)
@@ -58,6 +61,7 @@ def rank_spans(
     batch_size: int,
     rank: int,
     world_size: int,
+    wait: Wait | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Collective. The best spans of this rank's windows, see `choose_spans`.
 
@@ -69,7 +73,9 @@ def rank_spans(
     scores = torch.zeros((len(samples), 2), dtype=torch.float64, device=device)
     spans = torch.zeros((len(samples), 2), dtype=torch.long, device=device)
     lengths = lengths_of(samples, objective)
-    with evaluation_batches(model, samples, lengths, objective.batch, batch_size, rank, world_size) as batches:
+    with evaluation_batches(
+        model, samples, lengths, objective.batch, batch_size, rank, world_size, wait=wait
+    ) as batches:
         for indices, batch in batches:
             starts, ends = objective.logits(model, batch)
             for row, i in enumerate(indices):

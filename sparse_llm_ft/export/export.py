@@ -31,6 +31,7 @@ from sparse_llm_ft.export.truncate import to_rank
 from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 from sparse_llm_ft.io.atomic import write_folder
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.serving.commands import GGUF_SERVERS
 
@@ -99,11 +100,12 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
     """
     if options.to == "merged":
         _write_merged(folder, run, options.max_shard_size)
-    elif options.to == "native":
+        return []
+    with Wait(run.context.console, "exporting"):
+        if options.to == "peft":
+            return _write_peft(folder, run, options, base)
         _write_native(folder, run, base)
-    else:
-        return _write_peft(folder, run, options, base)
-    return []
+        return []
 
 
 def _write_peft(folder: Path, run: TrainedRun, options: ExportOptions, base: str) -> list[str]:
@@ -135,13 +137,14 @@ def _write_peft(folder: Path, run: TrainedRun, options: ExportOptions, base: str
 
 def _write_merged(folder: Path, run: TrainedRun, max_shard_size: str) -> None:
     trained = load_trained(run, dequantize=True)
-    try:
-        model = merge_adapters(trained)
-        save_whole_model(folder, model, run.context, max_shard_size)
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
-        reason = reason_of(error)
-        raise UserError(f"--to merged: {run.config.model.name} cannot be saved as a whole model ({reason})") from error
-    check_values(folder, run.context, model.state_dict())
+    with Wait(run.context.console, "exporting"):
+        try:
+            model = merge_adapters(trained)
+            save_whole_model(folder, model, run.context, max_shard_size)
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+            name, reason = run.config.model.name, reason_of(error)
+            raise UserError(f"--to merged: {name} cannot be saved as a whole model ({reason})") from error
+        check_values(folder, run.context, model.state_dict())
 
 
 def _write_native(folder: Path, run: TrainedRun, base: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from sparse_llm_ft.engine.build import build_model, engine_settings
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.inference.trained_run import TrainedRun
 from sparse_llm_ft.io.atomic import write_file
-from sparse_llm_ft.io.loading_bar import LoadingBar
 from sparse_llm_ft.model.loading import check_weights
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
@@ -49,8 +47,7 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
 
     # The model with the checkpoint's state in an engine.
     settings = engine_settings(config, run.phase.with_batch(1, world.size), world.size)
-    bar = partial(LoadingBar, context.console)
-    model = build_model(config, context.task_mode, run.plan, settings.to_deepspeed(), bar)
+    model = build_model(config, context.task_mode, run.plan, settings.to_deepspeed(), world, context.console)
     engine = Engine(model, settings, run.plan)
     engine.load_state_dict(run.state.engine_state)
 

@@ -21,6 +21,8 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World
 from sparse_llm_ft.errors import CheckpointError, UserError
+from sparse_llm_ft.io.console import Console
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.linear import restore_transposed
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.phase import Phase
@@ -78,6 +80,7 @@ def read_run(
     world: World = ONE_PROCESS,
     trust_remote_code: bool = False,
     broadcast: Callable[[int], int] = int,
+    console: Console | None = None,
 ) -> TrainedRun:
     """Open the run in `path` and find its newest usable checkpoint. Reads no weights of the base.
 
@@ -86,6 +89,7 @@ def read_run(
         trust_remote_code: whether the base's own code may run. The folder's config.yaml cannot allow it, since the
             folder is untrusted.
         broadcast: returns rank 0's value, so that all processes load the same step.
+        console: as in `RunContext.open`.
 
     Raises:
         UserError: there is no run, no checkpoint or no base, or the base's code is not allowed.
@@ -101,7 +105,7 @@ def read_run(
         )
 
     # The checkpoint: every process loads rank 0's step.
-    context = RunContext.open(config, world, resolve_task(config.task), begun=True)
+    context = RunContext.open(config, world, resolve_task(config.task), begun=True, console=console)
     found, complaints = newest_valid(folder.checkpoints, context.expected, folder.stored_identity())
     if found is None:
         raise UserError("; ".join((*complaints, f"{path}: no usable checkpoint")))
@@ -117,8 +121,10 @@ def read_run(
 
 
 def in_one_process(config: RunConfig) -> RunConfig:
-    """The settings for one process: no DeepSpeed, and the model's default attention."""
-    model = config.model.model_copy(update={"gradient_checkpointing": False, "attn_implementation": None})
+    """The settings for one process: no DeepSpeed, the model's default attention, and no copy of its files."""
+    model = config.model.model_copy(
+        update={"gradient_checkpointing": False, "attn_implementation": None, "stage_to": None}
+    )
     return config.model_copy(update={"model": model, "deepspeed": DeepSpeedConfig(zero_stage=0)})
 
 
@@ -134,7 +140,8 @@ def load_trained(run: TrainedRun, dequantize: bool = False) -> PeftModel:
         UserError: the base cannot be loaded, or the checkpoint lacks a trained tensor.
     """
     settings = run.context.config.model
-    base = load_model(settings, run.task_mode, run.config.seed)
+    with Wait(run.context.console, "loading", unit="bytes") as wait:
+        base = load_model(settings, run.task_mode, run.config.seed, wait)
     if dequantize and settings.quantization != "none":
         base.dequantize()
         restore_transposed(base, run.empty)

@@ -19,13 +19,16 @@ _LOGGER = logging.getLogger(__name__)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = True) -> None:
     """Replace `target` by the files that `fill` writes, or leave it unchanged.
 
     `fill` writes into an empty temporary folder beside `target`. This function gives its files, also those in folders,
     the rights that the umask gives, lists them with size and SHA-256 in ``manifest.json``, syncs them to disk, and
     renames the folder. A crash leaves at most a ``.tmp-`` folder, which the next write of the same target removes. An
     older `target` moves aside first and is removed last.
+
+    Args:
+        manifest: whether to write ``manifest.json``, for which every file is read once more.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
@@ -38,17 +41,19 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     entries = sorted(temporary.rglob("*"))
     folders = [path for path in entries if path.is_dir()]
     files = [path for path in entries if not path.is_dir()]
-    manifest = {
-        path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-    }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    rights = (temporary / MANIFEST).stat().st_mode & 0o777  # as the umask gives them
+    if manifest:
+        listed = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        files.append(temporary / MANIFEST)
+    rights = temporary.stat().st_mode & 0o777  # as the umask gives them
     for path in files:
-        path.chmod(rights)  # safetensors, for one, creates files that only their owner can read
+        path.chmod(rights & 0o666)  # safetensors, for one, creates files that only their owner can read
     for path in folders:
-        path.chmod(temporary.stat().st_mode & 0o777)
-    for path in (*files, *folders, temporary / MANIFEST, temporary):
+        path.chmod(rights)
+    for path in (*files, *folders, temporary):
         _sync(path)
     if target.exists():
         target.rename(replaced)

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparse_llm_ft.errors import one_line
@@ -26,15 +27,22 @@ _ESCAPE = "sparse_llm_ft.escape"
 
 
 class Console:
-    """Shows a run's progress on rank 0, and nothing on other ranks."""
+    """Shows a run's progress on rank 0, and nothing on other ranks.
 
-    def __init__(self, rank: int, seconds_between_lines: float = 2.0) -> None:
+    Args:
+        stderr: show it on standard error, for commands whose standard output is a result.
+    """
+
+    def __init__(self, rank: int, seconds_between_lines: float = 2.0, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
         self.enabled = rank == 0
-        self.rich = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
-        self.live = self.enabled and sys.stdout.isatty()
+        self.rich = RichConsole(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+        self.live = self.enabled and stream.isatty()
         self._between = seconds_between_lines
         self._last = float("-inf")
-        self._bar: Progress | None = None
+        self._lock = threading.Lock()  # waits (wait.py) show themselves from threads
+        self._bars: Progress | None = None
+        self._phase: TaskID | None = None
 
     def log(self, text: str) -> None:
         """Print one line, with access tokens masked."""
@@ -44,16 +52,7 @@ class Console:
     def begin(self, phase: str, step: int, total: int) -> None:
         """Start a phase at `step` of the run's `total`."""
         if self.live:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self.rich)
-            self._task = self._bar.add_task(phase, total=total, completed=step, status="")
-            self._bar.start()
+            self._phase = self.add_bar(phase, total, step, f"{step}/{total}")
         self._started, self._first = time.monotonic(), step
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
@@ -64,8 +63,9 @@ class Console:
         status = f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {record['active_adapters']} adapters"
         if "validation_loss" in record:
             status += f"  validation loss {record['validation_loss']:.4f}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], total=total, status=status)
+        if self._phase is not None:
+            text = f"{record['step']}/{total}  {status}"
+            self.update_bar(self._phase, completed=record["step"], total=total, status=text)
             return
         now, done = time.monotonic(), record["step"] - self._first
         special = record["loss"] is None or "validation_loss" in record
@@ -87,10 +87,37 @@ class Console:
         self.rich.print(table)
 
     def end(self) -> None:
-        """A phase is over."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """A phase is over. Its bar stays on the screen."""
+        self._phase = None
+        with self._lock:
+            bars, self._bars = self._bars, None
+        if bars is not None:
+            bars.stop()
+
+    def add_bar(self, what: str, total: int | None = None, done: int = 0, status: str = "") -> TaskID:
+        """A further bar on the terminal, below those that are there; without `total` one that only moves."""
+        with self._lock:
+            if self._bars is None:
+                texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[status]")]
+                self._bars = Progress(texts[0], BarColumn(), texts[1], TimeRemainingColumn(), console=self.rich)
+                self._bars.start()
+            return self._bars.add_task(one_line(what), total=total, completed=done, status=status)
+
+    def update_bar(self, bar: TaskID, **values: Any) -> None:
+        """Set a bar's ``completed``, ``total`` and ``status``, if it is still there."""
+        with self._lock:
+            if self._bars is not None and bar in self._bars.task_ids:
+                self._bars.update(bar, **values)
+
+    def remove_bar(self, bar: TaskID) -> None:
+        """Take a bar off the terminal."""
+        with self._lock:
+            if self._bars is None or bar not in self._bars.task_ids:
+                return
+            self._bars.remove_task(bar)
+            if not self._bars.task_ids:
+                self._bars.stop()
+                self._bars = None
 
 
 def clock(seconds: float) -> str:

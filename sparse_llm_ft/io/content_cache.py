@@ -52,10 +52,12 @@ class ContentCache(Generic[T]):
     Attributes:
         read: verifies an entry's folder and returns its content. It raises OSError, ValueError or CheckpointError
             for an unusable entry.
+        manifest: as in `write_folder`.
     """
 
     folder: Path
     read: Callable[[Path], T]
+    manifest: bool = True
 
     def load(self, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> T | None:
         """The entry's content; None if it is missing or unusable. Needs no write permission.
@@ -86,7 +88,7 @@ class ContentCache(Generic[T]):
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / f".{key}.lock"):
             if self.load(key, _ignore) is None:  # another process may have written it meanwhile
-                write_folder(self.folder / key, fill)
+                write_folder(self.folder / key, fill, self.manifest)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import CAUSAL_LM, TaskMode
 from sparse_llm_ft.errors import ConfigError, reason_of
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.architecture import (
     ARCHITECTURES,
     HEAD_NAMES,
@@ -36,7 +37,7 @@ from sparse_llm_ft.model.architecture import (
 from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.model.four_bit import keep_unpacked, release_weights
 from sparse_llm_ft.model.lean import make_lean
-from sparse_llm_ft.model.loading_progress import Begin, reported
+from sparse_llm_ft.model.loading_progress import reported
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
 from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
 from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
@@ -191,13 +192,13 @@ def check_weights(config: ModelConfig) -> None:
 
 
 def load_model(
-    config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int = 0, bar: Begin | None = None
+    config: ModelConfig, task_mode: TaskMode = CAUSAL_LM, seed: int = 0, wait: Wait | None = None
 ) -> PreTrainedModel:
     """The frozen base with its weights, on this process's device.
 
     Args:
         seed: seeds torch's generators, so that a new head and new rows of embeddings are the same on every rank.
-        bar: shows the progress; None: nothing does.
+        wait: shows the progress, in bytes; None: nothing does.
 
     Raises:
         ConfigError: the weights cannot be loaded.
@@ -216,7 +217,7 @@ def load_model(
     # The weights; a missing head is drawn.
     torch.manual_seed(seed)
     load = _load_with_head if task_mode.has_head else load_complete
-    with reported(bar):
+    with reported(wait):
         model = load(config, task_mode, **options)
     if task_mode.has_head:  # a decoder's head finds each text's last token by the padding
         model.config.get_text_config().pad_token_id = load_tokenizer(config, task_mode).pad_token_id

@@ -11,42 +11,52 @@ from unittest import mock
 import torch
 from transformers import core_model_loading, modeling_utils
 
-from sparse_llm_ft.io.loading_bar import LoadingBar
-
-Begin = Callable[[int, int], LoadingBar]
-"""Begins a bar, given the number of tensors and their bytes."""
+from sparse_llm_ft.io.wait import Wait
 
 
 @contextmanager
-def reported(begin: Begin | None) -> Iterator[None]:
-    """A context in which transformers' loading of weights is shown. None: nothing is."""
-    if begin is None:
+def reported(wait: Wait | None) -> Iterator[None]:
+    """A context in which transformers' loading of weights is shown by `wait`, as bytes. None: nothing is."""
+    if wait is None:
         yield
         return
     load = modeling_utils.convert_and_load_state_dict_in_model
 
     def loading(*, state_dict: dict[str, Any], **options: Any) -> Any:
-        sizes = {name: _stored_bytes(tensor) for name, tensor in state_dict.items()}
-        with begin(len(sizes), sum(sizes.values())) as bar, ExitStack() as stack:
+        count = _Counter(wait, {name: _stored_bytes(tensor) for name, tensor in state_dict.items()})
+        with ExitStack() as stack:
             for kind in (core_model_loading.WeightRenaming, core_model_loading.WeightConverter):
-                stack.enter_context(mock.patch.object(kind, "convert", _counted(kind.convert, sizes, bar)))
+                stack.enter_context(mock.patch.object(kind, "convert", count.counting(kind.convert)))
             return load(state_dict=state_dict, **options)
 
     with mock.patch.object(modeling_utils, "convert_and_load_state_dict_in_model", loading):
         yield
 
 
-def _counted(convert: Callable[..., Any], sizes: Mapping[str, int], bar: LoadingBar) -> Callable[..., Any]:
-    """A function that reads one parameter's tensors, as `convert` does, and then advances the bar."""
+class _Counter:
+    """Counts the tensors that have been read.
 
-    def counting(mapping: Any, *arguments: Any, **options: Any) -> Any:
-        sources = {name for names in mapping.layer_targets.values() for name in names}
-        try:
-            return convert(mapping, *arguments, **options)
-        finally:
-            bar.advance(len(sources), sum(sizes[name] for name in sources))
+    Args:
+        sizes: of every tensor of the checkpoint, in bytes.
+    """
 
-    return counting
+    def __init__(self, wait: Wait, sizes: Mapping[str, int]) -> None:
+        self._wait, self._sizes, self._total = wait, sizes, sum(sizes.values())
+        self._tensors = self._bytes = 0
+
+    def counting(self, convert: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that reads one parameter's tensors, as `convert` does, and counts them."""
+
+        def counted(mapping: Any, *arguments: Any, **options: Any) -> Any:
+            sources = {name for names in mapping.layer_targets.values() for name in names}
+            try:
+                return convert(mapping, *arguments, **options)
+            finally:
+                self._tensors += len(sources)
+                self._bytes += sum(self._sizes[name] for name in sources)
+                self._wait.at(self._bytes, self._total, f"{self._tensors}/{len(self._sizes)} tensors")
+
+        return counted
 
 
 def _stored_bytes(tensor: Any) -> int:

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from sparse_llm_ft.report.figures import Picture
 
 INDEX = "index.html"
+_RELOAD = '<meta http-equiv="refresh" content="'
 
 
-def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
+def write_report(folders: Sequence[str | Path], output: Path, reload: int | None = None) -> list[Path]:
     """Write the report of one run, or of several side by side, into `output`. An older report is replaced whole.
 
     Args:
         folders: the runs' output_dirs; a run need not be finished.
         output: the report's folder.
+        reload: seconds after which the page reloads itself; None: it does not.
 
     Returns:
         The files written, the page (``index.html``) first.
@@ -44,7 +46,7 @@ def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
         title = f"{report.method} on {report.task}"
         pictures = run_pictures(report)
         files |= _picture_files(pictures)
-        page = _page(f"{title} – {name}", title, _run(name, report, pictures, "h2"))
+        page = _page(f"{title} – {name}", title, _run(name, report, pictures, "h2"), reload)
     else:
         overlaid = comparison_picture(reports)
         body = comparison_table(reports)
@@ -57,10 +59,16 @@ def write_report(folders: Sequence[str | Path], output: Path) -> list[Path]:
             section = _run(name, report, pictures, "h3")
             body += f'<section id="run-{i}">\n<h2>{escape(name)}</h2>\n{section}</section>\n'
         title = f"{len(reports)} runs compared"
-        page = _page(title, title, body)
+        page = _page(title, title, body, reload)
     files[INDEX] = page.encode()
     _write(output, files)
     return [output / name for name in files]
+
+
+def is_live(output: Path) -> bool:
+    """Whether the report in the folder `output` has a page that reloads itself: its run was training."""
+    index = output / INDEX
+    return index.is_file() and _RELOAD in index.read_text(encoding="utf-8", errors="replace")[:1000]
 
 
 def _check_output(output: Path) -> None:
@@ -132,9 +140,11 @@ def _figure(picture: Picture, heading: str) -> str:
     )
 
 
-def _page(title: str, heading: str, body: str) -> str:
+def _page(title: str, heading: str, body: str, reload: int | None) -> str:
+    reloading = "" if reload is None else f'{_RELOAD}{reload}">\n'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{reloading}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{page_css()}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{escape(heading)}</h1>\n{body}</main>\n</body>\n</html>\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from sparse_llm_ft.engine.memory_guard import MemoryGuard
 from sparse_llm_ft.errors import PreemptionRequested
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.flops import step_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.scoring.cache import hash_model
@@ -37,6 +39,7 @@ from sparse_llm_ft.training.metrics_logger import MetricsLogger
 from sparse_llm_ft.training.prefix_cache import open_prefix
 from sparse_llm_ft.training.prefix_store import keep_only
 from sparse_llm_ft.training.records import cached_share, step_line
+from sparse_llm_ft.training.report_writer import ReportWriter
 from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.trackers import Trackers
 
@@ -47,6 +50,7 @@ class RunParts:
 
     Attributes:
         run_state: writes state.json.
+        report: draws the run so far after saves.
     """
 
     context: RunContext
@@ -55,6 +59,7 @@ class RunParts:
     schedule: Schedule
     run_state: StateWriter
     trackers: Trackers
+    report: ReportWriter
 
     def loop(self, engine: Engine, phase: Phase, state: TrainState) -> Loop:
         """Collective. The phase's loop, continuing from `state`."""
@@ -82,7 +87,9 @@ class RunParts:
             protect: a step whose checkpoint must stay.
         """
         folder, keep = self.context.folder.checkpoints, self.context.config.training.keep_checkpoints
-        run_on_rank_zero(self.context.world, lambda: save_checkpoint(folder, state, keep, protect))
+        with Wait(self.context.console, f"saving step {state.progress.step}"):
+            run_on_rank_zero(self.context.world, lambda: save_checkpoint(folder, state, keep, protect))
+        self.report.refresh()
 
 
 class PhaseTraining:
@@ -126,13 +133,23 @@ class PhaseTraining:
         exit_if_preempted()
         self.console.begin(self.phase.name, self.loop.progress.step, self._last_step)
         with closing(self.loop.steps(self._needs_engine)) as steps:
-            for step in () if self.best.stops else steps:
+            for step in () if self.best.stops else self._first_compiled(steps):
                 self._count(step)
                 if self.best.stops:
                     break
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
         return self._state()
+
+    def _first_compiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps. In the first one torch compiles the layers, if it is to."""
+        if self.training.compile == "layers":
+            with Wait(self.console, "compiling the layers"):
+                first = next(steps, None)
+            if first is None:
+                return
+            yield first
+        yield from steps
 
     def _count(self, step: Step) -> None:
         """Count a step, log it, and save a checkpoint if one is due."""
@@ -160,7 +177,8 @@ class PhaseTraining:
             size = self.config.evaluation.micro_batch_size
             validation, objective = self.parts.splits.validation, self.context.objective
             ranks = self.world.rank, self.world.size
-            line["validation_loss"] = mean_loss(loop.engine.module, validation, objective, size, *ranks)
+            with Wait(self.console, "validating", unit="batches") as wait:
+                line["validation_loss"] = mean_loss(loop.engine.module, validation, objective, size, *ranks, wait)
             is_best = self._watch(line)
         logged = _due(self.training.log_every, loop.progress.step) or "validation_loss" in line or loop.over()
         self.parts.run_state.step(line, self._last_step, logged)

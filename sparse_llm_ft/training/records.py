@@ -33,7 +33,6 @@ from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.flops import StepFlops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
-from sparse_llm_ft.report import write_report
 from sparse_llm_ft.report.data import MFU, PHASE_NUMBERS
 from sparse_llm_ft.run_folder import RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
@@ -310,14 +309,3 @@ def describe_measurement(scores: Scores, phase: Phase) -> str | None:
         count = sum(map(torch.numel, scores.values.values()))
         return f"gradient times value of {count:,} entries on {scores.samples} samples"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"
-
-
-def draw_report(folder: RunFolder, console: Console) -> None:
-    """Draw the report from the run's files. The run is complete without it, so a failure is only logged."""
-    try:
-        write_report([folder.path], folder.report)
-    except Exception as error:
-        console.log(
-            f"the report could not be drawn ({type(error).__name__}: {error}); the run is complete, and "
-            f"`sparse-llm-ft report {folder.path}` tries again"
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from sparse_llm_ft.engine.engine import Engine, process_group
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
-from sparse_llm_ft.io.loading_bar import LoadingBar
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.methods.chain import Chain
 from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import check_weights
@@ -53,7 +52,6 @@ from sparse_llm_ft.training.records import (
     check_samples,
     describe_measurement,
     describe_phase,
-    draw_report,
     finished_phase_file,
     mask_remarks,
     phase_file,
@@ -61,6 +59,7 @@ from sparse_llm_ft.training.records import (
     show_summary,
     summarize,
 )
+from sparse_llm_ft.training.report_writer import ReportWriter
 from sparse_llm_ft.training.schedule import Schedule
 from sparse_llm_ft.training.scorer import Scorer
 from sparse_llm_ft.training.trackers import Trackers
@@ -84,9 +83,7 @@ def train(context: RunContext) -> dict[str, Any]:
             return run.train()
         console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
-        # The run may have been killed after its end, before its report.
-        if context.config.report and world.rank == 0 and not folder.report.is_dir():
-            draw_report(folder, console)
+        ReportWriter(folder, console, context.config.report and world.rank == 0).finish_late()
         show_summary(summary, folder, console)
         return summary
 
@@ -139,7 +136,8 @@ class Run:
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
         self.run_state = StateWriter(self.folder.path, self.world)
         self.trackers = Trackers(self.config, self.console, self.world.rank)
-        self.parts = RunParts(context, splits, data, schedule, self.run_state, self.trackers)
+        self.report = ReportWriter(self.folder, self.console, self.config.report and self.world.rank == 0)
+        self.parts = RunParts(context, splits, data, schedule, self.run_state, self.trackers, self.report)
         self.best = NOTHING_WATCHED  # in the phase trained last
 
     @classmethod
@@ -154,7 +152,8 @@ class Run:
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
         # As at the run's end: on other ranks transformers saves nothing.
-        ranks.on_rank_zero(lambda: try_export(context, context.first_phase().plan))
+        with Wait(context.console, "trying the export"):
+            ranks.on_rank_zero(lambda: try_export(context, context.first_phase().plan))
         splits = Splits.encode(config, context.task, context.tokenizer, task_mode, ranks, context.embeddings)
         data = TrainingSet(splits.train, context.task, config.task)
         schedule = Schedule(config.training, data.size)
@@ -162,7 +161,8 @@ class Run:
         first = context.methods(schedule.total_steps).first(context.plan, context.targets)
         config = settle_growth(config, first, task_mode, data.longest, context.console)
         context = replace(context, config=config)
-        config = settle_micro_batch(context, ranks)
+        with Wait(context.console, "planning the micro-batch"):
+            config = settle_micro_batch(context, ranks)
         context = replace(context, config=config)
         context.folder.check(config, resolved=True)
         # Under a memory budget, the planner decides which adapters may live, and the phases' micro-batches.
@@ -219,8 +219,10 @@ class Run:
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self.parts.loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         # Fit the head, if the phase trains one; then derive.
-        for _ in loop.steps():
-            exit_if_preempted()
+        with Wait(self.console, "fitting the head", unit="steps") as wait:
+            for done, _ in enumerate(loop.steps(), 1):
+                wait.at(done, phase.steps or done)
+                exit_if_preempted()
         scores = self.scorer(engine, phase, *self._scored(phase), engine.values())
         engine.close()
         self.console.show_ratios(describe_measurement(scores, phase), getattr(scores, "ratios", {}))
@@ -236,7 +238,8 @@ class Run:
         run_on_rank_zero(self.world, self.folder.lock)
         run_on_rank_zero(self.world, self.run_state.begin)
         run = RunFolder.identity(self.config)
-        state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
+        with Wait(self.console, "reading the newest checkpoint"):
+            state = newest_state(self.folder, run, self.world, self.console, self.context.expected)
         phase = first
         if state is not None:
             # Resume its phase, for the present number of ranks and with the settings that have changed since.
@@ -262,8 +265,9 @@ class Run:
         for remark in (*mask_remarks(phase.plan, self.targets, self.config.adapter), *filter(None, [outlook])):
             self.console.log(remark)
         while True:
-            engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
-            engine.load_state_dict(state.engine_state)
+            with Wait(self.console, "starting the engine"):
+                engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
+                engine.load_state_dict(state.engine_state)
             if self.evaluator.parts and state.record.before is None and state.progress.step == 0:
                 # The first evaluation needs the engine: at stage 3 its hooks gather the weights.
                 self.console.log(f"measuring {self.evaluator.count} {self.config.evaluation.split} samples")
@@ -349,12 +353,12 @@ class Run:
             self.folder.write_json(SUMMARY_FILE, summary)
             keep_only(self.folder.prefix_cache, None)
 
-        run_on_rank_zero(self.world, write)
+        with Wait(self.console, "exporting"):
+            run_on_rank_zero(self.world, write)
         last = state.progress.step + 1  # behind the last step, whose numbers have been sent
         self.trackers.log(last, {key: part for key, part in summary["metrics"].items() if part})
         self.trackers.close()
-        if self.config.report and self.world.rank == 0:
-            draw_report(self.folder, self.console)
+        self.report.finish()
         show_summary(summary, self.folder, self.console)
         return summary
 
@@ -398,8 +402,6 @@ class Run:
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")
         settings = engine_settings(self.config, phase, self.world.size).to_deepspeed()
-        model = build_model(
-            self.config, self.context.task_mode, phase.plan, settings, partial(LoadingBar, self.console)
-        )
+        model = build_model(self.config, self.context.task_mode, phase.plan, settings, self.world, self.console)
         self.head = fresh_heads(model, phase.plan)
         return model

@@ -23,6 +23,7 @@ from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.content_cache import content_key
+from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.layers import uncompiled
 from sparse_llm_ft.model.linear import LinearLayer
 from sparse_llm_ft.objectives.base import Objective, evaluating, lengths_of
@@ -88,7 +89,12 @@ class Scorer(Generic[T]):
             layer.observe = scores.observer(name)
         lengths = lengths_of(samples, objective)
         try:
-            with evaluation_batches(model, samples, lengths, objective.batch, size, world.rank, world.size) as batches:
+            with (
+                Wait(self.console, "measuring LoRA outputs", unit="batches") as wait,
+                evaluation_batches(
+                    model, samples, lengths, objective.batch, size, world.rank, world.size, wait=wait
+                ) as batches,
+            ):
                 for indices, batch in batches:
                     masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
                     scores.begin_batch(*(mask if indices else torch.zeros_like(mask) for mask in masks))
@@ -108,8 +114,9 @@ class Scorer(Generic[T]):
         world, size = self.world, settings.micro_batch_size
         mean_of = world.size * settings.accumulation_steps  # DeepSpeed averages over these micro-batches
         total = {name: torch.zeros(()) for name in names}
-        with evaluating(engine.module):
+        with evaluating(engine.module), Wait(self.console, "scoring entries", unit="samples") as wait:
             for start in range(0, len(samples), mean_of * size):
+                wait.at(start, len(samples))
                 for step in range(settings.accumulation_steps):
                     first = start + (step * world.size + world.rank) * size
                     chosen = [samples[i] for i in range(first, min(first + size, len(samples)))]
@@ -181,18 +188,19 @@ class Scorer(Generic[T]):
         for parameter in engine.parameters.values():
             parameter.requires_grad_(False)
         try:
-            with calling_parts(model):
+            what = "sides" if settings.derivation == "joint" else "layers"
+            with calling_parts(model), Wait(self.console, "deriving", unit=what) as wait:
                 if spec.search:
-                    report = partial(self._report, "sides" if settings.derivation == "joint" else "layers")
+                    report = partial(self._report, wait)
                     return derive(model, modules, samples, self.objective, settings, shard, report, spec.compare)
                 return measure_only(model, modules, samples, self.objective, settings, shard)
         finally:
             for parameter in engine.parameters.values():
                 parameter.requires_grad_(True)
 
-    def _report(self, what: str, done: int, layers: int) -> None:
-        """Collective. Log progress, and stop if a signal asked for it."""
-        self.console.log(f"derived {done} of {layers} {what}")
+    def _report(self, wait: Wait, done: int, total: int) -> None:
+        """Collective. Show progress, and stop if a signal asked for it."""
+        wait.at(done, total)
         exit_if_preempted()
 
     def _key(
@@ -247,7 +255,8 @@ class Scorer(Generic[T]):
             found = load(folder, key, warn=self.console.log)
             data = to_bytes(found) if found else b""
 
-        run_on_rank_zero(self.world, look)
+        with Wait(self.console, "looking for stored ratios"):  # the base's files are hashed
+            run_on_rank_zero(self.world, look)
         data = broadcast_bytes(data)
         return key, from_bytes(data) if data else None
 

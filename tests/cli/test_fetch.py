@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from helpers.tiny_run import run_settings
-from sparse_llm_ft.cli.fetch import fetch_model
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.config.schema import ModelConfig
 from sparse_llm_ft.data import dataset
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.base_files import fetch_model
 
 
 def test_the_data_are_tokenised_once(

@@ -172,6 +172,7 @@ def test_only_the_first_rank_of_a_node_tokenises(
 ) -> None:
     """Rank 3 of 4 on two nodes finds what rank 2, the first of its node, has written."""
     monkeypatch.setattr(collectives, "_worst", lambda own: own)  # there is no other process here
+    monkeypatch.setattr(collectives, "first_failure", str)
     waits = lambda action: run_on_local_leaders(World(3, 4, 1, 2), action)  # noqa: E731
     with pytest.raises(UserError, match="No such file"):
         encode(settings, ranks=Coordination(ALONE.on_rank_zero, waits, ALONE.on_every_rank, lambda text: "of rank 0"))

@@ -16,7 +16,7 @@ from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
 from sparse_llm_ft.distributed import collectives, signals
 from sparse_llm_ft.distributed.collectives import run_on_local_leaders, run_on_rank_zero
-from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.distributed.world import World, node_name
 from sparse_llm_ft.engine import engine
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 from sparse_llm_ft.phase import Phase
@@ -70,11 +70,27 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_last_checkpoint(
     del newest  # its tensors are mapped from the disk, which `failure` would keep from being unmounted
 
 
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
+    """What this rank told the others; rank 2 has failed first."""
+    told: list[Exception | None] = []
+
+    def first_failure(own: Exception | None) -> str:
+        told.append(own)
+        return "rank 2 (n2): disk full"
+
+    monkeypatch.setattr(collectives, "first_failure", first_failure)
+    return told
+
+
 @pytest.mark.parametrize(("kind", "error"), [(2, UserError), (3, TrainingError)])
-def test_the_others_stop_with_the_same_exit_status(kind: int, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_others_stop_with_the_same_exit_status_and_the_reason(
+    kind: int, error: type, reasons: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(collectives, "_worst", lambda own: kind)
-    with pytest.raises(error, match="rank 0 failed"):
+    with pytest.raises(error, match=r"^rank 2 \(n2\): disk full$") as failure:
         run_on_rank_zero(World(1, 2, 1, 2), lambda: None)
+    assert failure.value.is_shared and reasons == [None]
 
 
 @pytest.mark.usefixtures("process_group")
@@ -87,7 +103,7 @@ def test_what_is_not_the_users_keeps_its_type_on_rank_0(error: Exception) -> Non
         run_on_rank_zero(ALONE, fail)
 
 
-def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     go = threading.Event()
 
@@ -101,13 +117,13 @@ def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(collectives, "exit_if_preempted", lambda: None)
     run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
-    assert capsys.readouterr().out.count("reading: 0 s so far") == len(told) - 1
 
 
+@pytest.mark.usefixtures("reasons")
 def test_a_leader_that_works_ends_when_another_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(collectives, "_worst", lambda own: 2)
-    with pytest.raises(UserError, match="the first rank of another node failed"):
+    with pytest.raises(UserError, match="rank 2"):
         run_on_local_leaders(World(0, 2, 0, 1), lambda: go.wait() and None, every=0.05)
     go.set()
 
@@ -130,7 +146,7 @@ def test_a_rank_that_is_asked_to_leave_need_not_wait_for_a_leader(monkeypatch: p
     ],
 )
 def test_what_fails_on_a_node_leader_ends_it_as_it_is(
-    raised: Exception, worst: int, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
+    raised: Exception, worst: int, expected: type, message: str, reasons: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
     monkeypatch.setattr(collectives, "_worst", lambda own: told.append(own) or own)
@@ -140,23 +156,48 @@ def test_what_fails_on_a_node_leader_ends_it_as_it_is(
 
     with pytest.raises(expected, match=message):
         run_on_local_leaders(World(2, 4, 0, 2), fail)
-    assert told == [worst]
+    assert told == [worst] and message in str(reasons[0])
 
 
+@pytest.mark.usefixtures("reasons")
 @pytest.mark.parametrize(("worst", "expected"), [(2, "UserError"), (3, "TrainingError")])
 def test_what_fails_on_one_node_leader_ends_all(worst: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "_worst", lambda own: worst)
     for world in (World(0, 4, 0, 2), World(1, 4, 1, 2)):
-        with pytest.raises(Exception, match="the first rank of another node failed") as failure:
+        with pytest.raises(Exception, match="rank 2") as failure:
             run_on_local_leaders(world, lambda: None)
         assert type(failure.value).__name__ == expected
+
+
+REASONS = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from sparse_llm_ft.distributed.collectives import first_failure
+from sparse_llm_ft.errors import UserError
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=60), 2, rank)
+for failures in ((None, None), (None, UserError("ours ü")), (KeyError("first"), UserError("second"))):
+    print(first_failure(failures[rank]))
+"""
+
+
+def test_every_rank_hears_of_the_first_that_has_failed_and_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", REASONS]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    node = node_name()
+    expected = f"None\nrank 1 ({node}): ours ü\nrank 0 ({node}): KeyError: 'first'\n"
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == [expected] * 2
 
 
 WORLD_OF_TWO = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.distributed.world import World, node_name
 from sparse_llm_ft.distributed.collectives import run_on_local_leaders
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=2), 2, rank)

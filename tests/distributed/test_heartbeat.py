@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,10 @@ import torch.distributed as dist
 
 from sparse_llm_ft.distributed import heartbeat, signals
 from sparse_llm_ft.distributed.heartbeat import Heartbeat, Timeouts, connecting, monitor_ranks
-from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import TrainingError, UserError
+from sparse_llm_ft.distributed.world import World, node_name
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
-QUICK = Timeouts(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, store=0.5)
+QUICK = Timeouts(beat=0.05, silent=2.0, doubted=1.2, lost=0.8, failed=0.8, store=0.5)
 
 
 class Ranks:
@@ -29,6 +30,7 @@ class Ranks:
         self.answers = threading.Event()
         self.answers.set()
         self.ends: dict[int, tuple[set[int], str]] = {}
+        self.left: dict[int, tuple[int, str, int]] = {}
         self.watches = [self._watch(rank, size) for rank in range(size)]
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +45,17 @@ class Ranks:
             self.ends.setdefault(rank, (dead, text))
             self.watches[rank]._stopped.set()  # as the end of the process would
 
-        return Heartbeat(World(rank, size, rank, size), lambda: self, (0, "rank 0 (first)"), end, QUICK)
+        def left(other: int, text: str, status: int) -> None:
+            self.left[rank] = other, text, status
+            self.watches[rank]._stopped.set()
+
+        return Heartbeat(World(rank, size, rank, size), lambda: self, (0, "rank 0 (first)"), end, QUICK, left)
+
+    @contextmanager
+    def closing(self) -> Iterator[Ranks]:
+        yield self
+        for one in self.watches:
+            one.close(done=False)
 
     def die(self, rank: int) -> None:
         self.watches[rank].close(done=False)
@@ -57,11 +69,9 @@ class Ranks:
 
 @pytest.fixture
 def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    time.sleep(0.5)  # all have begun
-    yield ranks
-    for one in ranks.watches:
-        one.close(done=False)
+    with Ranks(3).closing() as ranks:
+        time.sleep(0.5)  # all have begun
+        yield ranks
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
@@ -70,6 +80,55 @@ def test_a_silent_rank_is_named_by_all_others(three: Ranks) -> None:
     three.wait_for(0, 2)
     assert {rank: dead for rank, (dead, _) in three.ends.items()} == {0: {1}, 2: {1}}
     assert three.ends[0][1].startswith("rank 1 (") and three.ends[0][1] != "rank 1 ()"
+
+
+def test_a_rank_that_leaves_with_an_error_tells_the_others_and_waits_for_rank_0(three: Ranks) -> None:
+    told: list[bool] = []
+    failing = threading.Thread(target=lambda: told.append(three.watches[2].fail("a file: missing here", 2)))
+    failing.start()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and len(three.left) < 2:
+        time.sleep(0.01)
+    line = f"rank 2 ({node_name()}): a file: missing here"
+    assert three.left == dict.fromkeys((0, 1), (2, line, 2)) and not three.ends and not told
+    three.up = False  # rank 0, which holds the store, has left
+    failing.join(5)
+    assert told == [True]
+
+
+def test_the_same_error_on_rank_0_speaks_for_all(three: Ranks) -> None:
+    """Each rank has it, and none ends before it has its own."""
+    assert not three.watches[0].fail("bad", 2)
+    assert three.watches[1].fail("bad", 2) and three.watches[2].fail("bad", 2)
+    assert not three.left and not three.ends
+
+
+def test_a_rank_0_that_hears_nothing_does_not_speak(three: Ranks) -> None:
+    three.watches[0]._left = three.watches[1]._left = lambda *_: None
+    started = time.monotonic()
+    assert not three.watches[2].fail("bad", 1)
+    assert QUICK.failed < time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("error", "shared", "posted"),
+    [
+        (UserError("mine"), False, [("mine", 2)]),
+        (TrainingError("mine"), False, [("mine", 1)]),
+        (ZeroDivisionError("mine\ntoo"), False, [("ZeroDivisionError: mine too", 1)]),
+        (UserError("of all"), True, []),
+        (PreemptionRequested("SIGTERM", "saved"), False, []),
+    ],
+)
+def test_what_is_told(error: Exception, shared: bool, posted: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    ours = isinstance(error, UserError | TrainingError)
+    if shared:
+        error.is_shared = True
+    with Ranks(2).closing() as ranks:
+        monkeypatch.setattr(ranks.watches[1], "fail", lambda *failure: told.append(failure) or True)
+        heartbeat._leave(ranks.watches[1], error)
+    assert told == posted and (not ours or error.is_shared)
 
 
 def test_nobody_is_named_while_all_beat_or_have_not_begun_or_are_done(three: Ranks) -> None:

@@ -103,6 +103,21 @@ def test_one_survivor_of_each_node_names_the_dead(world, dead, speaks, monkeypat
     assert statuses == [1] and capsys.readouterr().err == ("error: rank x is gone\n" if speaks else "")
 
 
+def test_what_rank_0_has_said_nobody_says_again(monkeypatch, capsys) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(exit_status.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(exit_status.os, "_exit", statuses.append)
+    exit_status.end_at_once(World(2, 4, 0, 2), {0}, "rank 0 (n): bad", 2, is_said=True)
+    error = UserError("rank 0 (n): bad")
+    error.is_shared = True
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(2, 4, 0, 2)):
+        raise error
+    assert statuses == [2] and stop.value.code == 2 and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit), exit_status.one_line_errors(World(0, 4, 0, 2)):
+        raise error
+    assert capsys.readouterr().err == "error: rank 0 (n): bad\n"
+
+
 def test_debug_shows_the_stack_before_the_line(capsys) -> None:
     with pytest.raises(SystemExit), exit_status.one_line_errors(World(0, 1, 0, 1), debug=True):
         raise UserError("a line")

@@ -23,6 +23,7 @@ from sparse_llm_ft.evaluation import evaluator as module
 from sparse_llm_ft.evaluation.control_tokens import ControlTokens
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.evaluation.generation import generate
+from sparse_llm_ft.io.console import Console
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_perfect_model_with_tags_is_right(tokenizer, tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "mean_loss", lambda *_: 0.0)
     monkeypatch.setattr(module, "run_on_rank_zero", lambda _, action: action())
     objective: Any = SimpleNamespace()
-    run = Evaluator(settings, task, CAUSAL_LM, [part], tokenizer, objective, World(0, 1, 0, 1), 0, 0)
+    run = Evaluator(settings, task, CAUSAL_LM, [part], tokenizer, objective, World(0, 1, 0, 1), 0, 0, Console(1))
     assert run(model, tmp_path / "predictions.jsonl")["exact_match"] == 100
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["prediction"] == text[0]

@@ -31,6 +31,7 @@ from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.evaluation import evaluator
 from sparse_llm_ft.evaluation.evaluator import Evaluator, as_score
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.loading import find_model_task_mode, load_model, load_tokenizer
 from sparse_llm_ft.objectives.build import build_objective
 
@@ -110,9 +111,9 @@ def measured(process_group: None, tmp_path: Path, monkeypatch) -> Callable[..., 
         objective = build_objective(base, tokenizer, run.task)
         monkeypatch.setattr(evaluator, "generate", lambda *arguments, **options: texts)
         with torch.no_grad():
-            found = Evaluator(config.evaluation, run.task, task_mode, parts, tokenizer, objective, WORLD, 0, 0)(
-                base, predictions
-            )
+            found = Evaluator(
+                config.evaluation, run.task, task_mode, parts, tokenizer, objective, WORLD, 0, 0, Console(1)
+            )(base, predictions)
         return found, [json.loads(line) for line in predictions.read_text().splitlines()]
 
     return measure

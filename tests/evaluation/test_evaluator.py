@@ -17,6 +17,7 @@ from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.evaluator import Evaluator
+from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.loading import find_model_task_mode, load_model, load_tokenizer
 from sparse_llm_ft.objectives.build import build_objective
 
@@ -44,7 +45,9 @@ def measured(run: RunContext, predictions: Path) -> tuple[dict[str, float], list
     tokenizer, model = load_tokenizer(config.model, task_mode), load_model(config.model, task_mode)
     samples = Splits.encode(config, task, tokenizer, task_mode)
     objective = build_objective(model, tokenizer, task)
-    evaluator = Evaluator(config.evaluation, task, task_mode, samples.measured, tokenizer, objective, WORLD, 0, 0)
+    evaluator = Evaluator(
+        config.evaluation, task, task_mode, samples.measured, tokenizer, objective, WORLD, 0, 0, Console(1)
+    )
     metrics = evaluator(model, predictions)
     return metrics, [json.loads(line) for line in predictions.read_text().splitlines()]
 
