@@ -121,17 +121,39 @@ def test_a_bad_setting_takes_its_line_from_the_log(folder: RunFolder) -> None:
     )
 
 
+LOST = {"state": "failed", "reason": "node_failure", "message": "rank 1 (n2) stopped answering"}
+CGROUP = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
+POLLED = "slurmstepd: error: StepId=7.0 exceeded memory limit (2101198848 > 2097152000), being killed\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "before"),
+    ("text", "before", "message"),
     [
-        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: n2: task 1: Out Of Memory\n", {}),
-        ("torch.OutOfMemoryError: CUDA out of memory\n", {"state": "failed", "reason": "node_failure"}),
+        (f"{CGROUP}srun: error: n2: task 1: Out Of Memory\n", {}, "a process on n2 used more memory than"),
+        (f"{POLLED}srun: error: n2: task 1: Killed\n", LOST, "a process on n2 used more memory than"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: 8 bytes\n", LOST, "a process used more memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", LOST, "a GPU had too little memory; expected a smaller"),
     ],
 )
-def test_out_of_memory_is_read_from_the_log(text: str, before: dict[str, str], folder: RunFolder) -> None:
+def test_out_of_memory_is_read_from_the_log(text: str, before: dict[str, str], message: str, folder: RunFolder) -> None:
     run_to(folder, 3, **before)
     assert attempts.end(folder, 1, log(folder, text)).status == 1
     assert state(folder).reason == "out_of_memory"
+    assert state(folder).message.startswith(message) and "`sparse-llm-ft plan` says what" in state(folder).message
+
+
+def test_a_step_that_was_made_again_in_less_memory_is_not_why_a_node_failed(folder: RunFolder) -> None:
+    run_to(folder, 9, **LOST)
+    text = "step 4 ran out of memory and is made again: micro-batch 2\n"
+    assert attempts.end(folder, 1, log(folder, text)).status == 75
+    assert state(folder).reason == "node_failure"
+
+
+def test_a_cancelled_run_is_not_tried_again_by_this_job_nor_by_the_next_of_a_chain(folder: RunFolder) -> None:
+    run_to(folder, 3, state="preempted", message="SIGTERM: saved step 3")
+    attempts.forbid_attempts(folder, "cancelled")
+    assert attempts.end(folder, 143).status == 2
+    assert attempts.begin(folder, JOB).line == "cancelled; `sparse-llm-ft submit` starts it again"
 
 
 def test_submitting_again_lets_attempts_begin(folder: RunFolder) -> None:
