@@ -60,8 +60,9 @@ class Verdict:
 def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Verdict:
     """An attempt begins in this job: record it.
 
-    An earlier attempt that still says "running" died with its batch script (its node failed): that counts as a failure,
-    unless it had not taken its folder yet. Then it may as well have been asked to leave while it loaded.
+    An earlier attempt that still says "running", or whose failure `end` has not counted, died with its batch script (a
+    node failed, and Slurm requeued the job): that counts as a failure, unless it had not taken its folder yet. Then it
+    may as well have been asked to leave while it loaded.
 
     Returns:
         Status 0, or 2 where no attempt may follow.
@@ -72,8 +73,11 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Ver
     state = read_state(folder.path) or RunState()
     if folder.is_complete():
         return Verdict(0, f"{folder.path} is complete")
-    if state.state == "running" and state.pid is not None and not _is_stopped(folder):
+    is_open = state.pid is not None and state.counted < state.attempt and not _is_stopped(folder)
+    if is_open and state.state == "running":
         state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
+    elif is_open and state.state == "failed" and state.reason not in (None, *DETERMINISTIC):
+        state = _count_failure(folder, state, state.reason, state.message, state.nodes)
     if _is_stopped(folder):
         return Verdict(USER_ERROR, _why_stopped(folder))
     now = time.time()
@@ -145,7 +149,11 @@ def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: 
         named = f"stopped: {failures} attempts in a row failed after step {state.step}, on {where}; {message}"
         _stop(folder, named)
     state = state.failed(reason, shortened(named, 1000)).updated_by(
-        failed_step=state.step, failures=failures, failed_nodes=nodes[-100:], updated=time.time()
+        failed_step=state.step,
+        failures=failures,
+        failed_nodes=nodes[-100:],
+        counted=state.attempt,
+        updated=time.time(),
     )
     state.write(folder.path)
     return state

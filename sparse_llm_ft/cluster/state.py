@@ -56,6 +56,7 @@ class RunState(BaseModel):
         failed_step, failures: the step that the last failed attempt reached, and how many attempts in a row did not
             get past it.
         failed_nodes: where these attempts failed.
+        counted: the last attempt whose failure is counted among them.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -82,6 +83,7 @@ class RunState(BaseModel):
     failed_step: Count | None = None
     failures: Count = 0
     failed_nodes: Annotated[list[Text], Field(max_length=1000)] = []
+    counted: Count = 0
 
     def updated_by(self, **changes: Any) -> RunState:
         """The state with these changes, checked."""

@@ -26,7 +26,7 @@ class Node:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self._is_down = name, False
         file = Path(setting("SlurmdPidFile").replace("%n", name).replace("%h", os.uname().nodename))
         try:
             self._daemon = psutil.Process(int(file.read_text()))
@@ -55,6 +55,13 @@ class Node:
         self._daemon.kill()
         psutil.wait_procs([self._daemon], timeout=30)
 
+    def declare_down(self) -> None:
+        """Tell Slurm, as an operator would; by itself it finds out after its SlurmdTimeout, five minutes by default."""
+        slurm("scontrol", "update", f"NodeName={self.name}", "State=DOWN", "Reason=test")
+        self._is_down = True
+
     def restart(self) -> None:
-        """Start slurmd as it was started before."""
+        """Start slurmd as it was started before, and let jobs in again."""
         subprocess.run(self._command, check=True, timeout=60)
+        if self._is_down:
+            slurm("scontrol", "update", f"NodeName={self.name}", "State=RESUME")
