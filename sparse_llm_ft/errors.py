@@ -64,6 +64,10 @@ class ConfigError(UserError):
         self.setting = setting
 
 
+class OutOfMemoryConfigError(ConfigError):
+    """A step did not fit into memory with the smallest micro-batch."""
+
+
 class DataError(UserError):
     """A row of data that cannot be used, with its file and line (lines count from 1)."""
 

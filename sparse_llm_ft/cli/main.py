@@ -17,7 +17,7 @@ from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
 from sparse_llm_ft.distributed.signals import catch_signals
-from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu, set_rendezvous
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import Console, ended_by_reader, escape_unencodable, silence_libraries
 from sparse_llm_ft.io.wait import Wait
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ended_by_reader(), one_line_errors(world, debug):
         escape_unencodable()
         options = _parse(arguments)
+        if launched:
+            set_rendezvous()
         if options.command is _train:
             _train(options, world)
             return

@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_llm_ft.cluster.state import DETERMINISTIC, Reason, RunState, job_id, read_state
+from sparse_llm_ft.cluster.state import (
+    DETERMINISTIC,
+    DEVICE_MEMORY_ADVICE,
+    HOST_MEMORY_ADVICE,
+    Reason,
+    RunState,
+    job_id,
+    read_state,
+)
 from sparse_llm_ft.distributed.exit_status import REQUEUE, TRAINING_ERROR, USER_ERROR
 from sparse_llm_ft.distributed.world import node_name
 from sparse_llm_ft.errors import one_line, shortened
@@ -30,8 +38,10 @@ MARK = "--- attempt "
 _MOST_FAILURES = 2
 _LOG_BYTES = 2**18
 _DEAD_TASK = re.compile(r"^srun: error: (\S+): tasks? [-,\d]+: (Killed|Out Of Memory|Segmentation|Aborted|Bus|Exited)")
-_OUT_OF_MEMORY = re.compile(
-    r"oom[_-]kill|Out Of Memory|OUT_OF_MEMORY|OutOfMemoryError|CUDA out of memory", re.IGNORECASE
+_DEVICE_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
+_HOST_MEMORY = re.compile(
+    # slurmstepd's words for a kill by a cgroup and for one by JobAcctGatherParams=OverMemoryKill, srun's, torch's.
+    r"oom[_-]kill|exceeded (?:virtual )?memory limit|: Out Of Memory|DefaultCPUAllocator: can't allocate memory"
 )
 
 
@@ -50,8 +60,9 @@ class Verdict:
 def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Verdict:
     """An attempt begins in this job: record it.
 
-    An earlier attempt that still says "running" died with its batch script (its node failed): that counts as a failure,
-    unless it had not taken its folder yet. Then it may as well have been asked to leave while it loaded.
+    An earlier attempt that still says "running", or whose failure `end` has not counted, died with its batch script (a
+    node failed, and Slurm requeued the job): that counts as a failure, unless it had not taken its folder yet. Then it
+    may as well have been asked to leave while it loaded.
 
     Returns:
         Status 0, or 2 where no attempt may follow.
@@ -62,10 +73,13 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Ver
     state = read_state(folder.path) or RunState()
     if folder.is_complete():
         return Verdict(0, f"{folder.path} is complete")
-    if state.state == "running" and state.pid is not None and not _is_stopped(folder):
+    is_open = state.pid is not None and state.counted < state.attempt and not _is_stopped(folder)
+    if is_open and state.state == "running":
         state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
+    elif is_open and state.state == "failed" and state.reason not in (None, *DETERMINISTIC):
+        state = _count_failure(folder, state, state.reason, state.message, state.nodes)
     if _is_stopped(folder):
-        return Verdict(USER_ERROR, (folder.job / STOPPED_FILE).read_text(encoding="utf-8").strip())
+        return Verdict(USER_ERROR, _why_stopped(folder))
     now = time.time()
     state = state.updated_by(
         state="running",
@@ -105,12 +119,14 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
         state = state.ended("preempted", "nothing new to save")
         state.write(folder.path)
     if state.state == "preempted":
+        if _is_stopped(folder):  # cancelled
+            return Verdict(USER_ERROR, _why_stopped(folder))
         return Verdict(REQUEUE, f"{state.message}; the run continues")
     if state.state == "running":  # without a word
         reason, message = _guess(status, text)
         state = state.failed(reason, message)
-    elif state.reason in ("error", "node_failure") and _OUT_OF_MEMORY.search(text):
-        state = state.updated_by(reason="out_of_memory")
+    elif state.reason in ("error", "node_failure") and (lack := _lack_of_memory(text)):  # of another rank
+        state = state.failed("out_of_memory", lack)
     reason = state.reason or "error"
     if reason in DETERMINISTIC:
         state = state.updated_by(updated=time.time())
@@ -133,7 +149,11 @@ def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: 
         named = f"stopped: {failures} attempts in a row failed after step {state.step}, on {where}; {message}"
         _stop(folder, named)
     state = state.failed(reason, shortened(named, 1000)).updated_by(
-        failed_step=state.step, failures=failures, failed_nodes=nodes[-100:], updated=time.time()
+        failed_step=state.step,
+        failures=failures,
+        failed_nodes=nodes[-100:],
+        counted=state.attempt,
+        updated=time.time(),
     )
     state.write(folder.path)
     return state
@@ -141,12 +161,16 @@ def _count_failure(folder: RunFolder, state: RunState, reason: Reason, message: 
 
 def _stop(folder: RunFolder, line: str) -> Verdict:
     line = one_line(line)
-    write_file(folder.job / STOPPED_FILE, f"{line}; `sparse-llm-ft submit` starts it again\n")
+    forbid_attempts(folder, line)
     return Verdict(TRAINING_ERROR, line)
 
 
 def _is_stopped(folder: RunFolder) -> bool:
     return (folder.job / STOPPED_FILE).is_file()
+
+
+def _why_stopped(folder: RunFolder) -> str:
+    return (folder.job / STOPPED_FILE).read_text(encoding="utf-8").strip()
 
 
 def _last_attempt(log: Path | None) -> str:
@@ -172,11 +196,34 @@ def _guess(status: int, text: str) -> tuple[Reason, str]:
     said = errors[-1].removeprefix("error: ") if errors else f"exit status {status}"
     if status == USER_ERROR:
         return "bad_setting", said
-    if _OUT_OF_MEMORY.search(text):
-        return "out_of_memory", "the kernel ended a process that used more memory than the job has"
+    if lack := _lack_of_memory(text):
+        return "out_of_memory", lack
     if _dead_nodes(text):
         return "killed", f"a process died ({said})"
     return "error", said
+
+
+def _lack_of_memory(text: str) -> str | None:
+    """What the log says about memory that was lacking, with what would be right; None where it says nothing."""
+    if _DEVICE_MEMORY.search(text):
+        return f"a GPU had too little memory; {DEVICE_MEMORY_ADVICE}"
+    if _HOST_MEMORY.search(text):
+        where = _dead_nodes(text)
+        place = f" on {where}" if where else ""
+        return f"a process{place} used more memory than the job or the node has; {HOST_MEMORY_ADVICE}"
+    return None
+
+
+def forbid_attempts(folder: RunFolder, line: str) -> None:
+    """Let no attempt begin until the run is submitted again.
+
+    Args:
+        line: why.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_file(folder.job / STOPPED_FILE, f"{line}; `sparse-llm-ft submit` starts it again\n")
 
 
 def allow_attempts(folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import string
@@ -23,10 +24,13 @@ CONFIG_NAME, SCRIPT_NAME, RUNS_NAME = "config.yaml", "run.sbatch", "runs"
 
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+_MOUNTED = re.compile(r"/[^\s:,]+")
+_IMAGE = re.compile(r"(?:\./|/).+|(?:[a-z]+://)?(?:[^@#\s]+@)?(?:[^#/\s]+#)?[A-Za-z0-9/._:@-]+")
+_HOST = re.compile(r"[^/#]*[.:][^/#]*/.+")  # docker's REGISTRY/IMAGE, which enroot looks for on Docker Hub
 _HEAD = r"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 20000))
-# This launcher would die of USR2. Ignored by it, the signal still reaches the handlers of its processes."""
+port=$((20000 + SLURM_JOB_ID % 20000))"""
+_DEAF = "# This launcher would die of USR2. Ignored by it, the signal still reaches the handlers of its processes."
 
 
 class _Template(string.Template):
@@ -98,13 +102,31 @@ class JobOptions:
         for option, text in (("--partition", self.partition), ("--account", self.account)):
             if text is not None and not _PLAIN.fullmatch(text):
                 raise UserError(f"{option} {text}: expected a name")
-        if self.container is not None and (not self.container or any(c.isspace() for c in self.container)):
-            raise UserError(f"--container {self.container!r}: expected an image, as pyxis takes it")
-        if self.container is not None and self.launcher != "srun":
-            raise UserError(f"--container {self.container}: expected --launcher srun, which starts it")
+        if self.container is not None:
+            _check_image(self.container)
+            if self.launcher != "srun":
+                raise UserError(f"--container {self.container}: expected --launcher srun, which starts it")
         for text in self.sbatch:
             if not text.startswith("-") or not text.isprintable():
                 raise UserError(f"--sbatch {text}: expected an option of sbatch, as in --sbatch=--mem=0")
+
+
+def _check_image(image: str) -> None:
+    """Refuse what enroot would refuse, or look for in another registry, minutes later on the nodes.
+
+    Source: pyxis's `--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH`, enroot's doc/cmd/import.md.
+
+    Raises:
+        UserError: what would be right.
+    """
+    if not _IMAGE.fullmatch(image):
+        raise UserError(f"--container {image!r}: expected [REGISTRY#]IMAGE[:TAG], or the path of a .sqsh file")
+    if image.startswith(("/", "./")):
+        if not Path(image).is_file():
+            raise UserError(f"--container {image}: no such file; expected one that all nodes see, or an image's name")
+    elif "://" not in image and _HOST.fullmatch(image):
+        registry, _, name = image.partition("/")
+        raise UserError(f"--container {image}: enroot would look on Docker Hub; expected {registry}#{name}")
 
 
 def seconds_of(time: str) -> int:
@@ -184,20 +206,38 @@ def _launch(options: JobOptions, mounts: Sequence[Path]) -> str:
     srun = "srun --kill-on-bad-exit=1 "
     train = '-m sparse_llm_ft train --config "$config"'
     if options.container is not None:
-        inside = ",".join(f"{path}:{path}" for path in dict.fromkeys(mounts))
+        hub = cache_folders()
+        mounted = list(dict.fromkeys([*mounts, *hub]))
+        for path in mounted:
+            if not _MOUNTED.fullmatch(str(path)):
+                raise UserError(f"--container: {str(path)!r} has signs that pyxis reads otherwise; expected none")
+        inside = ",".join(f"{path}:{path}" for path in mounted)
         image = shlex.quote(f"--container-image={options.container}")
         seen = shlex.quote(f"--container-mounts={inside}")
-        return f"{srun}{image} {seen} --no-container-entrypoint \\\n  python3 {train}"
+        return f"""{_HEAD}
+# An image has no scontrol with which ranks could find the first node, and its home is not this one.
+export MASTER_ADDR=$head MASTER_PORT=$port HF_HOME={shlex.quote(str(hub[0]))}
+{srun}{image} {seen} --no-container-entrypoint \\
+  python3 {train}"""
     if options.launcher == "srun":
         return f'{srun}"$python" {train}'
     count = options.tasks_per_node
     if options.launcher == "torchrun":
         return f"""{_HEAD}
+{_DEAF}
 {srun}bash -c 'trap "" USR2; exec "$0" -m torch.distributed.run "$@"' "$python" \\
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {count} --rdzv-id "$SLURM_JOB_ID" \\
   --rdzv-backend c10d --rdzv-endpoint "$head:$port" {train}"""
     return f"""{_HEAD}
+{_DEAF}
 hosts=$run/{JOB_FOLDER}/hostfile
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots={count}/" > "$hosts"
 {srun}bash -c 'trap "" USR2; exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' "$python" \\
   --no_ssh --hostfile "$hosts" --master_addr "$head" --master_port "$port" --module {train.removeprefix("-m ")}"""
+
+
+def cache_folders() -> list[Path]:
+    """Where models, data and samples are cached: HF_HOME as huggingface_hub finds it, then what is set besides."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    others = [value for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if (value := os.environ.get(name))]
+    return [Path(folder).expanduser().absolute() for folder in (home, *others)]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from sparse_llm_ft.cluster import slurm
+from sparse_llm_ft.cluster.attempts import forbid_attempts
 from sparse_llm_ft.cluster.state import read_state
 from sparse_llm_ft.cluster.status import RunView, view_runs
 from sparse_llm_ft.distributed.world import node_name
@@ -29,14 +30,19 @@ def cancel(folder: RunFolder, wait: float = WAIT_SECONDS) -> str:
     if state is None or not view.is_alive:
         raise UserError(f"{folder.path}: {view.word}; expected a run that is pending or running")
     if view.job is not None and state.job_id is not None:
-        if view.job.runs and not slurm.is_batch(state.job_id):
+        if slurm.is_batch(state.job_id):
+            forbid_attempts(folder, "cancelled")  # also those of a chain's next jobs
+            slurm.cancel(state.job_id)
+        elif view.job.runs:
             slurm.terminate_steps(state.job_id)  # an interactive allocation is its user's
         else:
             slurm.cancel(state.job_id)
     elif state.host == node_name() and state.pid is not None and _is_run(state.pid):
         os.kill(state.pid, signal.SIGTERM)
     else:
-        raise UserError(f"{folder.path}: runs on {state.host} without a job; expected this command there")
+        job = f"in job {state.job_id}, which Slurm does not know here" if state.job_id else "without a job"
+        note = f" ({view.note})" if view.note else ""
+        raise UserError(f"{folder.path}: runs on {state.host} {job}{note}; expected this command there")
     _wait(folder, view, wait)
     ended = read_state(folder.path)
     if ended is not None and ended.state != "completed":

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from sparse_llm_ft.errors import UserError, reason_of
 
 SECONDS = 30.0
 """Within which a command must answer: a busy controller may take ten."""
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a shell that a launcher has started, or of a .bashrc: a job inherits its environment from `sbatch`, and
+its tasks would take themselves for those ranks."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,14 @@ class Job:
         state: Slurm's word, such as PENDING, RUNNING, TIMEOUT.
         reason: why it waits, such as Priority, Resources, BeginTime; empty where unknown.
         nodes: those it runs on, as Slurm writes them.
+        start: when it began, or may begin if it waits: for most reasons Slurm's estimate. Local time; None where
+            Slurm does not say.
     """
 
     state: str
     reason: str = ""
     nodes: str = ""
+    start: datetime | None = None
 
     @property
     def waits(self) -> bool:
@@ -97,7 +106,10 @@ def is_batch(job: str) -> bool:
 def find_jobs(ids: Collection[str]) -> dict[str, Job]:
     """The jobs of these ids that Slurm still knows: the queue's, and of older ones what accounting says.
 
-    Empty where there is no Slurm, or where it does not answer.
+    Empty where there is no Slurm.
+
+    Raises:
+        UserError: Slurm does not answer.
     """
     if not ids or not has_slurm():
         return {}
@@ -106,15 +118,33 @@ def find_jobs(ids: Collection[str]) -> dict[str, Job]:
 
 
 def _queued(ids: Collection[str]) -> dict[str, Job]:
-    """Jobs that wait, run, or ended in the last minutes."""
-    columns = "JobArrayID:|,State:|,Reason:|,NodeList:|"
+    """Jobs that wait, run, or ended in the last minutes.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    columns = "JobArrayID:|,State:|,Reason:|,NodeList:|,StartTime:|"
     numbers = ",".join(sorted({job.partition("_")[0] for job in ids}))
     try:
         text = _run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={numbers}", f"--Format={columns}"])
-    except UserError:
-        return {}  # of a single job that is long gone, squeue says that the id is invalid
+    except UserError as error:
+        if "Invalid job id" in str(error):  # so it answers for a single job that is long gone
+            return {}
+        raise
     rows = [[field.strip() for field in line.split("|")] for line in text.splitlines()]
-    return {row[0]: Job(row[1], "" if row[2] == "None" else row[2], row[3]) for row in rows if row[0] in ids}
+    return {
+        row[0]: Job(row[1], "" if row[2] == "None" else row[2], row[3], _moment(row[4]))
+        for row in rows
+        if row[0] in ids
+    }
+
+
+def _moment(text: str) -> datetime | None:
+    """A time of squeue's; None for its N/A."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, Job]:
@@ -137,7 +167,13 @@ def _run(command: Sequence[str]) -> str:
     """
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+            env={k: v for k, v in os.environ.items() if k not in _LAUNCHED} | {"SLURM_TIME_FORMAT": "standard"},
         )
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found; expected a node of a Slurm cluster (a login node)") from None

@@ -19,6 +19,16 @@ Status = Literal["pending", "running", "preempted", "completed", "failed"]
 Reason = Literal["out_of_memory", "timeout", "node_failure", "bad_setting", "diverged", "cancelled", "killed", "error"]
 """Why a run failed. ``killed``: a process died without a word, and nobody knows more."""
 
+DEVICE_MEMORY_ADVICE = (
+    "expected a smaller training.micro_batch_size, a higher deepspeed.zero_stage or model.quantization: nf4; "
+    "`sparse-llm-ft plan` says what fits"
+)
+HOST_MEMORY_ADVICE = (
+    "expected more memory for the job (submit with --sbatch=--mem=0 for all of a node's) or fewer processes on a node; "
+    "`sparse-llm-ft plan` says what a run needs"
+)
+"""What would be right where a GPU, or a node, had too little memory."""
+
 DETERMINISTIC: tuple[Reason, ...] = ("bad_setting", "diverged", "out_of_memory", "cancelled")
 """Trying again would end the same way, or nobody wants it."""
 
@@ -46,6 +56,7 @@ class RunState(BaseModel):
         failed_step, failures: the step that the last failed attempt reached, and how many attempts in a row did not
             get past it.
         failed_nodes: where these attempts failed.
+        counted: the last attempt whose failure is counted among them.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -72,6 +83,7 @@ class RunState(BaseModel):
     failed_step: Count | None = None
     failures: Count = 0
     failed_nodes: Annotated[list[Text], Field(max_length=1000)] = []
+    counted: Count = 0
 
     def updated_by(self, **changes: Any) -> RunState:
         """The state with these changes, checked."""

@@ -11,10 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparse_llm_ft.cluster.state import Reason, RunState, job_id, read_state
+from sparse_llm_ft.cluster.state import (
+    DEVICE_MEMORY_ADVICE,
+    HOST_MEMORY_ADVICE,
+    Reason,
+    RunState,
+    job_id,
+    read_state,
+)
 from sparse_llm_ft.distributed.exit_status import call_before_end
 from sparse_llm_ft.distributed.world import World, node_name
-from sparse_llm_ft.errors import DivergedError, PreemptionRequested, UserError
+from sparse_llm_ft.errors import (
+    DivergedError,
+    OutOfMemoryConfigError,
+    PreemptionRequested,
+    UserError,
+    reason_of,
+)
 
 WRITE_SECONDS, BEAT_SECONDS = 2.0, 20.0
 """Least time between two writes of progress, and most time between two writes at all."""
@@ -104,7 +117,7 @@ class StateWriter:
             raise
         except Exception as error:
             # If another rank's death is behind it, `end_at_once` replaces this by the rank's name.
-            self._end(self._present().failed(reason_of_failure(error), f"{type(error).__name__}: {error}"))
+            self._end(self._present().failed(reason_of_failure(error), _message_of(error)))
             raise
         else:
             call_before_end(None)
@@ -149,10 +162,27 @@ class StateWriter:
 
 def reason_of_failure(error: BaseException) -> Reason:
     """Why a run failed, from the error that ended it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; this file imports none
+    if isinstance(error, OutOfMemoryConfigError) or _lacks_device_memory(error) or _lacks_host_memory(error):
         return "out_of_memory"
     if isinstance(error, UserError):
         return "bad_setting"
     if isinstance(error, DivergedError):
         return "diverged"
     return "error"
+
+
+def _message_of(error: BaseException) -> str:
+    """The error in one line; where memory was lacking, with what would be right."""
+    text = f"{type(error).__name__}: {reason_of(error, 1000)}"
+    if _lacks_device_memory(error):
+        return f"{text}; {DEVICE_MEMORY_ADVICE}"
+    return f"{text}; {HOST_MEMORY_ADVICE}" if _lacks_host_memory(error) else text
+
+
+def _lacks_device_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's; this file does not import torch
+
+
+def _lacks_host_memory(error: BaseException) -> bool:
+    """Whether an allocation of this process failed. torch has no class of its own for it."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

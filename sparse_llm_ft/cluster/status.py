@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from sparse_llm_ft.cluster.slurm import Job, find_jobs
-from sparse_llm_ft.cluster.state import Reason, RunState, read_state
+from sparse_llm_ft.cluster.state import HOST_MEMORY_ADVICE, Reason, RunState, read_state
 from sparse_llm_ft.distributed.world import node_name
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.run_folder import CONFIG_FILE, STATE_FILE, RunFolder
@@ -26,6 +27,21 @@ _REASONS: Mapping[str, Reason] = {
     "CANCELLED": "cancelled",
 }
 """Slurm's last word on a job -> why its run failed; any other word does not say why."""
+
+_WAITING: Mapping[str, str] = {
+    "BeginTime": "Slurm holds a requeued job back for some two minutes",
+    "Priority": "jobs of higher priority come first",
+    "Resources": "no free nodes yet",
+    "Dependency": "the job before it has not ended",
+    "DependencyNeverSatisfied": "it will never begin; cancel it",
+    "JobHeldUser": "held; `scontrol release` lets it go",
+    "JobHeldAdmin": "held by the site",
+    "ReqNodeNotAvail": "its nodes are down or reserved",
+    "PartitionNodeLimit": "more nodes than the partition allows; it will not begin",
+    "PartitionTimeLimit": "a longer --time than the partition allows; it will not begin",
+    "launch failed requeued held": "it could not be started; look at its nodes, then `scontrol release` it",
+}
+"""Slurm's commonest reasons for which a job waits -> what they mean."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +91,27 @@ def find_runs(root: Path) -> Iterator[RunFolder]:
 
 
 def view_runs(folders: Sequence[RunFolder]) -> list[RunView]:
-    """The runs as they are now; asks Slurm once for all of them."""
+    """The runs as they are now; asks Slurm once for all of them. Where it does not answer, a note says so."""
     stored: list[tuple[RunFolder, RunState | None, str]] = []
     for folder in folders:
         try:
             stored.append((folder, read_state(folder.path), ""))
         except UserError as error:
             stored.append((folder, None, str(error)))
-    jobs = find_jobs({state.job_id for _, state, _ in stored if state is not None and state.job_id is not None})
-    return [
-        RunView(folder, None, problem or "no state.json")
-        if state is None
-        else judge(folder, state, jobs.get(state.job_id or ""), time.time())
-        for folder, state, problem in stored
-    ]
+    silence = ""
+    try:
+        jobs = find_jobs({state.job_id for _, state, _ in stored if state is not None and state.job_id is not None})
+    except UserError as error:
+        jobs, silence = {}, f"Slurm was not asked: {error}"
+    views = []
+    for folder, state, problem in stored:
+        if state is None:
+            views.append(RunView(folder, None, problem or "no state.json"))
+            continue
+        view = judge(folder, state, jobs.get(state.job_id or ""), time.time())
+        is_open = state.job_id is not None and state.state not in ("completed", "failed")
+        views.append(replace(view, note="; ".join(filter(None, [view.note, silence]))) if is_open else view)
+    return views
 
 
 def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> RunView:
@@ -100,7 +123,9 @@ def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> Ru
     if folder.is_complete():
         return RunView(folder, state.ended("completed"), "", job)
     if job is not None and job.waits:  # at first, or once more
-        return RunView(folder, state.ended("pending", state.message), f"waits: {job.reason or job.state}", job)
+        died = state.state == "running" and state.pid is not None
+        message = f"its last attempt died on {state.nodes}: a node failed, or it was killed" if died else state.message
+        return RunView(folder, state.ended("pending", message), _why_it_waits(job, now), job)
     silent = now - state.updated
     if job is not None and job.runs:
         if state.state != "running":
@@ -112,6 +137,8 @@ def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> Ru
         return RunView(folder, state, "", job)
     if job is not None and (ended is not None or state.state != "preempted"):
         message = f"Slurm says {job.state}" + (f" on {job.nodes}" if job.nodes else "")
+        if ended == "out_of_memory":
+            message = f"{message}; {HOST_MEMORY_ADVICE}"
         return RunView(folder, state.failed(ended or "killed", message), "", job)
     if state.state == "running" and (is_dead := _has_died(state, silent)):
         return RunView(folder, state.failed("killed", is_dead), "", job)
@@ -125,3 +152,15 @@ def _has_died(state: RunState, silent: float) -> str | None:
     if silent > SILENT_SECONDS:
         return f"no word from {state.host} for {silent:.0f} s: killed, or the node failed"
     return None
+
+
+def _why_it_waits(job: Job, now: float) -> str:
+    """A line such as ``waits for BeginTime (Slurm holds ...), not before 14:05:10``."""
+    word = job.reason or job.state.replace("PENDING", "its turn")
+    meaning = _WAITING.get(word.partition(",")[0])  # ReqNodeNotAvail names nodes behind a comma
+    line = f"waits for {word}" + (f" ({meaning})" if meaning else "")
+    if job.start is None:
+        return line
+    is_today = job.start.date() == datetime.fromtimestamp(now).date()
+    moment = f"{job.start:%H:%M:%S}" if is_today else f"{job.start:%Y-%m-%d %H:%M}"
+    return f"{line}, " + (f"not before {moment}" if word == "BeginTime" else f"expected to begin at {moment}")

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparse_llm_ft.cluster import slurm
 from sparse_llm_ft.cluster.attempts import allow_attempts
-from sparse_llm_ft.cluster.batch_script import CONFIG_NAME, RUNS_NAME, SCRIPT_NAME, JobOptions, check_path, render
+from sparse_llm_ft.cluster.batch_script import (
+    CONFIG_NAME,
+    RUNS_NAME,
+    SCRIPT_NAME,
+    JobOptions,
+    cache_folders,
+    check_path,
+    render,
+)
 from sparse_llm_ft.cluster.state import RunState, read_state
 from sparse_llm_ft.cluster.status import view_runs
 from sparse_llm_ft.config import RunConfig, dump_config
@@ -71,10 +80,9 @@ class Submission:
 
     def script(self) -> str:
         """The batch script."""
-        paths = [Path.cwd(), self.folder.parent]
-        for config in self.runs:
-            paths += [Path(path) for path in (config.model.name, config.task.path) if path and Path(path).is_dir()]
-        return render(self.options, self.folder, self.tasks, paths)
+        seen = [path for config in self.runs for path in _local_paths(config.model_dump(mode="json"))]
+        below = (path for path in seen if not path.is_relative_to(self.folder))
+        return render(self.options, self.folder, self.tasks, [self.folder, *below])
 
     def submit(self) -> list[str]:
         """Write the jobs' files, submit, and let the run folders say "pending"; returns the jobs' ids.
@@ -87,6 +95,8 @@ class Submission:
         try:
             write_file(script, self.script())
             script.chmod(script.stat().st_mode | 0o111)
+            for cache in cache_folders() if self.options.container is not None else ():
+                cache.mkdir(parents=True, exist_ok=True)  # pyxis mounts only what exists
             if self.is_sweep:
                 write_file(job / RUNS_NAME, "".join(f"{config.output_dir}\n" for config in self.runs))
             for config in self.runs:
@@ -120,6 +130,16 @@ class Submission:
             runs = " ".join([*map(str, self.skipped), *(config.output_dir for config in self.runs)])
             lines.append(f"compare: sparse-llm-ft report {runs} --output {self.folder / 'report'}")
         return lines
+
+
+def _local_paths(settings: Any) -> Iterator[Path]:
+    """Files and folders that settings name: model, data, templates, caches. `load_config` made them absolute."""
+    if isinstance(settings, str):
+        if settings.startswith("/") and settings.strip("/") and Path(settings).exists():
+            yield Path(settings)
+    elif isinstance(settings, dict | list):
+        for inner in settings.values() if isinstance(settings, dict) else settings:
+            yield from _local_paths(inner)
 
 
 def _mark_pending(folder: Path, job: str) -> None:

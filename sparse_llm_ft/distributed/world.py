@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from sparse_llm_ft.errors import UserError, reason_of
+
 
 @dataclass(frozen=True)
 class World:
@@ -27,7 +29,7 @@ ONE_PROCESS = World(0, 1, 0, 1)
 def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     """Read the environment of deepspeed, torchrun or srun, and complete it for torch.distributed.
 
-    Without a launcher the world has one process.
+    Without a launcher the world has one process. srun says all but where rank 0 is: see `set_rendezvous`.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
@@ -68,6 +70,16 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+
+
+def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let srun's tasks find rank 0: set MASTER_ADDR and MASTER_PORT where nobody has. Other launchers set both.
+
+    Raises:
+        UserError: scontrol, which knows the nodes' addresses, is missing (in a container) or fails.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1 or "SLURM_STEP_NUM_TASKS" not in environment:
+        return
     if "MASTER_ADDR" not in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
         first = _scontrol("show", "hostnames", nodes).split()[0]
@@ -79,7 +91,15 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
 
 
 def _scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        raise UserError(
+            "scontrol: not found, so ranks cannot find the first node; expected MASTER_ADDR, exported before srun "
+            "(an image has no scontrol)"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"scontrol: {reason_of(error.stderr)}; expected MASTER_ADDR, exported before srun") from None
 
 
 def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:

@@ -11,7 +11,7 @@ from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.config.types import MAX_BATCH
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.memory import grown_micro_batch, state_bytes, step_bytes
-from sparse_llm_ft.errors import ConfigError, reason_of
+from sparse_llm_ft.errors import ConfigError, OutOfMemoryConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
@@ -146,10 +146,10 @@ def shrunk_batch(phase: Phase, world_size: int, step: int) -> Phase:
         step: the step that ran out of memory, for the error.
 
     Raises:
-        ConfigError: the micro-batch is 1.
+        OutOfMemoryConfigError: the micro-batch is 1.
     """
     if phase.micro_batch_size == 1:
-        raise ConfigError(
+        raise OutOfMemoryConfigError(
             "training.on_oom",
             f"shrink, and step {step} ran out of memory at micro-batch 1; the steps before it are saved",
             "resume with model.gradient_checkpointing: true or a higher deepspeed.zero_stage, or start over with a "

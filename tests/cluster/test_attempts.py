@@ -14,6 +14,8 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "
 DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
 ENDED_BY_SRUN = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n4: task 3: Terminated\n"
 
+LOST = {"state": "failed", "reason": "node_failure", "message": "rank 1 (n2) stopped answering"}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
@@ -105,6 +107,17 @@ def test_a_node_that_fails_with_the_batch_script_is_counted_when_the_next_attemp
     assert "stopped: 2 attempts in a row failed after step 5, on n[1-2]; its node failed" in state(folder).message
 
 
+def test_a_failure_that_the_batch_script_did_not_live_to_count_is_counted_once(folder: RunFolder) -> None:
+    """Rank 0 names the dead rank; then Slurm finds that the node is down, and requeues the job."""
+    run_to(folder, 5, **LOST)
+    assert attempts.begin(folder, JOB).status == 0
+    assert (state(folder).failures, state(folder).attempt) == (1, 2)
+    state(folder).updated_by(step=5, pid=1, **LOST).write(folder.path)
+    assert attempts.end(folder, 1).status == 1  # the second one at that step
+    assert attempts.begin(folder, JOB).status == 2
+    assert state(folder).failures == 2
+
+
 def test_jobs_that_are_requeued_while_they_load_are_no_failures(folder: RunFolder) -> None:
     for _ in range(4):
         assert attempts.begin(folder, JOB).status == 0
@@ -121,17 +134,38 @@ def test_a_bad_setting_takes_its_line_from_the_log(folder: RunFolder) -> None:
     )
 
 
+CGROUP = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
+POLLED = "slurmstepd: error: StepId=7.0 exceeded memory limit (2101198848 > 2097152000), being killed\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "before"),
+    ("text", "before", "message"),
     [
-        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: n2: task 1: Out Of Memory\n", {}),
-        ("torch.OutOfMemoryError: CUDA out of memory\n", {"state": "failed", "reason": "node_failure"}),
+        (f"{CGROUP}srun: error: n2: task 1: Out Of Memory\n", {}, "a process on n2 used more memory than"),
+        (f"{POLLED}srun: error: n2: task 1: Killed\n", LOST, "a process on n2 used more memory than"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: 8 bytes\n", LOST, "a process used more memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", LOST, "a GPU had too little memory; expected a smaller"),
     ],
 )
-def test_out_of_memory_is_read_from_the_log(text: str, before: dict[str, str], folder: RunFolder) -> None:
+def test_out_of_memory_is_read_from_the_log(text: str, before: dict[str, str], message: str, folder: RunFolder) -> None:
     run_to(folder, 3, **before)
     assert attempts.end(folder, 1, log(folder, text)).status == 1
     assert state(folder).reason == "out_of_memory"
+    assert state(folder).message.startswith(message) and "`sparse-llm-ft plan` says what" in state(folder).message
+
+
+def test_a_step_that_was_made_again_in_less_memory_is_not_why_a_node_failed(folder: RunFolder) -> None:
+    run_to(folder, 9, **LOST)
+    text = "step 4 ran out of memory and is made again: micro-batch 2\n"
+    assert attempts.end(folder, 1, log(folder, text)).status == 75
+    assert state(folder).reason == "node_failure"
+
+
+def test_a_cancelled_run_is_not_tried_again_by_this_job_nor_by_the_next_of_a_chain(folder: RunFolder) -> None:
+    run_to(folder, 3, state="preempted", message="SIGTERM: saved step 3")
+    attempts.forbid_attempts(folder, "cancelled")
+    assert attempts.end(folder, 143).status == 2
+    assert attempts.begin(folder, JOB).line == "cancelled; `sparse-llm-ft submit` starts it again"
 
 
 def test_submitting_again_lets_attempts_begin(folder: RunFolder) -> None:

@@ -60,10 +60,41 @@ def test_no_directive_stands_behind_a_command() -> None:
     assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < min(commands)
 
 
-def test_a_container_sees_its_folders() -> None:
-    script = render(replace(OPTIONS, container="lab/train:1"), RUN, 0, [Path("/data"), Path("/base"), Path("/data")])
-    assert "--container-image=lab/train:1 --container-mounts=/data:/data,/base:/base " in script
-    assert "python3 -m sparse_llm_ft train" in script
+def test_a_container_gets_its_folders_the_hubs_caches_and_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script runs with an srun that prints its arguments: those of pyxis, and then the command."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", "/base")
+    monkeypatch.delenv("HF_DATASETS_CACHE")
+    mounts = [Path("/data"), Path("/base"), Path("/data")]
+    script = render(replace(OPTIONS, container="nvcr.io#lab/train:1"), RUN, 0, mounts)
+    _, _, launch = script.partition("head=$(scontrol")
+    launch = f"config=a.yaml\nhead=$(scontrol{launch.partition('status=$?')[0]}"
+    play(tmp_path, "srun", 'printf "%s\\n" "$MASTER_ADDR:$MASTER_PORT" "$HF_HOME" "$@"')
+    play(tmp_path, "scontrol", '[ "$2" = hostnames ] && echo node7 && exit; echo NodeName=$3 NodeAddr=10.0.0.7 Port=1')
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "20123"}
+    answer = subprocess.run(["bash", "-euc", launch], capture_output=True, text=True, timeout=30, env=environment)
+    assert answer.stdout.splitlines() == [
+        "10.0.0.7:20123",
+        str(tmp_path),
+        "--kill-on-bad-exit=1",
+        "--container-image=nvcr.io#lab/train:1",
+        f"--container-mounts=/data:/data,/base:/base,{tmp_path}:{tmp_path}",
+        "--no-container-entrypoint",
+        *["python3", "-m", "sparse_llm_ft", "train", "--config", "a.yaml"],
+    ], answer.stderr
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a:b", "/a,b"])
+def test_a_folder_that_pyxis_would_read_otherwise_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match="has signs that pyxis reads otherwise"):
+        render(replace(OPTIONS, container="lab/train:1"), RUN, 0, [Path(path)])
+
+
+def play(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +127,13 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         ({"time": "5:00"}, "--time 5:00: 300 s, and the run leaves 300 s before the limit"),
         ({"chain": -1}, "--chain -1: expected 0 or more"),
         ({"partition": "a\nb"}, "--partition"),
-        ({"container": "an image"}, "--container 'an image': expected an image"),
+        ({"container": "an image"}, "--container 'an image': expected [REGISTRY#]IMAGE[:TAG]"),
+        ({"container": ""}, "--container '': expected [REGISTRY#]IMAGE[:TAG]"),
+        ({"container": "/no/such.sqsh"}, "--container /no/such.sqsh: no such file"),
+        (
+            {"container": "nvcr.io/nvidia/pytorch:26.01-py3"},
+            "--container nvcr.io/nvidia/pytorch:26.01-py3: enroot would",
+        ),
         ({"container": "image", "launcher": "torchrun"}, "--container image: expected --launcher srun"),
         ({"sbatch": ("mem=0",)}, "--sbatch mem=0: expected an option"),
         ({"sbatch": ("--mem=0\nrm",)}, "--sbatch"),

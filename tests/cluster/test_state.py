@@ -15,7 +15,14 @@ from sparse_llm_ft.cluster.state import Reason, RunState, job_id, read_state
 from sparse_llm_ft.cluster.state_writer import StateWriter, reason_of_failure
 from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World
-from sparse_llm_ft.errors import ConfigError, DivergedError, PreemptionRequested, TrainingError, UserError
+from sparse_llm_ft.errors import (
+    ConfigError,
+    DivergedError,
+    OutOfMemoryConfigError,
+    PreemptionRequested,
+    TrainingError,
+    UserError,
+)
 
 LINE = {"step": 3, "phase": "train", "loss": 2.5, "tokens_per_second": 100.0}
 
@@ -123,6 +130,8 @@ def test_a_run_that_is_refused_before_it_has_its_folder_leaves_no_state(tmp_path
         (ConfigError("seed", "-1", "expected 0 or more"), "failed", "bad_setting"),
         (DivergedError("step 3 has loss nan"), "failed", "diverged"),
         (MemoryError(), "failed", "out_of_memory"),
+        (RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "failed", "out_of_memory"),
+        (OutOfMemoryConfigError("training.on_oom", "shrink", "expected less"), "failed", "out_of_memory"),
         (TrainingError("no adapter is left"), "failed", "error"),
         (RuntimeError("gloo"), "failed", "error"),
     ],
@@ -140,6 +149,21 @@ def test_torchs_own_error_is_out_of_memory() -> None:
     import torch
 
     assert reason_of_failure(torch.OutOfMemoryError("CUDA out of memory")) == "out_of_memory"
+
+
+def test_a_lack_of_memory_says_what_would_be_right(tmp_path: Path) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """Named as torch's."""
+
+    for error, advice in (
+        (OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "a smaller training.micro_batch_size"),
+        (MemoryError(), "submit with --sbatch=--mem=0"),
+    ):
+        writer = StateWriter(tmp_path, ONE_PROCESS)
+        with pytest.raises(type(error)), writer.recorded():
+            writer.begin()
+            raise error
+        assert advice in stored(tmp_path).message
 
 
 def test_the_death_of_another_rank_is_recorded_before_the_process_ends(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,38 @@ LEFT = FRESH.ended("preempted", "SIGUSR2: saved step 3")
 def test_a_run_is(state: RunState, job: Job | None, word: str, alive: bool, tmp_path: Path) -> None:
     view = judge(RunFolder(tmp_path), state, job, NOW)
     assert (view.word, view.is_alive) == (word, alive)
+
+
+def test_a_pending_run_says_what_it_waits_for_and_until_when(tmp_path: Path) -> None:
+    noon = datetime(2026, 3, 4, 12, 0, 0)
+
+    def note(reason: str, start: datetime | None) -> str:
+        return judge(RunFolder(tmp_path), LEFT, Job("PENDING", reason, "", start), noon.timestamp()).note
+
+    held = "waits for BeginTime (Slurm holds a requeued job back for some two minutes)"
+    assert note("BeginTime", noon + timedelta(minutes=2)) == f"{held}, not before 12:02:00"
+    tomorrow = noon + timedelta(days=1)
+    assert note("Resources", tomorrow) == (
+        "waits for Resources (no free nodes yet), expected to begin at 2026-03-05 12:00"
+    )
+    assert note("QOSMaxJobsPerUserLimit", None) == "waits for QOSMaxJobsPerUserLimit"
+    assert note("ReqNodeNotAvail, UnavailableNodes:n2", None).endswith(
+        "UnavailableNodes:n2 (its nodes are down or reserved)"
+    )
+    assert note("", None) == "waits for its turn"
+
+
+def test_a_run_that_is_requeued_after_its_node_says_so(tmp_path: Path) -> None:
+    """Its batch script died with the node, so the file still says that it runs."""
+    view = judge(RunFolder(tmp_path), FRESH.updated_by(nodes="n[1-2]"), Job("PENDING", "BeginTime"), NOW)
+    assert view.state is not None
+    assert view.state.message == "its last attempt died on n[1-2]: a node failed, or it was killed"
+
+
+def test_slurms_out_of_memory_says_what_would_be_right(tmp_path: Path) -> None:
+    view = judge(RunFolder(tmp_path), STALE, Job("OUT_OF_MEMORY", "", "n2"), NOW)
+    assert view.state is not None
+    assert view.state.message.startswith("Slurm says OUT_OF_MEMORY on n2; expected more memory for the job")
 
 
 def test_a_process_of_this_host_that_is_gone_is_dead_at_once(tmp_path: Path) -> None:

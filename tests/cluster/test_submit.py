@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import yaml
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.cluster import slurm
 from sparse_llm_ft.cluster.batch_script import JobOptions
+from sparse_llm_ft.cluster.cancel import cancel
 from sparse_llm_ft.cluster.slurm import Job, find_jobs
 from sparse_llm_ft.cluster.state import RunState, read_state
+from sparse_llm_ft.cluster.status import view_runs
 from sparse_llm_ft.cluster.submission import Submission
 from sparse_llm_ft.config import load_config
 from sparse_llm_ft.errors import UserError
@@ -29,8 +32,8 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
     play(folder, "sbatch", f'echo "$@" >> {folder}/calls; echo $((99 + $(wc -l < {folder}/calls)))')
     play(folder, "sinfo", "echo debug*; echo gpu")
-    play(folder, "squeue", "exit 1")
-    play(folder, "sacct", "exit 1")
+    play(folder, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    play(folder, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     return folder
 
 
@@ -63,6 +66,17 @@ def test_a_submitted_run_is_pending_and_its_settings_are_fixed(settings: dict, t
     assert "sparse-llm-ft cancel" in "\n".join(job.next_steps(["100"]))
 
 
+def test_a_job_does_not_inherit_the_ranks_of_the_shell_that_submits_it(
+    settings: dict, tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MINE", "kept")
+    play(commands, "sbatch", 'echo "${MASTER_ADDR:-}${RANK:-}$MINE" > ' + f"{commands}/seen; echo 100")
+    submission(settings, tmp_path).submit()
+    assert (commands / "seen").read_text() == "kept\n"
+
+
 def test_a_chain_is_jobs_after_each_other(settings: dict, tmp_path: Path, commands: Path) -> None:
     job = submission(settings, tmp_path, JobOptions(2, 0, 1, "10:00", chain=3))
     assert job.submit() == ["100", "101", "102"]
@@ -82,7 +96,7 @@ def test_submitting_counts_failures_anew(settings: dict, tmp_path: Path, command
 def test_a_run_that_is_in_a_job_already_is_refused(settings: dict, tmp_path: Path, commands: Path) -> None:
     job = submission(settings, tmp_path)
     RunState(job_id="7").write(job.folder)
-    play(commands, "squeue", 'echo "7|PENDING|Priority||"')
+    play(commands, "squeue", 'echo "7|PENDING|Priority||N/A|"')
     with pytest.raises(UserError, match=r"is pending \(job 7\); wait for it, or `sparse-llm-ft cancel`"):
         job.check()
 
@@ -134,17 +148,56 @@ def test_a_command_that_does_not_answer_is_given_up(
 
 
 def test_jobs_are_looked_for_in_the_queue_and_then_in_accounting(commands: Path) -> None:
-    play(
-        commands, "squeue", 'echo "7|RUNNING|None|n[1-2]|"; echo "8_1|PENDING|BeginTime||"; echo "8_2|RUNNING|None|n3|"'
+    rows = (
+        "7|RUNNING|None|n[1-2]|2026-03-04T12:00:00|",
+        "8_1|PENDING|BeginTime||2026-03-04T12:02:00|",
+        "8_2|RUNNING|None|n3|2026-03-04T12:00:00|",
     )
+    play(commands, "squeue", "\n".join(f"echo '{row}'" for row in rows))
     play(commands, "sacct", f'echo "$@" > {commands}/asked; echo "5|CANCELLED by 0|n1"; echo "6|NODE_FAIL|n2"')
     assert find_jobs({"5", "6", "7", "8_1"}) == {
         "5": Job("CANCELLED", "", "n1"),
         "6": Job("NODE_FAIL", "", "n2"),
-        "7": Job("RUNNING", "", "n[1-2]"),
-        "8_1": Job("PENDING", "BeginTime", ""),
+        "7": Job("RUNNING", "", "n[1-2]", datetime(2026, 3, 4, 12)),
+        "8_1": Job("PENDING", "BeginTime", "", datetime(2026, 3, 4, 12, 2)),
     }
     assert "7" not in (commands / "asked").read_text().partition("--jobs=")[2]
+
+
+def test_commands_answer_where_there_is_no_sacct(
+    settings: dict, tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (commands / "sacct").unlink()
+    monkeypatch.setenv("PATH", str(commands))
+    run = RunFolder(tmp_path / "run")
+    RunState(state="running", job_id="7", host="n1", nodes="n1", pid=1, updated=1.0).write(run.path)
+    (view,) = view_runs([run])
+    assert view.word == "failed: killed" and view.note == ""
+    with pytest.raises(UserError, match="failed: killed; expected a run that is pending or running"):
+        cancel(run)
+    submission(settings, tmp_path).check()
+
+
+def test_where_slurm_does_not_answer_status_says_so_and_cancel_refuses(tmp_path: Path, commands: Path) -> None:
+    play(commands, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    run = RunFolder(tmp_path / "run")
+    RunState(state="running", job_id="7", host="elsewhere", pid=1, updated=4e9).write(run.path)
+    (view,) = view_runs([run])
+    assert view.note == "Slurm was not asked: squeue: slurm_load_jobs error: Unable to contact slurm controller"
+    with pytest.raises(UserError, match=r"runs on elsewhere in job 7, which Slurm does not know here \(Slurm was not"):
+        cancel(run)
+
+
+def test_cancelling_keeps_the_next_jobs_of_a_chain_from_starting_it_again(tmp_path: Path, commands: Path) -> None:
+    play(commands, "squeue", f"[ -e {commands}/gone ] || echo '7|RUNNING|None|n1|N/A|'")
+    play(commands, "scontrol", "echo JobId=7 BatchFlag=1 Reboot=0")
+    play(commands, "scancel", f"touch {commands}/gone")
+    run = RunFolder(tmp_path / "run")
+    RunState(state="running", job_id="7", host="n1", pid=1, updated=1.0).write(run.path)
+    cancel(run)
+    state = read_state(run.path)
+    assert state is not None and (state.state, state.reason) == ("failed", "cancelled")
+    assert (run.job / "stopped").read_text().startswith("cancelled; ")
 
 
 def test_without_slurm_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

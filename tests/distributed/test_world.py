@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.distributed import exit_status
-from sparse_llm_ft.distributed.world import World, find_world
+from sparse_llm_ft.distributed.world import World, find_world, set_rendezvous
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
 
@@ -27,6 +27,16 @@ def test_a_world_that_is_completed_is_found_again() -> None:
     assert find_world(environment) == find_world(environment) == World(3, 4, 1, 2)
 
 
+SLURM_TASK = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_NODELIST": "node[7-8]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
 def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
@@ -35,20 +45,28 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    slurm = {
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_LOCALID": "1",
-        "SLURM_JOB_ID": "123",
-        "SLURM_STEP_NODELIST": "node[7-8]",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    }
+    slurm = dict(SLURM_TASK)
     assert find_world(slurm) == World(3, 4, 1, 2)
+    set_rendezvous(slurm)
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "20123")
-    own = slurm | {"MASTER_ADDR": "head"}
-    del own["RANK"]
-    find_world(own)
-    assert own["MASTER_ADDR"] == "head"
+
+
+@pytest.mark.parametrize(
+    "body", ["", "#!/bin/sh\necho 'slurm_load_node error: Unable to contact slurm controller' >&2; exit 1\n"]
+)
+def test_without_scontrol_ranks_need_the_address(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, whose batch script exports it."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if body else str(tmp_path))
+    if body:
+        (tmp_path / "scontrol").write_text(body)
+        (tmp_path / "scontrol").chmod(0o755)
+    slurm = dict(SLURM_TASK)
+    find_world(slurm)
+    with pytest.raises(UserError, match="expected MASTER_ADDR, exported before srun"):
+        set_rendezvous(slurm)
+    slurm["MASTER_ADDR"] = "head"
+    set_rendezvous(slurm)
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "20123")
 
 
 def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job() -> None:

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import yaml
 
 from helpers.launching import ROOT
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
 _jobs: list[str] = []
 SUBMIT = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "10"]
 
@@ -37,23 +39,49 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def cli(*arguments: str, slow: float | None = None) -> subprocess.CompletedProcess[str]:
-    """`sparse-llm-ft`, as a user on a login node would call it.
-
-    Args:
-        slow: seconds that a submitted run waits in each step, so that it can be interrupted.
-    """
+def environment(**more: str) -> dict[str, str]:
+    """This process's, in which runs obey the variables of tests/slurm/slow/sitecustomize.py."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "slurm" / "slow")])
-    kept |= {} if slow is None else {"SLOW_STEP": str(slow)}
+    return kept | more
+
+
+def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`sparse-llm-ft`, as a user on a login node would call it, with these variables besides."""
     command = [sys.executable, "-m", "sparse_llm_ft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=kept)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment(**more))
 
 
 def state(run: Path) -> dict:
     """state.json; empty before it is there."""
     path = run / "state.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def losses(run: Path) -> list[str]:
+    """Step, phase and loss of each line of metrics.jsonl."""
+    return [line.split('"learning_rate"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def processes(*words: str, **variables: str) -> list[psutil.Process]:
+    """Processes on this machine that have these words in their command and these environment variables.
+
+    Other users' are left out where the system does not let us look.
+    """
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if set(words) <= set(process.cmdline()) and variables.items() <= process.environ().items():
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def rank_processes(job: str, rank: int) -> list[psutil.Process]:
+    """The Python processes of a job's rank on this machine."""
+    variables = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+    return processes("sparse_llm_ft", "train", **variables)
 
 
 def logs(run: Path) -> str:
@@ -89,17 +117,27 @@ def cancel_jobs() -> None:
 
 
 class Submitted:
-    """A run and its job."""
+    """A run and its job.
 
-    def __init__(self, run: Path, settings: dict, *options: str, slow: float | None = 0.4) -> None:
+    Args:
+        slow: seconds that each step takes longer, so that the run can be interrupted; None: no longer.
+        more: further environment variables of `submit`, which the job inherits.
+    """
+
+    def __init__(self, run: Path, settings: dict, *options: str, slow: float | None = 0.4, **more: str) -> None:
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, config = run, run.parent / f"{run.name}.yaml"
         config.write_text(yaml.safe_dump(settings | {"output_dir": str(run)}))
-        self.answer = cli("submit", "--config", str(config), *options, slow=slow)
+        more |= {} if slow is None else {"SLOW_STEP": str(slow)}
+        self.answer = cli("submit", "--config", str(config), *options, **more)
         assert self.answer.returncode == 0, self.answer.stdout + self.answer.stderr
         _, self.job, *rest = self.answer.stdout.partition("submitted ")[2].splitlines()[0].split()
         self.jobs = [self.job, *" ".join(rest).partition("then ")[2].replace(",", "").split()]
         _jobs.extend(self.jobs)
+
+    def nodes(self) -> list[str]:
+        """The names of the nodes that the present attempt has, rank 0's first."""
+        return slurm("scontrol", "show", "hostnames", state(self.run)["nodes"]).split()
 
     def in_queue(self) -> bool:
         return bool(queued(self.jobs))

@@ -1,4 +1,4 @@
-"""A cluster of two nodes, if there is one here. Run pytest with --basetemp where the nodes share another folder."""
+"""A cluster of two nodes, if there is one here: README.md says which. The test of a hostfile needs none."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from helpers.slurm_jobs import cancel_jobs, missing
+from helpers.slurm_jobs import SUBMIT, Submitted, cancel_jobs, logs, missing, state
 from helpers.tiny_run import run_settings
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cluster() -> None:
     if reason := missing():
         pytest.skip(reason)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_job_is_left(cluster: None) -> Iterator[None]:
     yield
     cancel_jobs()
@@ -32,3 +32,12 @@ def job_settings(model_folder: Path, data_folder: Path) -> dict:
     settings["deepspeed"] = {"zero_stage": 2}
     settings["evaluation"]["samples"] = 0
     return settings
+
+
+@pytest.fixture(scope="session")
+def reference(cluster: None, job_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupts: two nodes, one rank each, ZeRO-2, by `submit`."""
+    job = Submitted(tmp_path_factory.mktemp("reference") / "run", job_settings, *SUBMIT, slow=None)
+    job.wait_end()
+    assert state(job.run)["state"] == "completed", logs(job.run)
+    return job.run

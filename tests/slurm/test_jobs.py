@@ -1,47 +1,16 @@
-"""Jobs of a real Slurm: they are submitted, interrupted, killed and cancelled as users and clusters do it."""
+"""Jobs of a real Slurm: they are submitted, interrupted and cancelled as users and clusters do it."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers.slurm_jobs import SUBMIT, Submitted, cli, logs, slurm, state, wait
+from helpers.slurm_jobs import ADAPTER, SUBMIT, Submitted, cli, logs, losses, slurm, state, wait
 
-pytestmark = pytest.mark.slurm
-ADAPTER = Path("adapter") / "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def reference(job_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts: two nodes, one rank each, ZeRO-2, by `submit`."""
-    job = Submitted(tmp_path_factory.mktemp("reference") / "run", job_settings, *SUBMIT, slow=None)
-    job.wait_end()
-    assert state(job.run)["state"] == "completed", logs(job.run)
-    return job.run
-
-
-def losses(run: Path) -> list[str]:
-    return [line.split('"learning_rate"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def processes(job: str, rank: int) -> list[int]:
-    """The Python processes of a job's rank on this machine."""
-    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_NUM_TASKS=2"}
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if wanted <= environment and b"sparse_llm_ft\0train" in command:
-            found.append(int(folder.name))
-    return found
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("no_job_is_left")]
 
 
 def test_a_run_by_submit_says_what_it_does(reference: Path) -> None:
@@ -84,25 +53,6 @@ def test_cancel_saves_the_step_and_says_so(job_settings: dict, tmp_path: Path) -
     assert not job.in_queue()
     step = int(answer.stdout.partition("saved step ")[2].rstrip(")\n"))
     assert (job.run / "checkpoints" / f"step-{step:08d}").is_dir()
-
-
-def test_a_rank_that_dies_twice_at_one_step_ends_the_job_and_names_its_node(job_settings: dict, tmp_path: Path) -> None:
-    """SIGKILL of rank 1 while it trains, and again while the second attempt loads."""
-    job = Submitted(tmp_path / "run", job_settings, *SUBMIT)
-    job.wait_step(3)
-    (victim,) = processes(job.job, 1)
-    os.kill(victim, signal.SIGKILL)
-    wait(job.run, lambda: "trying once more" in logs(job.run))
-    failed = state(job.run)
-    assert (failed["state"], failed["failures"], failed["failed_nodes"]) == ("failed", 1, ["n2"]), logs(job.run)
-    wait(job.run, lambda: state(job.run)["attempt"] == 2 and bool(processes(job.job, 1)))
-    os.kill(processes(job.job, 1)[0], signal.SIGKILL)
-    job.wait_end()
-    last = state(job.run)
-    assert (last["state"], last["failures"], last["failed_nodes"]) == ("failed", 2, ["n2", "n2"]), logs(job.run)
-    assert last["message"].startswith(f"stopped: 2 attempts in a row failed after step {failed['failed_step']}, on n2")
-    refused = cli("attempt", "begin", str(job.run))
-    assert refused.returncode == 2 and "stopped: 2 attempts" in refused.stdout
 
 
 def test_a_sweep_is_one_array_with_one_report(job_settings: dict, tmp_path: Path) -> None:

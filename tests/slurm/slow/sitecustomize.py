@@ -1,4 +1,5 @@
-"""On PYTHONPATH: optimizer steps take SLOW_STEP seconds longer, so that a run lasts as long on any machine.
+"""On PYTHONPATH. SLOW_STEP=S: optimizer steps take S seconds longer, so that a run lasts as long on any machine.
+EAT_MEMORY=RANK:STEP:MIB: in its STEP-th step, that rank takes MIB mebibytes and waits to be killed.
 
 Python imports this file when it starts. It patches the loop when that is imported.
 """
@@ -25,10 +26,13 @@ class Slow(importlib.abc.MetaPathFinder):
 
         def slowed(module: ModuleType) -> None:
             load(module)
-            step = module.Loop._step
+            step, steps = module.Loop._step, 0
 
             def waiting(*arguments: Any) -> Any:
-                time.sleep(float(os.environ["SLOW_STEP"]))
+                nonlocal steps
+                steps += 1
+                time.sleep(float(os.environ.get("SLOW_STEP", "0")))
+                eat(steps)
                 return step(*arguments)
 
             module.Loop._step = waiting
@@ -37,5 +41,13 @@ class Slow(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "SLOW_STEP" in os.environ:
+def eat(steps: int) -> None:
+    rank, step, mebibytes = (int(word) for word in os.environ.get("EAT_MEMORY", "-1:0:0").split(":"))
+    if (int(os.environ["RANK"]), steps) == (rank, step):
+        eaten = b"x" * (mebibytes * 2**20)
+        time.sleep(60)
+        del eaten
+
+
+if {"SLOW_STEP", "EAT_MEMORY"} & os.environ.keys():
     sys.meta_path.insert(0, Slow())
