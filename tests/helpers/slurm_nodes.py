@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ class Node:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._is_down = name, False
+        self.name = name
         file = Path(setting("SlurmdPidFile").replace("%n", name).replace("%h", os.uname().nodename))
         try:
             self._daemon = psutil.Process(int(file.read_text()))
@@ -58,10 +59,13 @@ class Node:
     def declare_down(self) -> None:
         """Tell Slurm, as an operator would; by itself it finds out after its SlurmdTimeout, five minutes by default."""
         slurm("scontrol", "update", f"NodeName={self.name}", "State=DOWN", "Reason=test")
-        self._is_down = True
 
     def restart(self) -> None:
-        """Start slurmd as it was started before, and let jobs in again."""
+        """Start slurmd as it was started before, and wait until jobs may use the node again."""
         subprocess.run(self._command, check=True, timeout=60)
-        if self._is_down:
-            slurm("scontrol", "update", f"NodeName={self.name}", "State=RESUME")
+        end = time.monotonic() + 60
+        while slurm("sinfo", "--noheader", f"--nodes={self.name}", "--format=%t").startswith(("down", "unk")):
+            assert time.monotonic() < end, slurm("sinfo", "--Node", "--long")
+            # Needed unless the cluster has ReturnToService=2; refused once the node is back.
+            subprocess.run(["scontrol", "update", f"NodeName={self.name}", "State=RESUME"], timeout=60, check=False)
+            time.sleep(1)
