@@ -1,6 +1,6 @@
 """A true-size Llama-3-8B, quantised to 4 bit, trained across a WeightLoRA phase change at ZeRO stage 3.
 
-    python benchmarks/full_size.py MODEL [--layers 8] [--ranks 2] [--dtype bfloat16] [--out runs/full-size]
+    python benchmarks/full_size.py MODEL [--layers 8] [--ranks 2] [--dtype bfloat16] [--out runs/full-size] [--forecast]
 
 MODEL is a folder in Hugging Face layout with the shapes of Llama-3-8B; its values do not matter. With `--layers`, only
 its first layers are used. The run trains 2 + 2 steps of 128 tokens per rank, all linear layers with an adapter in the
@@ -11,17 +11,22 @@ resumes too: call the benchmark again with the same folder.
 It prints, for every stretch of the run, the peak of each rank's resident memory (VmHWM, reset at the start of the
 stretch) and its seconds, with those of its CPU core in brackets: other work on the machine makes the first longer. If
 the machine's available memory falls below `--floor` GiB, the benchmark kills its ranks.
+
+`--forecast` runs nothing, and prints what the planner says of these settings, with DeepSpeed's own prefetching and
+without: bytes of tensors, to which the process of a rank adds Python and libraries. MODEL then needs config.json alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +50,11 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/full-size"))
     parser.add_argument("--floor", type=float, default=1.5, help="GiB of available memory below which ranks are killed")
+    parser.add_argument("--forecast", action="store_true", help="print the planner's figures, and run nothing")
     options = parser.parse_args()
+    if options.forecast:
+        show_forecast(options.model, options)
+        return
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     model = options.model if options.layers is None else shortened(options.model, options.layers, out / "model")
@@ -129,6 +138,33 @@ def write_settings(out: Path, model: Path, options: argparse.Namespace) -> Path:
     path = out / "settings.yaml"
     path.write_text(json.dumps(settings, indent=1))
     return path
+
+
+def show_forecast(model: Path, options: argparse.Namespace) -> None:
+    """Print the planner's peaks of each phase, in GiB: for a CPU, every rank's samples as long as the run's."""
+    from sparse_llm_ft.config import parse_config
+    from sparse_llm_ft.distributed.world import World
+    from sparse_llm_ft.planning.forecast import forecast
+    from sparse_llm_ft.planning.opening import open_for_planning
+    from sparse_llm_ft.planning.samples import SampleSizes
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = json.loads(write_settings(Path(folder), model.resolve(), options).read_text())
+        for prefetching, limits in (("yes", {}), ("no", tree["deepspeed"]["zero_optimization"])):
+            config = parse_config(tree | {"deepspeed": {"zero_stage": 3, "zero_optimization": limits}})
+            context = open_for_planning(config, World(0, options.ranks, 0, options.ranks))
+            samples = dataclasses.replace(SampleSizes.assumed(TOKENS), equal=True)
+            for phase in forecast(context, samples=samples, on_gpu=False).phases:
+                shown = [phase.lines[key] for key in ("base", "adapters", "optimizer", "kept_for_backward")]
+                shown += [
+                    phase.lines["gathered_weights"],
+                    *(phase.peaks[key] for key in ("load", "step", "change", "save")),
+                ]
+                rows.append([phase.name, prefetching, *(f"{size / 2**30:.2f}" for size in shown)])
+    header = ["base", "adapters", "optimizer", "kept for backward", "gathered between the passes"]
+    peaks = ["peak of loading", "of a step", "of the change", "of a save"]
+    print_table(["phase", "prefetching", *header, *peaks], rows)
 
 
 def saved_steps(run: Path) -> int:

@@ -21,6 +21,8 @@ from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
 CONFIG_FILE, PLAN_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+FORECAST_FILE = "forecast.json"
+"""What the run was expected to need; written at its end, for its report."""
 STATE_FILE, JOB_FOLDER = "state.json", "slurm"
 """What a job writes before its run begins: the state, and a folder with the batch script, settings and log."""
 

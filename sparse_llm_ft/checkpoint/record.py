@@ -24,6 +24,9 @@ class PhaseRecord(BaseModel):
     Attributes:
         adapters: modules with an adapter.
         trainable_parameters: trained values, without masked ones.
+        optimizer_bytes_per_rank: of masters, moments and indices, see `Engine.optimizer_bytes`.
+        base_bytes_per_rank, adapter_bytes_per_rank: of frozen and of trained weights, see `Engine.weight_bytes`; 0 in
+            checkpoints of releases that did not count them.
         steps, samples: of the optimizer steps done.
         tokens: without padding, of all ranks.
         seconds: in optimizer steps, without evaluation or saving.
@@ -39,6 +42,8 @@ class PhaseRecord(BaseModel):
     adapters: Count
     trainable_parameters: Count
     optimizer_bytes_per_rank: Count
+    base_bytes_per_rank: Count = 0
+    adapter_bytes_per_rank: Count = 0
     micro_batch_size: Count
     global_batch_size: Count
     steps: Count = 0
@@ -51,11 +56,19 @@ class PhaseRecord(BaseModel):
     measured: str | None = None
 
     @classmethod
-    def of(cls, phase: Phase, before: PhaseRecord | None, parameters: int, optimizer_bytes: int) -> PhaseRecord:
+    def of(
+        cls,
+        phase: Phase,
+        before: PhaseRecord | None,
+        parameters: int,
+        optimizer_bytes: int,
+        weight_bytes: tuple[int, int] = (0, 0),
+    ) -> PhaseRecord:
         """The record of a phase that begins.
 
         Args:
             before: its record in the checkpoint from which it continues; counting continues from there.
+            weight_bytes: of frozen and of trained weights.
         """
         counted = {} if before is None else before.model_dump(include=_COUNTED)
         return cls(
@@ -63,6 +76,8 @@ class PhaseRecord(BaseModel):
             adapters=len(phase.plan.active),
             trainable_parameters=parameters,
             optimizer_bytes_per_rank=optimizer_bytes,
+            base_bytes_per_rank=weight_bytes[0],
+            adapter_bytes_per_rank=weight_bytes[1],
             micro_batch_size=phase.micro_batch_size,
             global_batch_size=phase.global_batch_size,
             **counted,

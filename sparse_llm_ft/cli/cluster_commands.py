@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sparse_llm_ft.cli.plan_command import check_memory, parse_size
+from sparse_llm_ft.cli.plan_command import add_gpu_memory, gpu_memory
 from sparse_llm_ft.cluster import attempts, slurm
 from sparse_llm_ft.cluster.batch_script import LAUNCHERS, JobOptions
 from sparse_llm_ft.cluster.cancel import cancel
@@ -29,8 +29,8 @@ from sparse_llm_ft.run_folder import RunFolder
 
 WATCH_SECONDS = 5.0
 
-Check = Callable[[RunConfig, int], list[str]]
-"""What `sparse-llm-ft check` does, for so many processes; returns its lines."""
+Check = Callable[[RunConfig, World, int | None, bool], list[str]]
+"""What `sparse-llm-ft check` does, for these processes, bytes of a GPU, and with or without GPUs; returns its lines."""
 
 
 def add_commands(commands: Any, check: Check) -> None:
@@ -47,7 +47,7 @@ def add_commands(commands: Any, check: Check) -> None:
     submit.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="one process each; 0: CPUs alone")
     submit.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of a node without GPUs")
     submit.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process")
-    submit.add_argument("--gpu-memory", metavar="SIZE", help="of one, as 80GiB: refuse a run that does not fit")
+    add_gpu_memory(submit, "refuse a run that does not fit")
     submit.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit; a run that needs more goes on")
     submit.add_argument("--leave-before", type=int, default=300, metavar="SECONDS", help="to save before the limit")
     submit.add_argument("--partition", metavar="NAME")
@@ -96,7 +96,7 @@ def _submit(options: argparse.Namespace, check: Check) -> None:
         tuple(options.sbatch),
     )
     asked.check()
-    memory = None if options.gpu_memory is None else parse_size(options.gpu_memory)
+    memory = gpu_memory(options)
     if not options.dry_run:
         _check_cluster(options.partition)
     base = load_config(files, overrides)
@@ -106,10 +106,8 @@ def _submit(options: argparse.Namespace, check: Check) -> None:
     submission = Submission(folder, runs, asked, bool(options.sweep))
     submission.check()
     for config in submission.runs:
-        lines = check(config, asked.processes)
         world = World(0, asked.processes, 0, asked.processes // asked.nodes)
-        known = config.training.device_memory if memory is None else memory
-        lines.append(check_memory(config, world, known, on_gpu=asked.gpus_per_node > 0))
+        lines = check(config, world, memory, asked.gpus_per_node > 0)
         if options.sweep:
             print(f"{config.output_dir}: {lines[0]}")
         else:

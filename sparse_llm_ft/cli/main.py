@@ -13,6 +13,7 @@ from sparse_llm_ft.cli.cluster_commands import add_commands as add_cluster_comma
 from sparse_llm_ft.cli.doctor import add_command as add_doctor
 from sparse_llm_ft.cli.fetch import add_command as add_fetch
 from sparse_llm_ft.cli.plan_command import add_command as add_plan
+from sparse_llm_ft.cli.plan_command import add_gpu_memory, check_memory, gpu_memory
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
@@ -65,9 +66,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     train.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE", help="wins over the files")
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
     train.set_defaults(command=_train, rest="settings")
-    check = commands.add_parser("check", help="check settings and data, and show the plan a run would begin with")
+    check = commands.add_parser(
+        "check", help="check settings and data, and show the plan a run would begin with and the memory it would need"
+    )
     check.add_argument("--config", nargs="+", required=True, metavar="FILE")
     check.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
+    add_gpu_memory(check, "refuse a run that does not fit")
     check.set_defaults(command=_check)
     summary = commands.add_parser("summary", help="show the table of a finished run")
     summary.add_argument("run", metavar="RUN", help="a run's output_dir")
@@ -124,18 +128,21 @@ def _train(options: argparse.Namespace, world: World) -> None:
 def _check(options: argparse.Namespace) -> None:
     if options.processes < 1:
         raise UserError(f"--processes {options.processes}: expected 1 or more")
-    print(*_check_run(load_config(*split_arguments(options.config)), options.processes), sep="\n")
+    memory, world = gpu_memory(options), World(0, options.processes, 0, options.processes)
+    print(*_check_run(load_config(*split_arguments(options.config)), world, memory), sep="\n")
 
 
-def _check_run(config: RunConfig, processes: int) -> list[str]:
-    """Check a run as `train` would on so many processes; returns lines about it. `submit` checks the same.
+def _check_run(config: RunConfig, world: World, memory: int | None = None, on_gpu: bool | None = None) -> list[str]:
+    """Check a run as `train` would on so many processes; returns lines about it. `submit` and `fetch` check the same.
+
+    Args:
+        memory, on_gpu: see `planned_device`.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     from sparse_llm_ft.context.preflight import preflight
 
-    world = World(0, processes, 0, processes)
     task = preflight(config, world)
     silence_libraries()
     with Wait(Console(0, stderr=True), _IMPORTING):
@@ -143,10 +150,13 @@ def _check_run(config: RunConfig, processes: int) -> list[str]:
         import transformers
 
         from sparse_llm_ft.context.context import RunContext
+        from sparse_llm_ft.planning.devices import planned_device
         from sparse_llm_ft.training.run import Run
 
     transformers.utils.logging.disable_progress_bar()
-    return Run.prepare(RunContext.open(config, world, task)).describe()
+    device = planned_device(config, memory, on_gpu)
+    run = Run.prepare(RunContext.open(config, world, task), device=device)
+    return [*run.describe(), *check_memory(run.context, device)]
 
 
 def _derive(options: argparse.Namespace) -> None:

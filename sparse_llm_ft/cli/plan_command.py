@@ -8,13 +8,17 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.run_folder import open_run
+
+if TYPE_CHECKING:
+    from sparse_llm_ft.context.context import RunContext
+    from sparse_llm_ft.planning.devices import Device
 
 DOES_NOT_FIT = 3
 """Exit status."""
@@ -36,7 +40,7 @@ def add_command(commands: Any) -> None:
     plan.add_argument("--config", nargs="+", required=True, metavar="FILE", help="as of train; settings may follow")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of a node, one process each")
     plan.add_argument("--nodes", type=int, default=1, metavar="N")
-    plan.add_argument("--gpu-memory", metavar="SIZE", help="such as 80GiB; default: that of this machine's GPU")
+    add_gpu_memory(plan, "what must suffice")
     plan.add_argument("--tflops", type=float, metavar="N", help="what a device does in a second, for times")
     plan.add_argument("--card", metavar="NAME", help="a known card in place of --tflops, with --mfu of its peak")
     plan.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="default: 0.4")
@@ -55,10 +59,11 @@ def add_command(commands: Any) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     """Forecast and print; ends with status 3 if a phase does not fit."""
     config, world = load_config(*split_arguments(options.config)), _world(options)
-    given = config.training.device_memory if options.gpu_memory is None else parse_size(options.gpu_memory)
+    given = gpu_memory(options)
     if options.solve is not None:
         config = _check_solved(options.solve, config)
     _check_rates(options)
+    from sparse_llm_ft.planning.devices import planned_device
     from sparse_llm_ft.planning.forecast import forecast
     from sparse_llm_ft.planning.micro_batch import describe, with_micro_batch
     from sparse_llm_ft.planning.opening import open_for_planning
@@ -66,7 +71,8 @@ def run_plan(options: argparse.Namespace) -> None:
     from sparse_llm_ft.planning.solve import solve
     from sparse_llm_ft.planning.tables import phase_table, size_text, to_json
 
-    memory, on_gpu = _memory(given, world)
+    device = planned_device(config, given)
+    memory, on_gpu = device.memory or _share_of_host(world), device.is_gpu
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what a run would log
         context = open_for_planning(config, world)
     samples = sample_sizes(context)
@@ -90,8 +96,7 @@ def run_plan(options: argparse.Namespace) -> None:
     rates = _rates(options, found, config)
     for note in found.notes:
         print(note)
-    one, several = ("GPU", "GPUs") if on_gpu else ("process", "processes")
-    where = f"{world.size} {one if world.size == 1 else several}"
+    where = f"{world.size} {device.noun}{'' if world.size == 1 else 's' if on_gpu else 'es'}"
     print(f"one of {where}, ZeRO-{config.deepspeed.zero_stage}, {size_text(memory)} each\n")
     for phase in found.phases:
         print(phase_table(phase, world.size, rates) + "\n")
@@ -101,42 +106,55 @@ def run_plan(options: argparse.Namespace) -> None:
 
         total = sum(phase.steps or 0 for phase in found.phases) or 1000
         print(others_table(found, other_methods(context, samples, total, on_gpu), config.method_name) + "\n")
-    worst = max(found.phases, key=lambda phase: phase.peak_bytes)
-    what = max(worst.peaks, key=lambda name: worst.peaks[name])
-    verdict = "fits" if fits else "does not fit"
-    print(f"{verdict}: {size_text(worst.peak_bytes)} of {size_text(memory)} (phase {worst.name}, {what})")
+    worst, verdict = found.highest, "fits" if fits else "does not fit"
+    print(f"{verdict}: {size_text(worst.peak_bytes)} of {size_text(memory)} (phase {worst.name}, {worst.highest})")
     sys.exit(0 if fits else DOES_NOT_FIT)
 
 
-def check_memory(config: RunConfig, world: World, memory: int | None, on_gpu: bool) -> str:
-    """A line about what the run will need on each device.
-
-    Args:
-        memory: bytes of a device; None: not known, and nothing is refused.
+def check_memory(context: RunContext, device: Device) -> list[str]:
+    """Lines about what the run will need on each device.
 
     Raises:
-        UserError: a phase does not fit.
+        UserError: a phase does not fit into the device's memory, if that is known.
     """
     from sparse_llm_ft.planning.forecast import forecast
-    from sparse_llm_ft.planning.opening import open_for_planning
-    from sparse_llm_ft.planning.tables import size_text
+    from sparse_llm_ft.planning.tables import memory_line, size_text
 
-    if config.training.micro_batch_size == "auto":
-        return "planned memory: training.micro_batch_size is auto, and the job chooses it"
     try:
-        found = forecast(open_for_planning(config, world), on_gpu=on_gpu)
+        found = forecast(context, on_gpu=device.is_gpu)
     except UserError:
         raise
     except Exception as error:  # a model may fail on the meta device in any way
-        return f"planned memory: not known for this model ({type(error).__name__}: {reason_of(error, 200)})"
-    worst = max(found.phases, key=lambda phase: phase.peak_bytes)
-    what = max(worst.peaks, key=lambda name: worst.peaks[name])
-    if memory is not None and not found.fits(memory):
+        return [f"planned memory: not known for this model ({type(error).__name__}: {reason_of(error, 200)})"]
+    worst = found.highest
+    if device.memory is not None and not found.fits(device.memory):
         raise UserError(
-            f"--gpu-memory {size_text(memory)}: phase {worst.name} needs {size_text(worst.peak_bytes)} ({what}); "
-            "expected more, or what `sparse-llm-ft plan --solve` finds"
+            f"{device.source} {size_text(device.memory)}: phase {worst.name} needs {size_text(worst.peak_bytes)} "
+            f"({worst.highest}); expected more, or what `sparse-llm-ft plan --solve` finds"
         )
-    return f"planned memory: {size_text(worst.peak_bytes)} of each device (phase {worst.name}, {what})"
+    return [*found.notes, memory_line(found, device)]
+
+
+def add_gpu_memory(command: argparse.ArgumentParser, what: str) -> None:
+    """Enter the option ``--gpu-memory``.
+
+    Args:
+        what: what the command does with it, for its help.
+    """
+    command.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help=f"of each GPU, such as 80GiB: {what}; default: training.device_memory, or that of this machine's GPU",
+    )
+
+
+def gpu_memory(options: argparse.Namespace) -> int | None:
+    """Bytes of the typed ``--gpu-memory``; None: not given.
+
+    Raises:
+        UserError: not a size.
+    """
+    return None if options.gpu_memory is None else parse_size(options.gpu_memory)
 
 
 def parse_size(text: str) -> int:
@@ -186,17 +204,9 @@ def _check_rates(options: argparse.Namespace) -> None:
         open_run(options.rate_of).summary()
 
 
-def _memory(given: int | None, world: World) -> tuple[int, bool]:
-    """Bytes of one device, and whether it is a GPU: the given ones, this machine's GPU's, or a process's share of this
-    machine's memory.
-    """
-    import torch
-
-    if given is not None:
-        return given, True
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, True
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size, False
+def _share_of_host(world: World) -> int:
+    """Bytes of this machine's memory for each of its processes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
 
 
 def _rates(options: argparse.Namespace, found: Any, config: RunConfig) -> Any:

@@ -389,9 +389,20 @@ class Engine:
         """
         own = {id(parameter) for parameter in self.parameters.values()}
         tensors = self._shards.state_tensors() + [m for _, m in self._shards.masters if id(m) not in own]
-        total = torch.tensor([sum(t.numel() * t.element_size() for t in tensors)], device=self._engine.device)
-        dist.all_reduce(total, dist.ReduceOp.MAX)
-        return int(total)
+        return self._largest(sum(t.numel() * t.element_size() for t in tensors))[0]
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Collective. Bytes of the frozen weights and of the trained ones, each on the rank that holds the most; see
+        `zero.weight_bytes`.
+        """
+        frozen, trained = self._largest(*zero.weight_bytes(self.module))
+        return frozen, trained
+
+    def _largest(self, *sizes: int) -> list[int]:
+        """Collective. Of each size the largest of all ranks."""
+        found = torch.tensor(sizes, device=self._engine.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(size) for size in found]
 
     def close(self) -> None:
         """Free the engine and its optimizer state. The model stays, and its frozen base is untouched."""

@@ -29,6 +29,7 @@ from torch import nn
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.engine.shards import Master, ShardSlice
 from sparse_llm_ft.model.lean import is_lean
+from sparse_llm_ft.model.meta_four_bit import state_tensors
 from sparse_llm_ft.model.recompute import carry_through_hooks
 from sparse_llm_ft.optim import AdapterOptimizer
 
@@ -83,6 +84,19 @@ def shard_slices(
 def is_sharded(wrapped: Wrapped) -> bool:
     """Whether each rank holds only a part of the masters (stages 1 to 3)."""
     return hasattr(wrapped, _STAGES_1_AND_2) or hasattr(wrapped, _STAGE_3)
+
+
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the frozen weights and of the trained ones that this rank holds, of sharded ones its parts. Buffers and
+    the constants of 4-bit weights count as frozen.
+    """
+    held: dict[bool, list[torch.Tensor]] = {False: list(model.buffers()), True: []}
+    for parameter in model.parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        constants = state_tensors(getattr(parameter, "quant_state", None))
+        held[parameter.requires_grad] += [parameter.data, *constants, *([] if shard is None else [shard])]
+    frozen, trained = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held[k]} for k in held)
+    return sum(frozen.values()), sum(trained.values())
 
 
 def flat_gradients(wrapped: Wrapped, masters: Sequence[Master]) -> list[torch.Tensor]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 
 from sparse_llm_ft.adapters.tuners import TensorShape
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.config.types import MAX_BATCH
 from sparse_llm_ft.data.tasks.mode import TaskMode
-from sparse_llm_ft.engine.memory import grown_micro_batch, state_bytes, step_bytes
+from sparse_llm_ft.engine.memory import grown_micro_batch, state_bytes
 from sparse_llm_ft.errors import ConfigError, OutOfMemoryConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import Shape
+from sparse_llm_ft.planning.traces import cached_step_bytes
 
 
 def largest_micro_batch(global_batch_size: int, world_size: int, limit: int) -> int:
@@ -64,7 +64,7 @@ def settle_growth(config: RunConfig, first: Phase, task_mode: TaskMode, length: 
     if not growing:
         return config
     try:
-        step_bytes(config.model, first.plan, length, task_mode)
+        cached_step_bytes(config.model, first.plan, length, task_mode)
         return config
     except Exception as error:  # a model may fail on the meta device in any way
         reason = f"{type(error).__name__}: {reason_of(error, 200)}"
@@ -191,13 +191,12 @@ def grown_batch(
     if phase.batch_growth == "none":
         return phase.with_batch(micro, total, before.lr_factor), None
 
-    @cache
     def peak(samples: int) -> int:
-        return step_bytes(config.model, phase.plan, length, task_mode, samples).peak
+        return cached_step_bytes(config.model, phase.plan, length, task_mode, samples).peak
 
     # How many samples fit into the memory that the old plan needed?
     fixed = targets, config.deepspeed.zero_stage, world_size, parameters
-    old = step_bytes(config.model, before.plan, length, task_mode, micro).peak + state_bytes(before.plan, *fixed)
+    old = cached_step_bytes(config.model, before.plan, length, task_mode, micro).peak + state_bytes(before.plan, *fixed)
     state, keeps = state_bytes(phase.plan, *fixed), phase.batch_growth == "keep_global"
     limit = grown_micro_batch(micro, total // world_size if keeps else MAX_BATCH // total * micro, old - state, peak)
     if keeps:

@@ -88,6 +88,11 @@ class PhaseForecast:
         """The largest of `peaks`."""
         return max(self.peaks.values())
 
+    @property
+    def highest(self) -> str:
+        """Which of `peaks` is the largest."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
 
 @dataclass(frozen=True)
 class RunForecast:
@@ -106,7 +111,12 @@ class RunForecast:
     @property
     def peak_bytes(self) -> int:
         """The largest peak of all phases."""
-        return max(phase.peak_bytes for phase in self.phases)
+        return self.highest.peak_bytes
+
+    @property
+    def highest(self) -> PhaseForecast:
+        """The phase with the largest peak."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
 
     def fits(self, memory: int) -> bool:
         """Whether every phase fits into `memory` bytes of each device."""

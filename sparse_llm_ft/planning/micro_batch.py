@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.distributed.collectives import ALONE, Coordination
 from sparse_llm_ft.errors import ConfigError, UserError, reason_of
+from sparse_llm_ft.planning.devices import Device
 from sparse_llm_ft.planning.samples import sample_sizes
 from sparse_llm_ft.planning.solve import Solution, solve
 from sparse_llm_ft.planning.tables import size_text
 
 
-def settle_micro_batch(context: RunContext, ranks: Coordination = ALONE) -> RunConfig:
+def settle_micro_batch(context: RunContext, device: Device, ranks: Coordination = ALONE) -> RunConfig:
     """Collective, as `ranks` says. The settings with a number in the place of ``auto``: rank 0 decides. A run that has
     begun keeps the number in its folder.
+
+    Args:
+        device: of each process.
 
     Raises:
         ConfigError: the device's memory is not known, no micro-batch fits, or the model's memory cannot be planned.
@@ -26,7 +28,7 @@ def settle_micro_batch(context: RunContext, ranks: Coordination = ALONE) -> RunC
     if config.training.micro_batch_size != "auto":
         return config
     chosen: list[int] = []
-    ranks.on_rank_zero(lambda: chosen.append(_kept(context) or _planned(context)))
+    ranks.on_rank_zero(lambda: chosen.append(_kept(context) or _planned(context, device)))
     return with_micro_batch(context, int(ranks.broadcast(str(chosen[0]) if chosen else ""))).config
 
 
@@ -34,26 +36,6 @@ def with_micro_batch(context: RunContext, size: int) -> RunContext:
     """The context with this micro-batch."""
     training = context.config.training.model_copy(update={"micro_batch_size": size})
     return replace(context, config=context.config.model_copy(update={"training": training}))
-
-
-def device_memory(config: RunConfig, why: str) -> int:
-    """Bytes of each device: those of the settings, or this process's GPU's.
-
-    Args:
-        why: what needs it, for the error.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    if config.training.device_memory is not None:
-        return config.training.device_memory
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    raise ConfigError(
-        "training.device_memory",
-        f"not given, and {why} on a machine without a GPU",
-        "expected the memory that each process may use, such as 24GiB",
-    )
 
 
 def _kept(context: RunContext) -> int | None:
@@ -64,10 +46,16 @@ def _kept(context: RunContext) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _planned(context: RunContext) -> int:
-    memory = device_memory(context.config, "training.micro_batch_size is auto")
+def _planned(context: RunContext, device: Device) -> int:
+    memory = device.memory
+    if memory is None:
+        raise ConfigError(
+            "training.device_memory",
+            "not given, and training.micro_batch_size is auto on a machine without a GPU",
+            "expected the memory that each process may use, such as 24GiB",
+        )
     try:
-        found = solve("micro_batch_size", context, memory, sample_sizes(context), torch.cuda.is_available())
+        found = solve("micro_batch_size", context, memory, sample_sizes(context), device.is_gpu)
     except UserError:
         raise
     except Exception as error:  # a model may fail on the meta device in any way

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sparse_llm_ft.planning.devices import Device
 from sparse_llm_ft.planning.forecast import PhaseForecast, RunForecast
 from sparse_llm_ft.planning.others import OtherMethod
 from sparse_llm_ft.planning.rates import Rates, step_seconds
@@ -34,7 +35,12 @@ PEAKS = {
 
 def to_json(forecast: RunForecast, fits: bool) -> dict[str, Any]:
     """The contract of ``plan --json``."""
-    return {"fits": fits, "phases": [_phase_json(phase) for phase in forecast.phases]}
+    return {"fits": fits, "phases": phases_to_json(forecast)}
+
+
+def phases_to_json(forecast: RunForecast) -> list[dict[str, Any]]:
+    """The phases in that contract."""
+    return [_phase_json(phase) for phase in forecast.phases]
 
 
 def _phase_json(phase: PhaseForecast) -> dict[str, Any]:
@@ -47,6 +53,13 @@ def _phase_json(phase: PhaseForecast) -> dict[str, Any]:
         "flops_per_step": phase.flops_per_step,
         "communicated_bytes_per_step": phase.communicated_bytes_per_step,
     }
+
+
+def memory_line(forecast: RunForecast, device: Device) -> str:
+    """The largest peak of each phase, in a line."""
+    peaks = [f"phase {phase.name} {size_text(phase.peak_bytes)} ({phase.highest})" for phase in forecast.phases]
+    limit = "" if device.memory is None else f", of {size_text(device.memory)}"
+    return f"planned memory of each {device.noun}: {', '.join(peaks)}{limit}"
 
 
 def phase_table(phase: PhaseForecast, ranks: int, rates: Rates) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation, evaluation_bytes
+from sparse_llm_ft.engine.memory import StepBytes, step_bytes
 from sparse_llm_ft.engine.step_trace import Batch, StepTrace, trace_step, traced_model
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -28,6 +29,11 @@ def _evaluation(
     key: _Key, model: ModelConfig, batch: Batch, mode: TaskMode, generation: Generation | None, on_gpu: bool
 ) -> EvaluationBytes:
     return evaluation_bytes(model, key.plan, batch, mode, generation, on_gpu)
+
+
+@lru_cache(maxsize=256)
+def _step_bytes(key: _Key, model: ModelConfig, length: int, mode: TaskMode, samples: int) -> StepBytes:
+    return step_bytes(model, key.plan, length, mode, samples)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,13 @@ class _Key:
 def cached_trace(model: ModelConfig, plan: AdapterPlan, batch: Batch, mode: TaskMode, on_gpu: bool) -> StepTrace:
     """`trace_step`, once for the same sizes."""
     return _trace(_Key.of(plan), model, batch, mode, on_gpu)
+
+
+def cached_step_bytes(
+    model: ModelConfig, plan: AdapterPlan, length: int, mode: TaskMode, samples: int = 1
+) -> StepBytes:
+    """`step_bytes`, once for the same sizes."""
+    return _step_bytes(_Key.of(plan), model, length, mode, samples)
 
 
 def cached_model(model: ModelConfig, plan: AdapterPlan, mode: TaskMode) -> Any:

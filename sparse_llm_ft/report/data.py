@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
@@ -30,6 +30,8 @@ _INVALID = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 _floats = TypeAdapter(dict[str, float]).validate_python
+_bytes = TypeAdapter(dict[str, NonNegativeInt]).validate_python
+_size = TypeAdapter(NonNegativeInt).validate_python
 _pairs = TypeAdapter(dict[str, Pair]).validate_python
 _shapes = TypeAdapter(dict[str, Shape]).validate_python
 _overlap = TypeAdapter(dict[str, dict[str, Pair]]).validate_python
@@ -51,7 +53,13 @@ _STEP = {
     "trainable_parameters": int,
     "active_adapters": int,
 }
-_STEP_EXTRAS: _Converters = {"validation_loss": float, "omega": _floats}
+_STEP_EXTRAS: _Converters = {
+    "validation_loss": float,
+    "omega": _floats,
+    "peak_memory_bytes": _size,
+    "reserved_memory_bytes": _size,
+}
+_PLANNED: _Converters = {"name": str, "micro_batch_size": _size, "lines": _bytes, "peaks": _bytes}
 _PHASE: _Converters = {"index": int, "name": str, "plan": AdapterPlan.from_dict, "shapes": _shapes}
 _PHASE_END: _Converters = {"scores": _scores, "delta_norms": _floats}
 _SCORES: Mapping[str, _Converters] = {
@@ -96,6 +104,8 @@ class RunReport:
         phases: the files of ``phases/`` in order, with an `AdapterPlan` as plan; the phase in training may be missing.
         totals: each phase's numbers; before the run is finished without those that only its summary has.
         before, after: metrics; empty where nothing was measured.
+        forecast: the phases as they were planned before the run began; empty where none were.
+        process_bytes: what the process held then, on a CPU.
     """
 
     folder: Path
@@ -110,6 +120,8 @@ class RunReport:
     before: Mapping[str, float]
     after: Mapping[str, float]
     world_size: int | None = None
+    forecast: Sequence[Record] = ()
+    process_bytes: int = 0
 
     @property
     def choice(self) -> Choice | None:
@@ -167,11 +179,17 @@ class RunReport:
         phases = [_phase(path) for path in sorted((folder / "phases").glob("*.json"))]
         phases.sort(key=lambda phase: phase["index"])
         run = cls(folder, method, model, task, False, settings, steps, phases, _totals_so_far(steps), {}, {})
+        if (forecast_file := folder / "forecast.json").is_file():
+            with _reading(forecast_file) as data:
+                planned = [_converted(phase, _PLANNED) for phase in data["phases"]]
+                process_bytes = _size(data.get("process_bytes") or 0)
+            run = replace(run, forecast=planned, process_bytes=process_bytes)
         if not summary_file.is_file():
             return run
         with _reading(summary_file) as summary:
             numbers = dict.fromkeys(PHASE_NUMBERS, _finite)
-            totals = [_converted(phase, {"name": str, **numbers}, {"mfu": _finite}) for phase in summary["phases"]]
+            extras = {"mfu": _finite, "base_bytes_per_rank": _size, "adapter_bytes_per_rank": _size}
+            totals = [_converted(phase, {"name": str, **numbers}, extras) for phase in summary["phases"]]
             before, after = (_floats(summary["metrics"].get(when) or {}) for when in ("before", "after"))
             world_size = int(summary["world_size"])
         return replace(run, finished=True, totals=totals, before=before, after=after, world_size=world_size)

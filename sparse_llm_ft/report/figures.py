@@ -9,7 +9,7 @@ from functools import partial
 
 from matplotlib import rc_context
 
-from sparse_llm_ft.report import module_figures, step_figures
+from sparse_llm_ft.report import memory_figure, module_figures, step_figures
 from sparse_llm_ft.report.data import RunReport
 from sparse_llm_ft.report.style import Drawing, figure_settings
 from sparse_llm_ft.report.theme import APPEARANCES
@@ -17,6 +17,7 @@ from sparse_llm_ft.report.theme import APPEARANCES
 FIGURES: Mapping[str, Callable[[RunReport], Drawing | None]] = {
     "loss": step_figures.loss,
     "phases": step_figures.phases,
+    "memory": memory_figure.memory,
     "plan": module_figures.plan,
     "omega": step_figures.omega,
     "importance": module_figures.importance,

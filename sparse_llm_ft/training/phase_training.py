@@ -25,6 +25,7 @@ from sparse_llm_ft.distributed.collectives import broadcast_text, run_on_rank_ze
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
+from sparse_llm_ft.engine.peak_memory import PeakMemory
 from sparse_llm_ft.errors import PreemptionRequested
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.io.content_cache import content_key
@@ -114,8 +115,13 @@ class PhaseTraining:
             self.loop.guard = MemoryGuard(engine)
         self.loop.prefix = open_prefix(self.loop, self.training, self.console.log, self._states_folder)
         self.record = PhaseRecord.of(
-            phase, before.record.current, self._count_trained(engine), engine.optimizer_bytes()
+            phase,
+            before.record.current,
+            self._count_trained(engine),
+            engine.optimizer_bytes(),
+            engine.weight_bytes(),
         )
+        self.memory = PeakMemory(self.loop.device)
         self.best = BestWatch.of(self.training, before.record.best) if phase.open_ended else NOTHING_WATCHED
         self.watcher = context.evaluator(parts.splits.watched)
         tensorboard = "tensorboard" in self.config.trackers
@@ -132,11 +138,14 @@ class PhaseTraining:
         run_on_rank_zero(self.world, self.writer.open)
         exit_if_preempted()
         self.console.begin(self.phase.name, self.loop.progress.step, self._last_step)
+        self.memory.restart()
         with closing(self.loop.steps(self._needs_engine)) as steps:
             for step in () if self.best.stops else self._first_compiled(steps):
+                self.memory.note()
                 self._count(step)
                 if self.best.stops:
                     break
+                self.memory.restart()  # what validations and saves took is none of the next step's
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
         return self._state()
@@ -183,6 +192,7 @@ class PhaseTraining:
         logged = _due(self.training.log_every, loop.progress.step) or "validation_loss" in line or loop.over()
         self.parts.run_state.step(line, self._last_step, logged)
         if logged:
+            line |= self.memory.take()
             run_on_rank_zero(self.world, lambda: self.writer.write(line))
             self.console.step(line, self._last_step)
         return is_best

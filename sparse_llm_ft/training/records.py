@@ -27,14 +27,17 @@ from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.subset import LEAST
 from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.flops import StepFlops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape, module_kind
+from sparse_llm_ft.planning.devices import planned_device
+from sparse_llm_ft.planning.forecast import forecast
+from sparse_llm_ft.planning.tables import phases_to_json
 from sparse_llm_ft.report.data import MFU, PHASE_NUMBERS
-from sparse_llm_ft.run_folder import RunFolder
+from sparse_llm_ft.run_folder import FORECAST_FILE, RunFolder
 from sparse_llm_ft.scoring import Derivation, importance_by_type
 from sparse_llm_ft.scoring.scores import EntryScores, Scores
 from sparse_llm_ft.serving.commands import run_lines
@@ -309,3 +312,25 @@ def describe_measurement(scores: Scores, phase: Phase) -> str | None:
         count = sum(map(torch.numel, scores.values.values()))
         return f"gradient times value of {count:,} entries on {scores.samples} samples"
     return None if scores is None else f"LoRA outputs of {len(scores)} modules"
+
+
+def record_forecast(context: RunContext, process_bytes: int | None) -> None:
+    """Write what the settings and samples let expect, beside which the report draws what the run took; not if the
+    folder has a forecast. Nothing is written for a model that cannot be traced on the meta device.
+
+    It is made at the run's end, because tracing the steps of an 8B model takes 10 to 20 s.
+
+    Args:
+        process_bytes: what the process held before it loaded the base; None: a GPU's memory counts, or not known.
+    """
+    folder, console = context.folder, context.console
+    if (folder.path / FORECAST_FILE).is_file():
+        return
+    device = planned_device(context.config)
+    try:
+        found = forecast(context, on_gpu=device.is_gpu)
+    except Exception as error:  # a model may fail on the meta device in any way
+        console.log(f"planned memory: not known for this model ({type(error).__name__}: {reason_of(error, 200)})")
+        return
+    process = None if device.is_gpu else process_bytes
+    folder.write_json(FORECAST_FILE, {"phases": phases_to_json(found), "process_bytes": process})

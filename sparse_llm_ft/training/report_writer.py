@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.wait import Wait
@@ -19,10 +20,13 @@ class ReportWriter:
 
     Args:
         wanted: whether this process draws.
+        prepare: called before the last drawing; writes what only the complete run's report shows.
     """
 
-    def __init__(self, folder: RunFolder, console: Console, wanted: bool) -> None:
-        self._folder, self._console, self._wanted = folder, console, wanted
+    def __init__(
+        self, folder: RunFolder, console: Console, wanted: bool, prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder, self._console, self._wanted, self._prepare = folder, console, wanted, prepare
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._has_warned = False
@@ -44,6 +48,7 @@ class ReportWriter:
             if self._thread is not None:
                 self._thread.join()
             self._has_warned = False
+            self._prepare()
             self._draw(None)
 
     def finish_late(self) -> None:

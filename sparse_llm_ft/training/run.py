@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 import transformers
 from peft import PeftModel
 
@@ -31,6 +31,7 @@ from sparse_llm_ft.distributed.collectives import (
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.build import build_model, engine_settings, fresh_heads, rebuild_model, untrained_tensors
 from sparse_llm_ft.engine.engine import Engine, process_group
+from sparse_llm_ft.engine.peak_memory import resident_bytes
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.trial import try_export
@@ -41,6 +42,7 @@ from sparse_llm_ft.model.loading import check_weights
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
 from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch, resumed_batch, settle_growth, shrunk_batch
+from sparse_llm_ft.planning.devices import Device, planned_device
 from sparse_llm_ft.planning.forecast import budget_peak
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch
 from sparse_llm_ft.planning.phases import memory_of
@@ -55,6 +57,7 @@ from sparse_llm_ft.training.records import (
     finished_phase_file,
     mask_remarks,
     phase_file,
+    record_forecast,
     remarks,
     show_summary,
     summarize,
@@ -76,14 +79,14 @@ def train(context: RunContext) -> dict[str, Any]:
         TrainingError: too many losses are not finite, or no adapter is left.
         PreemptionRequested: a signal asked the run to stop; its state is saved.
     """
-    folder, console, world = context.folder, context.console, context.world
+    folder, console = context.folder, context.console
     with process_group():
         run = _prepared(context)
         if not broadcast_int(int(folder.is_complete())):
             return run.train()
         console.log(f"{folder.path} is complete; nothing to do")
         summary = folder.summary()
-        ReportWriter(folder, console, context.config.report and world.rank == 0).finish_late()
+        run.report.finish_late()
         show_summary(summary, folder, console)
         return summary
 
@@ -136,19 +139,25 @@ class Run:
         self.scorer = Scorer(self.config, self.world, context.objective, self.console)
         self.run_state = StateWriter(self.folder.path, self.world)
         self.trackers = Trackers(self.config, self.console, self.world.rank)
-        self.report = ReportWriter(self.folder, self.console, self.config.report and self.world.rank == 0)
+        draws = self.config.report and self.world.rank == 0
+        process_bytes = resident_bytes("VmRSS")  # before the base is loaded
+        plan = partial(record_forecast, context, process_bytes)
+        self.report = ReportWriter(self.folder, self.console, draws, plan)
         self.parts = RunParts(context, splits, data, schedule, self.run_state, self.trackers, self.report)
         self.best = NOTHING_WATCHED  # in the phase trained last
 
     @classmethod
-    def prepare(cls, context: RunContext, ranks: Coordination = ALONE) -> Run:
+    def prepare(cls, context: RunContext, ranks: Coordination = ALONE, device: Device | None = None) -> Run:
         """Collective, as `ranks` says. Read the data, or find them in the cache, and plan the first phase.
+
+        Args:
+            device: what each process will compute on; None: as this one.
 
         Raises:
             UserError: the base has no weights; rows cannot be used; settings do not fit the run's length; batch growth
                 is set for a model whose memory cannot be traced.
         """
-        context = context.dated(ranks.broadcast)
+        context, device = context.dated(ranks.broadcast), device or planned_device(context.config)
         config, task_mode = context.config, context.task_mode
         check_weights(config.model)
         # As at the run's end: on other ranks transformers saves nothing.
@@ -162,11 +171,11 @@ class Run:
         config = settle_growth(config, first, task_mode, data.longest, context.console)
         context = replace(context, config=config)
         with Wait(context.console, "planning the micro-batch"):
-            config = settle_micro_batch(context, ranks)
+            config = settle_micro_batch(context, device, ranks)
         context = replace(context, config=config)
         context.folder.check(config, resolved=True)
         # Under a memory budget, the planner decides which adapters may live, and the phases' micro-batches.
-        peak = budget_peak(context, on_gpu=torch.cuda.is_available())
+        peak = budget_peak(context, on_gpu=device.is_gpu)
         methods = context.methods(schedule.total_steps, memory_of(config, peak))
         first = first_batch(methods.first(context.plan, context.targets), config, context.world.size, peak)
         if first.micro_batch_size != config.training.fixed_micro_batch_size:

@@ -19,7 +19,7 @@ TRAIN = Phase("train", AdapterPlan({"a": None, "b": ModuleAdapter(4, 8.0)})).wit
 
 
 def record_of(phase: Phase, steps: int, before: PhaseRecord | None = None) -> PhaseRecord:
-    record = PhaseRecord.of(phase, before, parameters=30, optimizer_bytes=240)
+    record = PhaseRecord.of(phase, before, parameters=30, optimizer_bytes=240, weight_bytes=(900, 60))
     for _ in range(steps):
         record.add(samples=8, tokens=100, seconds=0.5)
     return record
@@ -62,6 +62,8 @@ def test_the_summary_has_all_phases_and_what_was_measured_between_them(settings:
         ("adapters", 1),
         ("trainable_parameters", 30),
         ("optimizer_bytes_per_rank", 240),
+        ("base_bytes_per_rank", 900),
+        ("adapter_bytes_per_rank", 60),
         ("micro_batch_size", 4),
         ("global_batch_size", 8),
         ("steps", 2),

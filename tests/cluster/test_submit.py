@@ -256,4 +256,4 @@ def test_a_run_whose_plan_does_not_fit_is_not_submitted(
     assert end.value.code == 2 and printed.startswith("error: --gpu-memory 1.0 MiB: phase train needs"), printed
     assert not (commands / "calls").exists()
     main([*needed, "--gpu-memory", "80GiB", "--dry-run"])
-    assert "planned memory: " in capsys.readouterr().out
+    assert "planned memory of each GPU: phase train " in capsys.readouterr().out

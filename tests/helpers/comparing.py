@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TIMES = ("tokens_per_second", "seconds")
+TIMES = ("tokens_per_second", "seconds", "peak_memory_bytes")
 Splits = dict[int, list[int]]
 """Optimizer step -> the sample indices of its global batch, in the order in which they are dealt."""
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
-    """Every difference between two run folders that is not a matter of time, and everything left half done."""
+    """Every difference between two run folders that is not one of clock or process, and everything left half done."""
     found = [*_differing_files(whole, resumed), *_differing_metrics(whole, resumed)]
     summaries = [_without_times(json.loads((run / "summary.json").read_text())) for run in (whole, resumed)]
     if summaries[0] != summaries[1]:
@@ -23,7 +23,7 @@ def differences(whole: Path, resumed: Path) -> list[str]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The logged steps, without what depends on the clock."""
+    """The logged steps, without what depends on clock and process."""
     return [_without_times(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

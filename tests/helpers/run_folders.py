@@ -23,6 +23,8 @@ TYPES = {
     "mlp.down_proj": (64, 176),
 }
 
+MIB = 2**20
+
 
 def llama_shapes(layers: int) -> dict[str, Shape]:
     """The 7 linear layers of each Llama layer."""
@@ -41,11 +43,13 @@ def write_run(
     steps: Sequence[int],
     omega: Sequence[Mapping[str, float]] = (),
     finished: bool = True,
+    planned: bool = False,
     **settings: Any,
 ) -> Path:
     """Write one run.
 
     Args:
+        planned: whether its memory was planned and measured.
         phases: what the files of ``phases/`` hold, with an `AdapterPlan` as plan and without index and start_step.
         steps: optimizer steps of each phase.
         omega: of the first phase's steps.
@@ -85,6 +89,8 @@ def write_run(
                 line["validation_loss"] = line["loss"] + 0.1
             if index == 0 and omega:
                 line |= {"omega": omega[i], "swaps": 0}
+            if planned:
+                line["peak_memory_bytes"] = 900 * MIB - 100 * MIB * index + step
             lines.append(json.dumps(line) + "\n")
         totals.append(
             {
@@ -99,8 +105,13 @@ def write_run(
                 "tokens": 3000 * count,
                 "seconds": 0.4 * count,
                 "tokens_per_second": speed,
+                **({"base_bytes_per_rank": 300 * MIB, "adapter_bytes_per_rank": 2 * parameters} if planned else {}),
             }
         )
+    if planned:
+        names = [phase["name"] for phase in phases]
+        forecast = {"phases": [planned_phase(name) for name in names], "process_bytes": 200 * MIB}
+        (folder / "forecast.json").write_text(json.dumps(forecast), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     if finished:
         summary = {
@@ -115,6 +126,13 @@ def write_run(
         }
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
+
+
+def planned_phase(name: str) -> dict[str, Any]:
+    """A phase of a forecast, with more than the report reads."""
+    lines = {"base": 300 * MIB, "adapters": 2 * MIB, "optimizer": 8 * MIB, "device_overhead": 0, "gradients": MIB}
+    peaks = {"load": 310 * MIB, "step": 640 * MIB, "change": 0, "save": 320 * MIB, "evaluate": 400 * MIB}
+    return {"name": name, "micro_batch_size": 2, "lines": lines, "peak_bytes": 640 * MIB, "peaks": peaks}
 
 
 def norms(plan: AdapterPlan) -> dict[str, float]:

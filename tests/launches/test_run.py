@@ -29,6 +29,7 @@ def test_the_folder_is_complete_and_free_of_pickle(finished_run: Path) -> None:
     assert {
         "config.yaml",
         "plan.json",
+        "forecast.json",
         "metrics.jsonl",
         "summary.json",
         "state.json",
@@ -80,6 +81,24 @@ def test_the_summary_says_what_happened(finished_run: Path) -> None:
         "loss", "rouge1", "rouge2", "rougeL", "rougeLsum",
     }  # fmt: skip
     assert summary["metrics"]["after"]["loss"] < summary["metrics"]["before"]["loss"]
+
+
+def test_what_was_planned_stands_beside_what_the_run_held(finished_run: Path) -> None:
+    """Of the first phase each line to the byte; the second one's survivors were not known."""
+    planned = json.loads((finished_run / "forecast.json").read_text())
+    held = json.loads((finished_run / "summary.json").read_text())["phases"]
+    assert [phase["name"] for phase in planned["phases"]] == [phase["name"] for phase in held] == ["select", "train"]
+    lines, first = planned["phases"][0]["lines"], held[0]
+    assert (
+        lines["adapters"] == first["adapter_bytes_per_rank"] and lines["optimizer"] == first["optimizer_bytes_per_rank"]
+    )
+    # Rotary frequencies that two buffers share count twice in the forecast.
+    assert 0 <= lines["base"] - first["base_bytes_per_rank"] <= 128 < first["base_bytes_per_rank"]
+    assert held[1]["base_bytes_per_rank"] == first["base_bytes_per_rank"]
+    peaks = [json.loads(line).get("peak_memory_bytes") for line in (finished_run / "metrics.jsonl").open()]
+    if peaks[0] is not None:  # Linux
+        assert all(peak > planned["process_bytes"] / 2 > 2**24 for peak in peaks)
+    assert "memory.png" in {path.name for path in (finished_run / "report").iterdir()}
 
 
 def test_the_plan_names_every_target_and_four_have_an_adapter(finished_run: Path) -> None:

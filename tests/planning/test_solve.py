@@ -20,6 +20,7 @@ from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.planning.devices import planned_device
 from sparse_llm_ft.planning.forecast import forecast
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch
 from sparse_llm_ft.planning.opening import open_for_planning
@@ -178,11 +179,11 @@ def test_auto_without_a_known_memory_or_without_room_is_refused(
     settings["training"] |= {"micro_batch_size": "auto"}
     context = open_for_planning(parse_config(settings), World(0, 1, 0, 1))
     with pytest.raises(ConfigError, match=r"^training.device_memory: not given, and training.micro_batch_size is auto"):
-        settle_micro_batch(context)
+        settle_micro_batch(context, planned_device(context.config))
     settings["training"] |= {"device_memory": "1KiB"}
     context = open_for_planning(parse_config(settings), World(0, 1, 0, 1))
     with pytest.raises(ConfigError, match=r"^training.micro_batch_size: auto, but 1 needs"):
-        settle_micro_batch(context)
+        settle_micro_batch(context, planned_device(context.config))
 
 
 @pytest.mark.parametrize(("given", "size"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5kib", 1536), ("7", 7)])

@@ -96,6 +96,8 @@ def test_no_run_is_named(tmp_path: Path) -> None:
         ("summary.json", '{"phases": [], "metrics": {}, "world_size": Infinity}'),
         ("phases/01-train.json", '{"index": 1}'),
         ("phases/01-train.json", "[]"),
+        ("forecast.json", '{"phases": [{"name": "select"}]}'),
+        ("forecast.json", '{"phases": [], "process_bytes": "much"}'),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str) -> None:

@@ -160,7 +160,7 @@ def test_growth_that_cannot_be_planned_is_skipped_or_refused(settings: dict, cha
     def fails(*args: object, **kwargs: object) -> int:
         raise KeyError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(batch_size, "step_bytes", fails)
+    monkeypatch.setattr(batch_size, "cached_step_bytes", fails)
     settled = settle_growth(config, before, CAUSAL_LM, 16, console)
     assert [method.model_dump()["batch_growth"] for method in settled.method] == ["none"]
     assert len(console.lines) == 1 and console.lines[0].startswith("method.batch_growth is none: the memory of this")
