@@ -76,7 +76,7 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Ver
     is_open = state.pid is not None and state.counted < state.attempt and not _is_stopped(folder)
     if is_open and state.state == "running":
         state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
-    elif is_open and state.state == "failed" and state.reason not in (None, *DETERMINISTIC):
+    elif is_open and state.reason is not None and state.reason not in DETERMINISTIC:
         state = _count_failure(folder, state, state.reason, state.message, state.nodes)
     if _is_stopped(folder):
         return Verdict(USER_ERROR, _why_stopped(folder))
