@@ -33,6 +33,7 @@ from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.four_bit import release_weights
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
@@ -173,7 +174,7 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
 
 
 class Engine:
-    """DeepSpeed around a model with adapters. Every method is a collective.
+    """DeepSpeed around a model with adapters. Every method is a collective, but for `load`.
 
     Args:
         plan: of the model's adapters. The optimizer applies its masks, and `state_dict` holds the entries that they
@@ -203,14 +204,17 @@ class Engine:
         # Build DeepSpeed, and remember the hooks that the model had before.
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
-        if settings.zero_stage == 3 and settings.dtype == "bfloat16":
-            zero.cast_unsharded(model, torch.bfloat16)
+        if settings.zero_stage == 3:
+            release_weights(model, (nn.Linear,))
+            if settings.dtype == "bfloat16":
+                zero.cast_unsharded(model, torch.bfloat16)
         self._model_hooks = zero.hooks(model)
         trained = sum(math.prod(zero.full_shape(parameter)) for parameter in self.parameters.values())
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
         )
         if settings.zero_stage == 3:
+            zero.keep_recomputed(model)
             zero.gather_with_users(model)
             self._tables = Tables(model, lambda module: zero.remove_hooks_of(module, keep=self._model_hooks))
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
@@ -309,15 +313,16 @@ class Engine:
     def values(self, names: Iterable[str] | None = None) -> Tensors:
         """Collective. Values of the named parameters, or of all (None): unsharded, float32, on the CPU."""
         wanted = self.parameters if names is None else names
-        return {name: self._shards.read(name).cpu() for name in wanted}
+        return {name: value.cpu() for name, value in self._shards.read_all(wanted)}
 
     def moments(self) -> Moments:
         """Collective. Adam's moments of every parameter that has them: unsharded, on the CPU; 0 for masked entries."""
-        return {
-            name: {key: self._shards.read(name, key).cpu() for key in keys}
-            for name in self.parameters
-            if (keys := MOMENTS[self._algorithm(name)])
-        }
+        kinds = {name: MOMENTS[self._algorithm(name)] for name in self.parameters}
+        found: Moments = {name: {} for name, keys in kinds.items() if keys}
+        for key in dict.fromkeys(key for keys in kinds.values() for key in keys):
+            for name, moment in self._shards.read_all([name for name in found if key in kinds[name]], key):
+                found[name][key] = moment.cpu()
+        return found
 
     def optimizer_steps(self) -> dict[str, int]:
         """Updates made so far per parameter group: the count in Adam's bias correction."""
@@ -358,8 +363,9 @@ class Engine:
         moments: Mapping[str, Tensors] | None = None,
         optimizer_steps: Mapping[str, int] | None = None,
     ) -> None:
-        """Collective. Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh
-        engine).
+        """Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh engine).
+
+        Every rank calls it with the same values; nothing is sent.
 
         Raises:
             ValueError: a name the engine does not train, or another shape.
@@ -372,8 +378,7 @@ class Engine:
         for name, entry in (moments or {}).items():
             for key, value in entry.items():
                 self._shards.write(name, value, key)
-        if values:
-            zero.copy_masters_to_model(self._wrapped)
+        zero.set_in_model(self._wrapped, self.parameters, values, self._shards.shard_slices)
         if optimizer_steps is not None:
             for group, master in self._shards.masters:
                 self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))

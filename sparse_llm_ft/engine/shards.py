@@ -6,7 +6,8 @@ rank's slices of many parameters. `ShardSlice` locates one parameter's slice in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from sparse_llm_ft.optim.adapter_optimizer import AdapterOptimizer
 from sparse_llm_ft.optim.masks import Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup, index_dtype
+
+TOGETHER = 2**20
+"""Values that are read in one message: 4 MiB."""
 
 Master = tuple[ParamGroup, torch.Tensor]
 """A master and its parameter group."""
@@ -65,8 +69,19 @@ class Shards:
 
     def read(self, name: str, key: str | None = None) -> torch.Tensor:
         """Collective. The parameter's value (None) or moment `key`: unsharded, float32; masked moments are 0."""
-        shard = self.shard_slices[name]
-        return self._assemble(name, None if shard is None else self._part(shard, key))
+        ((_, value),) = self.read_all([name], key)
+        return value
+
+    def read_all(self, names: Iterable[str], key: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective. `read` of each name, in order. Small parameters come together in one message."""
+        waiting: list[str] = []
+        for name in names:
+            if waiting and sum(map(self._numel, (*waiting, name))) > TOGETHER:
+                yield from self._assembled(waiting, key)
+                waiting = []
+            waiting.append(name)
+        if waiting:
+            yield from self._assembled(waiting, key)
 
     def write(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
         """Overwrite what `read` reads. Each rank takes its slice of `value`, of a moment only the kept entries.
@@ -89,7 +104,7 @@ class Shards:
         """Collective. A parameter's gradient: unsharded, float32, masked entries included; `flat` as in `norm`."""
         shard = self.shard_slices[name]
         part = None if shard is None else flat[shard.master].reshape(-1)[shard.offset : shard.offset + shard.length]
-        return self._assemble(name, part)
+        return self._assemble({name: part})[name]
 
     def norm(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         """Collective. Euclidean norm over the trained entries of all parameters: a float64 scalar on `device`.
@@ -146,12 +161,24 @@ class Shards:
         part[kept] = stored
         return part
 
-    def _assemble(self, name: str, part: torch.Tensor | None) -> torch.Tensor:
-        """Collective. One parameter from the slices of all ranks."""
-        shard, shape = self.shard_slices[name], self.shapes[name]
-        whole = torch.zeros(torch.Size(shape).numel(), device=self.device)
-        if part is not None and shard is not None:
-            whole[shard.start : shard.start + shard.length] = part.to(self.device, torch.float32)
+    def _numel(self, name: str) -> int:
+        return math.prod(self.shapes[name])
+
+    def _assembled(self, names: Sequence[str], key: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective. Values or moments in one message."""
+        shards = {name: self.shard_slices[name] for name in names}
+        parts = {name: None if shard is None else self._part(shard, key) for name, shard in shards.items()}
+        yield from self._assemble(parts).items()
+
+    def _assemble(self, parts: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Collective. Parameters from the slices of all ranks, in one message. Each has memory of its own."""
+        together = torch.zeros(sum(map(self._numel, parts)), device=self.device)
+        whole = dict(zip(parts, together.split([self._numel(name) for name in parts]), strict=True))
+        for name, part in parts.items():
+            shard = self.shard_slices[name]
+            if part is not None and shard is not None:
+                whole[name][shard.start : shard.start + shard.length] = part.to(self.device, torch.float32)
         if self.sharded:  # as integers, all but one of them 0: exact, including the sign of a zero
-            dist.all_reduce(whole.view(torch.int32))
-        return whole.view(shape)
+            dist.all_reduce(together.view(torch.int32))
+        own = whole if len(whole) == 1 else {name: value.clone() for name, value in whole.items()}
+        return {name: value.view(self.shapes[name]) for name, value in own.items()}

@@ -53,6 +53,7 @@ class OmegaPruning:
 
     def __init__(self, cut: StoIHT, names: list[str]) -> None:
         self.cut, self.names = cut, names
+        self._active: int | None = None  # of the last update; reading omega is a message
 
     def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
         """Collective. Cut omega if a cut is due. Logs every omega, and from the first cut on the number of swaps."""
@@ -60,12 +61,16 @@ class OmegaPruning:
         zeroed, swaps = self.cut.after_step(step, omega)
         if zeroed:
             engine.load({name: torch.tensor([value]) for name, value in zeroed.items()})
+        omega |= zeroed
+        self._active = sum(value > 0 for value in omega.values())
         logged: dict[str, object] = {"swaps": swaps} if self.cut.kept else {}
-        return logged | {"omega": {name.rpartition(".")[0]: value for name, value in (omega | zeroed).items()}}
+        return logged | {"omega": {name.rpartition(".")[0]: value for name, value in omega.items()}}
 
     def active_adapters(self, engine: Engine) -> int:
-        """Collective. The number of adapters with omega > 0."""
-        return sum(float(value) > 0 for value in engine.values(self.names).values())
+        """Collective before the first update. The number of adapters with omega > 0."""
+        if self._active is None:
+            self._active = sum(float(value) > 0 for value in engine.values(self.names).values())
+        return self._active
 
     def to_dict(self) -> dict[str, object]:
         """See `StoIHT.to_dict`."""

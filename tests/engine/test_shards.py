@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_llm_ft.engine import shards as module
 from sparse_llm_ft.engine.shards import Shards, ShardSlice
 from sparse_llm_ft.optim import AdapterOptimizer, EntryMask, RowColumnMask
 from sparse_llm_ft.plan import IndexMask
@@ -94,6 +96,23 @@ def test_the_norm_leaves_masked_entries_out() -> None:
     kept = [0, 5, 10, 15 + 6, 15 + 7, *range(23, 29)]
     assert shards.norm([gradient]) == pytest.approx(sum(i * i for i in kept) ** 0.5)
     assert torch.equal(shards.gradient("b", [gradient]), torch.arange(15.0, 23.0).view(4, 2))
+
+
+def test_small_parameters_are_read_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, sizes = shards_of([0, 29], 0, {}), list[int]()
+    shards.sharded = True
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sizes.append(tensor.numel()))
+    values = {name: torch.randn(shape) for name, shape in SHAPES.items()}  # of 15, 8 and 6 entries
+    for name, value in values.items():
+        shards.write(name, value)
+    for together, messages in ((29, [29]), (23, [23, 6]), (14, [15, 14]), (1, [15, 8, 6])):
+        monkeypatch.setattr(module, "TOGETHER", together)
+        sizes.clear()
+        found = dict(shards.read_all(SHAPES))
+        assert sizes == messages and list(found) == list(values)
+        assert all(torch.equal(found[name], value) for name, value in values.items())
+        assert len({value.untyped_storage()._cdata for value in found.values()}) == 3  # safetensors asks for it
+    assert not list(shards.read_all([])) and sizes == messages
 
 
 def test_wrong_names_and_shapes_are_refused() -> None:
