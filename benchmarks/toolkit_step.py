@@ -76,7 +76,24 @@ def loop_step(
     world: World,
     meter: Meter,
 ) -> System:
-    """Collective. A step of the loop on `phase`, as many as one likes.
+    """Collective. A step of `watched_loop`, as many as one likes."""
+    loop = watched_loop(model, phase, samples, settings, training, world, meter)
+    steps = loop.steps(at_once=lambda _: False)  # as between two saves
+    engine = loop.engine
+    assert isinstance(engine, WatchedEngine)
+    return System(lambda: next(steps).loss, model, engine.gradient_tensors, engine.optimizer_bytes)
+
+
+def watched_loop(
+    model: PeftModel,
+    phase: Phase,
+    samples: Sequence[Sample],
+    settings: EngineSettings,
+    training: TrainingConfig,
+    world: World,
+    meter: Meter,
+) -> Loop:
+    """Collective. The run's loop on `phase`, around a new engine.
 
     Args:
         phase: with its batch sizes.
@@ -99,5 +116,4 @@ def loop_step(
         max_skipped_updates=0,
     )
     loop.prefix = open_prefix(loop, training, print)
-    steps = loop.steps(at_once=lambda _: False)  # as between two saves
-    return System(lambda: next(steps).loss, model, engine.gradient_tensors, engine.optimizer_bytes)
+    return loop

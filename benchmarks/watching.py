@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from sparse_llm_ft.engine.live_bytes import LiveBytes
 
 FORWARD, BACKWARD, UPDATE, DATA = "forward", "backward", "update", "data"
 """Parts of a step."""
@@ -94,15 +97,16 @@ def own_storages(model: nn.Module) -> set[int]:
     """The storages of the model's parameters, of its buffers, and of the scales of 4-bit weights."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        tensors += _tensors_of(getattr(parameter, "quant_state", None))
+        tensors += tensors_of(getattr(parameter, "quant_state", None))
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def _tensors_of(state: Any) -> list[torch.Tensor]:
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """The tensors of a 4-bit weight's quantisation state; none of None."""
     if state is None:
         return []
     parts = [state.absmax, state.code, state.offset]
-    return [part for part in parts if isinstance(part, torch.Tensor)] + _tensors_of(state.state2)
+    return [part for part in parts if isinstance(part, torch.Tensor)] + tensors_of(state.state2)
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:
@@ -170,6 +174,25 @@ class Communicated(TorchDispatchMode):
             self.bytes[name] = self.bytes.get(name, 0) + max(sizes)
             self.calls[name] = self.calls.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+class GatheredBytes(LiveBytes):
+    """Bytes of what collectives gather, or one rank sends to the others, and of concatenations of it: the weights that
+    ZeRO-3 has gathered.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make the call, and follow what it gathers."""
+        made = func(*args, **(kwargs or {}))
+        name = func._opname.strip("_")
+        if func.namespace == "c10d" and name.startswith(("allgather", "broadcast")):
+            for tensor in tree_iter(args[0]):
+                self._follow(tensor.untyped_storage())
+        elif name == "cat" and all(part.untyped_storage()._cdata in self._alive for part in args[0]):
+            self._follow(made.untyped_storage())
+        return made
 
 
 def _nbytes(value: Any) -> int:

@@ -34,6 +34,7 @@ from sparse_llm_ft.objectives.build import build_objective, check_packing
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, Shape, uniform_plan
 from sparse_llm_ft.run_folder import RunFolder
+from sparse_llm_ft.scoring import Derivation
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,19 @@ class RunContext:
         """
         return self.methods(1).first(self.plan, self.targets)
 
-    def methods(self, total_steps: int, memory: Callable[[AdapterPlan], int] | None = None) -> Chain:
+    def methods(
+        self,
+        total_steps: int,
+        memory: Callable[[AdapterPlan], int] | None = None,
+        derived: Callable[[Phase], Derivation | None] | None = None,
+    ) -> Chain:
         """The run's methods.
 
         Args:
             total_steps: the run's optimizer steps at its initial global batch.
-            memory: see `MethodInputs`.
+            memory, derived: see `MethodInputs`.
         """
-        return build_methods(self.config, total_steps, self.cost, memory)
+        return build_methods(self.config, total_steps, self.cost, memory, derived)
 
     @cached_property
     def cost(self) -> StepCost:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.data.subset import default_size, halves, stratified
 from sparse_llm_ft.data.tasks import Task
-from sparse_llm_ft.phase import Subset
+from sparse_llm_ft.phase import Phase, Subset
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class TrainingSet:
         if subset.part != "all":
             chosen = halves(strata, chosen)[subset.part == "other_half"]
         return DatasetSubset(self.samples, chosen)
+
+    def with_steps(self, phase: Phase) -> Phase:
+        """The phase with `steps` computed from its `epochs`."""
+        if phase.epochs is None:
+            return phase
+        samples = phase.epochs * len(self.sequences(phase.subset))
+        return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     @property
     def strata(self) -> list[int | None]:

@@ -33,6 +33,7 @@ from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.four_bit import release_weights
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
@@ -173,7 +174,7 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
 
 
 class Engine:
-    """DeepSpeed around a model with adapters. Every method is a collective.
+    """DeepSpeed around a model with adapters. Every method is a collective, but for `load`.
 
     Args:
         plan: of the model's adapters. The optimizer applies its masks, and `state_dict` holds the entries that they
@@ -203,14 +204,17 @@ class Engine:
         # Build DeepSpeed, and remember the hooks that the model had before.
         optimizer = AdapterOptimizer(self._groups(), lr=0.0)  # the loop sets the rate before each step
         self.module = model
-        if settings.zero_stage == 3 and settings.dtype == "bfloat16":
-            zero.cast_unsharded(model, torch.bfloat16)
+        if settings.zero_stage == 3:
+            release_weights(model, (nn.Linear,))
+            if settings.dtype == "bfloat16":
+                zero.cast_unsharded(model, torch.bfloat16)
         self._model_hooks = zero.hooks(model)
         trained = sum(math.prod(zero.full_shape(parameter)) for parameter in self.parameters.values())
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
         )
         if settings.zero_stage == 3:
+            zero.keep_recomputed(model)
             zero.gather_with_users(model)
             self._tables = Tables(model, lambda module: zero.remove_hooks_of(module, keep=self._model_hooks))
         # Allocate the optimizer's state where DeepSpeed has put this rank's shards.
@@ -359,8 +363,9 @@ class Engine:
         moments: Mapping[str, Tensors] | None = None,
         optimizer_steps: Mapping[str, int] | None = None,
     ) -> None:
-        """Collective. Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh
-        engine).
+        """Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh engine).
+
+        Every rank calls it with the same values; nothing is sent.
 
         Raises:
             ValueError: a name the engine does not train, or another shape.
@@ -373,8 +378,7 @@ class Engine:
         for name, entry in (moments or {}).items():
             for key, value in entry.items():
                 self._shards.write(name, value, key)
-        if values:
-            zero.copy_masters_to_model(self._wrapped)
+        zero.set_in_model(self._wrapped, self.parameters, values, self._shards.shard_slices)
         if optimizer_steps is not None:
             for group, master in self._shards.masters:
                 self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))

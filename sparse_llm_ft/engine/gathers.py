@@ -4,13 +4,14 @@
 the module reads, and then begins to gather what comes next, up to ``prefetch_bucket_size`` values. Behind a pass it
 releases what no module reads again within ``max_reuse_distance`` values. Several parameters come in one buffer, from
 which each is copied when the first of them is needed; the buffer lives until the last one is. Frozen embeddings and
-heads are gathered without it, for one use each (engine/tables.py).
+heads are gathered without it, for one use each (engine/tables.py). Frozen weights that are gathered to compute a
+checkpointed layer again stay until its backward pass is over (`zero.keep_recomputed`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ class _Coordinator:
     available: dict[str, int] = field(default_factory=dict)  # name -> bytes of its storage
     flight: dict[str, _Buffer] = field(default_factory=dict)
     fetched_for: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, set[str]] = field(default_factory=dict)  # checkpointed layer -> weights
     now: int = 0
     most: int = 0
     traffic: int = 0
@@ -136,15 +138,28 @@ class _Coordinator:
         """A module's pass is over."""
         leaving = {n for n in names if n in self.available and self.fetched_for.get(n, -1) <= self.step}
         leaving -= {n for n in names if persists(self.weights[n], self.config)}
+        leaving -= set().union(*self.kept.values())
         seen = 0
         for later in self.order[self.step :]:
             if seen >= self.config.max_reuse_distance or not leaving:
                 break
             leaving -= set(later)
             seen += sum(self.weights[n].numel for n in later)
-        for name in leaving:
+        self._let_go(leaving)
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
             self.live -= self.weights[name].numel
             self.now -= self.available.pop(name)
+
+    def keep(self, names: Sequence[str], layer: str) -> None:
+        """These are read to compute a layer again."""
+        own = self.kept.setdefault(layer, set())
+        own |= {n for n in names if not (self.weights[n].trained or persists(self.weights[n], self.config))}
+
+    def end(self, layer: str) -> None:
+        """A layer's backward pass is over."""
+        self._let_go(self.kept.pop(layer, set()) & self.available.keys())
 
 
 def simulate(
@@ -176,8 +191,12 @@ def simulate(
             state.use_table([name for name in own if tables[name] or not use.backward], use.kind == "fetch")
         elif use.kind == "fetch":
             state.fetch(use.parameters)
+            if use.again:
+                state.keep(use.parameters, use.again)
         else:
             state.release(use.parameters)
+            if use.ends:
+                state.end(use.ends)
         during.append(state.most)
         after.append(state.now)
         state.most = max(before, state.most)

@@ -3,17 +3,21 @@
 Counted on a model on the meta device, parameter by parameter:
 
     stage 0      parameters and gradients whole; under bfloat16 a float32 master of each trained one
-    stages 1, 2  each parameter group flat and padded, its masters and moments cut into one part for each rank
+    stages 1, 2  each parameter group flat and padded, its masters and moments cut into one part for each rank; of a
+                 parameter that a cut goes through, both ranks keep the whole gradient
     stage 3      every parameter cut into equal parts, frozen ones too; small ones stay gathered once they were used
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
@@ -75,7 +79,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes of one rank, the one that holds most.
+    """Bytes of one rank; of each line, those of the rank that holds most of it.
 
     Attributes:
         base: what is frozen.
@@ -100,36 +104,34 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
     """Count a model on the meta device that trains `plan`."""
     inventory = Inventory.of(model)
     trained = {name: tuple(parameter.shape) for name, parameter in trained_parameters(model).items()}
-    config = zero_settings(settings, sum(map(math.prod, trained.values())))
-    size = 2 if settings.dtype == "bfloat16" else 4
-    groups = [_Group(names, trained, optimizer_masks(plan, trained)) for names in _grouped(trained, settings).values()]
+    sizes = {name: math.prod(shape) for name, shape in trained.items()}
+    count, stage, size = sum(sizes.values()), settings.zero_stage, 2 if settings.dtype == "bfloat16" else 4
+    config = zero_settings(settings, count)
+    masks = optimizer_masks(plan, trained)
+    groups = [
+        _Group({name: sizes[name] for name in names}, masks, stage, ranks)
+        for names in _grouped(trained, settings).values()
+    ]
     moments = [len(MOMENTS[algorithm]) for algorithm in _algorithms(trained, settings)]
-    stage, count = settings.zero_stage, sum(map(math.prod, trained.values()))
     frozen = [weight for weight in inventory.weights.values() if not weight.trained]
     offloads = config.offload_optimizer is not None and str(config.offload_optimizer.device.value) != "none"
 
     if stage == 3:
         kept = [w for w in inventory.weights.values() if persists(w, config)] if ranks > 1 else []
-        base = sum(w.part(ranks) * w.itemsize for w in frozen) + _whole(kept, trained=False)
-        parts = [-(-math.prod(shape) // ranks) for shape in trained.values()]
-        adapters = sum(parts) * size + _whole(kept, trained=True)
-        per_rank = [sum(-(-math.prod(trained[name]) // ranks) for name in group.names) for group in groups]
-        gradients = sum(parts) * size
+        base = sum(w.part(ranks) * w.itemsize for w in frozen) + _whole(kept, ranks, trained=False)
+        gradients = sum(group.held for group in groups) * size
+        adapters = gradients + _whole(kept, ranks, trained=True)
         buckets = config.reduce_bucket_size * size
     else:
         base = sum(w.numel * w.itemsize for w in frozen)
-        padded = [
-            -(-group.numel // (ALIGNMENT * ranks)) * ALIGNMENT * ranks if stage else group.numel for group in groups
-        ]
-        adapters = sum(padded) * size
-        per_rank = [total // (ranks if stage else 1) for total in padded]
-        gradients = (sum(per_rank) if stage else count) * size
+        adapters = sum(group.numel for group in groups) * size
+        gradients = int(np.max(sum(group.gradients() for group in groups))) * size if stage else count * size
         buckets = config.reduce_bucket_size * size * (2 if config.overlap_comm else 1) if stage else 0
-    masters = sum(per_rank) * 4 if stage or size == 2 else 0
-    optimizer = masters
-    for group, held, kinds in zip(groups, per_rank, moments, strict=True):
-        optimizer += group.state(held, kinds, whole=not stage)
-    update = sum(per_rank) * 4 if size == 2 or stage else 0
+    values = sum(group.held for group in groups)
+    masters = values * 4 if stage or size == 2 else 0
+    states = sum(group.state(kinds) for group, kinds in zip(groups, moments, strict=True))
+    optimizer = masters + int(np.max(states))
+    update = values * 4 if size == 2 or stage else 0
     return RankBytes(
         base + inventory.buffers,
         adapters,
@@ -141,9 +143,9 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
     )
 
 
-def _whole(weights: Sequence[Weight], trained: bool) -> int:
-    """Bytes of those weights that are trained, or of those that are not."""
-    return sum(w.numel * w.itemsize for w in weights if w.trained == trained)
+def _whole(weights: Sequence[Weight], ranks: int, trained: bool) -> int:
+    """Bytes of those gathered weights that are trained, or of those that are not: all ranks' parts, with padding."""
+    return sum(w.part(ranks) * ranks * w.itemsize for w in weights if w.trained == trained)
 
 
 def zero_settings(settings: EngineSettings, trained: int) -> Any:
@@ -157,33 +159,74 @@ def persists(weight: Weight, config: Any) -> bool:
 
 
 class _Group:
-    """A parameter group of the optimizer."""
+    """A parameter group of the optimizer, and how its values are cut among the ranks. Arrays have one entry for each.
 
-    def __init__(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]) -> None:
-        self.names = names
-        self.sizes = {name: math.prod(shapes[name]) for name in names}
-        self.kept = {name: len(masks[name].indices(0, self.sizes[name])) for name in names if name in masks}
+    Args:
+        sizes: name -> values, in the group's order.
+        masks: of the optimizer.
 
-    @property
-    def numel(self) -> int:
-        return sum(self.sizes.values())
+    Attributes:
+        numel: values of all ranks, with padding.
+        held: values of the masters on each rank.
+    """
 
-    def state(self, held: int, moments: int, whole: bool) -> int:
-        """Bytes of moments, step counts and indices.
+    def __init__(self, sizes: Mapping[str, int], masks: Mapping[str, Mask], stage: int, ranks: int) -> None:
+        self.sizes, self.stage = sizes, stage
+        self.ranks = ranks if stage else 1
+        self._kept = {name: masks[name].indices(0, n).numpy() for name, n in sizes.items() if name in masks}
+        if stage == 3:
+            self.held = sum(-(-n // ranks) for n in sizes.values())
+            self.numel = self.held * ranks
+        else:
+            unit = ALIGNMENT * ranks if stage else 1
+            self.numel = -(-sum(sizes.values()) // unit) * unit
+            self.held = self.numel // self.ranks
+
+    def gradients(self) -> np.ndarray:
+        """Values of the gradients at stages 1 and 2: DeepSpeed keeps the whole gradient of every parameter of which a
+        part is here, and pads.
+        """
+        whole = own = np.zeros(self.ranks, dtype=np.int64)
+        for name, size in self.sizes.items():
+            here = self._here(name)
+            whole, own = whole + size * (here > 0), own + here
+        return whole + self.held - own
+
+    def state(self, moments: int) -> np.ndarray | int:
+        """Bytes of moments, step counts and indices of kept entries.
 
         Args:
-            held: values of the group's masters on this rank.
             moments: kinds of them.
-            whole: whether each parameter has a master of its own; else one holds the group's part.
         """
-        if whole:
-            kept = sum(self.kept.get(name, size) for name, size in self.sizes.items())
-            return 4 * (moments * kept + sum(self.kept.values()) + len(self.names))
-        if not self.kept:
-            return 4 * (moments * held + 1)
-        share = sum(self.kept.get(name, size) for name, size in self.sizes.items()) / max(self.numel, 1)
-        kept = round(held * share)
-        return 4 * (moments * kept + kept + 1)
+        if not self.stage:  # each parameter has a master of its own
+            kept = sum(len(self._kept[name]) if name in self._kept else n for name, n in self.sizes.items())
+            return 4 * (moments * kept + sum(map(len, self._kept.values())) + len(self.sizes))
+        masked, kept_here = np.zeros(self.ranks, dtype=bool), np.zeros(self.ranks, dtype=np.int64)
+        for name in self.sizes:
+            here = self._here(name)
+            if name in self._kept:
+                masked = masked | (here > 0)
+                here = np.bincount((self._start(name) + self._kept[name]) // self._part(name), minlength=self.ranks)
+            kept_here = kept_here + here
+        return 4 * np.where(masked, moments * kept_here + kept_here + 1, moments * self.held + 1)
+
+    def _part(self, name: str) -> int:
+        """Values after which a rank's part ends and the next one's begins: of the parameter, or of the flat group."""
+        return -(-self.sizes[name] // self.ranks) if self.stage == 3 else self.held
+
+    def _start(self, name: str) -> int:
+        """Where the parameter begins in what is cut."""
+        return 0 if self.stage == 3 else self._starts[name]
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        return dict(zip(self.sizes, itertools.accumulate(self.sizes.values(), initial=0), strict=False))
+
+    def _here(self, name: str) -> np.ndarray:
+        """(ranks,), how many of the parameter's values each rank has."""
+        part, start = self._part(name), self._start(name)
+        low = np.arange(self.ranks, dtype=np.int64) * part
+        return np.clip(np.minimum(start + self.sizes[name], low + part) - np.maximum(start, low), 0, None)
 
 
 def _grouped(trained: Mapping[str, Any], settings: EngineSettings) -> dict[str, list[str]]:

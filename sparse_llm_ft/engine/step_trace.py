@@ -21,6 +21,7 @@ from sparse_llm_ft.engine.fused_attention import FUSED
 from sparse_llm_ft.engine.live_bytes import LiveBytes
 from sparse_llm_ft.model.architecture import base_of, model_family
 from sparse_llm_ft.model.head_loss import head_targets, planned_on_gpu
+from sparse_llm_ft.model.layers import checkpointed_layers
 from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.loading import DTYPES, empty_model, enable_checkpointing
 from sparse_llm_ft.model.meta_four_bit import quantize_empty
@@ -55,6 +56,8 @@ class Use:
         peak: bytes alive at the most from here to the next use; in both, finished gradients left out.
         gradients: bytes of the gradients that are finished before the next use.
         backward: whether it belongs to the backward pass.
+        again: name of the checkpointed layer that is being computed again; else empty.
+        ends: name of the checkpointed layer whose backward pass ends; else empty.
     """
 
     kind: Literal["fetch", "release"]
@@ -63,6 +66,8 @@ class Use:
     peak: int
     gradients: int = 0
     backward: bool = False
+    again: str = ""
+    ends: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,14 +203,19 @@ class _Watch:
         self._live, self._before_head, self._mark = live, 0, -1
         self._backward, self._gradients = False, 0
         self._open: tuple[Literal["fetch", "release"], tuple[str, ...], int] = ("release", (), 0)
+        self._of_layer = "", ""
         self.uses: list[Use] = []
 
-    def note(self, kind: Literal["fetch", "release"], parameters: tuple[str, ...]) -> None:
+    def note(
+        self, kind: Literal["fetch", "release"], parameters: tuple[str, ...], layer: str = "", ends: str = ""
+    ) -> None:
         self.close(self._live.recent)
         self._open = kind, parameters, self._live.now
+        again = torch._C._current_graph_task_id() != -1  # a forward pass that the backward pass has asked for
+        self._of_layer = layer if again else "", ends
 
     def close(self, peak: int) -> None:
-        self.uses.append(Use(*self._open, peak, self._gradients, self._backward))
+        self.uses.append(Use(*self._open, peak, self._gradients, self._backward, *self._of_layer))
         self._live.recent = self._live.now
 
     def begin_backward(self) -> None:
@@ -240,8 +250,11 @@ def _watching(model: PeftModel, live: LiveBytes) -> Iterator[_Watch]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(watch.finished))
+    layers = checkpointed_layers(model)
+    around = {id(part): name for name, layer in layers.items() for part in layer.modules()}
+    own = {id(layer): name for name, layer in layers.items()}
     for module, names in readers(model):
-        handles += _tell(module, names, watch.note)
+        handles += _tell(module, names, around.get(id(module), ""), own.get(id(module), ""), watch.note)
     try:
         yield watch
     finally:
@@ -285,19 +298,22 @@ def gathered_alone(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-def _tell(
-    module: nn.Module, names: tuple[str, ...], note: Callable[[Literal["fetch", "release"], tuple[str, ...]], None]
-) -> list[Any]:
-    """Hooks that note the module's passes. Gradients arrive at its output first, and leave at its input."""
+def _tell(module: nn.Module, names: tuple[str, ...], around: str, layer: str, note: Callable[..., None]) -> list[Any]:
+    """Hooks that note the module's passes. Gradients arrive at its output first, and leave at its input.
+
+    Args:
+        around: name of the checkpointed layer that the module is part of; empty: none.
+        layer: its own name, if it is one.
+    """
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        note("fetch", names)
+        note("fetch", names, around)
         for value in tree_iter(args):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                value.register_hook(lambda _: note("release", names))
+                value.register_hook(lambda _: note("release", names, ends=layer))
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        note("release", names)
+        note("release", names, around)
         for value in tree_iter(output):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 value.register_hook(lambda _: note("fetch", names))

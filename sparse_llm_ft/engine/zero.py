@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.runtime.utils import register_output_backward_hooks
-from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
+from deepspeed.runtime.zero import GatheredParameters, partitioned_param_coordinator, register_external_parameter
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.engine.shards import Master, ShardSlice
+from sparse_llm_ft.model.layers import checkpointed_layers
 from sparse_llm_ft.model.lean import is_lean
 from sparse_llm_ft.model.meta_four_bit import state_tensors
 from sparse_llm_ft.model.recompute import carry_through_hooks
@@ -40,7 +42,11 @@ DeepSpeedParameter: TypeAlias = Any
 """An `nn.Parameter` with the attributes that DeepSpeed sets on it."""
 
 _STAGES_1_AND_2, _STAGE_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
-_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "_external_params", "ds_external_parameters", "all_parameters")
+_ATTRIBUTES, _LAYER = "update_recompute_parameters", "_sparse_llm_ft_layer"
+_LEFT_ON_MODULES = (
+    *("pre_bwd_fn", "post_bwd_fn", "_external_params", "ds_external_parameters", "all_parameters"),
+    _LAYER,
+)
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -187,20 +193,28 @@ def gathered(wrapped: Wrapped, module: nn.Module) -> AbstractContextManager[obje
 
 
 @torch.no_grad()
-def copy_masters_to_model(wrapped: Wrapped) -> None:
-    """Collective. Copy overwritten masters to the model's parameters, as the end of a step does."""
+def set_in_model(
+    wrapped: Wrapped,
+    parameters: Mapping[str, DeepSpeedParameter],
+    values: Mapping[str, torch.Tensor],
+    shard_slices: Mapping[str, ShardSlice | None],
+) -> None:
+    """Set parameters as the model computes with them, whose masters have been overwritten with the same values. Every
+    rank has these, so nothing is sent: DeepSpeed's own way gathers all adapters or all small parameters anew.
+
+    Args:
+        values: short name -> the full value.
+    """
     if hasattr(wrapped, _STAGE_3):
-        wrapped._partition_all_parameters()
-        for i in range(len(wrapped.fp32_partitioned_groups_flat)):
-            wrapped._reassign_or_swap_out_partitioned_parameters(i)
-        if wrapped.persistent_parameters:
-            wrapped.persistent_parameters[0].all_gather(wrapped.persistent_parameters)
-    elif hasattr(wrapped, "update_lp_params"):
-        wrapped.update_lp_params()
-    elif hasattr(wrapped, "fp16_groups"):
-        for copies, own in zip(wrapped.fp32_groups, wrapped.fp16_groups, strict=True):
-            for copy, parameter in zip(copies, own, strict=True):
-                parameter.data.copy_(copy.data)
+        for number in sorted({shard.master for name in values if (shard := shard_slices[name]) is not None}):
+            wrapped._reassign_or_swap_out_partitioned_parameters(number)  # this rank's shards
+    for name, value in values.items():
+        parameter = parameters[name]
+        if hasattr(parameter, "ds_id"):
+            parameter.ds_secondary_tensor = None  # hpZ's second shard, which the next gather makes anew
+            if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
+                continue
+        parameter.data.copy_(value)
 
 
 def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:
@@ -228,6 +242,29 @@ def cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+
+
+def keep_recomputed(model: nn.Module) -> None:
+    """Stage 3: keep the frozen weights that activation checkpointing has gathered to compute a layer again until the
+    layer's backward pass is over.
+
+    DeepSpeed 0.19.8 gives them to the module whose backward pass asked for the layer, which is the layer's last one,
+    and releases them behind that module. The modules before it would gather them a third time in the same step.
+    """
+    for layer in checkpointed_layers(model).values():
+        for module in layer.modules():
+            module.__dict__[_LAYER] = layer
+    if hasattr(partitioned_param_coordinator, _ATTRIBUTES):
+        setattr(partitioned_param_coordinator, _ATTRIBUTES, _attribute_to_layer)
+
+
+_attribute = getattr(partitioned_param_coordinator, _ATTRIBUTES, None)
+
+
+def _attribute_to_layer(module: nn.Module, parameter: DeepSpeedParameter) -> None:
+    """DeepSpeed's function, with the checkpointed layer around the module in its place."""
+    assert _attribute is not None, "it has been replaced"
+    _attribute(module.__dict__.get(_LAYER, module), parameter)
 
 
 def gather_with_users(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from sparse_llm_ft.methods.method import Method, MethodInputs
 from sparse_llm_ft.model.step_cost import StepCost
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, Shape
+from sparse_llm_ft.scoring import Derivation
 from sparse_llm_ft.scoring.scores import Scores
 
 
@@ -21,14 +22,15 @@ def build_methods(
     total_steps: int,
     cost: StepCost | None = None,
     memory: Callable[[AdapterPlan], int] | None = None,
+    derived: Callable[[Phase], Derivation | None] | None = None,
 ) -> Chain:
     """The methods of the config, in order.
 
     Args:
         total_steps: the run's optimizer steps at its initial global batch.
-        cost, memory: see `MethodInputs`; `RunContext.methods` has the first.
+        cost, memory, derived: see `MethodInputs`; `RunContext.methods` has the first.
     """
-    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps, cost, memory)
+    inputs = MethodInputs(config.adapter.r, config.adapter.lora_alpha, config.seed, total_steps, cost, memory, derived)
     return Chain([find_method(settings.name)(settings, inputs) for settings in config.method])
 
 

@@ -8,7 +8,7 @@ phase "train":  fresh adapters. Per module type, the layers with the largest sha
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -39,7 +39,8 @@ class LoraDropSettings(MethodSettings):
         choose: which layers keep their own (section 4.4): the k of highest ``importance``; k ``random`` ones; the k
             ``top`` layers; or ``inverted``, all but the k important ones, which share instead.
         budget: what the phase after the pilot may need (ours, cost_choice.py): modules below the lowest layer that it
-            allows get no adapter, neither their own nor a shared one. A number is a `Budget.step_time`.
+            allows get no adapter, neither their own nor a shared one; of those above, as many keep their own as would
+            without a budget, chosen in the same way. A number is a `Budget.step_time`.
     """
 
     composes = "shares"
@@ -71,7 +72,7 @@ class LoraDrop(Method[LoraDropSettings]):
         """The pilot: the incoming plan on the sample."""
         settings = self.settings
         if settings.budget is not None:  # refuse at once what no layer is within
-            self._within_budget(phase.plan, set(phase.plan.active), targets)
+            self._within_budget(phase.plan, self._importance_of_most(phase.plan)[0], targets)
         pilot = replace(
             phase,
             name="pilot",
@@ -91,27 +92,40 @@ class LoraDrop(Method[LoraDropSettings]):
         if phase.scoring is None:
             return None
         assert isinstance(scores, dict)
-        kept = self.choose(importance_by_type(scores, module_kind))
-        return self._after(phase, self._within_budget(phase.plan, kept, targets)), state.fresh()
+        y = importance_by_type(scores, module_kind)
+        return self._after(phase, self._within_budget(phase.plan, y, targets)), state.fresh()
 
     def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
-        """As if all layers were equally important: then the most of them keep their own adapters."""
+        """As if importance were such that the most modules keep their own adapters."""
         if phase.scoring is None:
             return None
-        types: dict[str, int] = {}
-        for name in phase.plan.active:
-            types[module_kind(name)] = types.get(module_kind(name), 0) + 1
-        kept = self.choose({name: 1 / types[module_kind(name)] for name in phase.plan.active})
-        after = self._after(phase, self._within_budget(phase.plan, kept, targets))
-        return after, f"{len(kept)} of {len(phase.plan.active)} adapters stay, as if all were equally important"
+        y, words = self._importance_of_most(phase.plan)
+        after = self._after(phase, self._within_budget(phase.plan, y, targets))
+        own = sum(adapter.group is None for adapter in after.plan.active.values())
+        return after, f"{own} of {len(phase.plan.active)} adapters stay, as if {words}"
+
+    def _importance_of_most(self, plan: AdapterPlan) -> tuple[dict[str, float], str]:
+        """Importance with which the most modules keep their own adapters, and in words."""
+        types: dict[str, list[str]] = {}
+        for name in plan.active:
+            types.setdefault(module_kind(name), []).append(name)
+        if self.settings.choose == "inverted":  # all but the important ones
+            alone = {name: float(name == names[0]) for names in types.values() for name in names}
+            return alone, "one of each type were important"
+        return {name: 1 / len(names) for names in types.values() for name in names}, "all were equally important"
 
     def _after(self, phase: Phase, plan: AdapterPlan) -> Phase:
         return replace(
             phase, name="train", plan=plan, steps=None, epochs=None, subset=None, is_warmup=False, scoring=None
         )
 
-    def choose(self, y: Mapping[str, float]) -> set[str]:
-        """The modules that keep their own adapter: per type as many as importance says, chosen by `choose`."""
+    def choose(self, y: Mapping[str, float], among: Container[str] | None = None) -> set[str]:
+        """The modules that keep their own adapter: per type as many as importance says, chosen by `choose`.
+
+        Args:
+            y: module -> share of the importance of its type.
+            among: those that may; None: all. The number does not depend on it, as long as there are so many.
+        """
         from sparse_llm_ft.scoring import select_layers
 
         types: dict[str, list[str]] = {}
@@ -119,19 +133,28 @@ class LoraDrop(Method[LoraDropSettings]):
             types.setdefault(module_kind(name), []).append(name)
         kept: set[str] = set()
         for kind, names in types.items():
-            important = select_layers({name: y[name] for name in names}, self.settings.threshold)
-            kept |= set(self._instead(kind, names, important))
+            count = len(select_layers({name: y[name] for name in names}, self.settings.threshold))
+            ranked = [n for n in sorted(names, key=lambda name: -y[name]) if among is None or n in among]
+            allowed = [name for name in names if among is None or name in among]
+            kept |= set(self._instead(kind, names, allowed, ranked, count))
         return kept
 
-    def _instead(self, kind: str, names: Sequence[str], important: Sequence[str]) -> list[str]:
-        k = len(important)
+    def _instead(
+        self, kind: str, names: Sequence[str], allowed: Sequence[str], ranked: Sequence[str], count: int
+    ) -> Sequence[str]:
+        """Those of the modules `names` of one type that keep their own adapter: `count`, or all but so many.
+
+        Args:
+            allowed, ranked: those of them that may, in the model's order and by falling importance.
+        """
         if self.settings.choose == "inverted":
-            return [name for name in names if name not in important]
-        if self.settings.choose == "random":
-            return random.Random(f"{self.inputs.seed} {kind}").sample(list(names), k)
+            return ranked[count:]
+        if self.settings.choose == "random":  # one order for every budget
+            drawn = random.Random(f"{self.inputs.seed} {kind}").sample(list(names), len(names))
+            return [name for name in drawn if name in allowed][:count]
         if self.settings.choose == "top":
-            return list(names[len(names) - k :])
-        return list(important)
+            return allowed[max(0, len(allowed) - count) :]
+        return ranked[:count]
 
     def remark(self, before: Phase, after: Phase, targets: Mapping[str, Shape]) -> str | None:
         """Under a budget: from where on there are adapters, and what a step then costs."""
@@ -145,20 +168,26 @@ class LoraDrop(Method[LoraDropSettings]):
             f"costs {share:.3f} of one with all adapters, by arithmetic"
         )
 
-    def _within_budget(self, plan: AdapterPlan, kept: set[str], targets: Mapping[str, Shape]) -> AdapterPlan:
-        """`_shared`, with adapters from the lowest layer up from which the budget allows them."""
+    def _within_budget(self, plan: AdapterPlan, y: Mapping[str, float], targets: Mapping[str, Shape]) -> AdapterPlan:
+        """The plan after the pilot, with adapters from the lowest layer up from which the budget allows them.
+
+        The lower this layer, the more modules there are to choose from: the importance of those that keep their own
+        adapter falls as it rises (cost_choice.py), and so do cost and memory.
+
+        Args:
+            y: module -> importance, as `choose` takes it.
+        """
         budget, cost = self.settings.budget, self.inputs.cost
-        if budget is None or not (kept or self.settings.share):
-            return self._shared(plan, kept, targets)
+        if budget is None:
+            return self._shared(plan, self.choose(y), targets)
         assert cost is not None, "a run's context knows its base"
         whole, planned = cost.of(plan, targets), self.inputs.memory
-
-        def from_layer(layer: int) -> AdapterPlan:
+        plans: dict[int, AdapterPlan] = {}
+        for layer in sorted({cost.depths[name] for name in plan.active}):
             upper = {name: a if a and cost.depths[name] >= layer else None for name, a in plan.modules.items()}
-            return self._shared(replace(plan, modules=upper), kept, targets)
-
-        layers = {cost.depths[name] for name in (kept if not self.settings.share else plan.active)}
-        plans = {layer: from_layer(layer) for layer in layers}
+            kept = self.choose(y, among=[name for name, adapter in upper.items() if adapter is not None])
+            if kept or self.settings.share or not plans:
+                plans[layer] = self._shared(replace(plan, modules=upper), kept, targets)
         shares = {layer: cost.of(found, targets) / whole for layer, found in plans.items()}
         lowest = lowest_within(shares, budget, None if planned is None else lambda layer: planned(plans[layer]))
         if lowest is None:

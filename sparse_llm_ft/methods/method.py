@@ -14,6 +14,7 @@ from sparse_llm_ft.plan import AdapterPlan, Shape
 
 if TYPE_CHECKING:
     from sparse_llm_ft.checkpoint.state import TrainState
+    from sparse_llm_ft.scoring import Derivation
     from sparse_llm_ft.scoring.scores import Scores
 
 S = TypeVar("S", bound=MethodSettings)
@@ -30,6 +31,7 @@ class MethodInputs:
         cost: the base's arithmetic; None where no base is known.
         memory: plan -> bytes that its phase needs on each device at the configured micro-batch; None where nothing can
             be planned.
+        derived: phase -> the derivation at its end, if an earlier run has left it in the cache. For planning alone.
     """
 
     r: int
@@ -38,6 +40,7 @@ class MethodInputs:
     total_steps: int
     cost: StepCost | None = None
     memory: Callable[[AdapterPlan], int] | None = None
+    derived: Callable[[Phase], Derivation | None] | None = None
 
 
 class Method(ABC, Generic[S]):

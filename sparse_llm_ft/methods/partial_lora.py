@@ -214,11 +214,17 @@ class PartialLora(Method[PartialLoraSettings]):
         return self._masked(after, phase.target_plan, state.fresh(), scores, targets)
 
     def foresee(self, phase: Phase, targets: Mapping[str, Shape]) -> tuple[Phase, str] | None:
-        """Masks that keep as much as the derivation may: everything, or what `ratio` leaves of it."""
+        """The masks of a derivation that is in the cache; else such that keep as much as one may: everything, or what
+        `ratio` leaves of it.
+        """
         if phase.scoring is None:
             return None
         settings, plan = self.settings, phase.target_plan or phase.plan
         names = list(plan.active)
+        known = None if self.inputs.derived is None else self.inputs.derived(phase)
+        if known is not None:
+            after, _ = self._drawn(self._after(phase), plan, known, targets)
+            return after, "every module keeps what the derivation in the cache says"
         if not settings.derives:
             ratios, words = self._ratios(names, None, targets), "every module keeps what its given ratio says"
         else:
@@ -260,16 +266,22 @@ class PartialLora(Method[PartialLoraSettings]):
         targets: Mapping[str, Shape],
     ) -> tuple[Phase, TrainState]:
         from sparse_llm_ft.methods.masking import mask_state
+
+        after, masked = self._drawn(phase, plan, scores, targets)
+        # AdaLoRA's matrices differ from those that may be trained already.
+        return after, state.fresh() if self.settings.base == "adalora" else mask_state(state, plan, masked)
+
+    def _drawn(
+        self, phase: Phase, plan: AdapterPlan, scores: Derivation | None, targets: Mapping[str, Shape]
+    ) -> tuple[Phase, AdapterPlan]:
+        """As `_with_masks`, by what was derived."""
         from sparse_llm_ft.scoring import preserve_flow
 
-        settings = self.settings
         importance = None if scores is None else scores.importance
-        if importance is not None and settings.flow_preservation:
+        if importance is not None and self.settings.flow_preservation:
             importance = preserve_flow(importance)
         ratios = self._ratios(list(plan.active), scores, targets)
-        after, masked = self._with_masks(phase, plan, ratios, importance, settings.selection, targets)
-        # AdaLoRA's matrices differ from those that may be trained already.
-        return after, state.fresh() if settings.base == "adalora" else mask_state(state, plan, masked)
+        return self._with_masks(phase, plan, ratios, importance, self.settings.selection, targets)
 
     def _with_masks(
         self,

@@ -1,8 +1,9 @@
-"""Products with 4-bit weights that leave the weights where they are.
+"""Products with frozen weights, 4-bit ones above all, that leave the weights where they are.
 
 bitsandbytes' own function keeps the weight that it was given until its graph is freed. Under ZeRO-3 that is the
 gathered one: after a forward pass every rank would hold all of a 4-bit base, with activation checkpointing too. This
-one remembers the layer, whose weight is gathered again for backward, and dequantises it there.
+one remembers the layer, whose weight is gathered again for backward, and dequantises it there. Of other linear layers
+DeepSpeed's own function keeps the input too, which a frozen weight's backward pass does not need.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sparse_llm_ft.model.linear import LinearLayer, is_transposed
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Linear4bit) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer = layer
         return _own_forward(layer, x)
@@ -38,7 +39,7 @@ def _own_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    trained = layer.bias is not None and layer.bias.requires_grad
+    trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
     if trained or not (torch.is_grad_enabled() and x.requires_grad):
         return _own_forward(layer, x)
     output: torch.Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
@@ -55,10 +56,12 @@ def keep_unpacked(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def release_weights(model: nn.Module) -> None:
-    """Let every 4-bit layer of `model` forget its weight between its forward and backward pass."""
+def release_weights(model: nn.Module, kinds: tuple[type[nn.Linear], ...] = (Linear4bit,)) -> None:
+    """Let every layer of these classes in `model` forget its weight between its forward and backward pass, as long as
+    it is frozen.
+    """
     for module in model.modules():
-        if type(module) is Linear4bit and "forward" not in module.__dict__:
+        if type(module) in kinds and "forward" not in module.__dict__:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 BACKEND = "inductor"
 """torch.compile's; it needs a C++ compiler, and on a GPU Triton."""
@@ -52,3 +53,12 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 def _is_stack(layers: nn.ModuleList) -> bool:
     alike = len({type(layer) for layer in layers}) == 1
     return alike and all(sum(1 for _ in layer.modules()) > 3 for layer in layers)
+
+
+def checkpointed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer, of those that activation checkpointing computes again in backward, see `enable_checkpointing`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    }

@@ -9,16 +9,16 @@ from typing import Any
 
 from sparse_llm_ft.adapters import count_parameters
 from sparse_llm_ft.context.context import RunContext
-from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation
 from sparse_llm_ft.engine.gathers import Gathers, simulate
-from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, persists, rank_bytes, zero_settings
+from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
 from sparse_llm_ft.engine.step_trace import Batch, StepTrace, gathered_alone
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
 from sparse_llm_ft.planning.batch_size import Peak
+from sparse_llm_ft.planning.communication import communicated_bytes
 from sparse_llm_ft.planning.phases import ForeseenPhase, foresee_phases
 from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 from sparse_llm_ft.planning.traces import cached_evaluation, cached_model, cached_trace
@@ -64,7 +64,7 @@ class PhaseForecast:
         peaks: of ``load`` (0 in later phases, which load nothing), ``step``, ``change`` (to the next phase; 0 in the
             last one), ``save``, ``evaluate``: bytes.
         flops_per_step: of all ranks, model arithmetic without what checkpointing computes twice; None where unknown.
-        communicated_bytes_per_step: of one rank; see `communicated`.
+        communicated_bytes_per_step: of one rank; see planning/communication.py.
         steps: optimizer steps; None if the length of the data is not known.
         offloaded: bytes in the host's memory, of optimizer state.
     """
@@ -286,7 +286,7 @@ class _PhasePlanner:
             "kept_for_backward": trace.kept,
             "logits_and_loss": trace.head,
             "dequantisation": self._dequantised(),
-            "gathered_weights": self.gathers.kept,
+            "gathered_weights": self.gathers.most,
             "communication_buckets": held.buckets,
             "device_overhead": overhead,
         }
@@ -376,28 +376,6 @@ class _PhasePlanner:
         return adapters + sizes.step(tokens, size * samples.mean_square, size * samples.supervised, lowest, whole)
 
     def _communicated(self, accumulation: int) -> int:
-        """Bytes that one rank hands to collectives, of each call the larger of what goes in and what comes out."""
-        if self.ranks == 1:
-            return 0
-        # The loop sums four counts and, in one vector, the loss, a flag for memory and one for each signal; the engine
-        # the norm. At stage 3 DeepSpeed sums a norm of its own.
-        agreed = 4 * 8 + 4 * (2 + len(signals.caught())) + (4 if self.stage else 0) + (8 if self.stage == 3 else 0)
-        return agreed + self._exchanged(accumulation)
-
-    def _exchanged(self, accumulation: int) -> int:
-        """Gradients and weights."""
-        held, size = self.held, 2 if self.context.config.model.dtype == "bfloat16" else 4
-        trained = sum(w.numel for w in self.inventory.weights.values() if w.trained)
-        if self.stage == 0:
-            return trained * size
-        if self.stage < 3:
-            reduced = trained * size * (accumulation if self.stage == 2 else 1)
-            return reduced + held.adapters
-        padded = sum(w.part(self.ranks) * self.ranks for w in self.inventory.weights.values() if w.trained) * size
-        return accumulation * (padded + self.gathers.traffic) + self._persistent()
-
-    def _persistent(self) -> int:
-        """What every update gathers anew, frozen weights too."""
-        config = zero_settings(self.settings, 1)
-        kept = [w for w in self.inventory.weights.values() if persists(w, config)]
-        return sum(w.part(self.ranks) * self.ranks * w.itemsize for w in kept)
+        return communicated_bytes(
+            self.phase, self.model, self.settings, self.held, self.inventory, self.gathers, self.ranks, accumulation
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.config.types import MAX_BATCH
@@ -12,6 +13,7 @@ from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan
 from sparse_llm_ft.planning.batch_size import Peak, first_batch, grown_batch
+from sparse_llm_ft.planning.derivations import known_derivation
 from sparse_llm_ft.planning.samples import SampleSizes
 
 
@@ -55,7 +57,7 @@ def foresee_phases(
         peak: where a method has a memory budget.
     """
     config, total = context.config, _total_steps(context, samples)
-    chain = context.methods(total or MAX_BATCH, memory_of(config, peak))
+    chain = context.methods(total or MAX_BATCH, memory_of(config, peak), partial(known_derivation, context))
     phase = first_batch(chain.first(context.plan, context.targets), config, world_size, peak)
     found, assumption, counted = list[ForeseenPhase](), "", 0
     for _ in range(MOST_PHASES):

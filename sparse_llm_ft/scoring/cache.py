@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from sparse_llm_ft.config import ModelConfig
+from sparse_llm_ft.adapters import base_tensors
+from sparse_llm_ft.config import ModelConfig, RunConfig
 from sparse_llm_ft.io.atomic import verify_folder
 from sparse_llm_ft.io.content_cache import ContentCache, content_key, hash_files, hash_json
 from sparse_llm_ft.io.strict_json_yaml import read_json
+from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.scoring.derivation import Derivation
 
 VERSION = 1
@@ -56,6 +58,52 @@ def hash_samples(samples: Iterable[object]) -> str:
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of the tensor's shape, type and values."""
     return hashlib.sha256(safetensors.torch.save({"": tensor.contiguous()})).hexdigest()
+
+
+def derivation_key(
+    config: RunConfig,
+    phase: Phase,
+    base: str,
+    names: Sequence[str],
+    samples: Iterable[object],
+    fitted: Sequence[object],
+    values: Mapping[str, torch.Tensor],
+) -> str:
+    """The key of the derivation at a phase's end: a hash of the base's files, D_t, the head, and every setting that
+    ratios depend on.
+
+    Args:
+        phase: with its steps and a global batch size.
+        base: `hash_model`.
+        names: of the scored modules.
+        samples: D_t.
+        fitted: the samples that the phase's head is fitted on.
+        values: the trained parameters at the phase's end. Not read if the phase fits a head.
+    """
+    spec, training = phase.scoring, config.training
+    assert spec is not None
+    if phase.target_plan is not None:  # how the head is fitted: its values differ in the last bits from run to run
+        fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", "head_learning_rate", *_CADENCE})
+        order = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
+        head: object = [*order, hash_samples(fitted)]
+    else:
+        trained = values if phase.method else base_tensors(values)
+        head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
+    return content_key(
+        model=base,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        samples=hash_samples(samples),
+        head=head,
+        modules=list(names),
+        search=spec.search,
+        compare=spec.compare,
+        **spec.derivation.model_dump(exclude={"micro_batch_size"}),
+    )
+
+
+_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile")
+"""Settings of training that change no result."""
 
 
 def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> Derivation | None:

@@ -53,7 +53,7 @@ class OmegaPruning:
 
     def __init__(self, cut: StoIHT, names: list[str]) -> None:
         self.cut, self.names = cut, names
-        self._active: int | None = None
+        self._active: int | None = None  # of the last update; reading omega is a message
 
     def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
         """Collective. Cut omega if a cut is due. Logs every omega, and from the first cut on the number of swaps."""
@@ -67,7 +67,7 @@ class OmegaPruning:
         return logged | {"omega": {name.rpartition(".")[0]: value for name, value in omega.items()}}
 
     def active_adapters(self, engine: Engine) -> int:
-        """Collective. The number of adapters with omega > 0; read anew only before the first step."""
+        """Collective before the first update. The number of adapters with omega > 0."""
         if self._active is None:
             self._active = sum(float(value) > 0 for value in engine.values(self.names).values())
         return self._active

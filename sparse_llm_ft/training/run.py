@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -223,7 +222,7 @@ class Run:
     def derive(self) -> None:
         """Collective. Derive the ratios of the first phase and print them."""
         # Build the model as a run would, but without a run folder.
-        phase = self._with_steps(self.first)
+        phase = self.data.with_steps(self.first)
         model = self._build_model(phase)
         engine = Engine(model, engine_settings(self.config, phase, self.world.size))
         loop = self.parts.loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
@@ -258,7 +257,7 @@ class Run:
             state.record.micro_batch_size = configured
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, changed)
             phase = self.methods.resumed(phase)
-        phase = self._with_steps(phase)
+        phase = self.data.with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
         for line in remarks(self.context, self.splits, self.data, first):
@@ -315,7 +314,7 @@ class Run:
             self.context.expected.parameters,
             self.peak,
         )
-        phase = self._with_steps(phase)
+        phase = self.data.with_steps(phase)
         model = rebuild_model(self.config, model, before.plan, phase.plan)
         # Record that the phase before has ended. The data begin anew after a warmup phase.
         progress = replace(state.progress, phase=state.progress.phase + 1, phase_step=0, phase_skipped=0)
@@ -389,13 +388,6 @@ class Run:
         engine.load_state_dict(found[0].state.engine_state)
         self.console.log(f"continuing with step {step}: {self.best.describe()}")
         return found[0].state
-
-    def _with_steps(self, phase: Phase) -> Phase:
-        """The phase with `steps` computed from its `epochs`."""
-        if phase.epochs is None:
-            return phase
-        samples = phase.epochs * len(self.data.sequences(phase.subset))
-        return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     def _write_phase(self, phase: Phase, progress: Progress) -> None:
         """Collective. Write the plan and the phase's file when a phase begins."""

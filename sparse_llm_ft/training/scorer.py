@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from sparse_llm_ft.adapters import SparseLoraLayer, base_tensors
+from sparse_llm_ft.adapters import SparseLoraLayer
 from sparse_llm_ft.adapters.layer import calling_parts
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.distributed.collectives import broadcast_bytes, run_on_rank_zero
@@ -22,7 +22,6 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.layers import uncompiled
 from sparse_llm_ft.model.linear import LinearLayer
@@ -31,11 +30,10 @@ from sparse_llm_ft.phase import Phase, ScoringSpec
 from sparse_llm_ft.plan import is_matrix
 from sparse_llm_ft.scoring import Derivation, OutputScores, WorkShard, derive, measure_only
 from sparse_llm_ft.scoring.cache import (
+    derivation_key,
     derivations_folder,
     from_bytes,
     hash_model,
-    hash_samples,
-    hash_tensor,
     load,
     save,
     to_bytes,
@@ -203,38 +201,6 @@ class Scorer(Generic[T]):
         wait.at(done, total)
         exit_if_preempted()
 
-    def _key(
-        self,
-        phase: Phase,
-        names: list[str],
-        samples: Sequence[T],
-        fitted: Sequence[T],
-        values: dict[str, torch.Tensor],
-    ) -> str:
-        """The cache key: a hash of the base's files, D_t, the head, and every setting that ratios depend on."""
-        config, spec, training = self.config, phase.scoring, self.config.training
-        assert spec is not None
-        if phase.target_plan is not None:  # how the head is fitted: its values differ in the last bits from run to run
-            fitting = training.model_dump(
-                exclude={"micro_batch_size", "learning_rate", "head_learning_rate", *_CADENCE}
-            )
-            order = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
-            head: object = [*order, hash_samples(fitted)]
-        else:
-            trained = values if phase.method else base_tensors(values)
-            head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
-        return content_key(
-            model=hash_model(config.model),
-            dtype=config.model.dtype,
-            quantization=config.model.quantization,
-            samples=hash_samples(samples),
-            head=head,
-            modules=names,
-            search=spec.search,
-            compare=spec.compare,
-            **spec.derivation.model_dump(exclude={"micro_batch_size"}),
-        )
-
     def _from_cache(
         self,
         phase: Phase,
@@ -251,7 +217,8 @@ class Scorer(Generic[T]):
 
         def look() -> None:
             nonlocal key, data
-            key = self._key(phase, names, samples, fitted, values)
+            base = hash_model(self.config.model)
+            key = derivation_key(self.config, phase, base, names, samples, fitted, values)
             found = load(folder, key, warn=self.console.log)
             data = to_bytes(found) if found else b""
 
@@ -268,10 +235,6 @@ class Scorer(Generic[T]):
             dist.all_reduce(moved)
             return moved.to(tensor.device)
         return tensor
-
-
-_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile")
-"""Settings of training that change no result."""
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -12,6 +12,11 @@ from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main as command_line
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.planning.opening import open_for_planning
+from sparse_llm_ft.planning.phases import foresee_phases
+from sparse_llm_ft.planning.samples import sample_sizes
 
 pytestmark = pytest.mark.distributed
 
@@ -72,6 +77,22 @@ def test_two_ranks_derive_and_one_finds_it(config: Path, encoder: Path, capsys: 
     assert f"ratios of 14 modules are in {config.parent / 'cache'}" in capsys.readouterr().out
     assert run_worlds({"again": worlds["encoder"] | {"world_size": 1}}, logs) == {"again": [0]}
     assert f"ratios of 13 modules are in {config.parent / 'encoder-cache'}" in last_lines(logs / "again", 10_000)
+    for path, cache in ((config, "cache"), (encoder, "encoder-cache")):
+        foreseen_from_the_cache(path, config.parent / cache)
+
+
+def foreseen_from_the_cache(path: Path, cache: Path) -> None:
+    """A forecast knows these ratios, and without the cache assumes that everything is kept."""
+    world, tree = World(0, 1, 0, 1), yaml.safe_load(path.read_text())
+    context = open_for_planning(parse_config(tree), world)
+    *_, last = foresee_phases(context, 1, sample_sizes(context))
+    assert last.assumption == "every module keeps what the derivation in the cache says"
+    kept = [side for a in last.phase.plan.active.values() for side in (a.rows, a.cols) if side is not None]
+    assert any(0 < len(side.indices) < side.size for side in kept)  # each is drawn with its ratio
+    tree["method"]["cache_dir"] = str(cache / "empty")
+    context = open_for_planning(parse_config(tree), world)
+    *_, last = foresee_phases(context, 1, sample_sizes(context))
+    assert last.assumption.endswith("the most that a derivation can leave")
 
 
 def test_a_method_that_derives_nothing_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

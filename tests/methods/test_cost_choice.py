@@ -226,3 +226,24 @@ def test_wrong_budgets_are_one_line(budget: dict, problem: str) -> None:
     with pytest.raises(ConfigError) as error:
         config(METHOD | {"budget": budget})
     assert str(error.value).startswith(problem)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("choose", "own"), [("importance", {2, 3}), ("top", {2, 3}), ("random", {2, 3}), ("inverted", set())]
+)
+def test_lora_drop_chooses_among_the_layers_that_the_budget_allows(share: bool, choose: str, own: set[int]) -> None:
+    """Layers 0 and 2 are important, and the budget allows 2 and 3: as many keep their own, not what is left of them."""
+    method = {"name": "lora_drop", "share": share, "threshold": 0.6, "budget": 0.75, "choose": choose}
+    chain = build_methods(config(method), 20, COST)
+    pilot = chain.first(uniform_plan(TARGETS, 2, 6.0), TARGETS)
+    scores = {name: (8.0, 1.0, 3.0, 2.0)[COST.depths[name]] for name in TARGETS}
+    if choose == "inverted" and not share:  # no adapter from layer 2 up; layer 1's costs more than the budget
+        with pytest.raises(ConfigError, match=r"^method\.budget"):
+            chain.next(pilot, state(pilot), scores, TARGETS)
+        return
+    following = chain.next(pilot, state(pilot), scores, TARGETS)
+    assert following is not None
+    after = following[0].plan.active
+    assert {COST.depths[name] for name in after} == {2, 3}
+    assert {COST.depths[name] for name, adapter in after.items() if adapter.group is None} == own
