@@ -149,4 +149,4 @@ def test_ctrl_c_under_srun_leaves_no_run_that_seems_to_run(job_settings: dict, t
     last = state(run)
     assert last["state"] == "preempted" and last["message"].startswith("SIGINT: saved step "), log.read_text()
     listing = cli("status", str(tmp_path)).stdout
-    assert "preempted" in listing and "SIGINT: saved step" in listing, listing
+    assert "preempted" in listing and "SIGINT: saved" in listing, listing
