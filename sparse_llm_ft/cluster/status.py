@@ -128,6 +128,8 @@ def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> Ru
         return RunView(folder, state.ended("pending", message), _why_it_waits(job, now), job)
     silent = now - state.updated
     if job is not None and job.runs:
+        if state.state in ("preempted", "failed") and job.state == "COMPLETING":
+            return RunView(folder, state, "its job is ending", job)
         if state.state != "running":
             return RunView(folder, state.ended("running", state.message), "starting, or about to end", job)
         note = f"loading, or silent, for {silent:.0f} s" if silent > SILENT_SECONDS else ""

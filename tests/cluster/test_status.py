@@ -40,6 +40,7 @@ LEFT = FRESH.ended("preempted", "SIGUSR2: saved step 3")
         (LEFT, None, "preempted", False),
         (LEFT, Job("PENDING", "BeginTime"), "pending", True),
         (LEFT, Job("RUNNING"), "running", True),
+        (LEFT, Job("COMPLETING"), "preempted", True),
         (LEFT, Job("CANCELLED"), "failed: cancelled", False),
         (LEFT, Job("COMPLETED"), "preempted", False),
         (RunState(), Job("PENDING", "Priority"), "pending", True),

@@ -136,8 +136,7 @@ def test_ctrl_c_under_srun_leaves_no_run_that_seems_to_run(job_settings: dict, t
             sruns[0].send_signal(signal.SIGINT)
             time.sleep(0.3)
         sruns[0].wait(timeout=120)
-        listing = cli("status", str(tmp_path)).stdout
-        assert "failed: cancelled" in listing, listing + log.read_text()
+        wait(run, lambda: "failed: cancelled" in cli("status", str(tmp_path)).stdout)  # once its job has ended
 
         sruns.append(start())
         wait(run, lambda: log.read_text().count("select 1/100") == 2)
@@ -148,5 +147,4 @@ def test_ctrl_c_under_srun_leaves_no_run_that_seems_to_run(job_settings: dict, t
             srun.kill()
     last = state(run)
     assert last["state"] == "preempted" and last["message"].startswith("SIGINT: saved step "), log.read_text()
-    listing = cli("status", str(tmp_path)).stdout
-    assert "preempted" in listing and "SIGINT: saved step" in listing, listing
+    wait(run, lambda: "preempted" in cli("status", str(tmp_path)).stdout)
