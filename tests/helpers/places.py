@@ -198,9 +198,9 @@ def _summary(die: Die) -> None:
 
 
 def _report(die: Die) -> None:
-    from sparse_llm_ft.training import records
+    from sparse_llm_ft.training import report_writer
 
-    _before(records, "write_report", die)
+    _before(report_writer, "write_report", die)
 
 
 PLACES = {
