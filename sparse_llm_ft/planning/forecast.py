@@ -19,6 +19,7 @@ from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
 from sparse_llm_ft.planning.batch_size import Peak
 from sparse_llm_ft.planning.communication import communicated_bytes
+from sparse_llm_ft.planning.peaks import TrainedBytes, sharded_reading
 from sparse_llm_ft.planning.phases import ForeseenPhase, foresee_phases
 from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 from sparse_llm_ft.planning.traces import cached_evaluation, cached_model, cached_trace
@@ -67,6 +68,7 @@ class PhaseForecast:
         communicated_bytes_per_step: of one rank; see planning/communication.py.
         steps: optimizer steps; None if the length of the data is not known.
         offloaded: bytes in the host's memory, of optimizer state.
+        generation: peak while an evaluation generates texts, which ``evaluate`` contains; 0 if none does.
     """
 
     name: str
@@ -82,6 +84,7 @@ class PhaseForecast:
     communicated_bytes_per_step: int
     steps: int | None
     offloaded: int = 0
+    generation: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -267,16 +270,17 @@ class _PhasePlanner:
         accumulation = phase.global_batch_size // (phase.micro_batch_size * self.ranks)
         static = held.base + held.adapters + held.optimizer
         passes = self._passes(accumulation)
-        overhead = self.overhead.of(passes, self.ranks)
-        largest = max((w.numel for w in self.inventory.weights.values() if w.trained), default=0)
+        overhead, beside = self.overhead.of(passes, self.ranks), self.overhead.of(0, self.ranks)
         idle = static + (held.gradients + held.buckets if self.stage == 3 else 0)
         measures = config.evaluation.samples or config.training.eval_every is not None
+        evaluated = self._evaluation() if measures else (0, 0)
+        loss, generation = (idle + found + overhead if found else 0 for found in evaluated)
         peaks = {
-            "load": self._load() if self.first else 0,
+            "load": self._load() + beside if self.first else 0,
             "step": static + max(passes, held.gradients + held.update) + overhead,
-            "change": 0 if after is None else held.base + after.changed() + self.overhead.of(0, self.ranks),
-            "save": idle + 2 * 4 * largest + self.overhead.of(0, self.ranks),
-            "evaluate": idle + self._evaluation() + overhead if measures else 0,
+            "change": 0 if after is None else held.base + self._change(after) + beside,
+            "save": idle + self.trained.reading(self.on_gpu) + beside,
+            "evaluate": max(loss, generation),
         }
         lines = {
             "base": held.base,
@@ -304,6 +308,7 @@ class _PhasePlanner:
             self._communicated(accumulation),
             self.foreseen.steps,
             held.offloaded,
+            generation,
         )
 
     @property
@@ -328,22 +333,33 @@ class _PhasePlanner:
         return highest
 
     def _load(self) -> int:
-        """The base, and the largest of its tensors as it is read."""
-        size = 2 if self.context.config.model.dtype == "bfloat16" else 4
-        shapes = [p.numel() for p in self.context.empty.parameters()]
-        return self.held.base + max(shapes) * size + self.overhead.of(0, self.ranks)
+        """The base as it is read, and the first engine. A run that resumes has its checkpoint too, as a save has."""
+        built = self.held.base + self.trained.building()
+        if self.stage == 3 and self.ranks > 1:
+            return max(built, sharded_reading(self.inventory.weights, self.ranks, self.trained.item))
+        return max(built, self.held.base + self._dequantised())
 
-    def changed(self) -> int:
-        """Beside the base while this phase's adapters and engine are built: fresh adapters are float32 first."""
-        count = sum(w.numel for w in self.inventory.weights.values() if w.trained)
-        return self.held.adapters + self.held.optimizer + 4 * count
+    def _change(self, after: _PhasePlanner) -> int:
+        """Beside the base: this phase's engine ends, and its adapters give way to those of `after` and their engine."""
+        of_state, of_next = (0 if self.on_gpu else phase.trained.state for phase in (self, after))
+        replaced = max(self.trained.item * self.trained.count, 4 * after.trained.count)
+        return max(self.trained.closing() + of_state, replaced + of_state, after.trained.building() + of_next)
 
-    def _evaluation(self) -> int:
-        found = self.evaluation
-        gathered = 0
-        if self.stage == 3 and self.ranks > 1:  # one module at a time: evaluation has no trace of what comes next
-            gathered = max(w.part(self.ranks) * self.ranks * w.itemsize for w in self.inventory.weights.values())
-        return max(found.loss, found.generation) + gathered
+    @cached_property
+    def trained(self) -> TrainedBytes:
+        return TrainedBytes.of(self.model, self.settings, self.held)
+
+    def _evaluation(self) -> tuple[int, int]:
+        """Beside what is always there: of a loss, and of generating texts; 0 if none are.
+
+        At stage 3 a forward pass gathers weights as a step's does, and what it keeps for a backward pass stays. A
+        generation has most at a layer, or where the embedding or the head is gathered beside the cache.
+        """
+        found, gathers = self.evaluation, self.gathers
+        forward = [use.backward for use in self.trace.uses].count(False)
+        ahead = max((*gathers.during[:forward], *gathers.after[:forward]), default=0)
+        generation = max(found.generation + gathers.kept, found.cache + ahead) if found.generation else 0
+        return found.loss + ahead, generation
 
     def _dequantised(self) -> int:
         if self.context.config.model.quantization == "none":

@@ -11,7 +11,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import planner_peaks
 import planner_truth
+from planner_peaks import PEAKS
 from truth_cases import Case, opened
 
 from sparse_llm_ft.planning.forecast import forecast
@@ -63,6 +65,15 @@ def check(model_folder: Path, cases: list[Case], ranks: int) -> None:
         assert planned["gathered_weights"] == pytest.approx(real["gathered_weights"], rel=0.1), case.name
         # A step makes up to 5 KB of small tensors that the forecast does not know; here that is 6 %.
         assert planned["peak"] == pytest.approx(real["peak"], rel=0.05, abs=5120), case.name
+
+
+@pytest.mark.distributed
+def test_loading_a_save_an_evaluation_and_the_phase_change_need_the_forecast_bytes(model_folder: Path) -> None:
+    """A slice of benchmarks/planner_peaks.py."""
+    case, models = Case("tiny", method="weight_lora", length=24), {"tiny": str(model_folder)}
+    [(_, real)] = planner_truth.launch(models, [case], ranks=1, script=planner_peaks.__file__)
+    planned = planner_peaks.plan(case, models)
+    assert {key: planned[key] for key in PEAKS} == pytest.approx({key: real[key] for key in PEAKS}, rel=0.05)
 
 
 def test_a_forecast_has_every_line_and_peak_and_knows_its_limits(model_folder: Path) -> None:
