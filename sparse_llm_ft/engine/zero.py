@@ -93,14 +93,15 @@ def is_sharded(wrapped: Wrapped) -> bool:
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the frozen weights and of the trained ones that this rank holds, of sharded ones its parts. Buffers and
-    the constants of 4-bit weights count as frozen.
+    """Bytes of the frozen weights and of the trained ones that this rank holds. Of sharded ones its parts count,
+    gathered or not, so that a resumed run counts the same. Buffers and the constants of 4-bit weights count as
+    frozen.
     """
     held: dict[bool, list[torch.Tensor]] = {False: list(model.buffers()), True: []}
     for parameter in model.parameters():
         shard = getattr(parameter, "ds_tensor", None)
         constants = state_tensors(getattr(parameter, "quant_state", None))
-        held[parameter.requires_grad] += [parameter.data, *constants, *([] if shard is None else [shard])]
+        held[parameter.requires_grad] += [parameter.data if shard is None else shard, *constants]
     frozen, trained = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held[k]} for k in held)
     return sum(frozen.values()), sum(trained.values())
 
