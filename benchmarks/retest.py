@@ -7,8 +7,8 @@ Args:
     --data: holds glue/sst2 with GLUE's train.jsonl and validation.jsonl.
     --out: run folders go here. After a kill the same command continues: finished runs are not repeated, and an
         unfinished one resumes.
-    --results: one line of JSON per finished run; default: results.jsonl in --out. With docs/retest.jsonl, which has the
-        runs that docs/results.md is made of, only runs that it lacks are made.
+    --results: one line of JSON per finished run; default: results.jsonl in --out. With a file that was kept, only the
+        runs that it lacks are made.
     --only: names of systems.
 
 Every system has the same steps, data order and fresh head for a seed. Its learning rate is the one of three with the
