@@ -104,8 +104,8 @@ class RunReport:
         phases: the files of ``phases/`` in order, with an `AdapterPlan` as plan; the phase in training may be missing.
         totals: each phase's numbers; before the run is finished without those that only its summary has.
         before, after: metrics; empty where nothing was measured.
-        forecast: the phases as they were planned before the run began; empty where none were.
-        process_bytes: what the process held then, on a CPU.
+        forecast: the phases as planned from the settings and samples; empty where none were.
+        process_bytes: what the process held before it loaded the base, on a CPU.
     """
 
     folder: Path

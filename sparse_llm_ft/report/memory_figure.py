@@ -68,11 +68,12 @@ def memory(report: RunReport) -> Drawing | None:
 
 
 _ON_GPU = (
-    "What the planner expected before the run began, and PyTorch's own peak in the steps. Beside tensors: in the "
-    "forecast the assumed CUDA context, NCCL buffers and allocator's blocks; in the fact the allocator's blocks alone."
+    "What the planner expects of the settings and the samples, and PyTorch's own peak in the steps. Beside tensors: in "
+    "the forecast the assumed CUDA context, NCCL buffers and allocator's blocks; in the fact the allocator's blocks "
+    "alone."
 )
 _ON_CPU = (
-    "What the planner expected before the run began, and the peak of rank 0's resident memory in the steps. "
+    "What the planner expects of the settings and the samples, and the peak of rank 0's resident memory in the steps. "
     "Beside tensors: what the process held before it loaded the base, in both; memory that torch has freed and not "
     "returned to the system counts as the step's."
 )
