@@ -143,14 +143,7 @@ class Submitted:
         return bool(queued(self.jobs))
 
     def wait_end(self, seconds: float = 600) -> None:
-        wait(self.run, self._is_gone, seconds)
-
-    def _is_gone(self) -> bool:
-        """Whether two looks find no job: between its end and its requeue, or from a busy controller, one may not."""
-        if self.in_queue():
-            return False
-        time.sleep(2)
-        return not self.in_queue()
+        wait(self.run, lambda: not self.in_queue(), seconds)
 
     def wait_step(self, step: int) -> None:
         """Until an attempt trains and has done so many steps."""
