@@ -127,10 +127,17 @@ class Heartbeat:
         return False
 
     def _stop(self) -> bool:
-        """End both threads; False if one still waits for the store."""
+        """End both threads; False if one still waits for the store.
+
+        A store that has left with rank 0 takes a connection's time to say so. A launcher that has asked this process to
+        leave need not wait for that: it may kill it soon.
+        """
         self._stopped.set()
         self._monitor.join()
-        self._beater.join(2 * self.timeouts.store)
+        end = time.monotonic() + 2 * self.timeouts.store
+        while self._beater.is_alive() and time.monotonic() < end and not any(signals.caught()):
+            self._beater.join(0.05)
+        self._beater.join(0.05)  # where it waits for nothing, it ends even so
         return not self._beater.is_alive()
 
     def _beat_loop(self) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,19 @@ def test_a_store_that_accepts_and_never_answers_is_its_holders_fault_too(three: 
     three.wait_for(1)
     three.answers.set()
     assert three.ends[1] == ({0}, "rank 0 (first)")
+
+
+def test_who_was_asked_to_leave_does_not_wait_for_the_store(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to a store that has gone with rank 0 takes seconds to fail; launchers kill within seconds."""
+    three.answers.clear()  # the store accepts, and does not answer
+    time.sleep(0.2)
+    monkeypatch.setattr(signals, "caught", lambda: [1, 0, 0, 0])
+    three.watches[2].timeouts = replace(QUICK, store=60.0)
+    closing = threading.Thread(target=three.watches[2].close, args=(False,))
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive() and three.watches[2]._beater.is_alive()
+    three.answers.set()
 
 
 def test_processes_that_were_suspended_blame_nobody(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
