@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from sparse_llm_ft.distributed.world import World
-    from sparse_llm_ft.engine.engine import EngineSettings
+    from sparse_llm_ft.engine.settings import EngineSettings
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def start() -> World:
 
 def engine_settings(stage: int) -> EngineSettings:
     """bfloat16, two samples in a step, under ZeRO `stage`."""
-    from sparse_llm_ft.engine.engine import EngineSettings
+    from sparse_llm_ft.engine.settings import EngineSettings
 
     return EngineSettings(stage, "bfloat16", 2, 1, 1.0, 0.01, 0.0, "sgd", {})
 

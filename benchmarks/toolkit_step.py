@@ -15,7 +15,8 @@ from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.samples import Pack, Sample
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.engine.engine import Engine, EngineSettings
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.objectives.base import Forward
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 from sparse_llm_ft.phase import Phase

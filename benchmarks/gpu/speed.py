@@ -64,7 +64,8 @@ def ours(
     from sparse_llm_ft.config import TrainingConfig
     from sparse_llm_ft.data.samples import Sample
     from sparse_llm_ft.distributed.world import find_world
-    from sparse_llm_ft.engine.engine import EngineSettings, init_distributed
+    from sparse_llm_ft.engine.engine import init_distributed
+    from sparse_llm_ft.engine.settings import EngineSettings
     from sparse_llm_ft.model.four_bit import release_weights
     from sparse_llm_ft.model.layers import compile_layers
     from sparse_llm_ft.model.lean import make_lean

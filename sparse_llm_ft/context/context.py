@@ -20,7 +20,7 @@ from sparse_llm_ft.data.dataset import EvalSplit
 from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.engine.engine import check_deepspeed
+from sparse_llm_ft.engine.settings import check_deepspeed
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import Chain, build_methods

@@ -13,7 +13,7 @@ from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.config import RunConfig
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.engine.engine import EngineSettings
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.engine.sharded_loading import gathered_copy, load_sharded_model
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console

@@ -5,42 +5,34 @@ ZeRO keeps the trained parameters' values and moments in flat float32 partitions
 
 from __future__ import annotations
 
-import difflib
 import gc
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import nn
 
-from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
+from sparse_llm_ft.adapters import is_omega, trained_parameters
 from sparse_llm_ft.adapters.masking import fill_rows, optimizer_masks, row_masks, to_compact, to_full
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
-from sparse_llm_ft.config import merge
 from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
-from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.four_bit import release_weights
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
 from sparse_llm_ft.plan import AdapterPlan
 
-_NEEDS_NORM = {"offload_optimizer", "cpu_offload", "zenflow"}
 _TORCH_BACKEND = import_module("deepspeed.comm.torch")  # whose package has torch itself under that name
-deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 
 
 def init_distributed() -> None:
@@ -72,105 +64,6 @@ def process_group() -> Iterator[None]:
     yield
     if joined:
         dist.destroy_process_group()
-
-
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default of ``reduce_bucket_size``."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Settings of an engine.
-
-    Attributes:
-        micro_batch_size: samples per rank and forward pass.
-        accumulation_steps: forward passes per optimizer step.
-        dtype: ``bfloat16`` (with float32 master weights) or ``float32``.
-        omega_lr, omega_algorithm: learning rate and optimizer of trained omegas.
-        extra: DeepSpeed's own settings, merged into ours.
-        lora_b_lr_factor: B's learning rate divided by that of the other adapter parameters (LoRA+).
-        head_lr_factor: the learning rate of what is trained whole beside adapters, divided by that of the adapters.
-    """
-
-    zero_stage: int
-    dtype: Literal["float32", "bfloat16"]
-    micro_batch_size: int
-    accumulation_steps: int
-    max_grad_norm: float
-    weight_decay: float
-    omega_lr: float
-    omega_algorithm: Literal["adamw", "sgd"]
-    extra: Mapping[str, object]
-    lora_b_lr_factor: float = 1.0
-    head_lr_factor: float = 1.0
-
-    def to_deepspeed(self, trained: int = BUCKET_ELEMENTS) -> dict[str, object]:
-        """DeepSpeed's configuration as a dict.
-
-        Args:
-            trained: number of values that are trained. Every backward pass of stages 1 to 3 allocates a bucket for
-                gradients, which need be no larger; DeepSpeed's default takes 1 GB in bfloat16.
-        """
-        ours = {
-            "train_micro_batch_size_per_gpu": self.micro_batch_size,
-            "gradient_accumulation_steps": self.accumulation_steps,
-            "gradient_clipping": 0.0,  # AdapterOptimizer clips: DeepSpeed's norm would count masked entries
-            "bf16": {"enabled": self.dtype == "bfloat16", "check_grad_overflow": False},
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "reduce_bucket_size": min(trained, BUCKET_ELEMENTS),
-                **self._without_its_norm(),
-            },
-            "zero_allow_untested_optimizer": True,  # AdapterOptimizer is not on DeepSpeed's list
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        }
-        return merge(ours, self.extra)
-
-    def group_of(self, name: str) -> str:
-        """The parameter group of a trained parameter: ``omega``; ``whole`` for modules of the base, whose moments
-        outlive a change of adapters and so need a step count of their own; ``lora_B`` under LoRA+; else ``adapter``.
-
-        Args:
-            name: the parameter's short name.
-        """
-        if is_omega(name):
-            return "omega"
-        if not is_adapter(name):
-            return "whole"
-        return "lora_B" if self.lora_b_lr_factor != 1.0 and name.endswith(".lora_B") else "adapter"
-
-    def _without_its_norm(self) -> dict[str, object]:
-        """AdapterOptimizer skips updates that are not finite. Where DeepSpeed allows it, it does not look as well: it
-        would compute a norm of its own and wait for it.
-        """
-        given = self.extra.get("zero_optimization", {})
-        assert isinstance(given, Mapping), "config/load.py refuses anything else"
-        known = "compute_grad_norm" in DeepSpeedZeroConfig.model_fields and self.zero_stage in (1, 2)
-        return {"compute_grad_norm": False} if known and not given.keys() & _NEEDS_NORM else {}
-
-
-def check_deepspeed(extra: Mapping[str, object]) -> None:
-    """Refuse unknown or invalid settings of ``deepspeed.zero_optimization`` before anything slow.
-
-    Raises:
-        ConfigError: naming the first such setting.
-    """
-    fields = DeepSpeedZeroConfig.model_fields
-    known = [*fields, *(f.alias for f in fields.values() if f.alias)]  # DeepSpeed's documents have the aliases
-    given = extra.get("zero_optimization", {})
-    assert isinstance(given, Mapping), "config/load.py refuses anything else"
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json"
-            raise ConfigError(f"deepspeed.zero_optimization.{key}", "unknown key", hint)
-    try:
-        DeepSpeedZeroConfig(**given)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(["deepspeed.zero_optimization", *(str(part) for part in problem["loc"])])
-        raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {problem['msg']}") from None
 
 
 class Engine:

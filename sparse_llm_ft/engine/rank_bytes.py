@@ -23,7 +23,7 @@ from torch import nn
 
 from sparse_llm_ft.adapters import trained_parameters
 from sparse_llm_ft.adapters.masking import optimizer_masks
-from sparse_llm_ft.engine.engine import EngineSettings
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.model.meta_four_bit import state_tensors
 from sparse_llm_ft.optim import MOMENTS, Mask
 from sparse_llm_ft.plan import AdapterPlan

@@ -11,9 +11,9 @@ from torch import nn
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters, tuner_of
 from sparse_llm_ft.distributed import signals
-from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.gathers import Gathers
 from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, persists, zero_settings
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.phase import Phase
 
 

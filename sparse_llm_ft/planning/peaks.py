@@ -13,8 +13,8 @@ from transformers.core_model_loading import dot_natural_key
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, trained_parameters
 from sparse_llm_ft.adapters.convert import short_name
-from sparse_llm_ft.engine.engine import EngineSettings
 from sparse_llm_ft.engine.rank_bytes import RankBytes, Weight
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.engine.shared_files import SLICE_BYTES
 from sparse_llm_ft.optim import MOMENTS
 

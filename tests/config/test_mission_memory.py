@@ -14,8 +14,8 @@ import pytest
 from helpers.families import FAMILIES, files, parsed, settings
 from sparse_llm_ft.adapters import count_parameters, find_targets
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.engine.engine import check_deepspeed
 from sparse_llm_ft.engine.memory import state_bytes, step_bytes
+from sparse_llm_ft.engine.settings import check_deepspeed
 from sparse_llm_ft.methods.chain import build_methods
 from sparse_llm_ft.model.loading import empty_model
 from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan

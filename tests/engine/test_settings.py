@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparse_llm_ft.engine.engine import BUCKET_ELEMENTS, EngineSettings, check_deepspeed
+from sparse_llm_ft.engine.settings import BUCKET_ELEMENTS, EngineSettings, check_deepspeed
 from sparse_llm_ft.errors import ConfigError
 
 

@@ -13,7 +13,8 @@ from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.data.tokenization import Sample
 from sparse_llm_ft.distributed.world import find_world
-from sparse_llm_ft.engine.engine import Engine, EngineSettings
+from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan, with_omega
