@@ -97,13 +97,18 @@ def queued(jobs: Sequence[str]) -> list[list[str]]:
 
 
 def wait(run: Path, until: Callable[[], bool], seconds: float = 600) -> None:
-    """Wait, with a limit. Slurm lets a requeued job wait for two minutes; here it may begin at once."""
-    end = time.monotonic() + seconds
+    """Wait, with a limit. Slurm lets a requeued job wait for two minutes; here it may begin sooner.
+
+    Not at once: in the second in which it was requeued, slurmd takes it for the attempt that has just ended, and Slurm
+    ends it for good ("Killing non-startable batch job: Job credential revoked").
+    """
+    end, hurried = time.monotonic() + seconds, dict[str, float]()
     while not until():
         assert time.monotonic() < end, f"{state(run)}\n{slurm('squeue')}\n{logs(run)}"
         for job, word, reason in queued(_jobs):
-            if word == "PENDING" and reason == "BeginTime":
-                subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], timeout=60, check=False)
+            if word == "PENDING" and reason == "BeginTime" and time.monotonic() > hurried.get(job, 0.0):
+                subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], timeout=60, check=False)
+                hurried[job] = time.monotonic() + 30
         time.sleep(0.5)
 
 
