@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from sparse_llm_ft import __version__
@@ -17,10 +18,11 @@ from sparse_llm_ft.cli.plan_command import add_gpu_memory, check_memory, gpu_mem
 from sparse_llm_ft.cli.run_commands import add_commands
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.exit_status import Parser, one_line_errors
-from sparse_llm_ft.distributed.signals import catch_signals
+from sparse_llm_ft.distributed.signals import catch_signals, output_gone
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world, prepare_cpu, set_rendezvous
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.console import Console, ended_by_reader, escape_unencodable, silence_libraries
+from sparse_llm_ft.io.output import outlived
 from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.run_folder import RunFolder
 
@@ -39,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
     launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
     world = find_world() if launched else ONE_PROCESS
-    with ended_by_reader(), one_line_errors(world, debug):
-        escape_unencodable()
+    # A run goes on until its step is saved; the other commands are done when nobody reads what they print.
+    printing = outlived(output_gone) if {"train", "derive"} & launched else nullcontext()
+    escape_unencodable()
+    with ended_by_reader(), printing, one_line_errors(world, debug):
         options = _parse(arguments)
         if launched:
             set_rendezvous()

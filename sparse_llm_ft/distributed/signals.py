@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGUSR2 (NCCL may catch SIGUSR1) and Ctrl-C ask a run to leave.
+"""SIGTERM, SIGUSR1, SIGUSR2 (NCCL may catch SIGUSR1), SIGHUP and Ctrl-C ask a run to leave.
 
 The handler only records the signal; all ranks leave together later. A second Ctrl-C ends the process at once, also if
 the main thread waits in a collective.
@@ -15,7 +15,9 @@ from types import FrameType
 
 from sparse_llm_ft.errors import PreemptionRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+_REQUESTS = (*SIGNALS, signal.SIGPIPE)
+"""SIGPIPE stands for an output that nobody reads any more: Python ignores the signal itself, which sockets send too."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell's."""
 ONE_CTRL_C = 1.0
@@ -26,7 +28,8 @@ _caught: set[int] = set()
 def catch_signals() -> None:
     """Record the signals from now on, so that none of them interrupts a write. Main thread only."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, _note)
     # Python's handler runs in the main thread, once it is back from C. A wakeup file gets each signal at once.
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -34,14 +37,19 @@ def catch_signals() -> None:
     threading.Thread(target=_end_on_second_interrupt, args=(read,), name="interrupts", daemon=True).start()
 
 
+def output_gone() -> None:
+    """Ask this process to leave since nobody reads its output any more: whoever started it is gone."""
+    _caught.add(signal.SIGPIPE)
+
+
 def caught() -> list[int]:
-    """For each of `SIGNALS`, 1 if this process received it, else 0."""
-    return [int(number in _caught) for number in SIGNALS]
+    """For each request to leave, 1 if this process received it, else 0."""
+    return [int(number in _caught) for number in _REQUESTS]
 
 
 def preempted_by(flags: Sequence[float]) -> str | None:
     """Name of the first received signal, from the sum of all ranks' `caught`; None without one."""
-    return next((number.name for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
+    return next((number.name for number, flag in zip(_REQUESTS, flags, strict=True) if flag), None)
 
 
 def exit_if_preempted() -> None:

@@ -150,7 +150,7 @@ def silence_libraries() -> None:
     """Call before torch is imported.
 
     It silences bitsandbytes' note on an optional CPU kernel, and warnings about calls inside torch and transformers.
-    (DeepSpeed sets its own log level on import; engine.py resets it.)
+    (DeepSpeed sets its own log level on import; engine/settings.py resets it.)
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")

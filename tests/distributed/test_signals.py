@@ -37,6 +37,18 @@ def test_a_signal_waits_until_the_run_asks_for_it(number: signal.Signals) -> Non
         signals.exit_if_preempted()
 
 
+def test_nohup_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals.catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # The main thread waits for a mutex that it holds: unlike a system call, no signal ends that, as in a collective.
 STUCK = """
 import ctypes, sys

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,46 @@ def shown(unit: Any) -> list[Any]:
     return [[sample.prompt_ids, sample.completion_ids] for sample in getattr(unit, "samples", (unit,))]
 
 
-def interrupt(at_step: int) -> Callable[[int], None]:
-    """What sends rank 1 a Ctrl-C when it has made the given step; all ranks catch signals, as the command does."""
+def interrupt(at_step: int, number: int = signal.SIGINT) -> Callable[[int], None]:
+    """What sends rank 1 a signal when it has made the given step; all ranks catch signals, as the command does."""
 
     def before(rank: int) -> None:
         from sparse_llm_ft.distributed.signals import catch_signals
-        from sparse_llm_ft.training.loop import Loop
 
         catch_signals()
-        finish = Loop._finish
-
-        def finished(self: Loop, *args: Any) -> Any:
-            step = finish(self, *args)
-            if rank == 1 and self.progress.step == at_step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step
-
-        Loop._finish = finished
+        if rank == 1:
+            _after_step(at_step, lambda: os.kill(os.getpid(), number))
 
     return before
+
+
+def lose_output(at_step: int) -> Callable[[int], None]:
+    """What takes the reader of rank 0's output away when it has made the given step, and prints a line then."""
+
+    def lose() -> None:
+        read, write = os.pipe()
+        for descriptor in (1, 2):
+            os.dup2(write, descriptor)
+        os.close(read)
+        sys.stdout.write("for nobody\n")
+        sys.stdout.flush()
+
+    def before(rank: int) -> None:
+        if rank == 0:
+            _after_step(at_step, lose)
+
+    return before
+
+
+def _after_step(number: int, act: Callable[[], None]) -> None:
+    from sparse_llm_ft.training.loop import Loop
+
+    finish = Loop._finish
+
+    def finished(self: Loop, *args: Any) -> Any:
+        step = finish(self, *args)
+        if self.progress.step == number:
+            act()
+        return step
+
+    Loop._finish = finished
