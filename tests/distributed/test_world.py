@@ -31,7 +31,7 @@ SLURM_TASK = {
     "SLURM_PROCID": "3",
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_LOCALID": "1",
-    "SLURM_JOB_ID": "123",
+    "SLURM_JOB_ID": "15123",
     "SLURM_STEP_NODELIST": "node[7-8]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
@@ -48,7 +48,7 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     slurm = dict(SLURM_TASK)
     assert find_world(slurm) == World(3, 4, 1, 2)
     set_rendezvous(slurm)
-    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "20123")
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "23123")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_without_scontrol_ranks_need_the_address(body: str, tmp_path: Path, monk
         set_rendezvous(slurm)
     slurm["MASTER_ADDR"] = "head"
     set_rendezvous(slurm)
-    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "20123")
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "23123")
 
 
 def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job() -> None:
