@@ -17,7 +17,8 @@ from sparse_llm_ft.cluster.state import (
     Reason,
     RunState,
     job_id,
-    read_state,
+    job_nodes,
+    read_or_renew,
 )
 from sparse_llm_ft.distributed.exit_status import call_before_end
 from sparse_llm_ft.distributed.world import World, node_name
@@ -60,7 +61,7 @@ class StateWriter:
         if self.world.rank != 0:
             return
         try:
-            before = read_state(self.folder) or RunState()
+            before = read_or_renew(self.folder)
         except UserError as error:
             _LOGGER.warning("%s; it is written anew", error)
             before = RunState()
@@ -79,7 +80,7 @@ class StateWriter:
             host=node_name(),
             pid=os.getpid(),
             job_id=job,
-            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+            nodes=job_nodes(),
             attempt=before.attempt + (not is_counted),
             tokens_per_second=None,
             seconds_left=None,
