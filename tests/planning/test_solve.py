@@ -22,7 +22,7 @@ from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.planning.devices import planned_device
 from sparse_llm_ft.planning.forecast import forecast
-from sparse_llm_ft.planning.micro_batch import settle_micro_batch
+from sparse_llm_ft.planning.micro_batch import settle_micro_batch, with_micro_batch
 from sparse_llm_ft.planning.opening import open_for_planning
 from sparse_llm_ft.planning.samples import SampleSizes
 from sparse_llm_ft.planning.solve import _search, solve
@@ -170,6 +170,16 @@ def test_auto_takes_what_fits_and_writes_it_down(model_folder: Path, data_folder
     assert "4 fits" not in (tmp_path / "logs" / "second" / "rank-0.log").read_text()
     phase = json.loads((tmp_path / "run" / "summary.json").read_text())["phases"][0]
     assert (phase["micro_batch_size"], phase["global_batch_size"], phase["steps"]) == (4, 8, 3)
+
+
+def test_what_auto_chose_counts_from_the_first_checkpoint_on(settings: dict) -> None:
+    """A run that was killed before it may be started again on more processes, which the number need not go with."""
+    context = opened(settings, 2, micro_batch_size="auto", device_memory="1TiB")
+    context.folder.begin(with_micro_batch(context, 8).config, 0)
+    more = opened(settings, 4, micro_batch_size="auto", device_memory="1TiB")
+    assert settle_micro_batch(more, planned_device(more.config)).training.micro_batch_size == 4
+    (context.folder.checkpoints / "step-00000001").mkdir()
+    assert settle_micro_batch(more, planned_device(more.config)).training.micro_batch_size == 8
 
 
 def test_auto_without_a_known_memory_or_without_room_is_refused(
