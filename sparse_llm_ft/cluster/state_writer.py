@@ -27,6 +27,7 @@ from sparse_llm_ft.errors import (
     OutOfMemoryConfigError,
     PreemptionRequested,
     UserError,
+    may_pass,
     reason_of,
 )
 
@@ -166,7 +167,7 @@ def reason_of_failure(error: BaseException) -> Reason:
     if isinstance(error, OutOfMemoryConfigError) or _lacks_device_memory(error) or _lacks_host_memory(error):
         return "out_of_memory"
     if isinstance(error, UserError):
-        return "bad_setting"
+        return "error" if may_pass(error) else "bad_setting"
     if isinstance(error, DivergedError):
         return "diverged"
     return "error"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,16 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
         raise error
     assert stop.value.code == status and capsys.readouterr().err == said
     assert bool(waited) == (world.rank != 0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOENT, 2), (errno.ESTALE, 1), (errno.EIO, 1)])
+def test_a_file_server_that_is_away_is_not_the_users_fault(number: int, status: int) -> None:
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(0, 1, 0, 1)):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise UserError(f"train.jsonl: not readable ({error.strerror})") from None
+    assert stop.value.code == status
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
