@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.cache import cache_folder, schema_of, write_cached
+from sparse_llm_ft.data.dataset import SplitBuilder
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.planning.devices import planned_device
 from sparse_llm_ft.planning.forecast import forecast
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch, with_micro_batch
 from sparse_llm_ft.planning.opening import open_for_planning
-from sparse_llm_ft.planning.samples import SampleSizes
+from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 from sparse_llm_ft.planning.solve import _search, solve
 
 SAMPLES = SampleSizes.assumed(32)
@@ -170,6 +173,22 @@ def test_auto_takes_what_fits_and_writes_it_down(model_folder: Path, data_folder
     assert "4 fits" not in (tmp_path / "logs" / "second" / "rank-0.log").read_text()
     phase = json.loads((tmp_path / "run" / "summary.json").read_text())["phases"][0]
     assert (phase["micro_batch_size"], phase["global_batch_size"], phase["steps"]) == (4, 8, 3)
+
+
+def test_a_cache_that_is_cut_short_or_has_no_row_is_planned_as_none(settings: dict) -> None:
+    """A run refuses the one, and writes the other anew."""
+    context = opened(settings)
+    builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
+    assert sample_sizes(context) == SampleSizes.assumed(context.config.task.max_length)
+    builder.stored("train")
+    assert sample_sizes(context).count == 40
+    entry = cache_folder(builder.key("train"))
+    path = entry / "samples.arrow"
+    path.write_bytes(path.read_bytes()[:100])
+    assert not sample_sizes(context).known
+    shutil.rmtree(entry)
+    write_cached(entry.name, builder.kind, schema_of(builder.kind, False), list, lambda: {"skipped": 40, "reasons": []})
+    assert not sample_sizes(context).known
 
 
 def test_what_auto_chose_counts_from_the_first_checkpoint_on(settings: dict) -> None:
