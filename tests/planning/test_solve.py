@@ -16,13 +16,14 @@ from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.cli.plan_command import parse_size
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.cache import cache_folder, schema_of, write_cached
 from sparse_llm_ft.data.dataset import SplitBuilder
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.planning.devices import planned_device
 from sparse_llm_ft.planning.forecast import forecast
 from sparse_llm_ft.planning.micro_batch import settle_micro_batch, with_micro_batch
@@ -222,7 +223,13 @@ def test_sizes(settings: dict, given: str, size: int) -> None:
     assert parse_config(settings).training.device_memory == size
 
 
-@pytest.mark.parametrize("given", ["plenty", 0, True, "-1GiB"])
+@pytest.mark.parametrize("given", ["0", "0GiB", "plenty", "", "9" * 400])
+def test_memory_that_is_none_is_refused_and_not_taken_for_this_machine_s(given: str) -> None:
+    with pytest.raises(UserError, match=r"^--gpu-memory .*: expected a size such as 80GiB"):
+        parse_size(given)
+
+
+@pytest.mark.parametrize("given", ["plenty", 0, True, "-1GiB", "9" * 400])
 def test_sizes_that_are_none(settings: dict, given: object) -> None:
     settings["training"]["device_memory"] = given
     with pytest.raises(ConfigError, match=r"^training.device_memory: "):
