@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LONGEST, _LONGEST_PROBLEM = 2000, 800
 
@@ -81,6 +83,23 @@ class CheckpointError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+@contextmanager
+def reaching(setting: str) -> Iterator[None]:
+    """The body looks at a path that the user gave for `setting`, perhaps within a folder of somebody else's.
+
+    Raises:
+        ConfigError: this user may not look there.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(
+            setting,
+            f"{error.filename!r} cannot be reached (permission denied)",
+            "expected a path that this user may use",
+        ) from None
 
 
 _PASSING = {

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sparse_llm_ft.config import RunConfig, dump_config
 from sparse_llm_ft.config.registry import find_settings, method_names
 from sparse_llm_ft.config.renamed import replace_old_keys
-from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.errors import ConfigError, UserError, reaching
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
@@ -78,6 +78,10 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds another run, any run under ``resume: never``, or other files.
         """
+        with reaching("output_dir"):
+            self._check(config, resolved)
+
+    def _check(self, config: RunConfig, resolved: bool) -> None:
         # The folder must be a folder that can be written.
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")

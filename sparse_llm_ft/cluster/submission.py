@@ -23,7 +23,7 @@ from sparse_llm_ft.cluster.job_folder import allow_attempts, write_jobs
 from sparse_llm_ft.cluster.state import read_or_renew
 from sparse_llm_ft.cluster.status import view_runs
 from sparse_llm_ft.config import RunConfig, dump_config
-from sparse_llm_ft.errors import ConfigError, UserError
+from sparse_llm_ft.errors import ConfigError, UserError, reaching
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.run_folder import JOB_FOLDER, RunFolder
 
@@ -64,6 +64,15 @@ class Submission:
             check_path(Path(config.output_dir))
             if config.resume == "never":
                 raise ConfigError("resume", "never, but a job that is requeued continues its run", "expected auto")
+        with reaching("output_dir"):
+            self._check_runs()
+
+    def _check_runs(self) -> None:
+        """Leave out complete runs, and refuse those that are in a job already.
+
+        Raises:
+            ConfigError: naming the run.
+        """
         views = view_runs([RunFolder(config.output_dir) for config in self.runs])
         for view in views:
             if view.is_alive and view.state is not None:
