@@ -37,6 +37,8 @@ MARK = "--- attempt "
 _MOST_FAILURES = 2
 _LOG_BYTES = 2**18
 _DEAD_TASK = re.compile(r"^srun: error: (\S+): tasks? [-,\d]+: (Killed|Out Of Memory|Segmentation|Aborted|Bus|Exited)")
+_LEFT = re.compile(r"^(?:\S+: ?)?SIG[A-Z0-9]+: .*; the same command continues$", re.MULTILINE)
+"""What rank 0 says when it was asked to leave, perhaps behind a launcher's prefix."""
 _DEVICE_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 _HOST_MEMORY = re.compile(
     # slurmstepd's words for a kill by a cgroup and for one by JobAcctGatherParams=OverMemoryKill, srun's, torch's.
@@ -122,7 +124,8 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
             state.ended("completed").write(folder.path)
         return Verdict(0, f"{folder.path} is complete")
     text = _last_attempt(log)
-    if state.state == "running" and status == REQUEUE:  # asked to leave before it had begun to train
+    # Asked to leave before it had begun to train; most launchers replace the status.
+    if state.state == "running" and (status == REQUEUE or (state.pid is None and _LEFT.search(text))):
         state = state.ended("preempted", "nothing new to save")
         state.write(folder.path)
     if state.state == "preempted":

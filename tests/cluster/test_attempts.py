@@ -67,6 +67,19 @@ def test_a_run_that_left_before_it_trained_is_tried_again(folder: RunFolder) -> 
     assert state(folder).state == "preempted"
 
 
+@pytest.mark.parametrize("prefix", ["", "[default0]:", "n1: "])
+def test_a_run_that_left_while_it_loaded_is_no_failure_under_any_launcher(prefix: str, folder: RunFolder) -> None:
+    """torchrun and deepspeed end with 1, srun with the status of the tasks that it killed."""
+    for _ in range(3):
+        assert attempts.begin(folder, JOB).status == 0
+        said = f"{prefix}SIGTERM: nothing new to save; the same command continues\n"
+        assert attempts.end(folder, 143, log(folder, said + DEAD)).status == 75
+    assert (state(folder).state, state(folder).failures) == ("preempted", 0)
+    run_to(folder, 3)
+    assert attempts.end(folder, 137, log(folder, said + DEAD)).status == 75
+    assert state(folder).reason == "killed"  # it had begun, and says itself when it leaves
+
+
 def test_a_complete_run_is_complete(folder: RunFolder) -> None:
     run_to(folder, 3)
     complete(folder)
