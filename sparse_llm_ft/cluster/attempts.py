@@ -125,7 +125,7 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
         return Verdict(0, f"{folder.path} is complete")
     text = _last_attempt(log)
     # Asked to leave before it had begun to train; most launchers replace the status.
-    if state.state == "running" and (status == REQUEUE or (state.pid is None and _LEFT.search(text))):
+    if state.state == "running" and (status == REQUEUE or (state.pid is None and _has_left(text))):
         state = state.ended("preempted", "nothing new to save")
         state.write(folder.path)
     if state.state == "preempted":
@@ -185,11 +185,20 @@ def _last_attempt(log: Path | None) -> str:
     return text.rpartition(MARK)[2]
 
 
-def _dead_nodes(text: str) -> str:
-    """The nodes of the tasks that srun saw dying, in order, up to the line in which it begins to end the others."""
+def _dead_tasks(text: str) -> list[re.Match[str]]:
+    """What srun says about tasks that died, up to the line in which it begins to end the others."""
     before = text.partition("Terminating StepId")[0]
-    found = [match[1] for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
-    return ",".join(dict.fromkeys(found))
+    return [match for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
+
+
+def _dead_nodes(text: str) -> str:
+    """The nodes of the tasks that srun saw dying, in order."""
+    return ",".join(dict.fromkeys(match[1] for match in _dead_tasks(text)))
+
+
+def _has_left(text: str) -> bool:
+    """Whether the run says that it was asked to leave, and not because a task was killed, which srun does too."""
+    return _LEFT.search(text) is not None and all(match[2] == "Exited" for match in _dead_tasks(text))
 
 
 def _guess(status: int, text: str) -> tuple[Reason, str]:

@@ -14,6 +14,7 @@ from sparse_llm_ft.run_folder import RunFolder
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
 DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+LEFT_TASK = "srun: error: n1: task 0: Exited with exit code 75\nsrun: launch/slurm: Terminating StepId=7.0\n"
 ENDED_BY_SRUN = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n4: task 3: Terminated\n"
 
 LOST = {"state": "failed", "reason": "node_failure", "message": "rank 1 (n2) stopped answering"}
@@ -73,11 +74,11 @@ def test_a_run_that_left_while_it_loaded_is_no_failure_under_any_launcher(prefix
     for _ in range(3):
         assert attempts.begin(folder, JOB).status == 0
         said = f"{prefix}SIGTERM: nothing new to save; the same command continues\n"
-        assert attempts.end(folder, 143, log(folder, said + DEAD)).status == 75
+        assert attempts.end(folder, 143, log(folder, said + LEFT_TASK + DEAD)).status == 75
     assert (state(folder).state, state(folder).failures) == ("preempted", 0)
-    run_to(folder, 3)
+    assert attempts.begin(folder, JOB).status == 0
     assert attempts.end(folder, 137, log(folder, said + DEAD)).status == 75
-    assert state(folder).reason == "killed"  # it had begun, and says itself when it leaves
+    assert (state(folder).reason, state(folder).failures) == ("killed", 1)  # srun asked because a task was killed
 
 
 def test_a_complete_run_is_complete(folder: RunFolder) -> None:
