@@ -6,8 +6,11 @@ its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LONGEST, _LONGEST_PROBLEM = 2000, 800
 
@@ -80,6 +83,46 @@ class CheckpointError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+@contextmanager
+def reaching(setting: str) -> Iterator[None]:
+    """The body looks at a path that the user gave for `setting`, perhaps within a folder of somebody else's.
+
+    Raises:
+        ConfigError: this user may not look there.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(
+            setting,
+            f"{error.filename!r} cannot be reached (permission denied)",
+            "expected a path that this user may use",
+        ) from None
+
+
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENOTCONN, errno.ESHUTDOWN),
+}
+"""How reads and writes fail while a file server is away or restarts: NFS, Lustre, FUSE."""
+
+_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # in texts of safetensors and tokenizers, which are written in Rust
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a file server that is away is behind an error: the same command may work in a minute."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return False
+        found = _OS_ERROR.search(str(seen))
+        number = seen.errno if isinstance(seen, OSError) else int(found[1]) if found else None
+        if number in _PASSING:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 class TrainingError(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from pydantic import ValidationError
 from sparse_llm_ft.config import RunConfig, dump_config
 from sparse_llm_ft.config.registry import find_settings, method_names
 from sparse_llm_ft.config.renamed import replace_old_keys
-from sparse_llm_ft.errors import ConfigError, UserError
-from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.errors import ConfigError, UserError, reaching
+from sparse_llm_ft.io.atomic import remove_folder, write_file
 from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
 
@@ -78,6 +77,10 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds another run, any run under ``resume: never``, or other files.
         """
+        with reaching("output_dir"):
+            self._check(config, resolved)
+
+    def _check(self, config: RunConfig, resolved: bool) -> None:
         # The folder must be a folder that can be written.
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output_dir", f"{str(self.path)!r} is a file", "expected a folder, or none yet")
@@ -94,7 +97,7 @@ class RunFolder:
         # If it is not empty, it must hold a run that this one may resume.
         if not (self.path / CONFIG_FILE).is_file():
             prepared = (STATE_FILE, JOB_FOLDER)
-            if all(e.name.startswith((LOCK_FILE, ".tmp-")) or e.name in prepared for e in self.path.iterdir()):
+            if all(e.name.startswith((LOCK_FILE, ".tmp-", ".nfs")) or e.name in prepared for e in self.path.iterdir()):
                 return  # a first start that was killed before it had written its config, or that a job prepared
             raise ConfigError("output_dir", f"{str(self.path)!r} holds files but no run", "choose an empty folder")
         if config.resume == "never":
@@ -161,7 +164,7 @@ class RunFolder:
         write_file(self.path / CONFIG_FILE, dump_config(config))  # first: it marks the folder as a run's
         self.checkpoints.mkdir(exist_ok=True)
         for left_over in (*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")):
-            shutil.rmtree(left_over)  # of a process that was killed while writing
+            remove_folder(left_over)  # of a process that was killed while writing
         kept = [line for line in self._metric_lines() if line["step"] <= step]
         write_file(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -69,11 +69,12 @@ def test_files_of_somebody_else_are_not_touched(settings: dict) -> None:
 
 
 def test_a_start_that_was_killed_at_once_can_be_repeated(settings: dict) -> None:
-    """Nothing but the lock and a half-written config is there."""
+    """Nothing but the lock and a half-written config is there, and what NFS keeps while somebody reads an old state."""
     config = parse_config(settings)
     folder = RunFolder(config.output_dir)
     folder.lock()
     (folder.path / ".tmp-config.yaml").write_text("model:")
+    (folder.path / ".nfs000000000001").write_text("{}")
     RunFolder(config.output_dir).check(config)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparse_llm_ft.checkpoint.validation import Expected, validate_state
 from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, DivergedError, UserError
+from sparse_llm_ft.io.atomic import remove_folder
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import PlanError
@@ -112,7 +112,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None, prot
             if old.is_symlink():
                 old.unlink()  # its target is not ours
             else:
-                shutil.rmtree(old)
+                remove_folder(old)  # what it leaves is tried again at the next save
 
 
 def _check_finite(state: TrainState) -> None:

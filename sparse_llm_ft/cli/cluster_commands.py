@@ -72,6 +72,7 @@ def add_commands(commands: Any, check: Check) -> None:
     attempt = commands.add_parser("attempt", help="for batch scripts: record how a job's attempt begins and ends")
     attempt.add_argument("moment", choices=("begin", "end"))
     attempt.add_argument("run", metavar="RUN", help="a run's output_dir")
+    attempt.add_argument("--submission", default="", metavar="MARK", help="of begin: the mark of the job's `submit`")
     attempt.add_argument("--status", type=int, default=1, metavar="N", help="of end: exit status of the launcher")
     attempt.add_argument("--log", metavar="FILE", help="of end: the job's log, which names dead nodes")
     attempt.set_defaults(command=_attempt, without_torch=True)
@@ -176,7 +177,7 @@ def _listing(views: list[RunView]) -> Group:
             )
         said = "; ".join(filter(None, [view.note, state.message if state is not None else ""]))
         if said:
-            job = f" (job {state.job_id})" if state is not None and state.job_id else ""
+            job = f" (job {view.job_id})" if view.job_id else ""
             notes.append(Text(f"{name}{job}: {said}"))
     return Group(table, *notes)
 
@@ -196,10 +197,17 @@ def _cancel(options: argparse.Namespace) -> None:
 
 
 def _attempt(options: argparse.Namespace) -> None:
+    if not options.run:
+        raise UserError("attempt: no run folder; expected the output_dir of this job's run")
     folder = RunFolder(options.run)
-    if options.moment == "begin":
-        verdict = attempts.begin(folder)
-    else:
-        verdict = attempts.end(folder, options.status, None if options.log is None else Path(options.log))
+    try:
+        if options.moment == "begin":
+            verdict = attempts.begin(folder, submission=options.submission)
+        else:
+            verdict = attempts.end(folder, options.status, None if options.log is None else Path(options.log))
+    except OSError as error:
+        raise UserError(
+            f"{folder.path}: its state cannot be kept ({error}); expected a disk that can be written"
+        ) from None
     print(verdict.line, flush=True)
     raise SystemExit(verdict.status)

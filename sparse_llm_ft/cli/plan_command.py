@@ -161,10 +161,10 @@ def parse_size(text: str) -> int:
     """Bytes of a text such as ``80GiB``, ``24 GB`` or ``1000000``.
 
     Raises:
-        UserError: anything else.
+        UserError: anything else, and nothing at all.
     """
     size = bytes_of(text)
-    if size is None:
+    if not size:
         raise UserError(f"--gpu-memory {text}: expected a size such as 80GiB")
     return size
 

@@ -14,23 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_llm_ft.cluster.job_folder import forbid_attempts, is_stopped, last_submission, why_stopped
 from sparse_llm_ft.cluster.state import (
     DETERMINISTIC,
     DEVICE_MEMORY_ADVICE,
     HOST_MEMORY_ADVICE,
     Reason,
     RunState,
+    fitting,
     job_id,
-    read_state,
+    job_nodes,
+    read_or_renew,
 )
 from sparse_llm_ft.distributed.exit_status import REQUEUE, TRAINING_ERROR, USER_ERROR
 from sparse_llm_ft.distributed.world import node_name
 from sparse_llm_ft.errors import one_line, shortened
-from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.run_folder import RunFolder
-
-STOPPED_FILE = "stopped"
-"""In the job's folder: why no attempt may follow. `submit` removes it."""
 
 MARK = "--- attempt "
 """Begins the line that separates the attempts in a job's log."""
@@ -38,6 +37,8 @@ MARK = "--- attempt "
 _MOST_FAILURES = 2
 _LOG_BYTES = 2**18
 _DEAD_TASK = re.compile(r"^srun: error: (\S+): tasks? [-,\d]+: (Killed|Out Of Memory|Segmentation|Aborted|Bus|Exited)")
+_LEFT = re.compile(r"^(?:\S+: ?)?SIG[A-Z0-9]+: .*; the same command continues$", re.MULTILINE)
+"""What rank 0 says when it was asked to leave, perhaps behind a launcher's prefix."""
 _DEVICE_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 _HOST_MEMORY = re.compile(
     # slurmstepd's words for a kill by a cgroup and for one by JobAcctGatherParams=OverMemoryKill, srun's, torch's.
@@ -57,29 +58,36 @@ class Verdict:
     line: str
 
 
-def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Verdict:
+def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ, submission: str = "") -> Verdict:
     """An attempt begins in this job: record it.
 
     An earlier attempt that still says "running", or whose failure `end` has not counted, died with its batch script (a
     node failed, and Slurm requeued the job): that counts as a failure, unless it had not taken its folder yet. Then it
     may as well have been asked to leave while it loaded.
 
+    Args:
+        submission: the mark in the batch script; empty: none.
+
     Returns:
         Status 0, or 2 where no attempt may follow.
 
     Raises:
         UserError: the state cannot be read.
+        OSError: it cannot be written.
     """
-    state = read_state(folder.path) or RunState()
+    if submission and last_submission(folder) not in ("", submission):
+        own = job_id(environment)
+        return Verdict(USER_ERROR, f"{folder.path} was submitted again; job {own}, of an earlier `submit`, ends")
+    state = read_or_renew(folder.path)
     if folder.is_complete():
         return Verdict(0, f"{folder.path} is complete")
-    is_open = state.pid is not None and state.counted < state.attempt and not _is_stopped(folder)
+    is_open = state.pid is not None and state.counted < state.attempt and not is_stopped(folder)
     if is_open and state.state == "running":
         state = _count_failure(folder, state, "node_failure", "its node failed, or it was killed", state.nodes)
     elif is_open and state.reason is not None and state.reason not in DETERMINISTIC:
         state = _count_failure(folder, state, state.reason, state.message, state.nodes)
-    if _is_stopped(folder):
-        return Verdict(USER_ERROR, _why_stopped(folder))
+    if is_stopped(folder):
+        return Verdict(USER_ERROR, why_stopped(folder))
     now = time.time()
     state = state.updated_by(
         state="running",
@@ -92,7 +100,7 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ) -> Ver
         host=node_name(environment),
         pid=None,
         job_id=job_id(environment),
-        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        nodes=job_nodes(environment),
     )
     state.write(folder.path)
     return Verdict(0, f"{MARK}{state.attempt} of {folder.path}, job {state.job_id} on {state.nodes}")
@@ -108,19 +116,21 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
 
     Raises:
         UserError: the state cannot be read.
+        OSError: it cannot be written.
     """
-    state = read_state(folder.path) or RunState()
+    state = read_or_renew(folder.path)
     if folder.is_complete():
         if state.state != "completed":
             state.ended("completed").write(folder.path)
         return Verdict(0, f"{folder.path} is complete")
     text = _last_attempt(log)
-    if state.state == "running" and status == REQUEUE:  # asked to leave before it had begun to train
+    # Asked to leave before it had begun to train; most launchers replace the status.
+    if state.state == "running" and (status == REQUEUE or (state.pid is None and _has_left(text))):
         state = state.ended("preempted", "nothing new to save")
         state.write(folder.path)
     if state.state == "preempted":
-        if _is_stopped(folder):  # cancelled
-            return Verdict(USER_ERROR, _why_stopped(folder))
+        if is_stopped(folder):  # cancelled
+            return Verdict(USER_ERROR, why_stopped(folder))
         return Verdict(REQUEUE, f"{state.message}; the run continues")
     if state.state == "running":  # without a word
         reason, message = _guess(status, text)
@@ -132,8 +142,8 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
         state = state.updated_by(updated=time.time())
         state.write(folder.path)
         return _stop(folder, f"failed ({reason}): {state.message}")
-    state = _count_failure(folder, state, reason, state.message, _dead_nodes(text) or state.nodes)
-    if _is_stopped(folder):
+    state = _count_failure(folder, state, reason, state.message, fitting(_dead_nodes(text)) or state.nodes)
+    if is_stopped(folder):
         return Verdict(TRAINING_ERROR, state.message)
     return Verdict(REQUEUE, f"{state.message}; trying once more")
 
@@ -165,14 +175,6 @@ def _stop(folder: RunFolder, line: str) -> Verdict:
     return Verdict(TRAINING_ERROR, line)
 
 
-def _is_stopped(folder: RunFolder) -> bool:
-    return (folder.job / STOPPED_FILE).is_file()
-
-
-def _why_stopped(folder: RunFolder) -> str:
-    return (folder.job / STOPPED_FILE).read_text(encoding="utf-8").strip()
-
-
 def _last_attempt(log: Path | None) -> str:
     """What the log says since the last attempt began, at most 256 KiB of it."""
     if log is None or not log.is_file():
@@ -183,11 +185,20 @@ def _last_attempt(log: Path | None) -> str:
     return text.rpartition(MARK)[2]
 
 
-def _dead_nodes(text: str) -> str:
-    """The nodes of the tasks that srun saw dying, in order, up to the line in which it begins to end the others."""
+def _dead_tasks(text: str) -> list[re.Match[str]]:
+    """What srun says about tasks that died, up to the line in which it begins to end the others."""
     before = text.partition("Terminating StepId")[0]
-    found = [match[1] for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
-    return ",".join(dict.fromkeys(found))
+    return [match for line in before.splitlines() if (match := _DEAD_TASK.match(line))]
+
+
+def _dead_nodes(text: str) -> str:
+    """The nodes of the tasks that srun saw dying, in order."""
+    return ",".join(dict.fromkeys(match[1] for match in _dead_tasks(text)))
+
+
+def _has_left(text: str) -> bool:
+    """Whether the run says that it was asked to leave, and not because a task was killed, which srun does too."""
+    return _LEFT.search(text) is not None and all(match[2] == "Exited" for match in _dead_tasks(text))
 
 
 def _guess(status: int, text: str) -> tuple[Reason, str]:
@@ -212,24 +223,3 @@ def _lack_of_memory(text: str) -> str | None:
         place = f" on {where}" if where else ""
         return f"a process{place} used more memory than the job or the node has; {HOST_MEMORY_ADVICE}"
     return None
-
-
-def forbid_attempts(folder: RunFolder, line: str) -> None:
-    """Let no attempt begin until the run is submitted again.
-
-    Args:
-        line: why.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    write_file(folder.job / STOPPED_FILE, f"{line}; `sparse-llm-ft submit` starts it again\n")
-
-
-def allow_attempts(folder: RunFolder) -> None:
-    """Let attempts begin again. Whoever submits the run anew counts failures anew.
-
-    Raises:
-        OSError: the file that stops them cannot be removed.
-    """
-    (folder.job / STOPPED_FILE).unlink(missing_ok=True)

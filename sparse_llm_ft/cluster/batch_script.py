@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from sparse_llm_ft.cluster.job_folder import MOST_JOBS
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.run_folder import JOB_FOLDER
 
@@ -20,7 +22,7 @@ Launcher = Literal["srun", "deepspeed", "torchrun"]
 LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 
 CONFIG_NAME, SCRIPT_NAME, RUNS_NAME = "config.yaml", "run.sbatch", "runs"
-"""In the job's folder: a run's settings, the batch script, and of a sweep the run folders, one a line."""
+"""In the job's folder: a run's settings, the batch script, and how the names of a sweep's listings begin."""
 
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
@@ -29,7 +31,7 @@ _IMAGE = re.compile(r"(?:\./|/).+|(?:[a-z]+://)?(?:[^@#\s]+@)?(?:[^#/\s]+#)?[A-Z
 _HOST = re.compile(r"[^/#]*[.:][^/#]*/.+")  # docker's REGISTRY/IMAGE, which enroot looks for on Docker Hub
 _HEAD = r"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 20000))"""
+port=$((20000 + SLURM_JOB_ID % 12000))"""
 _DEAF = "# This launcher would die of USR2. Ignored by it, the signal still reaches the handlers of its processes."
 
 
@@ -77,15 +79,16 @@ class JobOptions:
         Raises:
             UserError: naming the option.
         """
-        for name, value, least in (
-            ("--nodes", self.nodes, 1),
-            ("--gpus-per-node", self.gpus_per_node, 0),
-            ("--cpus-per-task", self.cpus_per_task, 1),
-            ("--leave-before", self.leave_before, 1),
-            ("--chain", self.chain, 0),
+        for name, value, least, most in (
+            ("--nodes", self.nodes, 1, 10**6),
+            ("--gpus-per-node", self.gpus_per_node, 0, 10**6),
+            ("--cpus-per-task", self.cpus_per_task, 1, 10**6),
+            ("--leave-before", self.leave_before, 1, 10**6),
+            ("--chain", self.chain, 0, MOST_JOBS),
         ):
-            if value is not None and not least <= value < 10**6:
-                raise UserError(f"{name} {value}: expected {least} or more")
+            if value is not None and not least <= value <= most:
+                expected = f"{least} or more" if value < least else f"{most} or less"
+                raise UserError(f"{name} {value}: expected {expected}")
         if self.tasks_per_node < 1:
             raise UserError("--gpus-per-node 0: expected --tasks-per-node beside it, the processes of a CPU node")
         if self.gpus_per_node not in (0, self.tasks_per_node):
@@ -159,18 +162,34 @@ def check_path(folder: Path) -> None:
         raise UserError(f"output_dir: {str(folder)!r} has spaces or signs that sbatch reads otherwise; expected none")
 
 
-def render(options: JobOptions, folder: Path, tasks: int = 0, mounts: Sequence[Path] = ()) -> str:
+def runs_name(listing: str) -> str:
+    """Where a sweep's `listing` of run folders lies in the job's folder. Each has a file of its own: the tasks of an
+    earlier sweep in the same folder, which may begin later, read theirs.
+    """
+    return f"{RUNS_NAME}-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
+
+
+def render(
+    options: JobOptions,
+    folder: Path,
+    tasks: int = 0,
+    mounts: Sequence[Path] = (),
+    runs: str = RUNS_NAME,
+    submission: str = "",
+) -> str:
     """The batch script of a run, or of a sweep's array.
 
     Args:
         folder: the run's output_dir; of a sweep the folder that holds the runs. Absolute.
         tasks: of the array; 0: a single run.
         mounts: folders that a container must see.
+        runs: of an array: the file in the job's folder that lists the run folders.
+        submission: the mark of this `submit` (see `attempts.begin`); empty: the script may be submitted at any time.
     """
     check_path(folder)
     job = folder / JOB_FOLDER
     pattern, name = ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID") if tasks else ("%j", "$SLURM_JOB_ID")
-    run = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {job / RUNS_NAME})' if tasks else str(folder)
+    run = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {job / runs})' if tasks else str(folder)
     lines = [
         options.gpus_per_node and f"gpus-per-node={options.gpus_per_node}",
         options.partition and f"partition={options.partition}",
@@ -191,6 +210,7 @@ def render(options: JobOptions, folder: Path, tasks: int = 0, mounts: Sequence[P
             [*(f"#SBATCH --{line}" for line in lines if line), *(f"#SBATCH {o}" for o in options.sbatch)]
         ),
         python=shlex.quote(sys.executable),
+        submission=submission,
         run=run,
         config=f"$run/{JOB_FOLDER}/{CONFIG_NAME}",
         launch=_launch(options, mounts),

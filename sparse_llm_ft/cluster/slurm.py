@@ -68,12 +68,12 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
 
 
 def partitions() -> list[str]:
-    """Names of the cluster's partitions.
+    """Names of the cluster's partitions, hidden ones too.
 
     Raises:
         UserError: Slurm does not answer.
     """
-    return [line.strip().rstrip("*") for line in _run(["sinfo", "--noheader", "--format=%P"]).splitlines()]
+    return [line.strip().rstrip("*") for line in _run(["sinfo", "--all", "--noheader", "--format=%P"]).splitlines()]
 
 
 def cancel(job: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sparse_llm_ft.errors import UserError, one_line
+from sparse_llm_ft.errors import UserError, one_line, shortened
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 from sparse_llm_ft.run_folder import STATE_FILE
+
+_LOGGER = logging.getLogger(__name__)
 
 Status = Literal["pending", "running", "preempted", "completed", "failed"]
 Reason = Literal["out_of_memory", "timeout", "node_failure", "bad_setting", "diverged", "cancelled", "killed", "error"]
@@ -34,7 +37,8 @@ DETERMINISTIC: tuple[Reason, ...] = ("bad_setting", "diverged", "out_of_memory",
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-Text = Annotated[str, Field(max_length=2000)]
+_MOST = 2000
+Text = Annotated[str, Field(max_length=_MOST)]
 
 
 class RunState(BaseModel):
@@ -91,11 +95,11 @@ class RunState(BaseModel):
 
     def failed(self, reason: Reason, message: str) -> RunState:
         """The state of a run that has failed."""
-        return self.updated_by(state="failed", reason=reason, message=one_line(message), seconds_left=None)
+        return self.updated_by(state="failed", reason=reason, message=fitting(message), seconds_left=None)
 
     def ended(self, state: Status, message: str = "") -> RunState:
         """The state of a run that has ended otherwise."""
-        return self.updated_by(state=state, reason=None, message=one_line(message), seconds_left=None)
+        return self.updated_by(state=state, reason=None, message=fitting(message), seconds_left=None)
 
     def write(self, folder: Path) -> None:
         """Replace the folder's state.json atomically.
@@ -106,10 +110,20 @@ class RunState(BaseModel):
         write_file(folder / STATE_FILE, json.dumps(self.model_dump(), indent=2) + "\n")
 
 
+class DamagedState(UserError):
+    """A state.json that holds no state. The next attempt may write it anew."""
+
+
+def fitting(text: str) -> str:
+    """The text in one line that the state can hold: a message may name hundreds of dead ranks or nodes."""
+    return shortened(one_line(text), _MOST - 10)
+
+
 def read_state(folder: Path) -> RunState | None:
     """The state in a run's folder; None where there is none.
 
     Raises:
+        DamagedState: the file holds something else.
         UserError: it cannot be read.
     """
     path = folder / STATE_FILE
@@ -122,9 +136,24 @@ def read_state(folder: Path) -> RunState | None:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        raise UserError(f"{path}: not a run's state ({what})") from None
-    except (OSError, ParseError) as error:
+        raise DamagedState(f"{path}: not a run's state ({what})") from None
+    except ParseError as error:
+        raise DamagedState(f"{path}: not readable ({error})") from None
+    except OSError as error:
         raise UserError(f"{path}: not readable ({error})") from None
+
+
+def read_or_renew(folder: Path) -> RunState:
+    """The state in a run's folder; a new one where there is none, or a damaged one, which a warning then names.
+
+    Raises:
+        UserError: the file cannot be read, which may pass.
+    """
+    try:
+        return read_state(folder) or RunState()
+    except DamagedState as error:
+        _LOGGER.warning("%s; it is written anew", error)
+        return RunState()
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -132,3 +161,8 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID")
+
+
+def job_nodes(environment: Mapping[str, str] = os.environ) -> str:
+    """The nodes of this process's Slurm job as `RunState.nodes`; empty outside of one."""
+    return fitting(environment.get("SLURM_JOB_NODELIST", ""))

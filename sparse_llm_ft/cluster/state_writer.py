@@ -17,7 +17,8 @@ from sparse_llm_ft.cluster.state import (
     Reason,
     RunState,
     job_id,
-    read_state,
+    job_nodes,
+    read_or_renew,
 )
 from sparse_llm_ft.distributed.exit_status import call_before_end
 from sparse_llm_ft.distributed.world import World, node_name
@@ -26,6 +27,7 @@ from sparse_llm_ft.errors import (
     OutOfMemoryConfigError,
     PreemptionRequested,
     UserError,
+    may_pass,
     reason_of,
 )
 
@@ -60,7 +62,7 @@ class StateWriter:
         if self.world.rank != 0:
             return
         try:
-            before = read_state(self.folder) or RunState()
+            before = read_or_renew(self.folder)
         except UserError as error:
             _LOGGER.warning("%s; it is written anew", error)
             before = RunState()
@@ -79,7 +81,7 @@ class StateWriter:
             host=node_name(),
             pid=os.getpid(),
             job_id=job,
-            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+            nodes=job_nodes(),
             attempt=before.attempt + (not is_counted),
             tokens_per_second=None,
             seconds_left=None,
@@ -165,7 +167,7 @@ def reason_of_failure(error: BaseException) -> Reason:
     if isinstance(error, OutOfMemoryConfigError) or _lacks_device_memory(error) or _lacks_host_memory(error):
         return "out_of_memory"
     if isinstance(error, UserError):
-        return "bad_setting"
+        return "error" if may_pass(error) else "bad_setting"
     if isinstance(error, DivergedError):
         return "diverged"
     return "error"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from sparse_llm_ft.cluster.slurm import Job, find_jobs
+from sparse_llm_ft.cluster.job_folder import is_stopped, read_jobs
+from sparse_llm_ft.cluster.slurm import Job, find_jobs, has_slurm
 from sparse_llm_ft.cluster.state import HOST_MEMORY_ADVICE, Reason, RunState, read_state
 from sparse_llm_ft.distributed.world import node_name
 from sparse_llm_ft.errors import UserError
@@ -52,12 +53,16 @@ class RunView:
         state: corrected; None where the folder holds a run that says nothing (of an earlier release).
         note: what the file does not say, such as why a job waits.
         job: Slurm's word on its job, if there is one.
+        job_id: of this job, or of the last one that the run was in.
+        later_ids: of a chain, those of its jobs that wait behind this one.
     """
 
     folder: RunFolder
     state: RunState | None
     note: str = ""
     job: Job | None = None
+    job_id: str | None = None
+    later_ids: tuple[str, ...] = ()
 
     @property
     def is_alive(self) -> bool:
@@ -100,7 +105,8 @@ def view_runs(folders: Sequence[RunFolder]) -> list[RunView]:
             stored.append((folder, None, str(error)))
     silence = ""
     try:
-        jobs = find_jobs({state.job_id for _, state, _ in stored if state is not None and state.job_id is not None})
+        known = {folder.path: _jobs_of(folder, state) for folder, state, _ in stored if state is not None}
+        jobs = find_jobs({job for ids in known.values() for job in ids})
     except UserError as error:
         jobs, silence = {}, f"Slurm was not asked: {error}"
     views = []
@@ -108,10 +114,25 @@ def view_runs(folders: Sequence[RunFolder]) -> list[RunView]:
         if state is None:
             views.append(RunView(folder, None, problem or "no state.json"))
             continue
-        view = judge(folder, state, jobs.get(state.job_id or ""), time.time())
+        # The run's own job, or the next one of its chain.
+        alive = [job for job in known[folder.path] if job in jobs and (jobs[job].waits or jobs[job].runs)]
+        job_id = next(iter(alive), state.job_id)
+        view = judge(folder, state, jobs.get(job_id or ""), time.time())
+        view = replace(view, job_id=job_id, later_ids=tuple(alive[1:]))
+        note = silence
+        if view.word == "pending" and job_id is not None and view.job is None and not silence and has_slurm():
+            note = f"Slurm does not know job {job_id} any more: it ended before the run began"
         is_open = state.job_id is not None and state.state not in ("completed", "failed")
-        views.append(replace(view, note="; ".join(filter(None, [view.note, silence]))) if is_open else view)
+        views.append(replace(view, note="; ".join(filter(None, [view.note, note]))) if is_open else view)
     return views
+
+
+def _jobs_of(folder: RunFolder, state: RunState) -> list[str]:
+    """The job that the run is in, and the later ones of its chain, if they may begin it."""
+    if state.job_id is None:
+        return []
+    chain = [] if is_stopped(folder) or folder.is_complete() else read_jobs(folder)
+    return chain[chain.index(state.job_id) :] if state.job_id in chain else [state.job_id]
 
 
 def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> RunView:
@@ -130,6 +151,8 @@ def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> Ru
     if job is not None and job.runs:
         if state.state in ("preempted", "failed") and job.state == "COMPLETING":
             return RunView(folder, state, "its job is ending", job)
+        if state.state in ("preempted", "failed") and silent > SILENT_SECONDS and _began_before(job, state):
+            return RunView(folder, state)  # in an allocation that its user still has
         if state.state != "running":
             return RunView(folder, state.ended("running", state.message), "starting, or about to end", job)
         note = f"loading, or silent, for {silent:.0f} s" if silent > SILENT_SECONDS else ""
@@ -145,6 +168,11 @@ def judge(folder: RunFolder, state: RunState, job: Job | None, now: float) -> Ru
     if state.state == "running" and (is_dead := _has_died(state, silent)):
         return RunView(folder, state.failed("killed", is_dead), "", job)
     return RunView(folder, state, "", job)
+
+
+def _began_before(job: Job, state: RunState) -> bool:
+    """Whether the job began before the run's last word, and so has not restarted since."""
+    return job.start is not None and job.start.timestamp() < state.updated
 
 
 def _has_died(state: RunState, silent: float) -> str | None:

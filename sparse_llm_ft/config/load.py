@@ -15,7 +15,7 @@ from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
 from sparse_llm_ft.config.types import is_file
 from sparse_llm_ft.config.validation import check_chain, check_data_path
-from sparse_llm_ft.errors import ConfigError, UserError, holds_token
+from sparse_llm_ft.errors import ConfigError, UserError, holds_token, reaching
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml, read_yaml
 
 Tree = dict[str, Any]
@@ -247,18 +247,22 @@ def _check_together(config: RunConfig) -> None:
     _check_deepspeed(config.deepspeed)
     _check_compile(config)
     _check_on_oom(config)
-    if config.task.path is not None and not Path(config.task.path).is_dir():
-        raise ConfigError("task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl")
+    with reaching("task.path"):
+        if config.task.path is not None and not Path(config.task.path).is_dir():
+            raise ConfigError(
+                "task.path", f"{config.task.path!r} is not a folder", "expected a folder with train.jsonl"
+            )
     name = config.model.name
     if "://" in name:
         raise ConfigError("model.name", f"{name!r} is a URL", "expected a hub id, or a local folder")
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # no hub id looks like that
-    if is_path and not (Path(name).expanduser() / "config.json").is_file():
-        raise ConfigError(
-            "model.name",
-            f"{name!r} has no config.json",
-            "expected a model folder in Hugging Face layout, or a hub id",
-        )
+    with reaching("model.name"):
+        if is_path and not (Path(name).expanduser() / "config.json").is_file():
+            raise ConfigError(
+                "model.name",
+                f"{name!r} has no config.json",
+                "expected a model folder in Hugging Face layout, or a hub id",
+            )
 
 
 def _check_evaluation(config: EvaluationConfig) -> None:

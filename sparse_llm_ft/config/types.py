@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from datetime import datetime
@@ -41,7 +42,8 @@ _UNITS = (
 def bytes_of(text: str) -> int | None:
     """Bytes of a text such as ``80GiB``, ``24 GB`` or ``1000000``; None for any other text."""
     match = _SIZE.fullmatch(text.strip())
-    return None if match is None else int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    size = 0.0 if match is None else float(match[1]) * _UNITS[(match[2] or "").upper()]
+    return None if match is None or math.isinf(size) else int(size)
 
 
 def _as_bytes(value: Any) -> Any:

@@ -11,7 +11,7 @@ from sparse_llm_ft.data.reading import check_columns, check_references, has_spli
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reaching
 from sparse_llm_ft.evaluation.metrics import numbers_of
 from sparse_llm_ft.model.base_files import stage_folder
 from sparse_llm_ft.run_folder import RunFolder
@@ -27,7 +27,9 @@ def preflight(config: RunConfig, world: World) -> Task:
         UserError: the first thing that is wrong.
     """
     folder = RunFolder(config.output_dir)
-    check_world(config, world.size, resumes=folder.has_checkpoints())
+    with reaching("output_dir"):
+        resumes = folder.has_checkpoints()
+    check_world(config, world.size, resumes)
     folder.check(config)
     _check_trackers(config.trackers)
     task = resolve_task(config.task)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World, node_name
-from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError, describe_failure
+from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError, describe_failure, may_pass
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.wait import Wait
 
@@ -27,8 +27,8 @@ def run_on_rank_zero(world: World, action: Callable[[], None]) -> None:
 
     Raises:
         UserError: on every rank, with the reason (a full or read-only disk, a folder in use).
-        TrainingError: on every rank if rank 0 raised one. Any other exception keeps its type and traceback on rank 0,
-            and becomes a TrainingError elsewhere.
+        TrainingError: on every rank if rank 0 raised one, or a file server is away. Any other exception keeps its type
+            and traceback on rank 0, and becomes a TrainingError elsewhere.
     """
     _on_some(world.rank == 0, action)
 
@@ -45,6 +45,10 @@ def _on_some(chosen: bool, action: Callable[[], None]) -> None:
 
 
 def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
+    if isinstance(failure, OSError | SafetensorError | UserError) and may_pass(failure):
+        failure = TrainingError(
+            f"{failure}; the file system may be away, and the same command continues when it is back"
+        )
     if isinstance(failure, OSError | SafetensorError):  # safetensors raises its own type when a write fails
         failure = UserError(str(failure))
     return failure, _FINE if failure is None else _USER if isinstance(failure, UserError) else _OWN

@@ -16,7 +16,7 @@ from typing import NoReturn
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.signals import INTERRUPTED
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, may_pass
 
 USER_ERROR, TRAINING_ERROR = 2, 1
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong; run the same command again
@@ -39,8 +39,9 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
-    """Turn a `UserError` into its line and exit status 2, a `TrainingError` into its line and status 1, a
-    `PreemptionRequested` into its line and status 75, after Ctrl-C 130.
+    """Turn a `UserError` (and a path that the user may not use) into its line and exit status 2, a `TrainingError` (and
+    a file server that is away) into its line and status 1, a `PreemptionRequested` into its line and status 75, after
+    Ctrl-C 130.
 
     All ranks raise the same error, and rank 0 prints it. The others wait a moment before they exit, since launchers
     kill all processes when the first one fails. If the first process of another node is still alive then, and rank 0
@@ -50,9 +51,14 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
         debug: print the error's stack before its line.
     """
     try:
-        yield
+        try:
+            yield
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.filename}: permission denied; expected a path that this user may use") from error
     except (UserError, TrainingError) as error:
-        status = USER_ERROR if isinstance(error, UserError) else TRAINING_ERROR
+        status = USER_ERROR if isinstance(error, UserError) and not may_pass(error) else TRAINING_ERROR
         if world.rank != 0:
             _wait_for_rank_zero()
         if world.rank == 0 or (world.local_rank == 0 and not error.is_shared):

@@ -86,8 +86,9 @@ def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
         # A node's name may not resolve; Slurm itself connects to its NodeAddr.
         address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
         environment["MASTER_ADDR"] = address[1] if address else first
-    # All tasks must choose the same free port without communicating: derive it from the job.
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+    # All tasks must choose the same free port without communicating: derive it from the job. It lies below 32768, from
+    # where on Linux gives ports to outgoing connections, whichever process opens them.
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000))
 
 
 def _scontrol(*arguments: str) -> str:

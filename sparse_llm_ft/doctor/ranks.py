@@ -62,7 +62,9 @@ def start_ranks(count: int) -> Iterator[Finding]:
     started = []
     for rank in range(count):
         world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        environment = os.environ | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # A torchrun that started this process holds a store, which these must not take for theirs.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | world
         environment.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", __name__]
         started.append(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -33,9 +34,11 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
     replaced = target.parent / f".old-{target.name}"
-    for left_over in (temporary, replaced):
-        if left_over.exists():
-            shutil.rmtree(left_over)
+    remove_folder(replaced)
+    if replaced.exists():
+        replaced = target.parent / f".old-{target.name}-{os.getpid()}-{time.time_ns()}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
     temporary.mkdir()
     fill(temporary)
     entries = sorted(temporary.rglob("*"))
@@ -59,8 +62,16 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
         target.rename(replaced)
     temporary.rename(target)
     _sync(target.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    remove_folder(replaced)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that nobody needs, as far as that is possible.
+
+    NFS keeps a file that a process of this host has open or mapped, under another name, and the folder with it. A run
+    maps the checkpoint that it has resumed from.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_file(target: Path, text: str) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from filelock import BaseFileLock, FileLock, SoftFileLock
-
 from sparse_llm_ft.errors import CheckpointError
 from sparse_llm_ft.io.atomic import write_folder
-from sparse_llm_ft.io.folder_lock import NO_LOCKS
+from sparse_llm_ft.io.folder_lock import FolderLock
 
 _LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,26 +83,13 @@ class ContentCache(Generic[T]):
         if self.load(key, warn) is not None:  # before locking, which a read-only cache does not allow
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f".{key}.lock"):
+        lock = FolderLock(self.folder, f".{key}.lock")
+        lock.wait()
+        try:
             if self.load(key, _ignore) is None:  # another process may have written it meanwhile
                 write_folder(self.folder / key, fill, self.manifest)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock on `path`. filelock itself replaces flock by a file for only one of the errors (ENOSYS)."""
-    lock: BaseFileLock = FileLock(path)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        lock = SoftFileLock(f"{path}-owner")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        finally:
+            lock.release()
 
 
 def _ignore(message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.distributed.world import node_name
-from sparse_llm_ft.errors import ConfigError, reason_of
+from sparse_llm_ft.errors import ConfigError, reaching, reason_of
 
 _WEIGHTS = "*.safetensors"
 _OTHERS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
@@ -70,7 +70,8 @@ def stage_folder(setting: str) -> Path:
         raise ConfigError(
             "model.stage_to", f"{setting!r} is relative", "expected the absolute path of a folder on each node's disk"
         )
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    with reaching("model.stage_to"):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             "model.stage_to", f"{setting!r}: {existing} cannot be written {where}", "expected a folder that can"

@@ -16,7 +16,7 @@ from sparse_llm_ft.planning.tables import size_text
 
 def settle_micro_batch(context: RunContext, device: Device, ranks: Coordination = ALONE) -> RunConfig:
     """Collective, as `ranks` says. The settings with a number in the place of ``auto``: rank 0 decides. A run that has
-    begun keeps the number in its folder.
+    a checkpoint keeps the number in its folder.
 
     Args:
         device: of each process.
@@ -39,8 +39,10 @@ def with_micro_batch(context: RunContext, size: int) -> RunContext:
 
 
 def _kept(context: RunContext) -> int | None:
-    """What the run decided when it began."""
-    if not context.folder.has_config():
+    """What the run decided when it began. Before its first checkpoint nothing depends on it, and the run may have been
+    started again on other devices, or on more processes than it goes with.
+    """
+    if not (context.folder.has_config() and context.folder.has_checkpoints()):
         return None
     size = context.folder.config().training.micro_batch_size
     return size if isinstance(size, int) else None

@@ -11,6 +11,7 @@ from sparse_llm_ft.data.cache import CachedDataset, cache_folder
 from sparse_llm_ft.data.dataset import SplitBuilder
 from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.io.atomic import is_whole
 
 _LOOKED_AT = 256
 """Sequences whose positions with a loss are counted, for their mean."""
@@ -65,7 +66,9 @@ def sample_sizes(context: RunContext) -> SampleSizes:
 
 
 def cached_training_set(context: RunContext) -> TrainingSet | None:
-    """The tokenised training set; None if the cache does not have it, or it is a stream, or there are no data."""
+    """The tokenised training set; None if the cache does not have it or has a part of it, if no row could be used, if
+    it is a stream, or if there are no data.
+    """
     config = context.config
     if config.task.streaming:
         return None
@@ -74,6 +77,7 @@ def cached_training_set(context: RunContext) -> TrainingSet | None:
         folder = cache_folder(builder.key("train"))
     except (UserError, OSError):  # no data here: a forecast does not need them
         return None
-    if not folder.is_dir():
-        return None
-    return TrainingSet(CachedDataset(folder, builder.kind), context.task, config.task)
+    if not is_whole(folder):
+        return None  # a run would write it anew
+    samples = CachedDataset(folder, builder.kind)
+    return TrainingSet(samples, context.task, config.task) if len(samples) else None

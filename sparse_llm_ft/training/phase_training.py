@@ -42,7 +42,7 @@ from sparse_llm_ft.training.prefix_store import keep_only
 from sparse_llm_ft.training.records import cached_share, step_line
 from sparse_llm_ft.training.report_writer import ReportWriter
 from sparse_llm_ft.training.schedule import Schedule
-from sparse_llm_ft.training.trackers import Trackers
+from sparse_llm_ft.training.trackers import LEAVING_SECONDS, Trackers
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class PhaseTraining:
             loop.prefix.flush()
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
-        self.parts.trackers.close()
+        self.parts.trackers.close(LEAVING_SECONDS)
         assert loop.preempted_by is not None
         raise PreemptionRequested(loop.preempted_by, f"saved step {loop.progress.step}")
 

@@ -48,16 +48,16 @@ class ReportWriter:
             if self._thread is not None:
                 self._thread.join()
             self._has_warned = False
-            self._prepare()
-            self._draw(None)
+            self._draw(None, self._prepare)
 
     def finish_late(self) -> None:
         """`finish` for a run that was killed after its end and before its report."""
         if not self._folder.report.is_dir() or is_live(self._folder.report):
             self.finish()
 
-    def _draw(self, reload: int | None) -> None:
+    def _draw(self, reload: int | None, prepare: Callable[[], None] = lambda: None) -> None:
         try:
+            prepare()
             write_report([self._folder.path], self._folder.report, reload)
         except Exception as error:
             if not self._has_warned:

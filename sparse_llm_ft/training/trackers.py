@@ -27,6 +27,9 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 STATE_FILE = "trackers.json"
 CLOSING_SECONDS = 60.0
 """How long the end of a run waits for what is still to be sent."""
+LEAVING_SECONDS = 4.0
+"""The same for a run that was asked to leave. Its other ranks end 5 s after they have left the loop; then launchers end
+rank 0, and Slurm kills it 30 s after SIGTERM. It must have said by then that it has saved."""
 _ID = re.compile(r"[\w.-]{1,100}")
 
 
@@ -98,15 +101,16 @@ class Trackers:
         if self._names:
             self._queue.put((step, _numbers(values)))
 
-    def close(self) -> None:
-        """Wait until everything is sent, at most `CLOSING_SECONDS`."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait until everything is sent, at most so many seconds; None: `CLOSING_SECONDS`."""
+        seconds = CLOSING_SECONDS if seconds is None else seconds
         if not self._names:
             return
         self._queue.put(None)
-        self._thread.join(CLOSING_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
             late = ", ".join(self._active or self._names)
-            self._console.log(f"trackers: {late} did not take everything within {CLOSING_SECONDS:.0f} s; the run ends")
+            self._console.log(f"trackers: {late} did not take everything within {seconds:.0f} s; the run ends")
 
     def _run(self) -> None:
         """The thread: start the trackers, and send what the queue holds."""

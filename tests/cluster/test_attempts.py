@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.cluster import attempts
+from sparse_llm_ft.cluster.job_folder import allow_attempts, forbid_attempts
 from sparse_llm_ft.cluster.state import RunState, read_state
 from sparse_llm_ft.run_folder import RunFolder
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
 DEAD = "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+LEFT_TASK = "srun: error: n1: task 0: Exited with exit code 75\nsrun: launch/slurm: Terminating StepId=7.0\n"
 ENDED_BY_SRUN = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n4: task 3: Terminated\n"
 
 LOST = {"state": "failed", "reason": "node_failure", "message": "rank 1 (n2) stopped answering"}
@@ -63,6 +66,19 @@ def test_a_run_that_left_before_it_trained_is_tried_again(folder: RunFolder) -> 
     assert attempts.begin(folder, JOB).status == 0
     assert attempts.end(folder, 75).status == 75
     assert state(folder).state == "preempted"
+
+
+@pytest.mark.parametrize("prefix", ["", "[default0]:", "n1: "])
+def test_a_run_that_left_while_it_loaded_is_no_failure_under_any_launcher(prefix: str, folder: RunFolder) -> None:
+    """torchrun and deepspeed end with 1, srun with the status of the tasks that it killed."""
+    for _ in range(3):
+        assert attempts.begin(folder, JOB).status == 0
+        said = f"{prefix}SIGTERM: nothing new to save; the same command continues\n"
+        assert attempts.end(folder, 143, log(folder, said + LEFT_TASK + DEAD)).status == 75
+    assert (state(folder).state, state(folder).failures) == ("preempted", 0)
+    assert attempts.begin(folder, JOB).status == 0
+    assert attempts.end(folder, 137, log(folder, said + DEAD)).status == 75
+    assert (state(folder).reason, state(folder).failures) == ("killed", 1)  # srun asked because a task was killed
 
 
 def test_a_complete_run_is_complete(folder: RunFolder) -> None:
@@ -163,7 +179,7 @@ def test_a_step_that_was_made_again_in_less_memory_is_not_why_a_node_failed(fold
 
 def test_a_cancelled_run_is_not_tried_again_by_this_job_nor_by_the_next_of_a_chain(folder: RunFolder) -> None:
     run_to(folder, 3, state="preempted", message="SIGTERM: saved step 3")
-    attempts.forbid_attempts(folder, "cancelled")
+    forbid_attempts(folder, "cancelled")
     assert attempts.end(folder, 143).status == 2
     assert attempts.begin(folder, JOB).line == "cancelled; `sparse-llm-ft submit` starts it again"
 
@@ -171,5 +187,64 @@ def test_a_cancelled_run_is_not_tried_again_by_this_job_nor_by_the_next_of_a_cha
 def test_submitting_again_lets_attempts_begin(folder: RunFolder) -> None:
     run_to(folder, 3, state="failed", reason="diverged")
     attempts.end(folder, 1)
-    attempts.allow_attempts(folder)
+    allow_attempts(folder, "second")
+    assert attempts.begin(folder, JOB, "second").status == 0
+
+
+def test_what_an_earlier_submit_left_in_the_queue_does_not_start_the_run_again(folder: RunFolder) -> None:
+    """The rest of a chain, whose run was cancelled and then submitted again."""
+    allow_attempts(folder, "first")
+    assert attempts.begin(folder, JOB, "first").status == 0
+    allow_attempts(folder, "second")
+    assert attempts.begin(folder, JOB | {"SLURM_JOB_ID": "9"}, "second").status == 0
+    before = state(folder)
+    verdict = attempts.begin(folder, JOB | {"SLURM_JOB_ID": "8"}, "first")
+    assert verdict.status == 2 and verdict.line.endswith("was submitted again; job 8, of an earlier `submit`, ends")
+    assert state(folder) == before
+    assert attempts.begin(folder, JOB).status == 0  # a script that somebody has made by hand carries no mark
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}[", "[]", '{"state": "asleep"}'])
+def test_a_damaged_state_is_written_anew(text: str, folder: RunFolder) -> None:
+    folder.path.mkdir()
+    (folder.path / "state.json").write_text(text)
     assert attempts.begin(folder, JOB).status == 0
+    (folder.path / "state.json").write_text(text)
+    assert attempts.end(folder, 1).status == 75
+    assert (state(folder).state, state(folder).reason) == ("failed", "error")
+
+
+def test_a_line_about_hundreds_of_nodes_or_of_any_length_can_be_recorded(folder: RunFolder) -> None:
+    nodes = "".join(f"srun: error: node{i:04}: tasks {i}: Out Of Memory\n" for i in range(400))
+    run_to(folder, 5, state="failed", reason="error", message="because")
+    assert attempts.end(folder, 1, log(folder, nodes)).status == 1
+    assert state(folder).reason == "out_of_memory"
+    run = RunFolder(folder.path.parent / "other")
+    assert attempts.begin(run, JOB | {"SLURM_JOB_NODELIST": "n" * 5000}).status == 0
+    dead = nodes.replace("Out Of Memory", "Killed")
+    assert attempts.end(run, 1, log(run, f"error: {'x' * 3000} the end\n{dead}")).status == 75
+    assert len(state(run).message) <= 1010 and len(state(run).failed_nodes[0]) <= 2000
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "\u2028" * 2000])
+def test_a_message_of_any_length_fits(text: str) -> None:
+    """A line may name hundreds of dead ranks; escaped characters are longer than they were."""
+    for told in (RunState().failed("error", text), RunState().ended("preempted", text)):
+        assert RunState.model_validate(told.model_dump()).message == told.message
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [("", "error: attempt: no run folder; expected"), ("file/run", "error: file/run: its state cannot be kept (")],
+)
+def test_an_attempt_that_cannot_be_recorded_is_one_line(
+    run: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for moment in ("begin", "end"):
+        with pytest.raises(SystemExit) as end:
+            main(["attempt", moment, run])
+        printed = capsys.readouterr().err
+        assert (end.value.code, printed.count("\n")) == (2, 1) and printed.startswith(line), printed
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

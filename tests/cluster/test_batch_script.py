@@ -76,7 +76,7 @@ def test_a_container_gets_its_folders_the_hubs_caches_and_an_address(
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "20123"}
     answer = subprocess.run(["bash", "-euc", launch], capture_output=True, text=True, timeout=30, env=environment)
     assert answer.stdout.splitlines() == [
-        "10.0.0.7:20123",
+        "10.0.0.7:28123",
         str(tmp_path),
         "--kill-on-bad-exit=1",
         "--container-image=nvcr.io#lab/train:1",
@@ -126,6 +126,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         ({"tasks_per_node": 4}, "--tasks-per-node 4: expected 8, one process per GPU"),
         ({"time": "5:00"}, "--time 5:00: 300 s, and the run leaves 300 s before the limit"),
         ({"chain": -1}, "--chain -1: expected 0 or more"),
+        ({"chain": 1001}, "--chain 1001: expected 1000 or less"),
         ({"partition": "a\nb"}, "--partition"),
         ({"container": "an image"}, "--container 'an image': expected [REGISTRY#]IMAGE[:TAG]"),
         ({"container": ""}, "--container '': expected [REGISTRY#]IMAGE[:TAG]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -122,12 +123,20 @@ def test_a_run_that_is_refused_before_it_has_its_folder_leaves_no_state(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def caused(cause: OSError) -> UserError:
+    error = UserError(f"data: not readable ({cause.strerror})")
+    error.__context__ = cause  # as `raise ... from None` leaves it
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "state", "reason"),
     [
         (PreemptionRequested("SIGTERM", "saved step 3"), "preempted", None),
         (KeyboardInterrupt(), "preempted", None),
         (ConfigError("seed", "-1", "expected 0 or more"), "failed", "bad_setting"),
+        (caused(OSError(errno.ENOSPC, "No space left on device")), "failed", "bad_setting"),
+        (caused(OSError(errno.ESTALE, "Stale file handle")), "failed", "error"),  # the file server restarts
         (DivergedError("step 3 has loss nan"), "failed", "diverged"),
         (MemoryError(), "failed", "out_of_memory"),
         (RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "failed", "out_of_memory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
@@ -83,6 +84,123 @@ def test_a_chain_is_jobs_after_each_other(settings: dict, tmp_path: Path, comman
     calls = (commands / "calls").read_text().splitlines()
     assert [call.count("--dependency=afterany:") for call in calls] == [0, 1, 1]
     assert "afterany:101" in calls[2]
+
+
+def test_a_chain_of_which_slurm_refuses_a_job_leaves_none(settings: dict, tmp_path: Path, commands: Path) -> None:
+    """As QOSMaxSubmitJobPerUserLimit does."""
+    many = f"[ $(wc -l < {commands}/calls) -le 2 ] || {{ echo 'sbatch: error: QOSMaxSubmit' >&2; exit 1; }}"
+    play(commands, "sbatch", f'echo "$@" >> {commands}/calls; {many}; echo $((99 + $(wc -l < {commands}/calls)))')
+    play(commands, "scancel", f'echo "$@" >> {commands}/gone')
+    job = submission(settings, tmp_path, JobOptions(2, 0, 1, "10:00", chain=5))
+    with pytest.raises(UserError, match=r"^sbatch: QOSMaxSubmit; the 2 jobs before it are cancelled"):
+        job.submit()
+    assert (commands / "gone").read_text() == "101\n100\n"
+    play(commands, "sbatch", f'echo "$@" >> {commands}/more; [ $(wc -l < {commands}/more) = 1 ] && echo 200')
+    play(commands, "scancel", "exit 1")
+    with pytest.raises(UserError, match=r"its first jobs are left: scancel 200 \("):
+        job.submit()
+
+
+def test_between_the_jobs_of_a_chain_a_run_is_pending_and_can_be_cancelled(
+    settings: dict, tmp_path: Path, commands: Path
+) -> None:
+    """Where the queue is long, that is most of the time."""
+    job = submission(settings, tmp_path, JobOptions(2, 0, 1, "10:00", chain=3))
+    job.submit()
+    run = RunFolder(job.folder)
+    state = read_state(run.path)
+    assert state is not None
+    state.updated_by(state="preempted", message="SIGUSR2: saved step 3", pid=1).write(run.path)
+    waiting = [f"grep -q {n} {commands}/gone || echo '{n}|PENDING|Priority||N/A|'" for n in (101, 102)]
+    play(commands, "squeue", "\n".join(["echo '100|FAILED|None|n1|N/A|'", f"touch {commands}/gone", *waiting]))
+    play(commands, "scontrol", "echo JobId=101 BatchFlag=1")
+    play(commands, "scancel", f'echo "$@" >> {commands}/gone')
+    (view,) = view_runs([run])
+    assert (view.word, view.is_alive, view.job_id, view.later_ids) == ("pending", True, "101", ("102",))
+    with pytest.raises(UserError, match=r"is pending \(job 101\)"):
+        job.check()
+    cancel(run)
+    assert (commands / "gone").read_text() == "102\n101\n"
+    (view,) = view_runs([run])
+    assert (view.word, view.is_alive) == ("failed: cancelled", False)
+
+
+def test_a_second_sweep_in_a_folder_leaves_the_first_one_its_runs(
+    settings: dict, tmp_path: Path, commands: Path
+) -> None:
+    """Tasks of the first array read their folder when they begin, which may be later."""
+    (config,) = submission(settings, tmp_path).runs
+    scripts = []
+    for names in (["a", "b", "c"], ["d"]):
+        runs = [config.model_copy(update={"output_dir": str(tmp_path / "sweep" / name)}) for name in names]
+        sweep = Submission(tmp_path / "sweep", runs, OPTIONS, is_sweep=True)
+        sweep.check()
+        assert f"cancel:  scancel {(jobs := sweep.submit())[0]} " in "\n".join(sweep.next_steps([*jobs, "7"]))
+        scripts.append((tmp_path / "sweep" / "slurm" / "run.sbatch").read_text())
+    for script, task, name in ((scripts[0], 2, "c"), (scripts[1], 0, "d")):
+        (line,) = [line for line in script.splitlines() if line.startswith("run=")]
+        command = f'SLURM_ARRAY_TASK_ID={task}; {line}; echo "$run"'
+        found = subprocess.run(["bash", "-euc", command], capture_output=True, text=True, timeout=30)
+        assert found.stdout == f"{tmp_path}/sweep/{name}\n", found.stderr
+
+
+@pytest.mark.parametrize("text", ["[", "{}", ""])
+def test_jobs_that_slurm_has_taken_are_told_whatever_state_json_holds(
+    text: str, settings: dict, tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submission(settings, tmp_path)
+    job.folder.mkdir()
+    (job.folder / "state.json").write_text(text)
+    assert job.submit() == ["100"]
+    state = read_state(job.folder)
+    assert state is not None and state.job_id == "100"
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparse_llm_ft.cluster.submission.write_jobs", refuse)
+    assert job.submit() == ["101"]
+    assert "does not say yet that it is pending ([Errno 28] No space" in "\n".join(job.next_steps(["101"]))
+
+
+def test_the_script_carries_its_submit_s_mark_and_that_of_a_dry_run_none(
+    settings: dict, tmp_path: Path, commands: Path
+) -> None:
+    job = submission(settings, tmp_path)
+    assert '--submission ""' in job.script()
+    job.submit()
+    script = (job.folder / "slurm" / "run.sbatch").read_text()
+    assert f'attempt begin "$run" --submission "{job.mark}"' in script
+    assert (job.folder / "slurm" / "submission").read_text() == f"{job.mark}\n"
+
+
+def test_a_run_in_an_allocation_that_stays_can_be_cancelled_and_is_then_over(tmp_path: Path, commands: Path) -> None:
+    """As in `salloc`: the job is its user's shell, and lives on."""
+    run, began = RunFolder(tmp_path / "run"), "2026-03-04T12:00:00"
+    at = datetime.fromisoformat(began).timestamp() + 600
+    running = RunState(state="running", job_id="7", host="n1", pid=1, updated=at, step=3)
+    running.write(run.path)
+    left = tmp_path / "left.json"
+    left.write_text(running.ended("preempted", "SIGTERM: saved step 3").model_dump_json())
+    play(commands, "squeue", f"echo '7|RUNNING|None|n1|{began}|'")
+    play(commands, "scontrol", "echo JobId=7 BatchFlag=0")
+    play(commands, "scancel", f'echo "$@" > {commands}/asked; cp {left} {run.path}/state.json')
+    assert cancel(run, wait=5.0).endswith("cancelled (SIGTERM: saved step 3)")
+    assert (commands / "asked").read_text() == "--signal=TERM 7\n"
+    (view,) = view_runs([run])
+    assert (view.word, view.is_alive) == ("failed: cancelled", False)
+    again = running.ended("preempted").updated_by(updated=at - 1200)  # the job has begun since: it is starting
+    again.write(run.path)
+    (view,) = view_runs([run])
+    assert (view.word, view.is_alive) == ("running", True)
+
+
+def test_a_pending_run_whose_job_slurm_has_forgotten_says_so(tmp_path: Path, commands: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    RunState(job_id="7").write(run.path)
+    (view,) = view_runs([run])
+    assert (view.word, view.is_alive) == ("pending", False)
+    assert view.note == "Slurm does not know job 7 any more: it ended before the run began"
 
 
 def test_submitting_counts_failures_anew(settings: dict, tmp_path: Path, commands: Path) -> None:

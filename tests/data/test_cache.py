@@ -228,7 +228,7 @@ def test_a_read_only_cache_serves_what_is_there_and_says_where_it_cannot_be_writ
         key, Sample, schema_of(Sample, False), lambda: SAMPLES, lambda: NOTHING_SKIPPED
     )
     write("k")
-    monkeypatch.setattr(content_cache, "FileLock", _read_only)
+    monkeypatch.setattr(content_cache, "FolderLock", _read_only)
     write("k")
     assert list(CachedDataset(cache_folder("k"), Sample)) == SAMPLES
     with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .* cannot be written \(Read-only file system\)"):

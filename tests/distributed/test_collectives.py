@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
@@ -142,6 +143,9 @@ def test_a_rank_that_is_asked_to_leave_need_not_wait_for_a_leader(monkeypatch: p
     [
         (UserError("row 7"), 2, UserError, "row 7"),
         (OSError(28, "No space left on device"), 2, UserError, "No space left"),
+        (OSError(116, "Stale file handle"), 3, TrainingError, "Stale file handle; the file system may be away"),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), 3, TrainingError, "the file system may be"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, UserError, "No space left"),
         (ZeroDivisionError("ours"), 3, ZeroDivisionError, "ours"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ SLURM_TASK = {
     "SLURM_PROCID": "3",
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_LOCALID": "1",
-    "SLURM_JOB_ID": "123",
+    "SLURM_JOB_ID": "15123",
     "SLURM_STEP_NODELIST": "node[7-8]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
@@ -48,7 +50,7 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     slurm = dict(SLURM_TASK)
     assert find_world(slurm) == World(3, 4, 1, 2)
     set_rendezvous(slurm)
-    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "20123")
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "23123")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_without_scontrol_ranks_need_the_address(body: str, tmp_path: Path, monk
         set_rendezvous(slurm)
     slurm["MASTER_ADDR"] = "head"
     set_rendezvous(slurm)
-    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "20123")
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "23123")
 
 
 def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job() -> None:
@@ -90,6 +92,16 @@ def test_who_speaks(world, said, error, status, monkeypatch, capsys) -> None:
         raise error
     assert stop.value.code == status and capsys.readouterr().err == said
     assert bool(waited) == (world.rank != 0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOENT, 2), (errno.ESTALE, 1), (errno.EIO, 1)])
+def test_a_file_server_that_is_away_is_not_the_users_fault(number: int, status: int) -> None:
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(0, 1, 0, 1)):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise UserError(f"train.jsonl: not readable ({error.strerror})") from None
+    assert stop.value.code == status
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])

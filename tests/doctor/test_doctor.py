@@ -147,6 +147,7 @@ def test_four_bit_and_deepspeed_on_this_machine() -> None:
 
 def test_two_processes_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under `torchrun --nproc-per-node 1`
     (finding,) = ranks.start_ranks(2)
     assert finding.level is Level.OK and finding.found.startswith("2 processes sum over gloo")
 

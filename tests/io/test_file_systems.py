@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
+from sparse_llm_ft.checkpoint.store import save_checkpoint
 from sparse_llm_ft.io import atomic
 
 
@@ -72,3 +74,30 @@ def test_output_that_cannot_be_encoded_is_escaped(encoding: str, written: bytes)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
     assert (result.returncode, result.stdout) == (0, written)
     assert result.stderr.count(b"PYTHONIOENCODING=utf-8") == (encoding == "latin-1")
+
+
+@pytest.fixture
+def silly_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS: a folder from which an open file was removed is not empty. Here, each folder in which there was one."""
+    rmdir = os.rmdir
+
+    def refuse(path: str, *, dir_fd: int | None = None) -> None:
+        if Path(path).name.startswith(("step-", ".old-")):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+
+
+def test_an_old_checkpoint_that_a_process_has_mapped_ends_no_run(tmp_path: Path, silly_renames: None) -> None:
+    for step in (1, 2, 3, 4):
+        state = TrainState({"a.lora_A": torch.ones(2)}, {}, {"adapter": step}, Progress(step, step, 0, step), {})
+        save_checkpoint(tmp_path, state, keep=2)
+    kept = [path.name for path in sorted(tmp_path.iterdir()) if any(path.iterdir())]
+    assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_a_folder_whose_older_one_is_open_is_replaced_all_the_same(tmp_path: Path, silly_renames: None) -> None:
+    for _ in range(3):
+        atomic.write_folder(tmp_path / "target", fill)
+    atomic.verify_folder(tmp_path / "target")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.cli.plan_command import parse_size
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.config.types import bytes_of
 from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.cache import cache_folder, schema_of, write_cached
+from sparse_llm_ft.data.dataset import SplitBuilder
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.planning.devices import planned_device
 from sparse_llm_ft.planning.forecast import forecast
-from sparse_llm_ft.planning.micro_batch import settle_micro_batch
+from sparse_llm_ft.planning.micro_batch import settle_micro_batch, with_micro_batch
 from sparse_llm_ft.planning.opening import open_for_planning
-from sparse_llm_ft.planning.samples import SampleSizes
+from sparse_llm_ft.planning.samples import SampleSizes, sample_sizes
 from sparse_llm_ft.planning.solve import _search, solve
 
 SAMPLES = SampleSizes.assumed(32)
@@ -172,6 +176,32 @@ def test_auto_takes_what_fits_and_writes_it_down(model_folder: Path, data_folder
     assert (phase["micro_batch_size"], phase["global_batch_size"], phase["steps"]) == (4, 8, 3)
 
 
+def test_a_cache_that_is_cut_short_or_has_no_row_is_planned_as_none(settings: dict) -> None:
+    """A run refuses the one, and writes the other anew."""
+    context = opened(settings)
+    builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
+    assert sample_sizes(context) == SampleSizes.assumed(context.config.task.max_length)
+    builder.stored("train")
+    assert sample_sizes(context).count == 40
+    entry = cache_folder(builder.key("train"))
+    path = entry / "samples.arrow"
+    path.write_bytes(path.read_bytes()[:100])
+    assert not sample_sizes(context).known
+    shutil.rmtree(entry)
+    write_cached(entry.name, builder.kind, schema_of(builder.kind, False), list, lambda: {"skipped": 40, "reasons": []})
+    assert not sample_sizes(context).known
+
+
+def test_what_auto_chose_counts_from_the_first_checkpoint_on(settings: dict) -> None:
+    """A run that was killed before it may be started again on more processes, which the number need not go with."""
+    context = opened(settings, 2, micro_batch_size="auto", device_memory="1TiB")
+    context.folder.begin(with_micro_batch(context, 8).config, 0)
+    more = opened(settings, 4, micro_batch_size="auto", device_memory="1TiB")
+    assert settle_micro_batch(more, planned_device(more.config)).training.micro_batch_size == 4
+    (context.folder.checkpoints / "step-00000001").mkdir()
+    assert settle_micro_batch(more, planned_device(more.config)).training.micro_batch_size == 8
+
+
 def test_auto_without_a_known_memory_or_without_room_is_refused(
     settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +223,13 @@ def test_sizes(settings: dict, given: str, size: int) -> None:
     assert parse_config(settings).training.device_memory == size
 
 
-@pytest.mark.parametrize("given", ["plenty", 0, True, "-1GiB"])
+@pytest.mark.parametrize("given", ["0", "0GiB", "plenty", "", "9" * 400])
+def test_memory_that_is_none_is_refused_and_not_taken_for_this_machine_s(given: str) -> None:
+    with pytest.raises(UserError, match=r"^--gpu-memory .*: expected a size such as 80GiB"):
+        parse_size(given)
+
+
+@pytest.mark.parametrize("given", ["plenty", 0, True, "-1GiB", "9" * 400])
 def test_sizes_that_are_none(settings: dict, given: object) -> None:
     settings["training"]["device_memory"] = given
     with pytest.raises(ConfigError, match=r"^training.device_memory: "):

@@ -81,6 +81,17 @@ def test_a_report_that_cannot_be_drawn_is_one_line_and_ends_nothing(
     assert line.startswith("the report could not be drawn (UserError: ") and "no config.yaml" in line
 
 
+def test_a_forecast_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk is full, and the adapter is there."""
+
+    def refuse() -> None:
+        raise OSError(28, "No space left on device")
+
+    ReportWriter(RunFolder(tmp_path), Console(0), wanted=True, prepare=refuse).finish()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("the report could not be drawn (OSError: [Errno 28] No space left on device); the run")
+
+
 def test_the_page_of_a_running_run_reloads_itself_and_the_last_one_does_not(tmp_path: Path, clock: list[float]) -> None:
     folder = RunFolder(weight_lora_plus_run(tmp_path / "run", layers=2, finished=False))
     writer = ReportWriter(folder, Console(1), wanted=True)

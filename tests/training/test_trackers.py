@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,12 @@ from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.context.preflight import preflight
+from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import ONE_PROCESS
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, PreemptionRequested
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.training import trackers
+from sparse_llm_ft.training import phase_training, trackers
+from sparse_llm_ft.training.phase_training import PhaseTraining
 from sparse_llm_ft.training.trackers import STATE_FILE, Trackers
 
 
@@ -135,8 +139,20 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_limit(
     ours, shown = started(tmp_path, ["wandb"])
     ours.log(1, {"loss": 1.0})
     ours.close()
-    free.set()
     assert shown == ["trackers: wandb did not take everything within 0 s; the run ends"]
+    # A run that was asked to leave has less time: launchers kill it soon.
+    monkeypatch.setattr(trackers, "CLOSING_SECONDS", 60.0)
+    monkeypatch.setattr(phase_training, "run_on_rank_zero", lambda world, action: action())
+    training = PhaseTraining.__new__(PhaseTraining)
+    training.parts = SimpleNamespace(trackers=ours)
+    training.loop = SimpleNamespace(prefix=None, preempted_by="SIGTERM", progress=SimpleNamespace(step=1))
+    training.console = training.writer = SimpleNamespace(end=lambda: None, close=lambda: None)
+    training.world = ONE_PROCESS
+    began = time.monotonic()
+    with pytest.raises(PreemptionRequested):
+        training._stop()
+    assert time.monotonic() - began < exit_status._GRACE_SECONDS
+    free.set()
 
 
 def test_other_ranks_send_nothing(tmp_path: Path, fake: Path) -> None:
