@@ -66,13 +66,13 @@ def trees(
 # Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
 KILLED = [
     ("lora_drop", 1),
-    ("lora_drop", 4),
     ("weight_then_partial", 6),
     ("adalora", 5),
-    ("rslora", 5),
     ("sparse_adapter", 5),
     ("encoder-partial", 5),
 ]
+KILLED_LONG = [("lora_drop", 4), ("rslora", 5)]
+"""Kills that `make test-long` adds: of LoRA-drop's own steps, and of a tuner that keeps nothing but its moments."""
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
@@ -85,9 +85,10 @@ LONG = {
         "encoder-partial_adalora",
         "encoder-lora_drop",
     ),
-    "encoder-weight_then_partial",
+    *("encoder-weight_then_partial", "encoder-weight_lora", "weight_lora_plus"),
 }
-"""Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs."""
+"""Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs here or, as
+weight_lora_plus, elsewhere."""
 ANY = [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in NAMES]
 
 
@@ -103,7 +104,9 @@ def results(
     worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in wanted.items()}
     worlds["partial-again"] = {"trees": trees["partial"] | {"output_dir": f"{trees['partial']['output_dir']}-again"}}
     killed = []
-    for name, steps in KILLED:
+    parameters = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    also = [kill for kill in KILLED_LONG if {"name": kill[0], "steps": kill[1]} in parameters]
+    for name, steps in [*KILLED, *also]:
         again = f"{name}-killed-{steps}"
         tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}"}
         tree["training"] = tree["training"] | {"save_every": 3}
@@ -145,7 +148,9 @@ def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], result
     assert newest.state.progress.counted_steps == 8
 
 
-@pytest.mark.parametrize(("name", "steps"), KILLED)
+@pytest.mark.parametrize(
+    ("name", "steps"), [*KILLED, *(pytest.param(*kill, marks=pytest.mark.long) for kill in KILLED_LONG)]
+)
 def test_a_killed_run_ends_as_the_other(name: str, steps: int, trees: dict[str, dict], results: dict[str, str]) -> None:
     """Bit for bit: pilot, scores, masks, shared pairs and AdaLoRA's sensitivities survive."""
     assert results[f"{name}-killed-{steps}"] == "passed", results[f"{name}-killed-{steps}"]
