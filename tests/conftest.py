@@ -30,7 +30,8 @@ HEAVY = (
     "context/test_trained_modules.py", "model/test_layers.py", "config/test_mission_memory.py",
     "planning/test_truth.py", "report/test_page.py", "training/test_encoder_decoder_runs.py",
     "launches/test_rights.py", "launches/test_faults.py", "launches/test_parity.py", "inference/test_evaluate.py",
-    "export/test_push.py", "launches/test_nodes.py", "planning/test_solve.py", "scoring/test_derivation.py",
+    "export/test_push.py", "launches/test_nodes.py", "training/test_head_runs.py", "planning/test_solve.py",
+    "scoring/test_derivation.py",
 )  # fmt: skip
 """The files that take longest, the longest first."""
 

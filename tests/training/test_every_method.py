@@ -63,7 +63,7 @@ def trees(
     return trees
 
 
-# Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
+# Steps after which a run is killed: in the pilot, and between two checkpoints of the rest.
 KILLED = [
     ("lora_drop", 1),
     ("weight_then_partial", 6),
@@ -72,7 +72,7 @@ KILLED = [
     ("encoder-partial", 5),
 ]
 KILLED_LONG = [("lora_drop", 4), ("rslora", 5)]
-"""Kills that `make test-long` adds: of LoRA-drop's own steps, and of a tuner that keeps nothing but its moments."""
+"""Kills that `make test-long` adds: after the pilot and before the first own checkpoint, and of a tuner of PEFT's."""
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
