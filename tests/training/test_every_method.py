@@ -102,17 +102,19 @@ def results(
     asked = {item.callspec.params.get("name") for item in here if hasattr(item, "callspec")}
     wanted = {name: tree for name, tree in trees.items() if name in asked or name not in LONG}
     worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in wanted.items()}
-    worlds["partial-again"] = {"trees": trees["partial"] | {"output_dir": f"{trees['partial']['output_dir']}-again"}}
+    # What is made again is without pictures, which take longer than the steps.
+    again = {"output_dir": f"{trees['partial']['output_dir']}-again", "report": False}
+    worlds["partial-again"] = {"trees": trees["partial"] | again}
     killed = []
     parameters = [item.callspec.params for item in here if hasattr(item, "callspec")]
     also = [kill for kill in KILLED_LONG if {"name": kill[0], "steps": kill[1]} in parameters]
     for name, steps in [*KILLED, *also]:
-        again = f"{name}-killed-{steps}"
-        tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}"}
+        resumed = f"{name}-killed-{steps}"
+        tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}", "report": False}
         tree["training"] = tree["training"] | {"save_every": 3}
-        killed.append(f"{again}-first")
+        killed.append(f"{resumed}-first")
         worlds[killed[-1]] = {"trees": tree, "before": ["helpers.dying", "die_after", steps]}
-        worlds[again] = {"trees": tree}
+        worlds[resumed] = {"trees": tree}
     statuses = run_worlds({name: world | {"world_size": 1} for name, world in worlds.items()}, folder)
     expected = {name: [DIED] if name in killed else [0] for name in worlds}
     ended = {n: "passed" if s == expected[n] else f"{s}\n{last_lines(folder / n)}" for n, s in statuses.items()}
