@@ -40,7 +40,7 @@ bench-quick: $(READY)  ## the same for one case, in three rounds
 	$(BIN)/python benchmarks/compare.py --out runs/bench-quick --quick
 
 test: $(READY)  ## run the tests, in about 10 minutes on two cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers and not slurm" -n 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not distributed and not servers" -n 2 --dist loadfile $(FAST)

@@ -25,6 +25,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
 
+HEAVY = (
+    "launches/test_cases.py", "training/test_every_method.py", "test_compare_benchmark.py", "launches/test_run.py",
+    "context/test_trained_modules.py", "model/test_layers.py", "config/test_mission_memory.py",
+    "planning/test_truth.py", "report/test_page.py", "training/test_encoder_decoder_runs.py",
+    "launches/test_rights.py", "launches/test_faults.py", "launches/test_parity.py", "inference/test_evaluate.py",
+    "export/test_push.py", "launches/test_nodes.py", "training/test_head_runs.py", "planning/test_solve.py",
+    "scoring/test_derivation.py",
+)  # fmt: skip
+"""The files that take longest, the longest first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Heavy files come first: a process that began one of them last would work on alone when the other is done."""
+    place = {ROOT / "tests" / name: i for i, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: place.get(item.path, len(HEAVY)))
+
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,6 +1,7 @@
 """The methods of configs/ on the four families at their published sizes: adapters, and bytes kept for backward.
 
-Nothing has weights: the architectures are traced on the meta device.
+Nothing has weights: the architectures are traced on the meta device. Every layer keeps the same, and each takes its
+time: what compares two plans does so on the lowest layers alone, and on all of them under `make test-long`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,25 +24,40 @@ from sparse_llm_ft.plan import AdapterPlan, Shape, uniform_plan
 
 LENGTH, STEPS = 512, 1000
 METHODS = list(files("methods"))
+CHECKPOINTED = (("llama-3-8b", "lora"), ("qwen2.5-7b", "lora_drop"))
+"""Those of `make test`: a checkpointed step of all layers takes longest."""
+
+
+def fewer_kept(method: Any, keep: int) -> Any:
+    """A method section that keeps `keep` adapters where it keeps the files' 100, which few layers do not have."""
+    if isinstance(method, list):
+        return [fewer_kept(part, keep) for part in method]
+    return method | {"keep": keep} if "keep" in method else method
 
 
 @dataclass
 class Planned:
-    """Models without weights, and what has been planned on them."""
+    """Models without weights, of so many layers or of all (None), and what has been planned on them."""
 
     folder: Path
+    depth: int | None
     bytes_of: dict[tuple[str, str, bool], int]
+
+    def layers(self, name: str) -> int:
+        return self.depth or FAMILIES[name][1]["num_hidden_layers"]
 
     def model(self, name: str, gradient_checkpointing: bool = False) -> ModelConfig:
         if not (self.folder / name).is_dir():
-            settings(name).save_pretrained(self.folder / name)
+            settings(name, num_hidden_layers=self.layers(name)).save_pretrained(self.folder / name)
         return ModelConfig(name=str(self.folder / name), gradient_checkpointing=gradient_checkpointing)
 
     def first(
         self, name: str, method: str, task: str = "glue/cola", targets: list[str] | None = None
     ) -> tuple[AdapterPlan, dict[str, Shape]]:
         """The plan that a run's first phase trains, and every target module's shape."""
-        place = {"adapter": {"target_modules": targets}} if targets else {}
+        place: dict[str, Any] = {"adapter": {"target_modules": targets}} if targets else {}
+        if self.depth:
+            place["method"] = fewer_kept(files("methods")[method]["method"], self.depth)
         model = {"model": {"name": self.model(name).name}}
         config = parsed(model, files("tasks")[task], files("methods")[method], place)
         adapter = config.adapter
@@ -57,12 +74,19 @@ class Planned:
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
-    return Planned(tmp_path_factory.mktemp("families"), {})
+def published(tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    return Planned(tmp_path_factory.mktemp("families"), None, {})
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(8, id="low"), pytest.param(None, id="whole", marks=pytest.mark.long)]
+)
+def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    return Planned(tmp_path_factory.mktemp("planned"), request.param, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "linear_layers", "published"),
+    ("name", "linear_layers", "values"),
     [
         ("llama-2-7b", 224, 6.74e9),
         ("llama-3-8b", 224, 8.03e9),
@@ -71,17 +95,17 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     ],
 )
 def test_the_families_have_their_published_sizes(
-    name: str, linear_layers: int, published: float, planned: Planned
+    name: str, linear_layers: int, values: float, published: Planned
 ) -> None:
-    empty = empty_model(planned.model(name))
-    assert sum(parameter.numel() for parameter in empty.parameters()) == pytest.approx(published, rel=1e-3)
+    empty = empty_model(published.model(name))
+    assert sum(parameter.numel() for parameter in empty.parameters()) == pytest.approx(values, rel=1e-3)
     targets = find_targets(empty, "all-linear")
     assert len(targets) == linear_layers and not any("lm_head" in target for target in targets)
     assert empty.get_input_embeddings().weight is not empty.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize(
-    ("method", "task", "published"),
+    ("method", "task", "values"),
     [
         ("lora_drop", "glue/rte", 4.2e6),  # LoRA-drop, Table 4, LoRA
         ("lora_drop", "dialogsum", 8.4e6),  # LoRA-drop, Table 2, LoRA
@@ -90,24 +114,24 @@ def test_the_families_have_their_published_sizes(
     ],
 )
 def test_llama_2_has_as_many_values_in_lora_as_the_papers(
-    method: str, task: str, published: float, planned: Planned
+    method: str, task: str, values: float, published: Planned
 ) -> None:
     """Before anything is masked or shared: which modules, and what rank."""
-    plan, targets = planned.first("llama-2-7b", method, task, ["q_proj", "v_proj"])
-    assert count_parameters(plan, targets) == pytest.approx(published, rel=0.01)
+    plan, targets = published.first("llama-2-7b", method, task, ["q_proj", "v_proj"])
+    assert count_parameters(plan, targets) == pytest.approx(values, rel=0.01)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weight_lora_can_keep_its_adapters_in_every_family(name: str, planned: Planned) -> None:
-    plan, _ = planned.first(name, "weight_lora")
+def test_weight_lora_can_keep_its_adapters_in_every_family(name: str, published: Planned) -> None:
+    plan, _ = published.first(name, "weight_lora")
     keep = files("methods")["weight_lora"]["method"]["keep"]
     assert keep < len(plan.active) and all(adapter.train_omega for adapter in plan.active.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_grouped_queries_make_a_second_shape_of_shared_adapters(name: str, planned: Planned) -> None:
+def test_grouped_queries_make_a_second_shape_of_shared_adapters(name: str, published: Planned) -> None:
     """One pair for q_proj and one for v_proj, whose outputs are as many as there are key heads."""
-    plan, targets = planned.first(name, "tied_lora")
+    plan, targets = published.first(name, "tied_lora")
     sizes = FAMILIES[name][1]
     width = sizes["hidden_size"]
     narrow = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
@@ -123,7 +147,7 @@ def test_grouped_queries_make_a_second_shape_of_shared_adapters(name: str, plann
         for method in METHODS
     ],
 )
-def test_every_first_plan_is_planned_at_full_size(method: str, name: str, planned: Planned) -> None:
+def test_every_first_plan_keeps_what_its_tuner_does(method: str, name: str, planned: Planned) -> None:
     """As much as LoRA on the same modules where the layers are this package's, but for Tied-LoRA's vectors. PEFT's keep
     up to four times as much, and its DoRA whole matrices.
     """
@@ -137,27 +161,33 @@ def test_every_first_plan_is_planned_at_full_size(method: str, name: str, planne
         assert ratio > 4 if method == "dora" else 1 < ratio < 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "lora_drop"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[] if (name, method) in CHECKPOINTED else pytest.mark.long)
+        for name in FAMILIES
+        for method in ("lora", "lora_drop")
+    ],
+)
 def test_checkpointing_keeps_a_fraction_of_what_lies_within_the_layers(
-    method: str, name: str, planned: Planned
+    method: str, name: str, published: Planned
 ) -> None:
-    plan, _ = planned.first(name, method)
-    kept, checkpointed = planned.kept(name, plan), planned.kept(name, plan, gradient_checkpointing=True)
+    plan, _ = published.first(name, method)
+    kept, checkpointed = published.kept(name, plan), published.kept(name, plan, gradient_checkpointing=True)
     assert 0 < checkpointed < 0.1 * kept
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_lora_keeps_what_attention_and_element_wise_parts_need(name: str, planned: Planned) -> None:
+def test_lora_keeps_what_attention_and_element_wise_parts_need(name: str, published: Planned) -> None:
     """Per token: two residuals, queries, keys, values, attention's output, gate and up of every layer; the last norm's
     input, and the loss's gradient. Log-sum-exps and norms are less than 1 %. Nothing is kept for the adapters.
     """
-    plan, _ = planned.first(name, "lora")
+    plan, _ = published.first(name, "lora")
     sizes = FAMILIES[name][1]
     d, f = sizes["hidden_size"], sizes["intermediate_size"]
     keys = d // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
     values = sizes["num_hidden_layers"] * (4 * d + 2 * keys + 2 * f) + 2 * d
-    assert planned.kept(name, plan) == pytest.approx(2 * LENGTH * values, rel=0.01)
+    assert published.kept(name, plan) == pytest.approx(2 * LENGTH * values, rel=0.01)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -166,7 +196,7 @@ def test_fewer_adapters_keep_less(name: str, planned: Planned) -> None:
     everywhere, targets = planned.first(name, "lora")
     some, fewer = planned.first(name, "lora_drop")
     weighed, _ = planned.first(name, "weight_lora")
-    layers = FAMILIES[name][1]["num_hidden_layers"]
+    layers = planned.layers(name)
     upper = replace(
         everywhere,
         modules={

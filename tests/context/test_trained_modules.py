@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from helpers.contexts import open_context
 from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
+from helpers.mode_runs import asked_for, marked
 from helpers.tiny_files import NEW_TOKENS, grow_tokenizer, write_rows
 from helpers.tiny_models import logits
 from helpers.tiny_run import run_settings
@@ -147,6 +148,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "whole-nf4": {"adapter": {"modules_to_save": ["lm_head"]}, "model": {"quantization": "nf4"}},
 }
+LONG = {"grown-2", "grown-whole-3"}
+"""What `make test` has of each: new rows at stage 3, and whole modules that have not grown."""
+ALONE = {"rows-dora", "rows-tied", "whole-tied"}
+"""Those that one rank runs: what they are about does not depend on ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +161,12 @@ def results(
     data_folder: Path,
     grown: tuple[Path, Path],
     tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> dict[str, tuple[dict, str]]:
-    """Two ranks run every case: its settings, and what is wrong, if anything."""
+    """Of every case that is asked for: its settings, and what is wrong, if anything. Two ranks run most."""
     folder = tmp_path_factory.mktemp("tokens")
     trees = {}
-    for name, case in CASES.items():
+    for name, case in asked_for(CASES, LONG, request).items():
         tree = merge(run_settings(model_folder, data_folder, folder / name), case)
         if tree["model"]["name"] == "tied":
             tree["model"]["name"] = str(tied_folder)
@@ -168,14 +174,15 @@ def results(
             tree["model"] |= {"name": str(grown[0]), "resize_embeddings": True}
             tree["task"]["path"] = str(grown[1])
         trees[name] = tree
-    statuses = run_worlds({n: {"trees": t, "world_size": 2} for n, t in trees.items()}, folder / "logs")
+    ranks = {name: 1 if name in ALONE else 2 for name in trees}
+    statuses = run_worlds({n: {"trees": t, "world_size": ranks[n]} for n, t in trees.items()}, folder / "logs")
     return {
-        name: (tree, "" if statuses[name] == [0, 0] else last_lines(folder / "logs" / name))
+        name: (tree, "" if statuses[name] == [0] * ranks[name] else last_lines(folder / "logs" / name))
         for name, tree in trees.items()
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, LONG))
 def test_a_run_trains_what_is_named_alone_and_stock_peft_computes_the_same(
     name: str, results: dict, tmp_path: Path
 ) -> None:

@@ -13,6 +13,12 @@ from sparse_llm_ft.distributed.world import World, find_world, set_rendezvous
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 
 
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for rank 0 looks at the clock, which no patched `sleep` moves on: the real time would go in a loop."""
+    monkeypatch.setattr(exit_status, "_GRACE_SECONDS", 0.05)
+
+
 def test_alone_it_is_a_world_of_one_with_an_address() -> None:
     environment: dict[str, str] = {}
     assert find_world(environment) == World(0, 1, 0, 1)

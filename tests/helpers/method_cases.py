@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -127,8 +128,7 @@ def lora_outputs_do_not_depend_on_the_world() -> None:
 def a_derivation_is_the_same_at_stages_2_and_3_and_for_every_world() -> None:
     """Ratios bit by bit, importance to rounding; under ZeRO-3 weights are gathered and ranks stay in step."""
     check_derivation("svd", (2,), False, 2)
-    check_derivation("snip", (3,), False, 5)
-    check_derivation("svd", (3,), True, 5)
+    check_derivation("snip", (3,), True, 5)
     check_derivation("svd", (2, 3), False, 5, "joint")
 
 
@@ -137,6 +137,8 @@ def a_derivation_is_the_same_at_every_stage_with_every_importance() -> None:
     for importance in ("svd", "snip", "imp"):
         for four_bit in (False, True):
             check_derivation(importance, (0, 1, 2, 3), four_bit, 2)
+    for stage, importance, four_bit in ((3, "snip", False), (3, "svd", True)):
+        check_derivation(importance, (stage,), four_bit, 5)
 
 
 def check_derivation(
@@ -165,6 +167,9 @@ def check_derivation(
         for name, scores in expected.importance.items():
             torch.testing.assert_close(found.importance[name].rows, scores.rows, rtol=1e-4, atol=1e-6)
         assert found.overlaps.keys() == expected.overlaps.keys() == {"svd-snip", "svd-imp", "snip-imp"}
+        for pair, shares in expected.overlaps.items():  # the other two importances are the same but for near ties
+            for name, both in shares.items():
+                assert found.overlaps[pair][name] == pytest.approx(both, abs=0.15), (stage, pair, name)
         # Nothing is left behind: the engine trains on.
         loop = make_loop(engine, plan, 2, Progress())
         next(loop.steps())

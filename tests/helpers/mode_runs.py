@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import (
@@ -68,6 +69,18 @@ def run_all(trees: Mapping[str, Mapping[str, Any]], folder: Path, world_size: in
     worlds = {name: {"trees": tree, "world_size": world_size} for name, tree in trees.items()}
     statuses = run_worlds(worlds, folder)
     return {n: "passed" if s == [0] * world_size else last_lines(folder / n) for n, s in statuses.items()}
+
+
+def asked_for(trees: Mapping[str, Any], long: Collection[str], request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The trees that the chosen tests of a file look at: without the long ones, unless a long test is among them."""
+    here = [item for item in request.session.items if item.path == request.path]
+    everything = any(item.get_closest_marker("long") for item in here)
+    return {name: tree for name, tree in trees.items() if everything or name not in long}
+
+
+def marked(names: Iterable[str], long: Collection[str]) -> list[Any]:
+    """Parameters of a test, of which `long` are for `make test-long`."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name in long else []) for name in names]
 
 
 def summary_of(tree: Mapping[str, Any]) -> dict[str, Any]:

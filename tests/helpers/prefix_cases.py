@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +46,7 @@ RELEASED = {
 
 
 def run(
-    stage: int, mode: str, dtype: str = "float32", limit: int = 2**30, folder: Path | None = None, steps: int = STEPS
+    stage: int, mode: str, dtype: str = "float32", limit: int = 2**30, folder: Path | None = None
 ) -> tuple[list[float], list[int | None], list[int], list[int]]:
     """Losses, samples from the cache, calls of the lowest layer and gathers of its weights, by step."""
     settings = replace(engine_settings(stage, 2, dtype), extra={"zero_optimization": RELEASED} if stage == 3 else {})
@@ -72,7 +73,7 @@ def run(
     losses, cached = [], []
     lower = {id(p) for p in base.model.layers[0].parameters()}
     with gathered(lower, gathers):
-        for _, step in zip(range(steps), loop.steps(), strict=False):
+        for _, step in zip(range(STEPS), loop.steps(), strict=False):
             losses.append(step.loss)
             cached.append(step.cached_samples)
             calls.append(0)
@@ -82,7 +83,13 @@ def run(
     moved = max(float((value - start[name]).abs().max()) for name, value in engine.values().items())
     assert moved > 0.1, "nothing is learned: a comparison would show nothing"
     engine.close()
-    return losses, cached, calls[:steps], gathers[:steps]
+    return losses, cached, calls[:STEPS], gathers[:STEPS]
+
+
+@functools.cache
+def plain(stage: int, dtype: str = "float32") -> tuple[list[float], list[int | None], list[int], list[int]]:
+    """`run` without the cache, which several cases compare with."""
+    return run(stage, "off", dtype)
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def cached_states_cross_ranks_in_every_dtype_at_every_stage() -> None:
 
 def check_cached(where: Sequence[tuple[int, str]]) -> None:
     for stage, dtype in where:
-        expected, _, plain_calls, plain_gathers = run(stage, "off", dtype)
+        expected, _, plain_calls, plain_gathers = plain(stage, dtype)
         losses, cached, calls, gathers = run(stage, "memory", dtype)
         assert_equal(losses, expected, dtype)
         assert plain_calls == [2] * STEPS and cached[3:] == [8] * (STEPS - 3), (plain_calls, cached)
@@ -133,12 +140,12 @@ def ranks_agree_on_what_the_limit_leaves_out() -> None:
     row = 16 * 4
     limit = sum(sample.length for sample in SAMPLES) * row * 2 // 5
     for stage in (2, 3):
-        expected, _, _, _ = run(stage, "off", steps=14)
-        losses, cached, calls, _ = run(stage, "memory", limit=limit, steps=14)
+        expected, _, _, _ = plain(stage)
+        losses, cached, calls, _ = run(stage, "memory", limit=limit)
         assert_equal(losses, expected, "float32")
         assert any(cached[4:]) and any(calls[4:]), (cached, calls)
         if stage == 3:
-            every = [torch.zeros(14, dtype=torch.long) for _ in range(2)]
+            every = [torch.zeros(STEPS, dtype=torch.long) for _ in range(2)]
             dist.all_gather(every, torch.tensor(calls))
             assert torch.equal(*every)
 
@@ -146,7 +153,7 @@ def ranks_agree_on_what_the_limit_leaves_out() -> None:
 @case
 def states_on_disk_serve_a_resumed_run_on_its_ranks() -> None:
     folder = Path(RESULTS).with_name("states")
-    expected, _, _, _ = run(3, "off")
+    expected, _, _, _ = plain(3)
     with mock.patch.object(prefix_store, "SHARD_BYTES", 1500):
         losses, _, calls, _ = run(3, "disk", folder=folder)
     assert_equal(losses, expected, "float32")

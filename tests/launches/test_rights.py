@@ -28,7 +28,7 @@ main(["push", run, "me/tiny", "--dry-run"])
 """
 
 
-@pytest.mark.parametrize("umask", [0o027, 0o002])
+@pytest.mark.parametrize("umask", [0o027, pytest.param(0o002, marks=pytest.mark.long)])
 def test_everything_that_a_run_leaves_follows_the_umask(settings: dict, tmp_path: Path, umask: int) -> None:
     training = {"max_steps": 2, "save_every": 1, "eval_every": 2}
     method = {"name": "weight_lora", "keep": 4, "steps": 1, "batch_growth": "none"}

@@ -13,7 +13,17 @@ from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers.mode_runs import adapter_settings, exported, mode_settings, plain, predictions_of, run_all, summary_of
+from helpers.mode_runs import (
+    adapter_settings,
+    asked_for,
+    exported,
+    marked,
+    mode_settings,
+    plain,
+    predictions_of,
+    run_all,
+    summary_of,
+)
 from helpers.tiny_modes import LABELLED, SUMMARIES, UNANSWERABLE, make_answers, make_bart, make_summaries, make_t5
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -21,6 +31,8 @@ METHODS = ("lora", "weight", "drop", "partial", "compact")
 MODELS = ("t5", "bart")
 NAMES = [f"{model}-{method}" for model in MODELS for method in METHODS]
 ALL = [*NAMES, "t5-labels", "t5-answers"]  # with an adapter
+LONG = {"t5-weight", "bart-drop", "t5-compact"}
+"""Methods that `make test` runs on the other model."""
 Trees = dict[str, dict[str, Any]]
 
 
@@ -43,11 +55,11 @@ def trees(labelled_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 @pytest.fixture(scope="module")
-def results(trees: Trees, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_all(trees, tmp_path_factory.mktemp("worlds"))
+def results(trees: Trees, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
+    return run_all(asked_for(trees, LONG, request), tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", marked(ALL, LONG))
 def test_stock_peft_has_what_was_measured(name: str, trees: Trees, results: dict[str, str]) -> None:
     assert results[name] == "passed", results[name]
     model, loss = exported(trees[name])
@@ -56,7 +68,7 @@ def test_stock_peft_has_what_was_measured(name: str, trees: Trees, results: dict
     assert loss == pytest.approx(summary_of(trees[name])["metrics"]["after"]["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if not name.endswith(("partial", "compact"))])
+@pytest.mark.parametrize("name", marked([name for name in ALL if not name.endswith(("partial", "compact"))], LONG))
 def test_the_loss_falls(name: str, trees: Trees, results: dict[str, str]) -> None:
     metrics = summary_of(trees[name])["metrics"]
     assert metrics["after"]["loss"] < 0.75 * metrics["before"]["loss"]
@@ -121,11 +133,10 @@ def test_both_stacks_are_derived_without_whole_passes(model: str, trees: Trees, 
     assert len({share for pair in scores["ratios"].values() for share in pair}) > 2
 
 
-@pytest.mark.parametrize("method", ["partial", "compact"])
-@pytest.mark.parametrize("model", MODELS)
-def test_masked_entries_are_zero_and_not_counted(model: str, method: str, trees: Trees, results) -> None:
+@pytest.mark.parametrize("name", marked([f"{m}-{method}" for m in MODELS for method in ("partial", "compact")], LONG))
+def test_masked_entries_are_zero_and_not_counted(name: str, trees: Trees, results) -> None:
     """In the exported pairs, wherever the masks are laid: by the optimizer, or by smaller matrices."""
-    tree = trees[f"{model}-{method}"]
+    tree = trees[name]
     run = Path(tree["output_dir"])
     plan = AdapterPlan.from_dict(json.loads((run / "plan.json").read_text()))
     weights = load_file(run / "adapter" / "adapter_model.safetensors")

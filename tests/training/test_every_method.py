@@ -63,16 +63,16 @@ def trees(
     return trees
 
 
-# Steps after which a run is killed: in the pilot, before its first own checkpoint, and between two of the rest.
+# Steps after which a run is killed: in the pilot, and between two checkpoints of the rest.
 KILLED = [
     ("lora_drop", 1),
-    ("lora_drop", 4),
     ("weight_then_partial", 6),
     ("adalora", 5),
-    ("rslora", 5),
     ("sparse_adapter", 5),
     ("encoder-partial", 5),
 ]
+KILLED_LONG = [("lora_drop", 4), ("rslora", 5)]
+"""Kills that `make test-long` adds: after the pilot and before the first own checkpoint, and of a tuner of PEFT's."""
 DRAWN = ("vera", "partial", "lora_drop", "weight_then_partial", "encoder-full")
 """Runs with a report: each kind of picture, and the plans with least to show."""
 NAMES = [*METHODS, *(f"encoder-{name}" for name in ENCODER)]
@@ -85,9 +85,10 @@ LONG = {
         "encoder-partial_adalora",
         "encoder-lora_drop",
     ),
-    "encoder-weight_then_partial",
+    *("encoder-weight_then_partial", "encoder-weight_lora", "weight_lora_plus"),
 }
-"""Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs."""
+"""Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs here or, as
+weight_lora_plus, elsewhere."""
 ANY = [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in NAMES]
 
 
@@ -101,15 +102,19 @@ def results(
     asked = {item.callspec.params.get("name") for item in here if hasattr(item, "callspec")}
     wanted = {name: tree for name, tree in trees.items() if name in asked or name not in LONG}
     worlds: dict[str, dict[str, Any]] = {name: {"trees": tree} for name, tree in wanted.items()}
-    worlds["partial-again"] = {"trees": trees["partial"] | {"output_dir": f"{trees['partial']['output_dir']}-again"}}
+    # What is made again is without pictures, which take longer than the steps.
+    again = {"output_dir": f"{trees['partial']['output_dir']}-again", "report": False}
+    worlds["partial-again"] = {"trees": trees["partial"] | again}
     killed = []
-    for name, steps in KILLED:
-        again = f"{name}-killed-{steps}"
-        tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}"}
+    parameters = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    also = [kill for kill in KILLED_LONG if {"name": kill[0], "steps": kill[1]} in parameters]
+    for name, steps in [*KILLED, *also]:
+        resumed = f"{name}-killed-{steps}"
+        tree = trees[name] | {"output_dir": f"{trees[name]['output_dir']}-killed-{steps}", "report": False}
         tree["training"] = tree["training"] | {"save_every": 3}
-        killed.append(f"{again}-first")
+        killed.append(f"{resumed}-first")
         worlds[killed[-1]] = {"trees": tree, "before": ["helpers.dying", "die_after", steps]}
-        worlds[again] = {"trees": tree}
+        worlds[resumed] = {"trees": tree}
     statuses = run_worlds({name: world | {"world_size": 1} for name, world in worlds.items()}, folder)
     expected = {name: [DIED] if name in killed else [0] for name in worlds}
     ended = {n: "passed" if s == expected[n] else f"{s}\n{last_lines(folder / n)}" for n, s in statuses.items()}
@@ -145,7 +150,9 @@ def test_a_run_leaves_what_it_measured(name: str, trees: dict[str, dict], result
     assert newest.state.progress.counted_steps == 8
 
 
-@pytest.mark.parametrize(("name", "steps"), KILLED)
+@pytest.mark.parametrize(
+    ("name", "steps"), [*KILLED, *(pytest.param(*kill, marks=pytest.mark.long) for kill in KILLED_LONG)]
+)
 def test_a_killed_run_ends_as_the_other(name: str, steps: int, trees: dict[str, dict], results: dict[str, str]) -> None:
     """Bit for bit: pilot, scores, masks, shared pairs and AdaLoRA's sensitivities survive."""
     assert results[f"{name}-killed-{steps}"] == "passed", results[f"{name}-killed-{steps}"]

@@ -11,13 +11,25 @@ from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score
 
-from helpers.mode_runs import METHODS, adapter_settings, exported, mode_settings, predictions_of, run_all, summary_of
+from helpers.mode_runs import (
+    METHODS,
+    adapter_settings,
+    asked_for,
+    exported,
+    marked,
+    mode_settings,
+    predictions_of,
+    run_all,
+    summary_of,
+)
 from helpers.tiny_modes import ANSWERS, LABELLED, SCORE, SCORED, UNANSWERABLE, make_answers, make_scored
 
 SCORES = [f"score-{method}" for method in METHODS if method != "full"]
 SPANS = [f"spans-{method}" for method in METHODS if method not in ("adalora", "full")]
 WRITTEN = ["written-scores", "written-answers"]
 ALL = [*SCORES, *SPANS, "spans-or-none", "decoder-labels", *WRITTEN]
+LONG = {"score-drop", "score-compact", "spans-weight"}
+"""Methods that `make test` runs on the other kind of head."""
 KINDS = {"score": "SEQ_CLS", "spans": None, "decoder": "SEQ_CLS", "written": "CAUSAL_LM"}
 Trees = dict[str, dict[str, Any]]
 
@@ -45,11 +57,11 @@ def trees(encoder_folder: Path, model_folder: Path, labelled_folder: Path, tmp_p
 
 
 @pytest.fixture(scope="module")
-def results(trees: Trees, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_all(trees, tmp_path_factory.mktemp("worlds"))
+def results(trees: Trees, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
+    return run_all(asked_for(trees, LONG, request), tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", marked(ALL, LONG))
 def test_stock_peft_has_what_was_measured(name: str, trees: Trees, results: dict[str, str]) -> None:
     """With the head, and with everything that the tokenizer gives handed on to the model."""
     assert results[name] == "passed", results[name]
@@ -59,7 +71,7 @@ def test_stock_peft_has_what_was_measured(name: str, trees: Trees, results: dict
     assert loss == pytest.approx(summary_of(trees[name])["metrics"]["after"]["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", marked(ALL, LONG))
 def test_the_loss_falls_and_the_head_is_in_the_adapter(name: str, trees: Trees, results: dict[str, str]) -> None:
     metrics = summary_of(trees[name])["metrics"]
     assert metrics["after"]["loss"] < (0.99 if name in WRITTEN else 0.85) * metrics["before"]["loss"]
@@ -70,7 +82,7 @@ def test_the_loss_falls_and_the_head_is_in_the_adapter(name: str, trees: Trees, 
     assert whole == (set() if head is None else {head})
 
 
-@pytest.mark.parametrize("name", [*SCORES, "written-scores"])
+@pytest.mark.parametrize("name", marked([*SCORES, "written-scores"], LONG))
 def test_scores_are_measured_by_their_correlations(name: str, trees: Trees, results: dict[str, str]) -> None:
     """From the predictions file alone, by scipy."""
     found, rows = summary_of(trees[name])["metrics"]["after"], predictions_of(trees[name])
@@ -92,7 +104,7 @@ def test_a_written_score_is_shown_as_it_was_written(trees: Trees, results: dict[
     assert all(SCORE[0] <= number <= SCORE[1] for number in numbers) and len(set(numbers)) > 3
 
 
-@pytest.mark.parametrize("name", [*SPANS, "spans-or-none"])
+@pytest.mark.parametrize("name", marked([*SPANS, "spans-or-none"], LONG))
 def test_answers_are_spans_of_their_contexts(name: str, trees: Trees, results: dict[str, str]) -> None:
     found, rows = summary_of(trees[name])["metrics"]["after"], predictions_of(trees[name])
     assert list(found) == ["loss", "exact_match", "f1"] and len(rows) == 9
