@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = ["train", *own]
     # Launchers start only these; the others may run anywhere, also in the shell of an allocation.
     launched = {"train", "derive", "evaluate", "doctor"} & set(arguments[:2])
-    world = find_world() if launched else ONE_PROCESS
+    world = ONE_PROCESS
+    if launched:
+        with one_line_errors(world, debug):
+            world = find_world()
     # A run goes on until its step is saved; the other commands are done when nobody reads what they print.
     printing = outlived(output_gone) if {"train", "derive"} & launched else nullcontext()
     escape_unencodable()

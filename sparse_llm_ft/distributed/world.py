@@ -30,10 +30,15 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
     """Read the environment of deepspeed, torchrun or srun, and complete it for torch.distributed.
 
     Without a launcher the world has one process. srun says all but where rank 0 is: see `set_rendezvous`.
+
+    Raises:
+        UserError: a variable is no number, or the rank is none of the world's.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun sets it; the batch script itself is not a step
+    elif (
+        "SLURM_STEP_NUM_TASKS" in environment and _number(environment, "SLURM_STEP_NUM_TASKS") > 1
+    ):  # srun sets it; the batch script itself is not a step
         _from_slurm(environment)
     else:
         environment.update(
@@ -41,9 +46,19 @@ def find_world(environment: MutableMapping[str, str] = os.environ) -> World:
         )
     if "LOCAL_SIZE" in environment:  # the deepspeed launcher's
         environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
-    size = int(environment["WORLD_SIZE"])
-    local = environment.get("LOCAL_WORLD_SIZE") or _slurm_local_size(environment)
-    return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), int(local or size))
+    rank, size, local_rank = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= size:
+        raise UserError(f"RANK: {rank}, and WORLD_SIZE is {size}; expected 0 to {size - 1}, as launchers set them")
+    if environment.get("LOCAL_WORLD_SIZE"):
+        return World(rank, size, local_rank, _number(environment, "LOCAL_WORLD_SIZE"))
+    return World(rank, size, local_rank, int(_slurm_local_size(environment) or size))
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name]
+    if not re.fullmatch("[0-9]+", text):
+        raise UserError(f"{name}: {text!r} in the environment; expected a number, as launchers set it")
+    return int(text)
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:

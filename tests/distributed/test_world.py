@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,22 @@ def test_alone_it_is_a_world_of_one_with_an_address() -> None:
 def test_deepspeed_and_torchrun_say_all() -> None:
     assert find_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}) == World(3, 4, 1, 2)
     assert find_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == World(3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"RANK": "one"}, "RANK: 'one' in the environment; expected a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' in the environment"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: '-1' in the environment"),
+        ({"LOCAL_WORLD_SIZE": "2(x2)"}, "LOCAL_WORLD_SIZE: '2(x2)' in the environment"),
+        ({"RANK": "4"}, "RANK: 4, and WORLD_SIZE is 4; expected 0 to 3"),
+    ],
+)
+def test_an_environment_that_no_launcher_sets_is_one_line(changed: dict[str, str], line: str) -> None:
+    """The last one would wait for others forever."""
+    with pytest.raises(UserError, match=re.escape(line)):
+        find_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"} | changed)
 
 
 def test_a_world_that_is_completed_is_found_again() -> None:
