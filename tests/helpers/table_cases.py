@@ -19,9 +19,9 @@ from sparse_llm_ft.engine.live_bytes import LiveBytes
 from sparse_llm_ft.engine.sharded_loading import load_sharded_model
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective
 
-VOCABULARY, WIDTH = 8192, 128
+VOCABULARY, WIDTH = 16384, 256
 TABLE = VOCABULARY * WIDTH * 2
-"""Bytes of the embedding, and of the head, in bfloat16: 2 MiB. All other weights together have a sixth of that."""
+"""Bytes of the embedding, and of the head, in bfloat16: 8 MiB. All other weights together have 1.5 MiB."""
 
 
 def wide_vocabulary(tied: bool) -> str:
