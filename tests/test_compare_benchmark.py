@@ -158,6 +158,7 @@ def test_tables_go_between_the_markers(tmp_path: Path) -> None:
         write_between_markers(page, "new")
 
 
+@pytest.mark.long
 def test_all_systems_on_a_narrow_llama(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)

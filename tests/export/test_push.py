@@ -63,7 +63,7 @@ def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subpro
     )
 
 
-@pytest.mark.parametrize("lfs", [True, False])
+@pytest.mark.parametrize("lfs", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_upload_is_the_export_with_card_and_settings(
     lfs: bool, hub: Hub, settings: dict, loud_folder: Path, tmp_path: Path
 ) -> None:

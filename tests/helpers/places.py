@@ -88,15 +88,14 @@ def _drop(die: Die) -> None:
     """With an old checkpoint half removed."""
     from sparse_llm_ft.checkpoint import store as checkpoints
 
-    remove = checkpoints.shutil.rmtree
+    remove = checkpoints.remove_folder
 
-    def half(path: str | Path, *args: Any, **kwargs: Any) -> None:  # tempfile removes its folders with it, too
-        if Path(path).name.startswith("step-"):
-            next(Path(path).glob("*.safetensors")).unlink()
-            die()
-        remove(path, *args, **kwargs)
+    def half(path: Path) -> None:
+        next(path.glob("*.safetensors")).unlink()
+        die()
+        remove(path)
 
-    checkpoints.shutil.rmtree = half
+    checkpoints.remove_folder = half
 
 
 def _metrics(die: Die) -> None:

@@ -60,7 +60,9 @@ def losses(compiled: bool, checkpointing: bool) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.long)], ids=["plain", "checkpointing"]
+)
 def test_compiled_layers_lose_nothing(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "BACKEND", "aot_eager")
     counters.clear()

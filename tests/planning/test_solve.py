@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -176,14 +177,17 @@ def test_auto_takes_what_fits_and_writes_it_down(model_folder: Path, data_folder
     assert (phase["micro_batch_size"], phase["global_batch_size"], phase["steps"]) == (4, 8, 3)
 
 
-def test_a_cache_that_is_cut_short_or_has_no_row_is_planned_as_none(settings: dict) -> None:
+def test_a_cache_that_is_cut_short_or_has_no_row_is_planned_as_none(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run refuses the one, and writes the other anew."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # other tests read the common one
     context = opened(settings)
     builder = SplitBuilder(context.config, context.task, context.tokenizer, context.task_mode)
+    entry = cache_folder(builder.key("train"))
     assert sample_sizes(context) == SampleSizes.assumed(context.config.task.max_length)
     builder.stored("train")
     assert sample_sizes(context).count == 40
-    entry = cache_folder(builder.key("train"))
     path = entry / "samples.arrow"
     path.write_bytes(path.read_bytes()[:100])
     assert not sample_sizes(context).known

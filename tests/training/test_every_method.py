@@ -86,6 +86,7 @@ LONG = {
         "encoder-lora_drop",
     ),
     *("encoder-weight_then_partial", "encoder-weight_lora", "weight_lora_plus"),
+    "rslora",
 }
 """Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs here or, as
 weight_lora_plus, elsewhere."""
