@@ -169,6 +169,12 @@ def runs_name(listing: str) -> str:
     return f"{RUNS_NAME}-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
 
 
+_REQUEUE = """\
+if [ "$status" -eq 75 ]; then  # more than once: Slurm's controller may be busy, or away for a moment
+  for pause in 5 20 60 0; do scontrol requeue "$SLURM_JOB_ID" && exit; sleep "$pause"; done
+fi"""
+
+
 def render(
     options: JobOptions,
     folder: Path,
@@ -215,9 +221,7 @@ def render(
         config=f"$run/{JOB_FOLDER}/{CONFIG_NAME}",
         launch=_launch(options, mounts),
         log_file=f'"{job}/{name}.log"',
-        again="# The next job of the chain tries again."
-        if options.chain
-        else '[ "$status" -ne 75 ] || exec scontrol requeue "$SLURM_JOB_ID"',
+        again="# The next job of the chain tries again." if options.chain else _REQUEUE,
     )
 
 

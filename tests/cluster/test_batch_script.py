@@ -86,6 +86,21 @@ def test_a_container_gets_its_folders_the_hubs_caches_and_an_address(
     ], answer.stderr
 
 
+@pytest.mark.parametrize(("status", "failures", "calls", "ends"), [(75, 2, 3, 0), (75, 9, 4, 75), (1, 0, 0, 1)])
+def test_a_controller_that_is_away_is_asked_again(
+    tmp_path: Path, status: int, failures: int, calls: int, ends: int
+) -> None:
+    """The end of the script, with a scontrol that fails so many times; the run is lost if none succeeds."""
+    end = render(OPTIONS, RUN).rpartition("status=$?")[2]
+    play(tmp_path, "scontrol", f'echo "$@" >> calls; [ "$(wc -l < calls)" -gt {failures} ]')
+    play(tmp_path, "sleep", "")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    command = ["bash", "-uc", f"status={status}\n{end}"]
+    assert subprocess.run(command, timeout=30, env=environment, cwd=tmp_path).returncode == ends
+    made = (tmp_path / "calls").read_text().splitlines() if calls else []
+    assert made == ["requeue 7"] * calls
+
+
 @pytest.mark.parametrize("path", ["/a b", "/a:b", "/a,b"])
 def test_a_folder_that_pyxis_would_read_otherwise_is_refused(path: str) -> None:
     with pytest.raises(UserError, match="has signs that pyxis reads otherwise"):
