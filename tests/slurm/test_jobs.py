@@ -24,7 +24,7 @@ def test_a_run_by_submit_says_what_it_does(reference: Path) -> None:
 def test_the_limit_and_a_requeue_change_no_bit(reference: Path, job_settings: dict, tmp_path: Path) -> None:
     """USR2 before a real time limit of two minutes, then `scontrol requeue` in the middle of what is left."""
     options = [*SUBMIT[:-1], "2", "--leave-before", "50"]
-    job = Submitted(tmp_path / "run", job_settings, *options)
+    job = Submitted(tmp_path / "run", job_settings, *options, slow=1.0)  # not done before the signal comes
     wait(job.run, lambda: "SIGUSR2: saved step" in logs(job.run))
     before, attempts = state(job.run)["step"], state(job.run)["attempt"]
     assert 0 < before < 100
