@@ -25,7 +25,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Any
 from harness import argument_parser
 from reproduce import train_one
 from retest_systems import ALPHA, LORA, RANK, SYSTEMS, System
+from todo import Todo
 
 from jobs import failed_file
 from tables import write_part
@@ -359,15 +359,14 @@ def main() -> None:
     models, out = options.models.resolve(), options.out.resolve()
     data, block = prepare_data(options.data, out), Block(out, Results(options.results or out / "results.jsonl"))
     chosen = [system for system in SYSTEMS if options.only is None or system.name in options.only]
-    for system in chosen:
-        while runs := block.missing(system):
-            with ThreadPoolExecutor(options.processes) as pool:
-                for line in pool.map(lambda run: finish(run, models, data, block), runs):
-                    print(line, flush=True)
-            if any(block.results.of(run) is None for run in runs):
-                sys.exit("a run failed; its log is beside its folder")
-        if options.output:
-            write_part(options.output, "retest", "\n".join(page(block)))
+    todo = Todo(
+        missing=lambda: (run for system in chosen for run in block.missing(system)),
+        is_done=lambda run: block.results.of(run) is not None,
+    )
+    if not todo.finish(lambda run: finish(run, models, data, block), options.processes):
+        sys.exit("a run failed; its log is beside its folder")
+    if options.output:
+        write_part(options.output, "retest", "\n".join(page(block)))
     print("\n".join(page(block)))
 
 

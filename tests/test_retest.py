@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import retest
 from retest_systems import BALANCED, LORA, SYSTEMS
+from todo import Todo
 
 from sparse_llm_ft.config import parse_config
 
@@ -116,3 +118,42 @@ def test_phrases_of_tested_sentences_are_left_out(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(retest, "CUT_OFF", 1)
     folder = retest.prepare_data(tmp_path / "source", tmp_path / "again")
     assert read("train.jsonl") == texts[1:5]  # "fine" is no word of "a refined one"
+
+
+def test_a_thread_goes_on_with_the_next_system_and_waits_only_for_what_chooses_a_rate() -> None:
+    """Two threads; b and c become possible with a's result, and last only with both."""
+    after = {"a": set[str](), "b": {"a"}, "c": {"a"}, "last": {"b", "c"}}
+    done: set[str] = set()
+    both = threading.Barrier(2, timeout=30)
+    order: list[str] = []
+
+    def run(job: str) -> str:
+        assert after[job] <= done
+        if job in ("b", "c"):
+            both.wait()  # broken unless both run at the same time
+        order.append(job)
+        done.add(job)
+        return job
+
+    todo = Todo(lambda: [job for job in after if job not in done and after[job] <= done], done.__contains__)
+    assert todo.finish(run, threads=2)
+    assert order[0] == "a" and set(order[1:3]) == {"b", "c"} and order[3:] == ["last"]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_after_a_run_that_failed_none_is_begun(raises: bool) -> None:
+    begun: list[str] = []
+
+    def run(job: str) -> str:
+        begun.append(job)
+        if raises:
+            raise OSError("no space")
+        return "no result"
+
+    todo = Todo(lambda: ["a", "b"], lambda job: False)
+    if raises:
+        with pytest.raises(OSError, match="no space"):
+            todo.finish(run, threads=1)
+    else:
+        assert not todo.finish(run, threads=1)
+    assert begun == ["a"]
