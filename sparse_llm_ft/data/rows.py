@@ -154,17 +154,21 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 def _label(labels: Sequence[str], value: Any) -> int:
     """The label's index. The row gives the label word or the index, as a number or as text. If label words are
-    numbers (grades from 1 to 5), a number means the word.
+    numbers (grades from 1 to 5), a number means the word, and never an index: 0 is none of these grades.
     """
-    number = isinstance(value, int) and not isinstance(value, bool)
-    word = str(value) if number else value
-    if isinstance(word, str):
-        if word in labels:
-            return labels.index(word)
-        if _NUMBER.fullmatch(word):
-            value = int(word)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-        return value
+    grades = {int(word): index for index, word in enumerate(labels) if _NUMBER.fullmatch(word)}
+    if isinstance(value, str):
+        if value in labels:
+            return labels.index(value)
+        if _NUMBER.fullmatch(value):
+            value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value in grades:
+            return grades[value]
+        if not grades and 0 <= value < len(labels):
+            return value
+    if grades:
+        raise BadRow(f"label {value!r:.60} is not one of task.labels, {', '.join(labels)}")
     reason = f"task.labels is {', '.join(labels)}"
     if value == -1:
         reason = "the row has no label, as in GLUE's test splits"

@@ -58,6 +58,18 @@ def test_a_number_is_the_word_where_words_are_numbers(value: Any, labels: tuple[
     assert one({"t": "a", "label": value}, labels=labels, texts=("t",)).label == number
 
 
+@pytest.mark.parametrize(("value", "number"), [(" 1", 0), ("2 ", 1), ("03", 2), (3, 2)])
+def test_a_number_is_that_word_however_a_table_writes_it(value: Any, number: int) -> None:
+    assert one({"t": "a", "label": value}, labels=("1", "2", "3"), texts=("t",)).label == number
+
+
+@pytest.mark.parametrize("value", [0, "0", " 0", 4, -1, 1.0, None, "one"])
+def test_where_words_are_numbers_another_number_is_no_index(value: Any) -> None:
+    """Labels from 0 to 2 beside the words 1, 2, 3 would make one class of 0 and 1."""
+    with pytest.raises(BadRow, match=r"is not one of task\.labels, 1, 2, 3"):
+        read({"t": "a", "label": value}, labels=("1", "2", "3"), texts=("t",))
+
+
 @pytest.mark.parametrize("answer", ["", " ", None])
 def test_a_template_does_not_fill_an_empty_completion(answer: Any) -> None:
     with pytest.raises(BadRow, match="the completion is empty"):
