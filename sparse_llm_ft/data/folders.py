@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparse_llm_ft.data.files import ALL_ENDINGS
 from sparse_llm_ft.errors import ConfigError
@@ -14,7 +15,8 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 _STATE = "state.json"
 """`Dataset.save_to_disk`'s list of its files."""
 
-_SHARD = re.compile(r"(.+?)[-_.](\d+)(?:-of-(\d+))?")
+_SHARD = re.compile(r"(.+?)[-_.](\d+)(?:-of-(\d+)(?:-[0-9a-f]{16})?)?")
+"""``STEM-00000-of-00002``; older files of the hub have a hash behind it."""
 
 
 def files_of(folder: Path, stem: str, config: str | None = None) -> tuple[Path, ...]:
@@ -36,7 +38,7 @@ def files_of(folder: Path, stem: str, config: str | None = None) -> tuple[Path, 
     if plain:
         return tuple(plain)
     found = [files for place in _places(folder, config) for files in _sharded(place, stem)]
-    if not found and (folder / _STATE).is_file() and stem == (_state(folder).get("_split") or "train"):
+    if not found and (folder / _STATE).is_file() and stem == _saved_split(folder):
         found = [_saved(folder)]
     if len(found) > 1:
         raise _several(folder, stem, [str(files[0].relative_to(folder)) for files in found])
@@ -59,43 +61,82 @@ def _places(folder: Path, config: str | None) -> Iterator[Path]:
 
 def _sharded(place: Path, stem: str) -> Iterator[tuple[Path, ...]]:
     """The split's shards beside each other, and those in a folder of its name; in ``data`` also its only file."""
-    shards: dict[str, list[tuple[int, int | None, Path]]] = {}
-    for path in place.iterdir():
-        ending = _ending(path)
-        match = _SHARD.fullmatch(path.name.removesuffix(ending)) if ending and path.is_file() else None
-        if match and match[1] == stem:
-            shards.setdefault(ending, []).append((int(match[2]), int(match[3]) if match[3] else None, path))
+    shards: dict[str, list[_Shard]] = {}
+    for path in sorted(place.iterdir()):
+        ending, shard = _ending(path), _shard(path)
+        if shard and shard.stem == stem:
+            shards.setdefault(ending, []).append(shard)
         elif ending and path.name == f"{stem}{ending}" and place.name == "data":
-            shards.setdefault(ending, []).append((0, None, path))
+            yield (path,)
     for numbered in shards.values():
         yield _complete(numbered)
     inner = place / stem
     if (inner / _STATE).is_file():
         yield _saved(inner)
     elif inner.is_dir():
-        files = sorted(path for path in inner.iterdir() if _ending(path) and not path.name.startswith((".", "cache-")))
-        if files:
-            yield tuple(files)
+        yield from _in_folder(inner)
 
 
-def _complete(numbered: list[tuple[int, int | None, Path]]) -> tuple[Path, ...]:
+def _in_folder(folder: Path) -> Iterator[tuple[Path, ...]]:
+    """The files of a folder that is a split, by format; their names are anything."""
+    formats: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name)):
+        if _ending(path) and path.is_file() and not path.name.startswith((".", "cache-")):
+            formats.setdefault(_ending(path), []).append(path)
+    for paths in formats.values():
+        counted: dict[str, list[_Shard]] = {}
+        for shard in filter(None, map(_shard, paths)):
+            if shard.total is not None:
+                counted.setdefault(shard.stem, []).append(shard)
+        for numbered in counted.values():
+            _complete(numbered)
+        yield tuple(paths)
+
+
+class _Shard(NamedTuple):
+    """A file with a number in its name, and with the number of all such files if the name has it."""
+
+    stem: str
+    number: int
+    total: int | None
+    path: Path
+
+
+def _shard(path: Path) -> _Shard | None:
+    ending = _ending(path)
+    match = _SHARD.fullmatch(path.name.removesuffix(ending)) if ending and path.is_file() else None
+    return match and _Shard(match[1], int(match[2]), int(match[3]) if match[3] else None, path)
+
+
+def _complete(shards: list[_Shard]) -> tuple[Path, ...]:
     """The shards in order.
 
     Raises:
-        ConfigError: one of those that their names count is missing.
+        ConfigError: one of those that their names count is missing, or two have the same number.
     """
-    numbered.sort(key=lambda shard: shard[0])
-    _, count, first = numbered[0]
-    if count is not None:
-        missing = set(range(count)) - {number for number, _, _ in numbered}
-        if missing or len({total for _, total, _ in numbered}) > 1:
+    shards = sorted(shards, key=lambda shard: shard.number)
+    first, numbers = shards[0], {shard.number for shard in shards}
+    for one, other in pairwise(shards):
+        if one.number == other.number or one.total != other.total:
             raise ConfigError(
                 "task.path",
-                f"{str(first.parent)!r} has {len(numbered)} of the {count} shards of {first.name}"
-                + (f"; number {min(missing)} is missing" if missing else ""),
-                "expected all of them",
+                f"{str(first.path.parent)!r} has {one.path.name} and {other.path.name}",
+                "expected shards of one numbering",
             )
-    return tuple(path for _, _, path in numbered)
+    missing = next((number for number in range(first.total or 0) if number not in numbers), None)
+    if missing is not None:
+        raise ConfigError(
+            "task.path",
+            f"{str(first.path.parent)!r} has {len(shards)} of the {first.total} shards of {first.path.name}; "
+            f"number {missing} is missing",
+            "expected all of them",
+        )
+    return tuple(shard.path for shard in shards)
+
+
+def _by_number(name: str) -> list[tuple[str, int]]:
+    """A key that sorts 2 before 10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _saved(folder: Path) -> tuple[Path, ...]:
@@ -110,6 +151,11 @@ def _saved(folder: Path) -> tuple[Path, ...]:
         if not path.is_file():
             raise ConfigError("task.path", f"{str(path)!r} is missing", f"{_STATE} lists it")
     return files
+
+
+def _saved_split(folder: Path) -> str:
+    """The split that a single saved `Dataset` is, or is a part of (``train[:10%]``)."""
+    return str(_state(folder).get("_split") or "train").partition("[")[0]
 
 
 def _state(folder: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, NamedSplit
 
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.files import COMPRESSED
@@ -84,6 +84,52 @@ def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
         Dataset.from_list(ROWS["train"]).to_parquet(folder / f"train-0000{i}-of-00003.parquet")
     with pytest.raises(ConfigError, match=r"has 2 of the 3 shards of train-00000.*; number 1 is missing"):
         splits_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("data/train.jsonl", "data/train-00000-of-00001.jsonl"),
+            "data/train.jsonl and data/train-00000-of-00001.jsonl",
+        ),
+        (("train-0.jsonl", "train_0.jsonl"), "train-0.jsonl and train_0.jsonl; expected shards of one numbering"),
+        (("train_0.jsonl", "train-00000-of-00001.jsonl"), "expected shards of one numbering"),
+        (("train/a.jsonl", "train/a.csv"), "train/a.csv and train/a.jsonl; expected one file for split train"),
+        (("train/train-00000-of-00002.jsonl",), "1 of the 2 shards of .*; number 1 is missing"),
+        (("train/a-00000-of-00001.jsonl", "train/b-00001-of-00002.jsonl"), "number 0 is missing"),
+    ],
+)
+def test_no_row_is_read_twice_and_none_is_left_out(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(table(ROWS["train"]) if name.endswith("csv") else lines(ROWS["train"]))
+    with pytest.raises(ConfigError, match=message) as error:
+        splits_of(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_names_as_older_repositories_and_people_have_them(tmp_path: Path) -> None:
+    """A hash behind the number of the shards; numbers without zeros before them; a date, which counts nothing."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.jsonl").write_bytes(lines(ROWS["train"][i * 2 : i * 2 + 2]))
+    (folder / "12.jsonl").write_bytes(lines(ROWS["train"][24:]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test-00000-of-00001-a09b74b3ef9c3b56.jsonl").write_bytes(lines(ROWS["test"]))
+    assert splits_of(tmp_path) == WANTED
+    for number in ("20240131", "20240201"):
+        (tmp_path / f"validation_{number}.jsonl").write_bytes(lines(ROWS["test"]))
+    task = resolve_task(TaskConfig(name="custom", path=str(tmp_path), prompt="{text}", completion="{answer}"))
+    assert len(read_split(task, "validation")) == 2
+
+
+def test_a_saved_part_of_a_split_is_that_split(tmp_path: Path) -> None:
+    """`load_dataset(..., split="train[:10%]")` names the part."""
+    Dataset.from_list(ROWS["train"], split=NamedSplit("train[:10%]")).save_to_disk(tmp_path)
+    task = resolve_task(TaskConfig(name="custom", path=str(tmp_path), prompt="{text}", completion="{answer}"))
+    assert len(read_split(task, "train")) == 25 and not has_split(task, "test")
 
 
 def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
