@@ -206,8 +206,7 @@ class SplitBuilder:
         skipped = Skipped()
 
         def write() -> None:
-            if own != key:
-                raise UserError(f"task: this node's {split} rows or tokenizer differ from those on rank 0's node")
+            _check_same(own, key, split)
             counts = lambda: {"skipped": skipped.count, "reasons": skipped.reasons}  # noqa: E731
             make = lambda: self._encode(self._rows(split, further, skipped), skipped, limit)  # noqa: E731
             schema = schema_of(kind, self.task.score is not None)
@@ -273,7 +272,11 @@ class SplitBuilder:
         return self._checked(self.encoder(example))
 
     def stream_key(self) -> str:
-        """Collective over `ranks`. The streamed split's key, from a file's two ends: reading it all may take hours."""
+        """Collective over `ranks`. The streamed split's key, from a file's two ends: reading it all may take hours.
+
+        Raises:
+            UserError: on every rank, if files or tokenizer of one differ from those of rank 0.
+        """
         files = split_files(self.task, "train")
         own = [""]
 
@@ -286,7 +289,9 @@ class SplitBuilder:
             )
 
         self.ranks.on_every_rank(look)
-        return self.ranks.broadcast(own[0])
+        key = self.ranks.broadcast(own[0])
+        self.ranks.on_every_rank(lambda: _check_same(own[0], key, "train"))
+        return key
 
     def measured(self) -> tuple[EvalSplit, ...]:
         """Collective over `ranks`. The first samples of the evaluated split and of the task's further splits."""
@@ -377,6 +382,12 @@ _NOT_CONTENT = (
     "on_bad_row",
     "streaming",
 )
+
+
+def _check_same(own: str, key: str, split: str) -> None:
+    """Refuse a key that is not rank 0's."""
+    if own != key:
+        raise UserError(f"task: this node's {split} rows or tokenizer differ from those on rank 0's node")
 
 
 def _check_inputs(task: Task, task_mode: TaskMode, model: str) -> None:

@@ -11,7 +11,7 @@ from sparse_llm_ft.data.files import COMPRESSED, ENDINGS, rows_of
 from sparse_llm_ft.data.folders import files_of
 from sparse_llm_ft.data.rows import Example, examples_of
 from sparse_llm_ft.data.tasks import BadRow, MissingColumn, Row, Task, listed, odd_fields, require, with_fields
-from sparse_llm_ft.errors import ConfigError, DataError, UserError, reason_of
+from sparse_llm_ft.errors import ConfigError, DataError, TrainingError, UserError, reason_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -185,7 +185,7 @@ def _open(task: Task, split: str, further: str | None) -> tuple[str, Iterator[tu
         hub = "/".join(part for part in (task.hub_id, task.hub_config) if part)
         source = f"{hub}[{name}]"
         rows = hub_rows(task, name, task.streaming and split == "train")
-        return source, ((source, number, row) for number, row in enumerate(rows, 1))
+        return source, ((source, number, row) for number, row in _numbered(rows, source))
     files = split_files(task, split, further)
     if not files:
         stem = split if further is None else name
@@ -203,6 +203,23 @@ def _first_row(task: Task, split: str, further: str | None) -> tuple[str, int, R
     """Source, line and content of a split's first row that can be read."""
     _, rows = _open(task, split, further)
     return next((source, line, row) for source, line, row in rows if not isinstance(row, BadRow))
+
+
+def _numbered(rows: Iterable[Row], source: str) -> Iterator[tuple[int, Row]]:
+    """The hub's rows with their numbers, from 1.
+
+    Raises:
+        TrainingError: the next row cannot be read, since the server of streamed rows is away.
+    """
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, row
+    except Exception as error:  # of a dozen types, as in `hub_rows`
+        raise TrainingError(
+            f"{source}: the row behind number {number} cannot be read "
+            f"({type(error).__name__}: {reason_of(error)}); the same command continues when it can be"
+        ) from error
 
 
 def hub_rows(task: Task, name: str, streamed: bool = False) -> Iterable[Row]:

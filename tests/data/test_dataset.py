@@ -193,6 +193,23 @@ def test_only_the_first_rank_of_a_node_tokenises(
         encode(settings, ranks=Coordination(ALONE.on_rank_zero, leads, ALONE.on_every_rank, lambda text: "of rank 0"))
 
 
+def test_streamed_rows_are_those_of_rank_zero_on_every_rank(own_data: Path, settings: dict) -> None:
+    """Ranks share the positions of one stream: another file on another node would be other rows, and no error."""
+    settings["task"]["streaming"] = True
+    settings["training"]["max_steps"] = 4
+    said: list[str] = []
+    first = Coordination(
+        ALONE.on_rank_zero, ALONE.on_leaders, ALONE.on_every_rank, lambda text: said.append(text) or text
+    )
+    assert encoding(settings, ranks=first).stream_key() == said[0]
+    other = Coordination(ALONE.on_rank_zero, ALONE.on_leaders, ALONE.on_every_rank, lambda text: said[0])
+    assert encoding(settings, ranks=other).stream_key() == said[0]
+    with (own_data / "train.jsonl").open("a") as file:
+        file.write('{"text": "anna", "answer": "tom"}\n')
+    with pytest.raises(UserError, match=r"task: this node's train rows or tokenizer differ from those on rank 0's node"):
+        encoding(settings, ranks=other).stream_key()
+
+
 LONG = " ".join(["anna"] * 40)
 
 

@@ -10,7 +10,7 @@ import pytest
 from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.reading import Skipped, check_columns, examples, has_split, read_split, split_files
 from sparse_llm_ft.data.task_config import resolve_task
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import TrainingError, UserError
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -188,6 +188,22 @@ def test_references_of_dialogsum_are_rows_or_columns(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", rows)
     (sample,) = read_split(resolve_task(TaskConfig(name="dialogsum", path=str(tmp_path))), "test")
     assert sample.references == ("a", "b", "c")
+
+
+def test_a_server_that_goes_away_while_rows_stream_is_one_line_and_not_the_users_fault(monkeypatch) -> None:
+    import datasets
+
+    def rows():
+        yield {"sentence": "fine", "label": 1}
+        raise ConnectionError("could not reach\nhuggingface.co")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    task = resolve_task(TaskConfig(name="glue/sst2", streaming=True))
+    found = examples(task, "train", Skipped())
+    assert next(found).label == 1
+    with pytest.raises(TrainingError, match=r"nyu-mll/glue/sst2\[train\]: the row behind number 1 cannot be read") as error:
+        next(found)
+    assert "ConnectionError: could not reach huggingface.co" in str(error.value)
 
 
 def test_the_hubs_conversion_is_read_where_its_set_has_a_loading_script(monkeypatch) -> None:
