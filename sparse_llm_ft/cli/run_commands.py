@@ -161,10 +161,24 @@ def _generate(options: argparse.Namespace) -> None:
     from sparse_llm_ft.inference.trained_run import in_one_process
 
     run = _read(options, in_one_process(config))
-    texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in options.texts]
+    texts = [_standard_input() if text == "-" else text for text in options.texts]
     rows = make_rows(input_columns(run), texts, given)
     for text in answer(run, rows):
         print(text)
+
+
+def _standard_input() -> str:
+    """What stands there, without the line ends behind it.
+
+    Raises:
+        UserError: it is closed, or not text of its encoding.
+    """
+    if sys.stdin is None:
+        raise UserError("-: standard input is closed; expected a text there")
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"-: standard input is not {error.encoding} (byte {error.start}); expected a text") from None
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -231,6 +245,7 @@ def _generation(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     """The run's settings, overridden by the generation options and checked."""
     names = ("max_new_tokens", "num_beams", "temperature", "top_p")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given["samples"] = max(1, config.evaluation.samples)  # a run that measures nothing may exceed its positions
     # The command reads no data: their folder need not exist.
     tree = merge(config.model_dump(mode="json"), {"evaluation": given, "task": {"path": None}})
     if options.seed is not None:

@@ -68,16 +68,17 @@ def make_rows(columns: Sequence[str], texts: Sequence[str], given: Row) -> list[
 def unlabeled_example(task: Task, row: Row, source: str) -> Example:
     """The row as an example without target: an empty completion, or the first label or lowest score as a placeholder.
 
+    As in training, a column of the prompt may be empty while another one is not.
+
     Raises:
-        UserError: a text is empty or not text.
+        UserError: a text is not text; one that a head sees, or the whole input, is empty.
     """
-    for column in row:
-        try:
-            empty = not text_of(row, column).strip()
-        except BadRow as error:
-            raise UserError(f"{source}: {error}") from None
-        if empty:
-            raise UserError(f"{source}: column {column} is empty")
+    try:
+        empty = [column for column in row if not text_of(row, column).strip()]
+    except BadRow as error:
+        raise UserError(f"{source}: {error}") from None
+    if len(empty) == len(row) or any(column in task.texts for column in empty):
+        raise UserError(f"{source}: column {', '.join(empty)} is empty")
 
     # Placeholders for the target, which samples must have.
     label: int | float | None = None

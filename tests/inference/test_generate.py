@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from helpers.trained_runs import PLANS, make_run
 from sparse_llm_ft.cli.main import main
@@ -18,6 +18,7 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.evaluation import evaluator
 from sparse_llm_ft.inference.generate import make_rows, unlabeled_example
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 
 TEXTS = ["anna meets tom", "the red cake"]
 
@@ -68,6 +69,37 @@ def test_standard_input_is_one_text(settings: dict, capsys, monkeypatch) -> None
     monkeypatch.setattr("sys.stdin", io.StringIO("anna buys\na cake\n"))
     printed = run(settings["output_dir"], "-", capsys=capsys)
     assert printed.strip() == greedy(model, tokenizer, "anna buys\na cake ?", 4)  # evaluation.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"), "is not utf-8"), (None, "standard input is closed")],
+)
+def test_standard_input_that_is_no_text_is_one_line(given: Any, message: str, settings: dict, capsys, monkeypatch):
+    make_run(settings, PLANS["lora"])
+    monkeypatch.setattr("sys.stdin", given)
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", settings["output_dir"], "-"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_more_tokens_than_the_model_has_positions_are_one_line_whatever_the_run_measures(
+    settings: dict, loud_folder: Path, tmp_path: Path, capsys
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(loud_folder)
+    folder = tmp_path / "gpt2"
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    ends = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings["model"]["name"], settings["evaluation"]["samples"] = str(folder), 0
+    make_run(settings, AdapterPlan({"transformer.h.0.attn.c_attn": ModuleAdapter(4, 8.0)}))
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", settings["output_dir"], "tom", "--max-new-tokens", "100"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "evaluation.max_new_tokens: 100" in error and "has 64 positions" in error
 
 
 def test_the_data_need_not_be_there(settings: dict, data_folder: Path, tmp_path: Path, capsys) -> None:
@@ -166,6 +198,16 @@ def test_rows_are_made_of_texts_and_columns() -> None:
     assert make_rows(["a", "b"], [], {"a": "x", "b": "z"}) == [{"a": "x", "b": "z"}]
     with pytest.raises(UserError, match="--column a=TEXT --column b=TEXT"):
         make_rows(["a", "b"], [], {})
+
+
+def test_a_column_may_be_empty_where_it_may_be_in_training() -> None:
+    alpaca = Task("t", None, "{instruction}\n{input}", "{output}")
+    assert unlabeled_example(alpaca, {"instruction": "Sing.", "input": ""}, "text 1").prompt == "Sing.\n"
+    with pytest.raises(UserError, match="text 1: column instruction, input is empty"):
+        unlabeled_example(alpaca, {"instruction": " ", "input": ""}, "text 1")
+    pair = Task("t", None, "{a} {b}", " {label}", labels=("no", "yes"), texts=("a", "b"))
+    with pytest.raises(UserError, match="text 2: column b is empty"):
+        unlabeled_example(pair, {"a": "x", "b": ""}, "text 2")
 
 
 def test_an_example_without_answer_shows_what_training_shows() -> None:
