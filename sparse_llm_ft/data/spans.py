@@ -131,7 +131,8 @@ def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, i
     if not answers or not inside:
         return None
     text, first = answers[0]
-    last = first + len(text)
+    first += len(text) - len(text.lstrip())  # some sets have spaces around their answers
+    last = first + len(text.strip())
     if not inside[0][1] <= first < last <= inside[-1][2]:
         return None
     start = max(position for position, begin, _ in inside if begin <= first)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_llm_ft.config import EvaluationConfig
 from sparse_llm_ft.data.dataset import EvalSplit
-from sparse_llm_ft.data.tasks import Task
+from sparse_llm_ft.data.tasks import Task, render
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.collectives import run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
@@ -138,8 +138,14 @@ class Evaluator:
         return score(self.task.metrics, answers, [[same(text) for text in right] for right in references]), rows
 
     def _answer(self, text: str) -> str:
-        """The text, with `task.no_answer` replaced by the empty answer."""
-        return "" if self.task.no_answer and text.strip() == self.task.no_answer else text
+        """The text; the empty answer in place of `task.no_answer`, or of the completion that has it."""
+        task = self.task
+        if not task.no_answer:
+            return text
+        assert task.completion, "resolve_task made sure"
+        is_alone = len(task.completion_columns) == 1
+        learned = render(task.completion, {task.completion_columns[0]: task.no_answer}) if is_alone else ""
+        return "" if text.strip() in (task.no_answer, learned.strip()) else text
 
     def _score_labels(self, part: EvalSplit, predictions: list[Any]) -> tuple[dict[str, float], Rows]:
         targets = [sample.label for sample in part.samples]

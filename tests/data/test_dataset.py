@@ -206,7 +206,9 @@ def test_streamed_rows_are_those_of_rank_zero_on_every_rank(own_data: Path, sett
     assert encoding(settings, ranks=other).stream_key() == said[0]
     with (own_data / "train.jsonl").open("a") as file:
         file.write('{"text": "anna", "answer": "tom"}\n')
-    with pytest.raises(UserError, match=r"task: this node's train rows or tokenizer differ from those on rank 0's node"):
+    with pytest.raises(
+        UserError, match=r"task: this node's train rows or tokenizer differ from those on rank 0's node"
+    ):
         encoding(settings, ranks=other).stream_key()
 
 

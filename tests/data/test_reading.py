@@ -201,7 +201,9 @@ def test_a_server_that_goes_away_while_rows_stream_is_one_line_and_not_the_users
     task = resolve_task(TaskConfig(name="glue/sst2", streaming=True))
     found = examples(task, "train", Skipped())
     assert next(found).label == 1
-    with pytest.raises(TrainingError, match=r"nyu-mll/glue/sst2\[train\]: the row behind number 1 cannot be read") as error:
+    with pytest.raises(
+        TrainingError, match=r"nyu-mll/glue/sst2\[train\]: the row behind number 1 cannot be read"
+    ) as error:
         next(found)
     assert "ConnectionError: could not reach huggingface.co" in str(error.value)
 

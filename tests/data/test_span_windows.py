@@ -81,6 +81,15 @@ def test_an_answer_within_words_takes_them_whole_and_the_first_answer_counts(tok
     assert tokenizer.convert_ids_to_tokens(sample.ids)[sample.start : sample.end + 1] == ["station"]
 
 
+@pytest.mark.parametrize("answer", [" red book", "red book ", " red book ", "book . ", "station . "])
+def test_spaces_around_an_answer_are_no_part_of_it(tokenizer, answer: str) -> None:
+    context = f"{CONTEXT} "
+    example = Example("", "", (), texts=("tom ?", context), answers=((answer, context.index(answer)),))
+    (sample,) = encode_spans([example], tokenizer, 64)
+    words = tokenizer.convert_ids_to_tokens(sample.ids)[sample.start : sample.end + 1]
+    assert words == answer.split()
+
+
 def test_a_window_is_no_longer_than_the_tokenizers_model(tokenizer, encoder_folder: Path) -> None:
     short = AutoTokenizer.from_pretrained(encoder_folder, model_max_length=10)
     assert {len(sample.ids) for sample in encode_spans([question("red book")], short, 64, 0)} == {10, 8}

@@ -135,6 +135,18 @@ def test_saying_that_there_is_no_answer_is_right_where_there_is_none(measured, m
     assert [row["prediction"] for row in rows] == texts, "as they were written"
 
 
+def test_no_answer_is_said_as_the_completion_says_it(measured, model_folder: Path, tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    make_answers(tmp_path / "data", unanswerable=True)
+    task = dict(UNANSWERABLE) | {"completion": " It is: {answer}"}
+    found, rows = measured(model_folder, tmp_path / "data", task, ["It is: unanswerable", "x", "unanswerable"] * 3)
+    assert [bool(row["references"]) for row in rows] == [True, True, False] * 3 and found[
+        "exact_match"
+    ] == pytest.approx(100 / 3)
+    found, _ = measured(model_folder, tmp_path / "data", task, ["y", "x", "It is: unanswerable"] * 3)
+    assert found["exact_match"] == pytest.approx(100 / 3)
+
+
 def test_where_every_question_has_an_answer_the_word_is_one_like_others(measured, model_folder: Path, tmp_path) -> None:
     (tmp_path / "data").mkdir()
     make_answers(tmp_path / "data")
