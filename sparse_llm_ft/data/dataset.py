@@ -150,7 +150,7 @@ class SplitBuilder:
     def __post_init__(self) -> None:
         _check_inputs(self.task, self.task_mode, self.config.model.name)
 
-    @property
+    @cached_property  # a stream asks for it at each row, and the limit of prompts needs all labels' tokens
     def encoder(self) -> Preprocessor:
         """The preprocessor of the task mode: example -> sample, or windows."""
         length = self.config.task.max_length

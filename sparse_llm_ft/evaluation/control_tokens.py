@@ -48,7 +48,9 @@ class ControlTokens:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids without control tokens and surrounding whitespace."""
-        return self.strip(str(self.tokenizer.decode([token for token in ids if token not in self.ids])))
+        kept = [token for token in ids if token not in self.ids]
+        # Some tokenizers would take the spaces out of "do n't ." here, which references keep.
+        return self.strip(str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
 
     def strip(self, text: str) -> str:
         """The text without what spells a control token, and without surrounding whitespace."""

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from sparse_llm_ft.config import EvaluationConfig, TaskConfig
 from sparse_llm_ft.data.dataset import EvalSplit
@@ -59,6 +61,19 @@ def test_a_users_special_tokens_are_text_and_control_tokens_are_not(tokenizer) -
 def test_what_the_tokenizer_puts_around_every_text_is_no_text(tokenizer) -> None:
     language = tokenizer.convert_tokens_to_ids("<SQL>")
     assert ControlTokens.of(tokenizer, [language, None]).decode([language, language]) == ""
+
+
+def test_spaces_before_punctuation_stay_as_they_are_in_references() -> None:
+    """Whatever the tokenizer's settings say: E2E and XSum are written like this."""
+    words = ["<unk>", "</s>", *(f"\u2581{word}" for word in ("we", "do", "n't", "go", "."))]
+    backend = Tokenizer(Unigram([(word, 0.0) for word in words], unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    cleaning = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    text = "we do n't go ."
+    assert cleaning.decode(cleaning(text)["input_ids"]) != text
+    assert ControlTokens.of(cleaning).decode(cleaning(text)["input_ids"]) == text
 
 
 def test_a_perfect_model_with_tags_is_right(tokenizer, tmp_path: Path, monkeypatch) -> None:
