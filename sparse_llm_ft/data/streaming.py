@@ -44,6 +44,7 @@ class StreamingDataset:
     """
 
     skipped: Skipped
+    _failure: Exception | None
 
     def __init__(
         self,
@@ -55,25 +56,32 @@ class StreamingDataset:
     ) -> None:
         self._open, self._encode, self._buffer_size, self._seed = open_rows, encode, buffer_size, seed
         self.longest = length
-        self._rows, self._next, self.skipped = self._all(), 0, Skipped()
+        self._begin()
 
     def __getitem__(self, position: int) -> Any:
         """Read forward to this sample and tokenise it.
 
         Raises:
             UserError: a row on the way cannot be used, or the sample does not fit.
+            TrainingError: the hub is away.
         """
         if position < self._next:
-            self._rows, self._next = self._all(), 0
-        try:
-            while True:
+            self._begin()
+        if self._failure is not None:  # without reading everything again, which may take hours
+            raise self._failure
+        while True:
+            try:
                 example = next(self._rows)
-                self._next += 1
-                if self._next > position:
-                    return self._encode(example)
-        except Exception:  # a failed reader cannot continue
-            self._rows, self._next = self._all(), 0
-            raise
+            except Exception as error:
+                self._failure = error
+                raise
+            self._next += 1
+            if self._next > position:
+                return self._encode(example)
+
+    def _begin(self) -> None:
+        self._rows, self._next, self.skipped = self._all(), 0, Skipped()
+        self._failure = None
 
     def _all(self) -> Iterator[Example]:
         epoch = 0

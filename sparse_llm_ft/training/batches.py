@@ -21,7 +21,7 @@ from sparse_llm_ft.data.sampler import SequentialSampler
 from sparse_llm_ft.data.samples import Pack
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.phase import Phase
 
@@ -37,14 +37,14 @@ class Share:
         batches: of each micro-step, on the CPU; pinned if a GPU will read them.
         units, tokens: loss units, and tokens without padding.
         squares: sum of the squared lengths of all samples, for the arithmetic of attention.
-        failed: whether a row cannot be used; then the rest is empty.
+        error: why a row cannot be used or read; then the rest is empty.
     """
 
     batches: tuple[Batch, ...] = ()
     units: int = 0
     tokens: int = 0
     squares: int = 0
-    failed: bool = False
+    error: UserError | TrainingError | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class ShareMaker:
         objective = self.objective
         try:
             micro_batches = self.read(progress)
-        except UserError:
-            return Share(failed=True)
+        except (UserError, TrainingError) as error:
+            return Share(error=error)
         own = [sample for samples in micro_batches for sample in samples]
         return Share(
             tuple(self._pinned(objective.batch(samples)) for samples in micro_batches),
@@ -84,6 +84,7 @@ class ShareMaker:
 
         Raises:
             UserError: a row cannot be used.
+            TrainingError: the hub is away.
         """
         return [[self.samples[k] for k in indices] for indices in self.indices(progress, self.world.rank)]
 
@@ -92,11 +93,6 @@ class ShareMaker:
         total, micro = self.phase.global_batch_size, self.phase.micro_batch_size
         shares = self.sampler.micro_batches(progress.position, total, micro, rank, self.world.size, self.lengths)
         return list(shares)
-
-    def read_all(self, progress: Progress) -> None:
-        """Read the global batch of a step, and so raise the error of its first row that cannot be used."""
-        for position in range(progress.position, progress.position + self.phase.global_batch_size):
-            self.samples[self.sampler.index(position)]
 
     def _pinned(self, batch: Batch) -> Batch:
         if self.device.type != "cuda":
@@ -126,7 +122,7 @@ class BatchThread:
         """The share of the step that begins at `progress`, which the caller takes once; the next ones are begun.
 
         Raises:
-            Exception: whatever the thread met, but for rows that cannot be used (`Share.failed`).
+            Exception: whatever the thread met, but for rows that cannot be used (`Share.error`).
         """
         steps = self._following(progress)
         for _, at in zip(range(1 + AHEAD), steps, strict=False):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed import signals
+from sparse_llm_ft.distributed.collectives import run_on_every_rank
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
-from sparse_llm_ft.errors import DivergedError, TrainingError
+from sparse_llm_ft.errors import DivergedError
 from sparse_llm_ft.model.buffers import KeptBuffers
 from sparse_llm_ft.objectives.base import Forward, Objective, lengths_of
 from sparse_llm_ft.phase import Phase
@@ -149,7 +150,7 @@ class Loop:
                 validates). Of other steps it gets the numbers, perhaps when the next one has been made too.
 
         Raises:
-            UserError: the same on every rank, if the stream gives one of them a row that cannot be used.
+            UserError, TrainingError: on every rank, if the stream gives one of them a row that cannot be used or read.
             DivergedError: more than `max_skipped_updates` updates in a row were not finite.
         """
         self.engine.module.train()
@@ -241,7 +242,7 @@ class Loop:
         global batch. The ranks sum these of the next step too, so that nobody waits for that sum when it begins.
 
         Raises:
-            UserError: the same on every rank, if one of them has a row in its share that cannot be used.
+            UserError, TrainingError: on every rank, if one of them has a row that cannot be used or read.
         """
         for _, at in zip(range(2), self._certain(progress), strict=False):
             if at.samples not in self._shares:
@@ -249,15 +250,26 @@ class Loop:
                 self._shares[at.samples] = share, self._sum_counts(share)
         share, counts = self._shares.pop(progress.samples)
         units, tokens, squares, failures = map(int, counts.numbers())
-        if failures:  # every rank reads the whole global batch, and so finds the row that failed
+        if failures:
             thread.close()
-            self._make.read_all(progress)
-            raise TrainingError("a training sample could be read by some processes, not by all")
+            self._end_together(share)
         return share, units, tokens, squares
+
+    def _end_together(self, share: Share) -> NoReturn:
+        """Collective. Raise the error of this rank's share, or of the first rank that has one."""
+
+        def fail() -> None:
+            if share.error is not None:
+                raise share.error
+
+        if self.world.size > 1:
+            run_on_every_rank(fail)
+        fail()
+        raise AssertionError("the ranks counted a failure")
 
     def _sum_counts(self, share: Share) -> HostRead:
         """Collective. A share's counts, summed over ranks."""
-        counts = [share.units, share.tokens, share.squares, int(share.failed)]
+        counts = [share.units, share.tokens, share.squares, int(share.error is not None)]
         if self.world.size == 1:
             return HostRead(torch.tensor(counts))
         shared = torch.tensor(counts).to(self.device, non_blocking=True)

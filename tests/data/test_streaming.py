@@ -103,8 +103,8 @@ def test_only_what_is_asked_for_is_tokenised() -> None:
     assert sorted(both) == sorted(expected()[:14])
 
 
-def test_after_a_failure_rows_are_read_from_the_first_one() -> None:
-    """A second look at the place fails as the first did, and what lies before it is still there."""
+def test_after_a_sample_that_does_not_fit_the_stream_goes_on() -> None:
+    """A second look at the place fails as the first did, and what lies around it is still there."""
 
     class Failing(Rows):
         def encode(self, example: Example) -> str:
@@ -117,11 +117,15 @@ def test_after_a_failure_rows_are_read_from_the_first_one() -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="does not fit"):
             samples[bad]
+    assert [samples[i] for i in range(bad + 1, 7)] == expected()[bad + 1 : 7]
     assert [samples[i] for i in range(bad)] == expected()[:bad]
 
 
-def test_a_reader_that_failed_fails_again() -> None:
+def test_a_reader_that_failed_fails_again_without_reading_again() -> None:
+    opened = []
+
     def rows(skipped: Skipped) -> Iterator[Example]:
+        opened.append(skipped)
         yield from Rows().open(skipped)
         raise DataError("rows.jsonl", 8, "not JSON")
 
@@ -129,4 +133,5 @@ def test_a_reader_that_failed_fails_again() -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="not JSON"):
             samples[6]
+    assert len(opened) == 1
     assert samples[0] == expected()[0]

@@ -14,7 +14,7 @@ from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import TrainingError, UserError
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
 from sparse_llm_ft.training.batches import ShareMaker
@@ -69,6 +69,7 @@ class Rows:
     """A stream of 0, 1, 2, ...; `read` is how many rows were read, `opened` how often from the first one."""
 
     bad: int | None = None
+    unreadable: int | None = None
     read: int = 0
     opened: int = 0
 
@@ -76,6 +77,8 @@ class Rows:
         self.opened += 1
         for row in range(1000):
             self.read += 1
+            if row == self.unreadable:
+                raise TrainingError(f"row {row} cannot be read")
             yield row
 
     def encode(self, row: Any) -> float:
@@ -142,6 +145,15 @@ def test_a_bad_row_ends_the_run_after_the_steps_before_it() -> None:
         for step in loop.steps():
             done.append(step.tokens)
     assert done == [1 + 2 + 3 + 4, 5 + 6 + 7 + 8] and loop.progress.step == 2 and not alive()
+
+
+@pytest.mark.parametrize("rows", [Rows(bad=9), Rows(unreadable=11)], ids=["a sample", "the reader"])
+def test_a_bad_row_is_said_without_reading_the_stream_again(rows: Rows) -> None:
+    """That may take hours, while the other ranks wait."""
+    loop = stream_loop(rows)
+    with pytest.raises((UserError, TrainingError), match="cannot be"):
+        list(loop.steps())
+    assert loop.progress.step == 2 and rows.opened == 1
 
 
 def test_a_bad_row_beyond_the_end_is_never_met() -> None:
