@@ -26,7 +26,7 @@ from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.evaluation.control_tokens import ControlTokens
 from sparse_llm_ft.evaluation.loop import evaluation_batches
 from sparse_llm_ft.io.wait import Wait
-from sparse_llm_ft.model.architecture import base_of
+from sparse_llm_ft.model.architecture import base_of, decoder_start_token
 
 
 def generate(
@@ -166,8 +166,8 @@ def _options(
     stops = [tokenizer.eos_token_id, end_token_id, *(own if isinstance(own, list | tuple) else [own])]
     options: dict[str, Any] = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
     if seq2seq:
-        start = getattr(base.config, "decoder_start_token_id", None)
-        options["decoder_start_token_id"] = base.generation_config.decoder_start_token_id if start is None else start
+        assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer made sure"
+        options["decoder_start_token_id"] = decoder_start_token(base.config, tokenizer.pad_token_id)
         # BART's first token, or mBART's language. transformers moves it here from the model's config.
         options["forced_bos_token_id"] = base.generation_config.forced_bos_token_id
     return GenerationConfig(

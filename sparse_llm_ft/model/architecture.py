@@ -159,6 +159,20 @@ def task_type(model: nn.Module) -> str | None:
     return ARCHITECTURES[mode_of(model)].task_type
 
 
+def decoder_start_token(settings: PreTrainedConfig, pad_token_id: int) -> int:
+    """The first token that an encoder-decoder's decoder sees, in training and in generation.
+
+    T5Gemma's and mBART's configs name none. Then it is the beginning of sequences, as in transformers' `generate`, or
+    padding where the model has no such token.
+
+    Args:
+        settings: the model's config.
+    """
+    own = getattr(settings, "decoder_start_token_id", None)
+    begin = getattr(settings.get_text_config(decoder=True), "bos_token_id", None)
+    return next((token for token in (own, begin) if isinstance(token, int)), pad_token_id)
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The model without PEFT around it."""
     bare: object = model

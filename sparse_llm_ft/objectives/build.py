@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, masking_utils
 from sparse_llm_ft.data.tasks import Task, render
 from sparse_llm_ft.data.tokenization import completion_ids, target_ids
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.model.architecture import base_of, mode_of
+from sparse_llm_ft.model.architecture import base_of, decoder_start_token, mode_of
 from sparse_llm_ft.objectives.base import Objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
 from sparse_llm_ft.objectives.language_modeling import CompletionObjective, LabelWords, Seq2SeqObjective
@@ -43,8 +43,7 @@ def build_objective(
     )
     if mode == "seq2seq_lm":
         assert isinstance(base, PreTrainedModel)
-        start = base.config.decoder_start_token_id
-        return Seq2SeqObjective(pad, False, words, start_token_id=pad if start is None else start)
+        return Seq2SeqObjective(pad, False, words, start_token_id=decoder_start_token(base.config, pad))
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
     attention = str(getattr(getattr(base, "config", None), "_attn_implementation", None))
     return CompletionObjective(pad, keeps_logits, words, "flash" in attention)

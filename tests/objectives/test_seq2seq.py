@@ -15,10 +15,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForSequenceClassification,
+    MBartConfig,
+    T5Config,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 from helpers.tiny_modes import make_bart, make_t5
-from sparse_llm_ft.config import ModelConfig, TaskConfig
+from sparse_llm_ft.config import EvaluationConfig, ModelConfig, TaskConfig
 from sparse_llm_ft.data.reading import Example
 from sparse_llm_ft.data.samples import Sample, TextSample
 from sparse_llm_ft.data.task_config import resolve_task
@@ -26,7 +30,9 @@ from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.data.tokenization import ClassificationPreprocessor, Seq2SeqPreprocessor
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.evaluation.generation import rank_tokens
 from sparse_llm_ft.evaluation.loop import predict_labels
+from sparse_llm_ft.model.architecture import decoder_start_token
 from sparse_llm_ft.model.loading import load_model, load_tokenizer
 from sparse_llm_ft.objectives.build import build_objective
 from sparse_llm_ft.objectives.classification import ClassificationObjective, RegressionObjective
@@ -92,6 +98,34 @@ def test_what_the_decoder_sees_is_the_models_own_shift(writer) -> None:
     assert torch.equal(inside, batch["labels"] != -100)
     assert batch["decoder_input_ids"][:, 0].tolist() == [model.config.decoder_start_token_id] * 4
     assert batch["input_ids"].shape[1] != batch["labels"].shape[1]
+
+
+def t5gemma(folder: Path) -> nn.Module:
+    """A random T5Gemma (2 and 2 layers of width 16); its config names no first token of the decoder."""
+    make_t5(folder)
+    count = len(AutoTokenizer.from_pretrained(folder))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": count}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    stack = sizes | heads | tokens
+    return loud(T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=count)))
+
+
+def test_a_decoder_whose_config_names_no_first_token_learns_and_writes_behind_the_same_one(tmp_path: Path) -> None:
+    model, tokenizer = t5gemma(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    samples = samples_of(tokenizer)
+    objective = build_objective(model, tokenizer, WRITTEN)
+    expected = [own_loss(model, sample) for sample in samples]
+    assert objective.losses(model, objective.batch(samples)).tolist() == pytest.approx(expected, rel=1e-5)
+    settings = EvaluationConfig(max_new_tokens=1)
+    written = rank_tokens(model, samples, tokenizer, settings, 0, 1, synced=False, seed=0, seq2seq=True)
+    for tokens, sample in zip(written.tolist(), samples, strict=True):
+        logits = model(torch.tensor([sample.prompt_ids]), decoder_input_ids=torch.tensor([[1]])).logits[0, -1]
+        chosen = int(logits.argmax())
+        assert tokens == [0 if chosen == tokenizer.eos_token_id else chosen + 1]
+    fresh = T5Config()
+    assert not hasattr(fresh, "decoder_start_token_id") and decoder_start_token(fresh, 7) == 7
+    assert decoder_start_token(MBartConfig(), 7) == MBartConfig().bos_token_id == 0
 
 
 def test_prompt_and_completion_have_their_special_tokens(writer) -> None:
