@@ -135,9 +135,9 @@ def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, i
     last = first + len(text.strip())
     if not inside[0][1] <= first < last <= inside[-1][2]:
         return None
-    start = max(position for position, begin, _ in inside if begin <= first)
-    end = min(position for position, _, end in inside if end >= last)
-    return start, end
+    # All tokens that hold a part of it: bytes are tokens of some tokenizers, several of one character.
+    held = [position for position, begin, end in inside if begin < last and end > first]
+    return (held[0], held[-1]) if held else None
 
 
 def collate_spans(samples: Sequence[SpanSample], pad_token_id: int) -> Batch:

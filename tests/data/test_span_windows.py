@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import RobertaProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from sparse_llm_ft.data.reading import Example
@@ -88,6 +91,21 @@ def test_spaces_around_an_answer_are_no_part_of_it(tokenizer, answer: str) -> No
     (sample,) = encode_spans([example], tokenizer, 64)
     words = tokenizer.convert_ids_to_tokens(sample.ids)[sample.start : sample.end + 1]
     assert words == answer.split()
+
+
+@pytest.mark.parametrize("answer", ["北", "北京", "é", "🎉", "in 北"])
+def test_an_answer_has_all_tokens_of_its_characters(answer: str) -> None:
+    """In RoBERTa's tokenizers, of which bytes are the least tokens, a character may be several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE({token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = RobertaProcessing(("</s>", 257), ("<s>", 256), add_prefix_space=False)
+    roberta = PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="<s>", sep_token="</s>", pad_token="</s>")
+    context = "born in 北京 . café 🎉 !"
+    example = Example("", "", (), texts=("?", context), answers=((answer, context.index(answer)),))
+    (sample,) = encode_spans([example], roberta, 64)
+    assert roberta.decode(sample.ids[sample.start : sample.end + 1]) == answer
 
 
 def test_a_window_is_no_longer_than_the_tokenizers_model(tokenizer, encoder_folder: Path) -> None:
