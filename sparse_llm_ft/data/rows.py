@@ -14,6 +14,8 @@ from sparse_llm_ft.data.tasks.squad import answers as span_answers
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
 _NUMBER = re.compile(r"\s*[+-]?\d{1,9}\s*")
 _ROLES = ("system", "user", "assistant")
+_CALLS = ("tool_calls", "function_call")
+"""What a turn may say beside its content; to read the content alone would teach a model to leave it out."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(f"turn {number} of column {column!r} has {found or 'nothing'}; needed role, content")
         if turn["role"] not in _ROLES:
             raise BadRow(f"turn {number} of column {column!r}: role {turn['role']!r:.60} is not {', '.join(_ROLES)}")
+        calls = next((key for key in _CALLS if turn.get(key)), None)
+        if calls:
+            raise BadRow(f"turn {number} of column {column!r} has {calls}; expected all that is said in its content")
         content = text_of(turn, "content")
         if not content.strip():
             raise BadRow(f"turn {number} of column {column!r} is empty")

@@ -102,7 +102,9 @@ TURNS = [
 
 def test_the_last_turn_of_a_chat_is_its_completion() -> None:
     example = one(
-        {"turns": [*TURNS[:2], {**TURNS[2], "id": 3}], "other": "Hey"}, messages="turns", references=("other",)
+        {"turns": [*TURNS[:2], {**TURNS[2], "id": 3, "tool_calls": None}], "other": "Hey"},
+        messages="turns",
+        references=("other",),
     )
     assert example.messages == tuple(TURNS[:2]) and example.completion == "Ho"
     assert example.references == ("Ho", "Hey")
@@ -122,6 +124,10 @@ def test_the_last_turn_of_a_chat_is_its_completion() -> None:
         ([{"role": ["user"], "content": "x"}, TURNS[2]], r"turn 1 .*: role \['user'\] is not system"),
         ([{"role": "user", "content": ["x"]}, TURNS[2]], "column 'content' is list, not text"),
         ([TURNS[1], {"role": "assistant", "content": None}], "turn 2 of column 'turns' is empty"),
+        (
+            [TURNS[1], {**TURNS[2], "tool_calls": [{"id": "1"}]}],
+            "turn 2 of column 'turns' has tool_calls; expected all that is said in its content",
+        ),
     ],
 )
 def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:
