@@ -194,8 +194,7 @@ class SplitBuilder:
 
     def stored(self, split: str, further: str | None = None, limit: int | None = None) -> CachedDataset:
         """Collective over `ranks`. A split's samples from the cache; missing ones are written first."""
-        own = ""
-        kind = self.kind
+        own, kind = "", self.kind
 
         def find() -> None:
             nonlocal own
@@ -277,20 +276,18 @@ class SplitBuilder:
         Raises:
             UserError: on every rank, if files or tokenizer of one differ from those of rank 0.
         """
-        files = split_files(self.task, "train")
-        own = [""]
 
-        def look() -> None:
-            own[0] = samples_key(
-                rows=[ends_of(path) for path in files],
+        def make() -> str:
+            return samples_key(
+                rows=[ends_of(path) for path in split_files(self.task, "train")],
                 tokenizer=tokenizer_key(self.tokenizer),
                 max_length=[self.config.task.max_length, self.config.task.max_prompt_length],
                 chat=self._chat_key,
             )
 
-        self.ranks.on_every_rank(look)
-        key = self.ranks.broadcast(own[0])
-        self.ranks.on_every_rank(lambda: _check_same(own[0], key, "train"))
+        own: str = self._on_every_rank(make)
+        key = self.ranks.broadcast(own)
+        self.ranks.on_every_rank(lambda: _check_same(own, key, "train"))
         return key
 
     def measured(self) -> tuple[EvalSplit, ...]:

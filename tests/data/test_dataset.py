@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 
 from helpers.tiny_files import write_rows
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.data import dataset
 from sparse_llm_ft.data.dataset import SplitBuilder, Splits
 from sparse_llm_ft.data.packing import PackedDataset
-from sparse_llm_ft.data.reading import Example, read_split
+from sparse_llm_ft.data.reading import read_split
 from sparse_llm_ft.data.samples import Sample
 from sparse_llm_ft.data.spans import SpanPreprocessor
 from sparse_llm_ft.data.task_config import resolve_task
@@ -192,20 +191,6 @@ def test_only_the_first_rank_of_a_node_tokenises(
     assert list(second.train) == list(first.train) and len(calls) == 45
     with pytest.raises(UserError, match=r"task: this node's .* rows or tokenizer differ from those on rank 0's node"):
         encode(settings, ranks=Coordination(ALONE.on_rank_zero, leads, ALONE.on_every_rank, lambda text: "of rank 0"))
-
-
-def test_the_longest_label_is_looked_for_once_in_a_stream(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not for each row: of a hundred labels that would be a hundred times the work."""
-    asked: list[str] = []
-    own = dataset.completion_ids
-    monkeypatch.setattr(dataset, "completion_ids", lambda text, *rest: asked.append(text) or own(text, *rest))
-    settings["task"] |= {"streaming": True, "labels": ["cake", "book"], "label_column": "answer", "completion": None}
-    settings["training"]["max_steps"] = 4
-    made = encoding(settings)
-    rows = [Example("anna", " cake", ("cake",), label=0)] * 3
-    monkeypatch.setattr(dataset, "examples", lambda *_: iter(rows))
-    assert [made.streamed()[i].label for i in range(3)] == [0, 0, 0]
-    assert asked == [" cake", " book"]
 
 
 def test_streamed_rows_are_those_of_rank_zero_on_every_rank(own_data: Path, settings: dict) -> None:

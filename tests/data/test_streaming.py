@@ -8,9 +8,14 @@ from itertools import islice
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from sparse_llm_ft.config import parse_config
+from sparse_llm_ft.data import dataset
 from sparse_llm_ft.data.reading import Example, Skipped
 from sparse_llm_ft.data.streaming import StreamingDataset, shuffled
+from sparse_llm_ft.data.task_config import resolve_task
+from sparse_llm_ft.data.tasks.mode import CAUSAL_LM
 from sparse_llm_ft.errors import DataError
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -135,3 +140,17 @@ def test_a_reader_that_failed_fails_again_without_reading_again() -> None:
             samples[6]
     assert len(opened) == 1
     assert samples[0] == expected()[0]
+
+
+def test_the_longest_label_is_looked_for_once_and_not_for_each_row(settings: dict, monkeypatch) -> None:
+    asked: list[str] = []
+    own = dataset.completion_ids
+    monkeypatch.setattr(dataset, "completion_ids", lambda text, *rest: asked.append(text) or own(text, *rest))
+    settings["task"] |= {"streaming": True, "labels": ["cake", "book"], "label_column": "answer", "completion": None}
+    config = parse_config(settings)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    streamed = dataset.SplitBuilder(config, resolve_task(config.task), tokenizer, CAUSAL_LM).streamed()
+    rows = [Example("anna", " cake", ("cake",), label=0)] * 3
+    monkeypatch.setattr(dataset, "examples", lambda *_: iter(rows))
+    assert [streamed[i].label for i in range(3)] == [0, 0, 0]
+    assert asked == [" cake", " book"]
