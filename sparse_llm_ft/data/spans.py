@@ -119,21 +119,29 @@ def _windows(
             for text, (begin, end) in zip(texts, encoded["offset_mapping"][i], strict=True)
         )
         null = ids.index(tokenizer.cls_token_id)
-        start, end = _place(example.answers, offsets) or (null, null)
+        whole = (i == 0, i == len(encoded["input_ids"]) - 1)
+        start, end = _place(example.answers, offsets, *whole) or (null, null)
         type_ids = None if types is None else tuple(types[i])
         windows.append(SpanSample(tuple(ids), type_ids, start, end, null, index, offsets))
     return windows
 
 
-def _place(answers: Sequence[tuple[str, int]], offsets: Offsets) -> tuple[int, int] | None:
-    """First and last token of the first answer; None if there is none or the window does not contain all of it."""
+def _place(
+    answers: Sequence[tuple[str, int]], offsets: Offsets, is_first: bool, is_last: bool
+) -> tuple[int, int] | None:
+    """First and last token of the first answer; None if there is none or the window does not contain all of it.
+
+    Args:
+        is_first, is_last: whether the window has the context's beginning, and its end, where some tokenizers drop
+            characters such as accents.
+    """
     inside = [(position, *offset) for position, offset in enumerate(offsets) if offset is not None]
     if not answers or not inside:
         return None
     text, first = answers[0]
     first += len(text) - len(text.lstrip())  # some sets have spaces around their answers
     last = first + len(text.strip())
-    if not inside[0][1] <= first < last <= inside[-1][2]:
+    if (first < inside[0][1] and not is_first) or (last > inside[-1][2] and not is_last):
         return None
     # All tokens that hold a part of it: bytes are tokens of some tokenizers, several of one character.
     held = [position for position, begin, end in inside if begin < last and end > first]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import RobertaProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -91,6 +91,22 @@ def test_spaces_around_an_answer_are_no_part_of_it(tokenizer, answer: str) -> No
     (sample,) = encode_spans([example], tokenizer, 64)
     words = tokenizer.convert_ids_to_tokens(sample.ids)[sample.start : sample.end + 1]
     assert words == answer.split()
+
+
+@pytest.mark.parametrize("length", [64, 14])
+def test_an_answer_at_the_contexts_end_may_end_in_what_the_tokenizer_drops(encoder_folder: Path, length: int) -> None:
+    """As uncased BERT drops accents, and Hindi's vowel signs with them."""
+    dropping = AutoTokenizer.from_pretrained(encoder_folder)
+    dropping.backend_tokenizer.normalizer = normalizers.StripAccents()
+    context = f"\u0301{CONTEXT.removesuffix(' .')}\u0301"
+    for answer, words in (("red book\u0301", ["red", "book"]), ("\u0301anna meets", ["anna", "meets"])):
+        example = Example("", "", (), texts=("tom ?", context), answers=((answer, context.index(answer)),))
+        held = [
+            dropping.convert_ids_to_tokens(sample.ids)[sample.start : sample.end + 1]
+            for sample in encode_spans([example], dropping, length, 0)
+            if sample.start != sample.null
+        ]
+        assert held == [words]
 
 
 @pytest.mark.parametrize("answer", ["北", "北京", "é", "🎉", "in 北"])
