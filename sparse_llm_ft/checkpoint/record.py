@@ -165,7 +165,7 @@ class RunRecord(BaseModel):
         assert self.current is not None, "a phase is being trained"
         counted = self.current.out_of_memory + 1
         current = self.current.model_copy(update={"micro_batch_size": micro_batch_size, "out_of_memory": counted})
-        return self.with_current(current)
+        return self.model_copy(update={"current": current})
 
     def next_phase(self, measured: str | None) -> RunRecord:
         """The record after the end of the current phase.

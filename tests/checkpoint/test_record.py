@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from sparse_llm_ft.checkpoint.record import PhaseRecord, RunRecord, first_problem
+from sparse_llm_ft.checkpoint.record import BestStep, PhaseRecord, RunRecord, first_problem
 from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.phase import Phase
@@ -38,6 +38,15 @@ def test_a_phase_that_ran_out_of_memory_counts_it_and_counts_on() -> None:
     assert before.current is not None and before.current.out_of_memory == 0
     continued = record_of(PILOT, 1, before=shrunk.current)
     assert (continued.steps, continued.out_of_memory) == (4, 2)
+
+
+def test_a_smaller_micro_batch_changes_nothing_else() -> None:
+    """The best validation so far is still the best one, and early stopping has waited as long."""
+    best = BestStep(step=4, value=1.5, waited=2)
+    record = RunRecord(run="r", samples="s", micro_batch_size=2)
+    before = record.with_current(record_of(PILOT, 3), {"wandb": "own"}, best)
+    shrunk = before.shrunk(1)
+    assert shrunk == before.model_copy(update={"current": shrunk.current}) and shrunk.best == best
 
 
 def test_a_checkpoints_record_does_not_count_on() -> None:
