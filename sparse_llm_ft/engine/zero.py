@@ -4,8 +4,8 @@ Only this file and engine.py use DeepSpeed's private attributes:
 
     stage 0, float32   no wrapper: the model's own parameters are what the optimizer updates
     stage 0, bfloat16  FP16_UnfusedOptimizer: one float32 copy per parameter
-    stages 1, 2        one flat float32 partition per parameter group and rank; a parameter's `_hp_mapping`
-                       locates its slice on this rank (None: it has none)
+    stages 1, 2        one flat float32 partition per parameter group and rank, cut out of all its parameters in the
+                       order of `round_robin_bit16_groups`
     stage 3            one flat float32 partition per sub-group and rank, every parameter in equal shards
 
 Written against deepspeed 0.19; tests/launches/cases.py reads and writes through it at each stage.
@@ -78,11 +78,12 @@ def masters(wrapped: Wrapped, optimizer: AdapterOptimizer) -> list[Master]:
 def shard_slices(
     wrapped: Wrapped, parameters: Mapping[str, DeepSpeedParameter], masters: Sequence[Master]
 ) -> dict[str, ShardSlice | None]:
-    """Parameter name -> its slice in this rank's masters, as DeepSpeed records it; None: it has none here."""
+    """Parameter name -> its slice in this rank's masters; None: it has none here."""
     if hasattr(wrapped, _STAGE_3):
         return {name: _slice_at_stage_3(wrapped, parameter) for name, parameter in parameters.items()}
     if is_sharded(wrapped):
-        return {name: _slice_at_stages_1_and_2(parameter) for name, parameter in parameters.items()}
+        found = _slices_at_stages_1_and_2(wrapped, masters)
+        return {name: found.get(id(parameter)) for name, parameter in parameters.items()}
     number = {id(parameter): i for i, parameter in enumerate(_own_of_masters(wrapped, masters))}
     return {name: ShardSlice(number[id(parameter)], 0, 0, parameter.numel()) for name, parameter in parameters.items()}
 
@@ -167,12 +168,21 @@ def _slice_at_stage_3(wrapped: Wrapped, parameter: DeepSpeedParameter) -> ShardS
     return ShardSlice(master, offset, start, length) if length > 0 else None
 
 
-def _slice_at_stages_1_and_2(parameter: DeepSpeedParameter) -> ShardSlice | None:
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    here, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return ShardSlice(mapping.param_group_index, here.start, of_parameter.start, of_parameter.numel)
+def _slices_at_stages_1_and_2(wrapped: Wrapped, masters: Sequence[Master]) -> dict[int, ShardSlice]:
+    """Id of a parameter -> its slice; without those that have none here.
+
+    DeepSpeed's own record of it, `_hp_mapping`, has the parameters in another order than the partition under
+    ``round_robin_gradients`` (0.19.8).
+    """
+    found: dict[int, ShardSlice] = {}
+    for number, (_, master) in enumerate(masters):
+        first = master.numel() * dist.get_rank(wrapped.real_dp_process_group[number])
+        placed = zip(wrapped.round_robin_bit16_groups[number], wrapped.round_robin_bit16_offsets[number], strict=True)
+        for parameter, place in placed:
+            low, high = max(place, first), min(place + parameter.numel(), first + master.numel())
+            if low < high:
+                found[id(parameter)] = ShardSlice(number, low - first, low - place, high - low)
+    return found
 
 
 def _own_of_masters(wrapped: Wrapped, masters: Sequence[Master]) -> list[DeepSpeedParameter]:
