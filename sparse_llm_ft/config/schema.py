@@ -248,13 +248,11 @@ class DeepSpeedConfig(BaseModel):
 
 PASSED_THROUGH = frozenset(
     [
-        "activation_checkpointing",
         "aio",
         "autotuning",
         "checkpoint",
         "comms_logger",
         "communication_data_type",
-        "compile",
         "compression_training",
         "csv_monitor",
         "data_efficiency",
@@ -285,6 +283,8 @@ PASSED_THROUGH = frozenset(
 misspelt one must be caught here."""
 
 MANAGED = {
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "compile": "training.compile",
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size",

@@ -88,7 +88,7 @@ class RunContext:
             ConfigError: naming the setting.
         """
         console = Console(world.rank) if console is None else console
-        check_deepspeed(config.deepspeed.extra)
+        check_deepspeed(config.deepspeed.extra, config.deepspeed.zero_stage, config.model.dtype)
         if config.model.trust_remote_code:
             console.log(
                 f"model.trust_remote_code is set: code from {config.model.name}, at revision "

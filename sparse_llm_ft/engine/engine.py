@@ -24,7 +24,7 @@ from sparse_llm_ft.adapters.masking import fill_rows, optimizer_masks, row_masks
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
-from sparse_llm_ft.engine.settings import EngineSettings
+from sparse_llm_ft.engine.settings import EngineSettings, refused_by_deepspeed
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
 from sparse_llm_ft.model.four_bit import release_weights
@@ -103,9 +103,10 @@ class Engine:
                 zero.cast_unsharded(model, torch.bfloat16)
         self._model_hooks = zero.hooks(model)
         trained = sum(math.prod(zero.full_shape(parameter)) for parameter in self.parameters.values())
-        self._engine, self._wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
-        )
+        with refused_by_deepspeed(settings.extra):
+            self._engine, self._wrapped, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
+            )
         if settings.zero_stage == 3:
             zero.keep_recomputed(model)
             zero.gather_with_users(model)

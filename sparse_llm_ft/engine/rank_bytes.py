@@ -23,7 +23,7 @@ from torch import nn
 
 from sparse_llm_ft.adapters import trained_parameters
 from sparse_llm_ft.adapters.masking import optimizer_masks
-from sparse_llm_ft.engine.settings import EngineSettings
+from sparse_llm_ft.engine.settings import EngineSettings, offload_device
 from sparse_llm_ft.model.meta_four_bit import state_tensors
 from sparse_llm_ft.optim import MOMENTS, Mask
 from sparse_llm_ft.plan import AdapterPlan
@@ -114,7 +114,7 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
     ]
     moments = [len(MOMENTS[algorithm]) for algorithm in _algorithms(trained, settings)]
     frozen = [weight for weight in inventory.weights.values() if not weight.trained]
-    offloads = config.offload_optimizer is not None and str(config.offload_optimizer.device.value) != "none"
+    offloads = offload_device(config) != "none"
 
     if stage == 3:
         kept = [w for w in inventory.weights.values() if persists(w, config)] if ranks > 1 else []

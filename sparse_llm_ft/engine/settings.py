@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import deepspeed
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, OffloadDeviceEnum
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 
 from sparse_llm_ft.adapters import is_adapter, is_omega
 from sparse_llm_ft.config import merge
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``."""
-_NEEDS_NORM = {"offload_optimizer", "cpu_offload", "zenflow"}
+_DOCUMENTED = "see deepspeed.ai/docs/config-json"
+_NEEDS_NORM = {"offload_optimizer", "cpu_offload"}
+_REFUSALS = (
+    *(AssertionError, AttributeError, NotImplementedError, TypeError, ValueError),
+    *(DeepSpeedConfigError, ZeRORuntimeException),
+)
+"""How DeepSpeed refuses settings, or fails on them, when it reads them or builds an engine."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class EngineSettings:
         return {"compute_grad_norm": False} if known and not given.keys() & _NEEDS_NORM else {}
 
 
-def check_deepspeed(extra: Mapping[str, object]) -> None:
-    """Refuse unknown or invalid settings of ``deepspeed.zero_optimization`` before anything slow.
+def check_deepspeed(extra: Mapping[str, object], zero_stage: int, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Refuse DeepSpeed settings that are unknown or invalid, or that the engine has no use for, before anything slow.
 
     Raises:
         ConfigError: naming the first such setting.
@@ -107,11 +117,69 @@ def check_deepspeed(extra: Mapping[str, object]) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json"
+            hint = f"did you mean {near[0]}?" if near else _DOCUMENTED
             raise ConfigError(f"deepspeed.zero_optimization.{key}", "unknown key", hint)
     try:
-        DeepSpeedZeroConfig(**given)
+        zero = DeepSpeedZeroConfig(**{**given, "stage": zero_stage})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(["deepspeed.zero_optimization", *(str(part) for part in problem["loc"])])
-        raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {problem['msg']}") from None
+        reason = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if not problem["loc"]:  # several settings together, of which the reason speaks
+            raise ConfigError(where, f"DeepSpeed refuses this ({reason})", _DOCUMENTED) from None
+        raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {reason}") from None
+    _check_offload(zero)
+    with refused_by_deepspeed(extra):
+        ours = EngineSettings(zero_stage, dtype, 1, 1, 0.0, 0.0, 0.0, "sgd", extra)
+        given_type = DeepSpeedConfig(ours.to_deepspeed()).grad_accum_dtype
+        accumulates = None if given_type is None else DtypeEnum(given_type).value
+    # DeepSpeed's optimizer for this keeps masters elsewhere (`zero.masters`), or there is none at stage 0.
+    apart = zero_stage == 0 or (zero_stage == 1 and offload_device(zero) == "none")
+    if apart and dtype == "bfloat16" and accumulates == torch.float32:
+        raise ConfigError(
+            "deepspeed.data_types.grad_accum_dtype",
+            f"{given_type}, and deepspeed.zero_stage is {zero_stage}",
+            "expected deepspeed.zero_stage 2 or 3 beside it",
+        )
+
+
+def _check_offload(zero: DeepSpeedZeroConfig) -> None:
+    """Refuse what only works with an optimizer of DeepSpeed's own, which has no masks.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    offload = "deepspeed.zero_optimization.offload_optimizer"
+    if zero.zenflow is not None:
+        raise ConfigError("deepspeed.zero_optimization.zenflow", "needs an optimizer of DeepSpeed's", "expected none")
+    if offload_device(zero) == "nvme":
+        raise ConfigError(f"{offload}.device", "nvme needs an optimizer of DeepSpeed's", "expected cpu")
+    if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1:
+        raise ConfigError(
+            f"{offload}.ratio", f"{zero.offload_optimizer.ratio} needs an optimizer of DeepSpeed's", "expected 1"
+        )
+
+
+def offload_device(zero: DeepSpeedZeroConfig) -> str:
+    """Where the optimizer's state is: ``cpu`` or ``nvme``; ``none``: where the rank computes."""
+    offload = zero.offload_optimizer
+    return "none" if offload is None else str(OffloadDeviceEnum(offload.device).value)
+
+
+@contextmanager
+def refused_by_deepspeed(extra: Mapping[str, object]) -> Iterator[None]:
+    """The body gives DeepSpeed settings of the user's beside our own, which it takes.
+
+    Args:
+        extra: the user's.
+
+    Raises:
+        ConfigError: DeepSpeed refuses them; with its reason.
+    """
+    try:
+        yield
+    except _REFUSALS as error:
+        if not extra:
+            raise
+        names = ", ".join(sorted(extra))
+        raise ConfigError("deepspeed", f"{names}: DeepSpeed refuses this ({reason_of(error)})", _DOCUMENTED) from error

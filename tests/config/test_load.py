@@ -83,6 +83,10 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage: 4 is not allowed; expected less than or equal to 3"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer: set by another section"),
         (
+            {"deepspeed": {"activation_checkpointing": {}}},
+            "deepspeed.activation_checkpointing: set by another section; use model.gradient_checkpointing",
+        ),
+        (
             {"deepspeed": {"zero_stage": 3}, "method": "dora"},
             "deepspeed.zero_stage: 3, but PEFT's DoRA reads full weights",
         ),

@@ -213,6 +213,5 @@ def test_fewer_adapters_keep_less(name: str, planned: Planned) -> None:
 
 def test_deepspeed_knows_every_setting() -> None:
     for tree in files("deepspeed").values():
-        check_deepspeed(
-            parsed({"model": {"name": "org/base"}, "task": {"name": "custom"}, "method": "lora"}, tree).deepspeed.extra
-        )
+        config = parsed({"model": {"name": "org/base"}, "task": {"name": "custom"}, "method": "lora"}, tree)
+        check_deepspeed(config.deepspeed.extra, config.deepspeed.zero_stage, config.model.dtype)

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from sparse_llm_ft.engine.settings import BUCKET_ELEMENTS, EngineSettings, check_deepspeed
+from sparse_llm_ft.engine.rank_bytes import zero_settings
+from sparse_llm_ft.engine.settings import (
+    BUCKET_ELEMENTS,
+    EngineSettings,
+    check_deepspeed,
+    offload_device,
+    refused_by_deepspeed,
+)
 from sparse_llm_ft.errors import ConfigError
 
 
@@ -22,6 +29,86 @@ def test_the_bucket_of_gradients_is_as_large_as_what_is_trained() -> None:
 
 
 def test_deepspeeds_own_names_are_known() -> None:
-    check_deepspeed({"zero_optimization": {"stage3_max_reuse_distance": 0, "max_live_parameters": 10}})
+    check_deepspeed(zero_extra(stage3_max_reuse_distance=0, max_live_parameters=10), 3, "bfloat16")
     with pytest.raises(ConfigError, match="stage3_max_reuse_distence: unknown key; did you mean stage3_max_reuse_dist"):
-        check_deepspeed({"zero_optimization": {"stage3_max_reuse_distence": 0}})
+        check_deepspeed(zero_extra(stage3_max_reuse_distence=0), 3, "bfloat16")
+
+
+def zero_extra(**settings: object) -> dict[str, object]:
+    return {"zero_optimization": settings}
+
+
+HALF, DISK = {"device": "cpu", "ratio": 0.5}, {"device": "nvme", "nvme_path": "/tmp"}
+ACCUMULATED = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "stage", "line"),
+    [
+        (
+            zero_extra(compute_grad_norm=False),
+            3,
+            "zero_optimization: DeepSpeed refuses this (compute_grad_norm=false is",
+        ),
+        (zero_extra(offload_optimizer=HALF), 3, "zero_optimization.offload_optimizer.ratio: 0.5 needs an optimizer of"),
+        (zero_extra(offload_optimizer=DISK), 3, "zero_optimization.offload_optimizer.device: nvme needs an optimizer"),
+        (zero_extra(zenflow={"topk_ratio": 0.1}), 2, "zero_optimization.zenflow: needs an optimizer of DeepSpeed's"),
+        (
+            ACCUMULATED,
+            1,
+            "data_types.grad_accum_dtype: fp32, and deepspeed.zero_stage is 1; expected deepspeed.zero_st",
+        ),
+        (ACCUMULATED, 0, "data_types.grad_accum_dtype: fp32, and deepspeed.zero_stage is 0"),
+    ],
+)
+def test_what_the_engine_cannot_use_is_refused(extra: dict[str, object], stage: int, line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_deepspeed(extra, stage, "bfloat16")
+    assert str(refused.value).startswith(f"deepspeed.{line}")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"communication_data_type": "fp99"}, "Invalid communication_data_type"),
+        ({"sparse_gradients": True}, "has been removed"),
+        ({"flops_profiler": 3}, "'int' object has no attribute"),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, "'fp99' is not a valid"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line_before_weights_are_loaded(extra: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_deepspeed(extra, 2, "bfloat16")
+    assert str(refused.value).startswith(f"deepspeed: {min(extra)}: DeepSpeed refuses this (") and said in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "stage", "dtype"),
+    [
+        (zero_extra(compute_grad_norm=False), 2, "bfloat16"),
+        (ACCUMULATED, 2, "bfloat16"),
+        (ACCUMULATED | zero_extra(offload_optimizer={"device": "cpu"}), 1, "bfloat16"),
+        (ACCUMULATED, 0, "float32"),
+    ],
+)
+def test_what_fits_the_stage_is_not_refused(extra: dict[str, object], stage: int, dtype: Any) -> None:
+    check_deepspeed(extra, stage, dtype)
+
+
+def test_a_refusal_while_the_engine_is_built_is_one_line_too() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"^deepspeed: prescale_gradients: DeepSpeed refuses this \(not yet supported"),
+        refused_by_deepspeed({"prescale_gradients": True}),
+    ):
+        raise AssertionError("not yet supported")
+    with pytest.raises(AssertionError), refused_by_deepspeed({}):  # then it is no user's fault
+        raise AssertionError("ours")
+
+
+@pytest.mark.parametrize(("offload", "device"), [(None, "none"), ({}, "none"), ({"device": "cpu"}, "cpu")])
+def test_where_the_optimizers_state_is(offload: dict[str, str] | None, device: str) -> None:
+    extra = {} if offload is None else zero_extra(offload_optimizer=offload)
+    settings = EngineSettings(2, "bfloat16", 2, 1, 1.0, 0.0, 0.01, "sgd", extra)
+    assert offload_device(zero_settings(settings, 100)) == device

@@ -57,6 +57,13 @@ def test_the_json_is_the_contract(plan: Plan) -> None:
         assert phase["micro_batch_size"] == 2 and phase["communicated_bytes_per_step"] > 0
 
 
+def test_an_offloaded_optimizer_is_in_the_hosts_memory(plan: Plan) -> None:
+    offload = {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}
+    plans = (json.loads(plan("--json", "--gpu-memory", "4GiB", changed=changed)[1]) for changed in ({}, offload))
+    on_device, offloaded = (found["phases"][0]["lines"] for found in plans)
+    assert on_device["optimizer"] > 0 == offloaded["optimizer"]
+
+
 def test_what_does_not_fit_ends_with_status_3(plan: Plan) -> None:
     """One byte less than the peak is too little."""
     peak = max(phase["peak_bytes"] for phase in json.loads(plan("--json", "--gpu-memory", "4GiB")[1])["phases"])
