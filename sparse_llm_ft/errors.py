@@ -108,7 +108,11 @@ _PASSING = {
 }
 """How reads and writes fail while a file server is away or restarts: NFS, Lustre, FUSE."""
 
-_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # in texts of safetensors and tokenizers, which are written in Rust
+_OS_ERROR = re.compile(r"(?:\(os error |\[Errno )([0-9]+)[)\]]")
+"""In texts of safetensors and tokenizers, which are written in Rust, and of errors that another rank had."""
+
+AWAY = "the file system may be away, and the same command continues when it is back"
+"""What to do about an error that `may_pass`."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -118,7 +122,9 @@ def may_pass(error: BaseException) -> bool:
         if seen is None:
             return False
         found = _OS_ERROR.search(str(seen))
-        number = seen.errno if isinstance(seen, OSError) else int(found[1]) if found else None
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number is None and found:
+            number = int(found[1])
         if number in _PASSING:
             return True
         seen = seen.__cause__ or seen.__context__

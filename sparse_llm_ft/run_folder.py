@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sparse_llm_ft.config import RunConfig, dump_config
 from sparse_llm_ft.config.registry import find_settings, method_names
 from sparse_llm_ft.config.renamed import replace_old_keys
-from sparse_llm_ft.errors import ConfigError, UserError, reaching
+from sparse_llm_ft.errors import AWAY, ConfigError, TrainingError, UserError, may_pass, reaching
 from sparse_llm_ft.io.atomic import remove_folder, write_file
 from sparse_llm_ft.io.folder_lock import LOCK_FILE, FolderLock
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
@@ -76,6 +76,7 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder holds another run, any run under ``resume: never``, or other files.
+            TrainingError: the file server is away.
         """
         with reaching("output_dir"):
             self._check(config, resolved)
@@ -109,7 +110,11 @@ class RunFolder:
         # Both runs must agree in all settings that change results.
         try:
             old = read_yaml(self.path / CONFIG_FILE)
-        except (OSError, ParseError):
+        except OSError as error:
+            if may_pass(error):
+                raise TrainingError(f"{error}; {AWAY}") from error
+            old = None
+        except ParseError:
             old = None
         if not isinstance(old, Mapping):
             raise ConfigError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sparse_llm_ft import run_folder
 from sparse_llm_ft.config import RunConfig, merge, parse_config
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, TrainingError
 from sparse_llm_ft.run_folder import RunFolder
 
 
@@ -28,6 +31,21 @@ def test_another_run_is_refused_and_named(settings: dict) -> None:
     other = parse_config(merge(settings, {"training": {"learning_rate": 0.5}}))
     with pytest.raises(ConfigError, match=r"holds another run \(training.learning_rate: 0.01 there, 0.5 here\)"):
         RunFolder(config.output_dir).check(other)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, TrainingError), (errno.EISDIR, ConfigError)])
+def test_settings_that_a_file_server_withholds_are_not_wrong(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    config = parse_config(settings)
+    RunFolder(config.output_dir).begin(config, 0)
+
+    def away(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(run_folder, "read_yaml", away)
+    with pytest.raises(kind, match=r"config\.yaml"):
+        RunFolder(config.output_dir).check(config)
 
 
 def test_the_identity_of_a_run_is_what_a_resumed_one_may_not_change(settings: dict) -> None:

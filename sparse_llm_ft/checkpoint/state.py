@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_llm_ft import __version__
 from sparse_llm_ft.checkpoint.record import Count, RunRecord, first_problem
-from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.errors import CheckpointError, may_pass
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.strict_json_yaml import read_json
 from sparse_llm_ft.plan import FEW_KEYS
@@ -113,6 +113,7 @@ class TrainState:
         Raises:
             CheckpointError: a file is missing, damaged, or not of this format; the folder holds other files or links; a
                 tensor is not float32 or not finite.
+            OSError, SafetensorError: the file server is away; nothing is known of the checkpoint.
         """
         verify_folder(folder, (TENSORS, STATE))
         try:
@@ -121,6 +122,8 @@ class TrainState:
                 raise CheckpointError(f"{folder}: {_other_version(data)}")
             flat = load_file(folder / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
+            if may_pass(error):
+                raise
             raise CheckpointError(f"{folder}: not a checkpoint of this format ({error})") from None
         try:
             contents = _Contents.model_validate(data)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.validation import Expected, validate_state
 from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import CheckpointError, DivergedError, UserError
-from sparse_llm_ft.io.atomic import remove_folder
+from sparse_llm_ft.errors import AWAY, CheckpointError, DivergedError, TrainingError, UserError, may_pass
+from sparse_llm_ft.io.atomic import remove_folder, restore_replaced
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import PlanError
@@ -74,8 +75,14 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
 
     Raises:
         CheckpointError: with the reason why no run can continue from it.
+        TrainingError: the file server is away, so that nothing is known of it.
     """
-    state = TrainState.load(folder)
+    try:
+        state = TrainState.load(folder)
+    except (OSError, SafetensorError) as error:
+        if not may_pass(error):
+            raise
+        raise TrainingError(f"{folder}: {error}; {AWAY}") from error
     if run is not None and state.record.run != run:
         raise CheckpointError(f"{folder}: belongs to a run with other settings")
     try:
@@ -139,6 +146,7 @@ def newest_state(folder: RunFolder, run: str, world: World, console: Console, re
     found: list[Checkpoint] = []
 
     def choose() -> None:
+        restore_replaced(folder.checkpoints, _NAME)  # of a process that was killed while it replaced a checkpoint
         newest, complaints = newest_valid(folder.checkpoints, real, run)
         if newest is None and complaints:
             raise UserError(

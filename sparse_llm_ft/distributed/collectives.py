@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.distributed.world import World, node_name
-from sparse_llm_ft.errors import CheckpointError, TrainingError, UserError, describe_failure, may_pass
+from sparse_llm_ft.errors import AWAY, CheckpointError, TrainingError, UserError, describe_failure, may_pass
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.wait import Wait
 
@@ -46,9 +46,7 @@ def _on_some(chosen: bool, action: Callable[[], None]) -> None:
 
 def _judged(failure: Exception | None) -> tuple[Exception | None, int]:
     if isinstance(failure, OSError | SafetensorError | UserError) and may_pass(failure):
-        failure = TrainingError(
-            f"{failure}; the file system may be away, and the same command continues when it is back"
-        )
+        failure = TrainingError(f"{failure}; {AWAY}")
     if isinstance(failure, OSError | SafetensorError):  # safetensors raises its own type when a write fails
         failure = UserError(str(failure))
     return failure, _FINE if failure is None else _USER if isinstance(failure, UserError) else _OWN

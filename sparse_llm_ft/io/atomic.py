@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from sparse_llm_ft.errors import CheckpointError
+from sparse_llm_ft.errors import CheckpointError, may_pass
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 MANIFEST = "manifest.json"
@@ -26,7 +27,8 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
     `fill` writes into an empty temporary folder beside `target`. This function gives its files, also those in folders,
     the rights that the umask gives, lists them with size and SHA-256 in ``manifest.json``, syncs them to disk, and
     renames the folder. A crash leaves at most a ``.tmp-`` folder, which the next write of the same target removes. An
-    older `target` moves aside first and is removed last.
+    older `target` moves aside first and is removed last: a crash in between leaves it under that name
+    (`restore_replaced`).
 
     Args:
         manifest: whether to write ``manifest.json``, for which every file is read once more.
@@ -65,6 +67,18 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
     remove_folder(replaced)
 
 
+def restore_replaced(parent: Path, names: re.Pattern[str]) -> None:
+    """Give a folder in `parent` its name again that a crash has left aside while `write_folder` replaced it.
+
+    Args:
+        names: matches the beginning of ``NAME`` in ``.old-NAME``; what it matches is the folder's name.
+    """
+    for aside in sorted(parent.glob(".old-*")):
+        found = names.match(aside.name.removeprefix(".old-"))
+        if found is not None and not (parent / found[0]).exists():
+            aside.rename(parent / found[0])
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder that nobody needs, as far as that is possible.
 
@@ -100,6 +114,7 @@ def verify_folder(folder: Path, required: Collection[str] = ()) -> None:
 
     Raises:
         CheckpointError: names the folder, the file and the problem.
+        OSError: the file server is away.
     """
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: a link, not a folder")
@@ -143,6 +158,8 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
     except (OSError, ParseError) as error:
+        if may_pass(error):
+            raise
         reason = str(error) if isinstance(error, ParseError) else type(error).__name__
         raise CheckpointError(f"{folder}: {MANIFEST} is not readable ({reason})") from None
     if not isinstance(manifest, dict):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparse_llm_ft.checkpoint import state as state_module
 from sparse_llm_ft.checkpoint import store
@@ -15,7 +20,7 @@ from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import checkpoint_folder, newest_state, newest_valid, save_checkpoint
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import CheckpointError, TrainingError
-from sparse_llm_ft.io import atomic
+from sparse_llm_ft.io import atomic, strict_json_yaml
 from sparse_llm_ft.io.atomic import verify_folder, write_folder
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.phase import Phase
@@ -150,6 +155,54 @@ def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(tmp_pat
     save_checkpoint(tmp_path, own, keep=None)  # the foreign one is in the way, and replaced
     newest, complaints = newest_valid(tmp_path, run="mine")
     assert newest is not None and newest.step == 6 and not complaints
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("where", ["manifest.json", "state.json", "tensors.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_server_that_is_away_makes_no_checkpoint_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    """The run would begin anew at an older one, or be refused for good."""
+    run = RunFolder(tmp_path)
+    for step in (3, 6):
+        save_checkpoint(run.checkpoints, make_state(step), keep=None)
+
+    for module, name in ((atomic, "read_json"), (state_module, "read_json"), (state_module, "load_file")):
+        read = {"read_json": strict_json_yaml.read_json, "load_file": load_file}[name]
+        monkeypatch.setattr(module, name, partial(_unless_away, read, where, number))
+    with pytest.raises(TrainingError, match=rf"step-00000006.*{os.strerror(number)}.*; the file system may be away"):
+        newest_state(run, "mine", World(0, 1, 0, 1), Console(1), None)
+
+
+def _unless_away(read: Callable[..., object], where: str, number: int, path: Path, **options: bool) -> object:
+    if path.name == where:
+        raise OSError(number, os.strerror(number), str(path))
+    return read(path, **options)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_checkpoint_is_there_whenever_the_process_that_replaces_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one, of a step that is saved again: with what a validation found, or a smaller micro-batch."""
+    run, again, renamed = RunFolder(tmp_path), make_state(3), []
+    save_checkpoint(run.checkpoints, make_state(3), keep=None)
+    again.record.before = {"loss": 1.0}
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        renamed.append(path.name)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        save_checkpoint(run.checkpoints, again, keep=None)
+    assert renamed == ["step-00000003", ".tmp-step-00000003"] and newest_valid(run.checkpoints) == (None, [])
+    state = newest_state(run, "mine", World(0, 1, 0, 1), Console(1), None)
+    assert state is not None and state.progress.step == 3 and state.record.before == {"loss": 1.5}
 
 
 @pytest.mark.parametrize("where", ["tensors", "moments"])

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import World, find_world, set_rendezvous
-from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, describe_failure, may_pass
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +125,13 @@ def test_a_file_server_that_is_away_is_not_the_users_fault(number: int, status: 
         except OSError as error:
             raise UserError(f"train.jsonl: not readable ({error.strerror})") from None
     assert stop.value.code == status
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ENOENT, False), (errno.ESTALE, True), (errno.EIO, True)])
+def test_what_another_rank_had_with_its_file_server_is_known_from_its_text(number: int, passes: bool) -> None:
+    """At stage 3 one rank of each node reads the base, and the others get its reason."""
+    error = OSError(number, os.strerror(number), "model.safetensors")
+    assert may_pass(OSError(f"rank 0 (node-1): {describe_failure(error)}")) == passes
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
