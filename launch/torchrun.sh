@@ -5,5 +5,7 @@ set -euo pipefail
 : "${HEAD:?set HEAD to the name of the first machine}" "${NODES:=1}" "${GPUS:=8}" "${RUN_ID:=run}" "${PORT:=29400}"
 # torchrun would die of these signals; ignored by it, they still reach the run's own handlers.
 trap "" USR1 USR2
+# So many seconds after SIGTERM it kills whoever still saves its step; by itself after 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-id "$RUN_ID" --rdzv-backend c10d \
   --rdzv-endpoint "$HEAD:$PORT" -m sparse_llm_ft train "$@"

@@ -108,3 +108,14 @@ def test_yaml_files_parse(path: Path) -> None:
 
 def test_there_are_workflows() -> None:
     assert {"ci.yml", "long.yml"} <= {path.name for path in WORKFLOWS}
+
+
+def test_torchrun_outwaits_a_step_and_a_checkpoint_on_kubernetes_too() -> None:
+    """By itself it kills 30 s after SIGTERM, in the middle of the pod's grace period."""
+    text = (ROOT / "launch" / "k8s" / "trainjob.yaml").read_text(encoding="utf-8")
+    runtime, job = yaml.load_all(text, yaml.BaseLoader)
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    grace = node["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    given = {variable["name"]: variable["value"] for variable in job["spec"]["trainer"]["env"]}
+    assert int(grace) - 30 <= int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(grace)
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in (ROOT / "launch" / "torchrun.sh").read_text(encoding="utf-8")

@@ -32,6 +32,8 @@ _HOST = re.compile(r"[^/#]*[.:][^/#]*/.+")  # docker's REGISTRY/IMAGE, which enr
 _HEAD = r"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 port=$((20000 + SLURM_JOB_ID % 12000))"""
+_PATIENT = """# After SIGTERM it would kill, in 30 s, whoever still saves its step. Slurm says when it is too late.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"""
 _DEAF = "# This launcher would die of USR2. Ignored by it, the signal still reaches the handlers of its processes."
 
 
@@ -248,6 +250,7 @@ export MASTER_ADDR=$head MASTER_PORT=$port HF_HOME={shlex.quote(str(hub[0]))}
     count = options.tasks_per_node
     if options.launcher == "torchrun":
         return f"""{_HEAD}
+{_PATIENT}
 {_DEAF}
 {srun}bash -c 'trap "" USR2; exec "$0" -m torch.distributed.run "$@"' "$python" \\
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {count} --rdzv-id "$SLURM_JOB_ID" \\

@@ -41,6 +41,14 @@ def test_every_script_is_valid_bash_without_a_word_left(launcher: Any, tasks: in
     assert f"#SBATCH --ntasks-per-node={8 if launcher == 'srun' else 1}" in script
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_torchrun_waits_for_who_saves(launcher: Any) -> None:
+    """It kills 30 s after SIGTERM, however long Slurm would wait."""
+    script = render(replace(OPTIONS, launcher=launcher), RUN)
+    set_before = script.find("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=") < script.find("torch.distributed.run")
+    assert set_before is (launcher == "torchrun")
+
+
 def test_options_reach_sbatch_and_srun() -> None:
     asked = replace(
         OPTIONS, partition="gpu", account="lab", cpus_per_task=12, leave_before=600, sbatch=("--mem=0", "--qos=high")
