@@ -119,6 +119,18 @@ class BestStep(BaseModel):
     waited: Count = 0
 
 
+class StepLine(BaseModel):
+    """A step's line for metrics.jsonl, see `step_line` in training/records.py; further numbers are extra fields."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, bool | int | float | dict[str, float] | None]
+
+    step: Count
+    phase: str
+    loss: float | None
+    tokens_per_second: Seconds
+
+
 class RunRecord(BaseModel):
     """A run's past.
 
@@ -131,6 +143,8 @@ class RunRecord(BaseModel):
         current: the phase in training; None between two phases.
         trackers: experiment tracker -> the id of its run.
         best: of the current phase; None without `training.keep_best` and `early_stopping`.
+        unvalidated: the last step's line, if the run was asked to leave before the validation behind this step was
+            done; the line is not logged yet.
     """
 
     model_config = ConfigDict(strict=True)
@@ -143,6 +157,7 @@ class RunRecord(BaseModel):
     current: PhaseRecord | None = None
     trackers: Annotated[dict[str, str], FEW_KEYS] = {}
     best: BestStep | None = None
+    unvalidated: StepLine | None = None
 
     @classmethod
     def empty(cls) -> RunRecord:
@@ -150,15 +165,25 @@ class RunRecord(BaseModel):
         return cls(run="", samples="", micro_batch_size=0)
 
     def with_current(
-        self, current: PhaseRecord, trackers: Mapping[str, str] | None = None, best: BestStep | None = None
+        self,
+        current: PhaseRecord,
+        trackers: Mapping[str, str] | None = None,
+        best: BestStep | None = None,
+        unvalidated: Mapping[str, object] | None = None,
     ) -> RunRecord:
         """The record with a copy of `current`, which continues to count.
 
         Args:
             trackers: ids that are known by now; None: those of before.
         """
-        known = self.trackers if trackers is None else dict(trackers)
-        return self.model_copy(update={"current": current.model_copy(), "trackers": known, "best": best})
+        return self.model_copy(
+            update={
+                "current": current.model_copy(),
+                "trackers": self.trackers if trackers is None else dict(trackers),
+                "best": best,
+                "unvalidated": None if unvalidated is None else StepLine.model_validate(unvalidated),
+            }
+        )
 
     def shrunk(self, micro_batch_size: int) -> RunRecord:
         """The record after a step of the current phase ran out of memory, which continues with this micro-batch."""

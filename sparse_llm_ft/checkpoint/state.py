@@ -64,6 +64,11 @@ class TrainState:
     callback_tensors: Tensors = field(default_factory=dict)
 
     @property
+    def logged_step(self) -> int:
+        """The last step whose line is in metrics.jsonl: that of the state, or the one before (`unvalidated`)."""
+        return self.progress.step - (self.record.unvalidated is not None)
+
+    @property
     def engine_state(self) -> EngineState:
         """What `Engine.load_state_dict` takes."""
         return {"tensors": self.tensors, "moments": self.moments, "optimizer_steps": self.optimizer_steps}

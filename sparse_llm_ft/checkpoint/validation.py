@@ -73,6 +73,9 @@ def validate_state(state: TrainState, phase: Phase, real: Expected) -> None:
     _check_callback(state, phase, real)
     if state.record.current is None:
         raise PlanError("the record has no current phase")
+    line = state.record.unvalidated
+    if line is not None and (line.step, line.phase) != (state.progress.step, phase.name):
+        raise PlanError(f"a line of step {line.step}, phase {line.phase!r:.60}, in a state of another one")
 
 
 def _check_callback(state: TrainState, phase: Phase, real: Expected) -> None:

@@ -40,7 +40,6 @@ def evaluation_batches(
     batch_size: int,
     rank: int,
     world_size: int,
-    preemptible: bool = True,
     wait: Wait | None = None,
 ) -> Iterator[Iterator[IndexedBatch]]:
     """Collective. This rank's batches on the model's device, in evaluation mode without gradients. Each module's own
@@ -51,7 +50,6 @@ def evaluation_batches(
 
     Args:
         lengths: (samples,), the tokens of each sample.
-        preemptible: whether a signal ends the run after a batch; otherwise the caller handles it.
         wait: shows how many batches are done.
 
     Raises:
@@ -62,7 +60,7 @@ def evaluation_batches(
         order = np.argsort(lengths, kind="stable").tolist()  # saves padding
         places = rank_batches(len(samples), batch_size, rank, world_size)
         rows = [[order[place] for place in row] for row in places]
-        yield _collated(rows, samples, collate, device, preemptible, wait)
+        yield _collated(rows, samples, collate, device, wait)
 
 
 def _collated(
@@ -70,7 +68,6 @@ def _collated(
     samples: Sequence[S],
     collate: Callable[[Sequence[S]], Batch],
     device: torch.device,
-    preemptible: bool,
     wait: Wait | None,
 ) -> Iterator[IndexedBatch]:
     for done, indices in enumerate(rows, 1):
@@ -78,8 +75,7 @@ def _collated(
         yield indices, {name: value.to(device) for name, value in batch.items()}
         if wait is not None:
             wait.at(done, len(rows))
-        if preemptible:
-            exit_if_preempted()
+        exit_if_preempted()
 
 
 def mean_loss(
@@ -93,12 +89,13 @@ def mean_loss(
 ) -> float:
     """Collective. Mean loss per unit over all `samples`; each counts once whatever the world size.
 
-    Signals are not handled here: the training loop, which calls this between steps, saves before it stops.
+    Raises:
+        PreemptionRequested: see `evaluation_batches`.
     """
     total = torch.zeros(2, dtype=torch.float64)
     lengths = lengths_of(samples, objective)
     with evaluation_batches(
-        model, samples, lengths, objective.batch, batch_size, rank, world_size, preemptible=False, wait=wait
+        model, samples, lengths, objective.batch, batch_size, rank, world_size, wait=wait
     ) as batches:
         for indices, batch in batches:
             loss = objective.loss(model, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -125,8 +125,8 @@ class PhaseTraining:
         self.best = BestWatch.of(self.training, before.record.best) if phase.open_ended else NOTHING_WATCHED
         self.watcher = context.evaluator(parts.splits.watched)
         tensorboard = "tensorboard" in self.config.trackers
-        step = self.loop.progress.step
-        self.writer = MetricsLogger(context.folder, self.world.rank, step, parts.trackers, tensorboard)
+        self.writer = MetricsLogger(context.folder, self.world.rank, before.logged_step, parts.trackers, tensorboard)
+        self.unvalidated: Mapping[str, object] | None = None  # the present step's line, see `RunRecord`
         self.flops = step_flops(context.empty, phase.plan, self.config.model.dtype, self.loop.device, self.world.size)
 
     def train(self) -> TrainState:
@@ -138,6 +138,8 @@ class PhaseTraining:
         run_on_rank_zero(self.world, self.writer.open)
         exit_if_preempted()
         self.console.begin(self.phase.name, self.loop.progress.step, self._last_step)
+        if (line := self.before.record.unvalidated) is not None:
+            self._conclude(line.model_dump())
         self.memory.restart()
         with closing(self.loop.steps(self._needs_engine)) as steps:
             for step in () if self.best.stops else self._first_compiled(steps):
@@ -161,41 +163,70 @@ class PhaseTraining:
         yield from steps
 
     def _count(self, step: Step) -> None:
-        """Count a step, log it, and save a checkpoint if one is due."""
+        """Count a step, and do what is due behind it."""
         loop, done = self.loop, (0.0, 0.0)
         if self.flops is not None:
             operations = self.flops.step(step.tokens, step.squares, step.units, cached_share(step, loop))
             done = (operations, self.flops.peak * step.seconds)
         self.record.add(self.phase.global_batch_size, step.tokens, step.seconds, *done)
-        if loop.preempted_by:  # save before a validation, which may take longer than the signal's sender waits
-            self._save()
-        is_best = self._after_step(step_line(self.record, step, loop, self.flops))
-        if loop.preempted_by:
-            if self.best.metric is not None:  # what the validation has found belongs to the state
+        self._conclude(step_line(self.record, step, loop, self.flops))
+
+    def _conclude(self, line: dict[str, object]) -> None:
+        """Validate where it is due, log the line of the step just made, and save a checkpoint if one is due.
+
+        Raises:
+            PreemptionRequested: a signal asked the run to stop; the state is saved. A validation, which may take longer
+                than the signal's sender waits, is then left to the resumed run, and with it the line.
+        """
+        loop, is_best = self.loop, False
+        if self._validates(loop.progress):
+            try:
+                if loop.preempted_by is not None:
+                    raise PreemptionRequested(loop.preempted_by, "")
+                line, is_best = self._validated(line)
+            except PreemptionRequested as request:
+                self.parts.run_state.step(line, self._last_step, False)
+                self.unvalidated = line | self.memory.take()
                 self._save()
-            self._stop()
+                self._stop(request.signal_name)
+        self._log(line)
+        if loop.preempted_by is not None:
+            self._save()
+            self._stop(loop.preempted_by)
         due = _due(self.training.save_every, loop.progress.step) and not loop.over()
         if due or (is_best and self.best.keeps):
             self._save()
 
-    def _after_step(self, line: dict[str, object]) -> bool:
-        """Log the step's line, with the validation where it is due. Returns whether it is the best one."""
-        loop, is_best = self.loop, False
-        # Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
-        if not self.phase.is_warmup and _due(self.training.eval_every, loop.progress.counted_steps):
-            size = self.config.evaluation.micro_batch_size
-            validation, objective = self.parts.splits.validation, self.context.objective
-            ranks = self.world.rank, self.world.size
-            with Wait(self.console, "validating", unit="batches") as wait:
-                line["validation_loss"] = mean_loss(loop.engine.module, validation, objective, size, *ranks, wait)
-            is_best = self._watch(line)
-        logged = _due(self.training.log_every, loop.progress.step) or "validation_loss" in line or loop.over()
+    def _validates(self, progress: Progress) -> bool:
+        """Whether a validation follows the step that ends at this progress.
+
+        Counted in the run's own steps: a pilot does not shift them, and its loss says nothing about the run.
+        """
+        return not self.phase.is_warmup and _due(self.training.eval_every, progress.counted_steps)
+
+    def _validated(self, line: Mapping[str, object]) -> tuple[dict[str, object], bool]:
+        """The line with the validation, and whether it is the best one.
+
+        Raises:
+            PreemptionRequested: a signal asked the run to stop meanwhile; nothing has changed.
+        """
+        size = self.config.evaluation.micro_batch_size
+        validation, objective = self.parts.splits.validation, self.context.objective
+        ranks = self.world.rank, self.world.size
+        with Wait(self.console, "validating", unit="batches") as wait:
+            loss = mean_loss(self.loop.engine.module, validation, objective, size, *ranks, wait)
+        validated = {**line, "validation_loss": loss}
+        return validated, self._watch(validated)
+
+    def _log(self, line: dict[str, object]) -> None:
+        """Log a step's line, if one is due."""
+        step = self.loop.progress.step
+        logged = _due(self.training.log_every, step) or "validation_loss" in line or self.loop.over()
         self.parts.run_state.step(line, self._last_step, logged)
         if logged:
             line |= self.memory.take()
             run_on_rank_zero(self.world, lambda: self.writer.write(line))
             self.console.step(line, self._last_step)
-        return is_best
 
     def _watch(self, line: dict[str, object]) -> bool:
         """Take what is followed off this validation, into the line too. Returns whether it is the best."""
@@ -212,7 +243,7 @@ class PhaseTraining:
             self.console.log(f"stopping at step {self.loop.progress.step}: {self.best.describe()}")
         return is_best
 
-    def _stop(self) -> NoReturn:
+    def _stop(self, signal_name: str) -> NoReturn:
         """Close the logs and raise `PreemptionRequested`."""
         loop = self.loop
         if loop.prefix is not None:
@@ -220,8 +251,7 @@ class PhaseTraining:
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
         self.parts.trackers.close(LEAVING_SECONDS)
-        assert loop.preempted_by is not None
-        raise PreemptionRequested(loop.preempted_by, f"saved step {loop.progress.step}")
+        raise PreemptionRequested(signal_name, f"saved step {loop.progress.step}")
 
     def _save(self) -> None:
         self.parts.save(self._state(), self.best.kept_step)
@@ -234,14 +264,15 @@ class PhaseTraining:
             progress=copy.copy(loop.progress),
             phase=self.phase.to_dict(),
             callback=loop.callback.to_dict() if loop.callback else None,
-            record=self.before.record.with_current(self.record, self.parts.trackers.ids, self.best.found),
+            record=self.before.record.with_current(
+                self.record, self.parts.trackers.ids, self.best.found, self.unvalidated
+            ),
             callback_tensors=loop.callback.tensors() if loop.callback else {},
         )
 
     def _needs_engine(self, progress: Progress) -> bool:
         """Whether a step that ends at `progress` is followed by a save or a validation."""
-        validates = not self.phase.is_warmup and _due(self.training.eval_every, progress.counted_steps)
-        return validates or _due(self.training.save_every, progress.step)
+        return self._validates(progress) or _due(self.training.save_every, progress.step)
 
     @property
     def _last_step(self) -> int:

@@ -258,7 +258,7 @@ class Run:
             phase = resumed_batch(Phase.from_dict(state.phase), self.world.size, changed)
             phase = self.methods.resumed(phase)
         phase = self.data.with_steps(phase)
-        run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.progress.step if state else 0))
+        run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.logged_step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
         for line in remarks(self.context, self.splits, self.data, first):
             self.console.log(line)

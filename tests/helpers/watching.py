@@ -70,6 +70,29 @@ def interrupt(at_step: int, number: int = signal.SIGINT) -> Callable[[int], None
     return before
 
 
+def interrupt_validation(number: int, function: str = "mean_loss", call: int = 2) -> Callable[[int], None]:
+    """What sends rank 1 a signal when the loop validates: at the given call (from 1) of `mean_loss` or `predict`."""
+
+    def before(rank: int) -> None:
+        from sparse_llm_ft.distributed.signals import catch_signals
+        from sparse_llm_ft.evaluation.evaluator import Evaluator
+        from sparse_llm_ft.training import phase_training
+
+        catch_signals()
+        owner: Any = Evaluator if function == "predict" else phase_training
+        original, calls = getattr(owner, function), []
+
+        def called(*args: Any) -> Any:
+            calls.append(1)
+            if rank == 1 and len(calls) == call:
+                os.kill(os.getpid(), number)
+            return original(*args)
+
+        setattr(owner, function, called)
+
+    return before
+
+
 def lose_output(at_step: int) -> Callable[[int], None]:
     """What takes the reader of rank 0's output away when it has made the given step, and prints a line then."""
 

@@ -64,6 +64,7 @@ def put(path: str, value: Any) -> Callable[[TrainState], None]:
     return change
 
 
+LINE = {"step": 3, "phase": "train", "loss": 1.0, "tokens_per_second": 9.5}
 HUGE = {"size": 10**12, "bits": ""}
 CLAIMS = [
     (put("phase.name", "../../../etc/cron"), "phase name '../../../etc/cron'"),
@@ -109,6 +110,9 @@ CLAIMS = [
     (put("record.current", {"steps": "x"}), "'record.current.name' is missing"),
     (put("record.current", None), "the record has no current phase"),
     (put("record.micro_batch_size", "2"), "'record.micro_batch_size' is '2'"),
+    (put("record.unvalidated", LINE | {"step": 2}), "a line of step 2, phase 'train', in a state of another one"),
+    (put("record.unvalidated", LINE | {"phase": "../x"}), "a line of step 3, phase '../x', in a state of another one"),
+    (put("record.unvalidated", LINE | {"omega": "x"}), "'record.unvalidated.omega.bool' is 'x'"),
     (put("record.before", [1]), "'record.before' is [1]"),
     (put("record.before", {"loss": "\n"}), "'record.before.loss' is '\\n'"),
     (put("record.before", {str(i): "x" for i in range(10_001)}), "'record.before' is {'0': 'x'"),
