@@ -124,6 +124,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, keep: int | None, prot
 
 def _check_finite(state: TrainState) -> None:
     named = [*state.tensors.items(), *((n, t) for n, moments in state.moments.items() for t in moments.values())]
+    named += state.callback_tensors.items()
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(

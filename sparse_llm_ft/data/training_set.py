@@ -44,7 +44,7 @@ class TrainingSet:
         """The phase with `steps` computed from its `epochs`."""
         if phase.epochs is None:
             return phase
-        samples = phase.epochs * len(self.sequences(phase.subset))
+        samples = round(phase.epochs * len(self.sequences(phase.subset)), 9)  # 0.07 * 100 is a little more than 7
         return replace(phase, steps=max(1, math.ceil(samples / phase.global_batch_size)))
 
     @property

@@ -33,6 +33,10 @@ class Callback(Protocol):
         """Collective. Act after update `step` (from 1) of the phase. Returns further entries for metrics.jsonl."""
         ...
 
+    def at_end(self, engine: Engine, updates: int) -> None:
+        """Collective. Act at the phase's end, after so many updates: fewer than planned if the run has ended first."""
+        ...
+
     def active_adapters(self, engine: Engine) -> int:
         """Collective. How many adapters change the output now."""
         ...
@@ -65,6 +69,11 @@ class OmegaPruning:
         self._active = sum(value > 0 for value in omega.values())
         logged: dict[str, object] = {"swaps": swaps} if self.cut.kept else {}
         return logged | {"omega": {name.rpartition(".")[0]: value for name, value in omega.items()}}
+
+    def at_end(self, engine: Engine, updates: int) -> None:
+        """Collective. Make the last cut, if too many updates were skipped for it to be due before the run's end."""
+        if updates < self.cut.rule.steps:
+            self.after_step(engine, self.cut.rule.steps, {})
 
     def active_adapters(self, engine: Engine) -> int:
         """Collective before the first update. The number of adapters with omega > 0."""
@@ -102,6 +111,9 @@ class AdaLoraRankAllocation:
             engine.load(pruned)
         pattern = self.allocation.rank_pattern
         return {} if pattern is None else {"ranks": sum(sum(row) for row in pattern.values())}
+
+    def at_end(self, engine: Engine, updates: int) -> None:
+        """Nothing: what is pruned by then stays pruned."""
 
     def active_adapters(self, engine: Engine) -> int:
         """The number of all adapters: AdaLoRA prunes ranks, not adapters."""

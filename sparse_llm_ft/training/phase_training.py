@@ -148,6 +148,8 @@ class PhaseTraining:
                 if self.best.stops:
                     break
                 self.memory.restart()  # what validations and saves took is none of the next step's
+        if self.loop.callback is not None and not self.loop.out_of_memory:
+            self.loop.callback.at_end(self.loop.engine, self.loop.progress.phase_updates)
         self.console.end()
         run_on_rank_zero(self.world, self.writer.close)
         return self._state()

@@ -73,4 +73,4 @@ class Schedule:
 
     @property
     def _total_samples(self) -> int:
-        return math.ceil(self.settings.epochs * self.train_samples)
+        return math.ceil(round(self.settings.epochs * self.train_samples, 9))  # 0.07 * 100 is a little more than 7

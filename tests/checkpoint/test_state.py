@@ -205,10 +205,12 @@ def test_a_checkpoint_is_there_whenever_the_process_that_replaces_it_is_killed(
     assert state is not None and state.progress.step == 3 and state.record.before == {"loss": 1.5}
 
 
-@pytest.mark.parametrize("where", ["tensors", "moments"])
+@pytest.mark.parametrize("where", ["tensors", "moments", "callback_tensors"])
 def test_values_that_are_not_finite_are_never_saved(tmp_path: Path, where: str) -> None:
+    """A checkpoint that holds one is not read again."""
     state = make_state(3)
-    held = state.tensors if where == "tensors" else state.moments["a.lora_A"]
+    state.callback_tensors = {"a.lora_A": torch.ones(2, 3)}
+    held = state.moments["a.lora_A"] if where == "moments" else getattr(state, where)
     next(iter(held.values()))[0, 1] = torch.nan
     with pytest.raises(TrainingError, match=r"step 3 is not saved: a.lora_A or a moment of it is not finite"):
         save_checkpoint(tmp_path, state, keep=None)

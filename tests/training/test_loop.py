@@ -13,8 +13,10 @@ from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError
-from sparse_llm_ft.phase import Phase
+from sparse_llm_ft.optim import StoIHT
+from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.training.callbacks import OmegaPruning
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.schedule import Schedule
 
@@ -96,6 +98,29 @@ def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
     engine, callback = loop.engine, loop.callback
     assert engine.updates == 4 and callback.steps == [1, 2, 3, 4]  # the last of the phase is not missed
     assert "seen" not in steps[1].callback
+
+
+class OmegaEngine:
+    def __init__(self, omega: dict[str, float]) -> None:
+        self.omega = omega
+
+    def values(self, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([self.omega[name]]) for name in names}
+
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        self.omega |= {name: float(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("updates", "left"), [(4, 1), (5, 3)])
+def test_the_last_cut_is_made_though_the_run_ends_before_it_is_due(updates: int, left: int) -> None:
+    """Skipped updates do not count, and may leave too few steps for T; after T updates it has been made."""
+    engine: Any = OmegaEngine({"a.lora_omega": 1.25, "b.lora_omega": 0.75, "c.lora_omega": 1.5})
+    pruning = OmegaPruning(StoIHT(CutRule(keep=1, steps=5, every=10)), list(engine.omega))
+    pruning.after_step(engine, 4, {})
+    assert pruning.active_adapters(engine) == 3
+    pruning.at_end(engine, updates)
+    assert pruning.active_adapters(engine) == left == sum(value > 0 for value in engine.omega.values())
+    assert engine.omega["c.lora_omega"] == 1.5
 
 
 def test_buffers_of_the_base_stay_whatever_a_forward_pass_does_to_them() -> None:

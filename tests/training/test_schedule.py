@@ -48,6 +48,11 @@ def test_epochs_count_samples_so_a_grown_batch_shortens_the_run_without_bending_
     assert schedule.learning_rate(Progress(2, 50)) == schedule.learning_rate(Progress(5, 50))
 
 
+@pytest.mark.parametrize(("epochs", "samples", "steps"), [(0.07, 100, 7), (1.1, 10, 11), (0.071, 100, 8), (2.0, 5, 10)])
+def test_a_part_of_an_epoch_has_no_step_more_for_a_rounding_error(epochs: float, samples: int, steps: int) -> None:
+    assert Schedule(TrainingConfig(epochs=epochs, global_batch_size=1), samples).total_steps == steps
+
+
 def test_between_steps_the_warm_up_never_exceeds_the_full_rate() -> None:
     """A grown global batch ends at positions between those of the initial one."""
     schedule = Schedule(TrainingConfig(learning_rate=1.0, warmup_steps=4, global_batch_size=8), train_samples=800)
