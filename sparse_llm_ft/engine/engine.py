@@ -27,6 +27,7 @@ from sparse_llm_ft.engine import zero
 from sparse_llm_ft.engine.settings import EngineSettings, refused_by_deepspeed
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
+from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.model.four_bit import release_weights
 from sparse_llm_ft.optim import MOMENTS, AdapterOptimizer, Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup
@@ -39,17 +40,36 @@ def init_distributed() -> None:
     """Collective. Join the process group that the environment describes: NCCL with a GPU, gloo without.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or this node has fewer GPUs than processes.
         TrainingError: rank 0 does not answer there.
     """
     if torch.cuda.is_available():
-        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
-            os.environ["LOCAL_RANK"] = "0"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _use_own_gpu()
     # On CPUs DeepSpeed would compile an operator that only its inference calls: it needs a compiler and ninja, and a
     # process that is killed meanwhile leaves a lock behind for which every later one waits.
     with connecting(), mock.patch.object(_TORCH_BACKEND, "build_shm_op", lambda: None):
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _use_own_gpu() -> None:
+    """Compute on the GPU that has this process's number on its node.
+
+    Raises:
+        UserError: there is none. Under torchrun and deepspeed, all processes of the node raise it.
+    """
+    count, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_SIZE" in os.environ:  # their processes see the same GPUs
+        number = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)) - 1
+    elif count == 1:  # srun --gpus-per-task=1: each process sees its own GPU as number 0
+        number = 0
+    if number >= count:
+        raise UserError(
+            f"this node has {count} GPU{'s' * (count > 1)}, and at least {number + 1} processes run here; expected one "
+            "for each GPU"
+        )
+    if count == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 @contextmanager
