@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
 from sparse_llm_ft.plan_masks import EntryBits, EntryMasks
@@ -129,30 +130,26 @@ def _with_entries(plan: AdapterPlan, masks: Mapping[str, EntryMasks]) -> Adapter
 
 
 def mask_state(state: TrainState, before: AdapterPlan, plan: AdapterPlan) -> TrainState:
-    """The state with only the kept rows of every B and columns of every A, moments included.
+    """The state with only the kept rows of every B and v and columns of every A, moments included.
 
     Where the plan has another scaling than `before`, what was trained stays as it was at the kept places: B is divided
     by their ratio. Its gradient is multiplied by it then, and so are the moments, the second one twice.
     """
-    first = {owner: plan.active[name] for owner, name in plan.matrix_owners().items()}
-    growth = {owner: first[owner].scaling / before.active[name].scaling for owner, name in plan.matrix_owners().items()}
+    owners = plan.matrix_owners().items()
+    growth = {owner: plan.active[name].scaling / before.active[name].scaling for owner, name in owners}
     powers = {"exp_avg": 1, "exp_avg_sq": 2}
+    masks = replace(plan, masking="optimizer", rows={})  # whose full layout the state has, but for `AdapterPlan.rows`
+
+    def reduced(part: Tensors, power: int) -> Tensors:
+        return {name: rescaled(name, tensor, power) for name, tensor in to_compact(masks, part).items()}
 
     def rescaled(name: str, tensor: torch.Tensor, power: int) -> torch.Tensor:
         owner, _, part = name.rpartition(".")
         factor = growth.get(owner, 1.0) if part == "lora_B" else 1.0
         return tensor if factor == 1 else tensor * factor**power
 
-    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        owner, _, part = name.rpartition(".")
-        if owner not in first or part not in ("lora_A", "lora_B"):
-            return tensor
-        kept, dimension = (first[owner].cols, 1) if part == "lora_A" else (first[owner].rows, 0)
-        return tensor if kept is None else tensor.index_select(dimension, torch.tensor(kept.indices))
-
-    tensors: Tensors = {name: rescaled(name, cut(name, tensor), -1) for name, tensor in state.tensors.items()}
-    moments = {
-        n: {key: rescaled(n, cut(n, moment), powers[key]) for key, moment in entry.items()}
-        for n, entry in state.moments.items()
-    }
+    tensors = reduced(state.tensors, -1)
+    entries = state.moments.items()
+    of_key = {key: reduced({n: e[key] for n, e in entries if key in e}, power) for key, power in powers.items()}
+    moments = {name: {key: of_key[key][name] for key in entry} for name, entry in entries}
     return replace(state, tensors=tensors, moments=moments)

@@ -37,6 +37,7 @@ METHODS: dict[str, Any] = {
     "weight_then_partial": [WEIGHT, PARTIAL],
     "partial_then_weight_plus": [PARTIAL, WEIGHT | {"name": "weight_lora_plus"}],
     "drop_then_partial": [DROP, PARTIAL],
+    "tied_then_partial": ["tied_lora", PARTIAL],
 }
 
 

@@ -50,6 +50,9 @@ def state(phase: Phase, head: bool = False) -> TrainState:
     for name, adapter in phase.plan.active.items():
         if adapter.train_omega:
             tensors[f"{name}.lora_omega"] = torch.rand(1, generator=generator) + 0.1
+        if adapter.train_vectors:
+            tensors[f"{name}.lora_u"] = torch.rand(adapter.r, generator=generator) + 0.5
+            tensors[f"{name}.lora_v"] = torch.rand(adapter.shape(TARGETS[name])[0], generator=generator) + 0.5
     if head:
         tensors["classifier.weight"] = torch.randn(2, 8, generator=generator)
     moments = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from helpers.method_settings import TARGETS, config, derivation, start, state
 from sparse_llm_ft.adapters import count_parameters, tuner_of
@@ -89,6 +90,26 @@ def test_sharing_then_masks() -> None:
     train, _ = chain.next(derive, state(derive), derivation(), TARGETS)
     assert train.plan.groups == derive.plan.groups
     assert count_parameters(train.plan, TARGETS) < count_parameters(derive.plan, TARGETS)
+
+
+@pytest.mark.parametrize("masking", ["compact", "optimizer"])
+def test_tied_pairs_then_masks(masking: str) -> None:
+    """Every layer's v has an entry per row of the shared B, and is masked with it; u has none."""
+    masks = {"name": "partial_lora", "masking": masking, "mask_scaling": True}
+    chain, derive = start(["tied_lora", masks])
+    before = state(derive)
+    train, after = chain.next(derive, before, derivation(), TARGETS)
+    shapes = tuner_of(train.plan).shapes(train.plan, TARGETS)
+    assert {name: tuple(t.shape) for name, t in after.tensors.items()} == shapes
+    assert {name: {tuple(m.shape) for m in own.values()} for name, own in after.moments.items()} == {
+        name: {shape} for name, shape in shapes.items()
+    }
+    for name, adapter in train.plan.active.items():
+        assert adapter.rows is not None
+        kept = list(adapter.rows.indices)
+        assert torch.equal(after.tensors[f"{name}.lora_v"], before.tensors[f"{name}.lora_v"][kept])
+        for key, moment in after.moments[f"{name}.lora_v"].items():
+            assert torch.equal(moment, before.moments[f"{name}.lora_v"][key][kept])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ LONG = {
     ),
     *("encoder-weight_then_partial", "encoder-weight_lora", "weight_lora_plus"),
     "rslora",
+    "tied_then_partial",
 }
 """Those that only `make test-long` runs: each is a variant, or on the encoder, of one that `make test` runs here or, as
 weight_lora_plus, elsewhere."""
