@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.errors import ConfigError, TrainingError
 from sparse_llm_ft.scoring.contracts import no_reduce
 
 
@@ -17,7 +17,8 @@ class OutputScores:
     The paper averages "over the training dataset" and does not define a sample's norm. Here x_i is all of the sample's
     input to the layer: the square is summed over its tokens (the Frobenius norm of ΔW_i X_i), and the mean is over
     samples. A mean over all tokens would divide every g_i by the same number, and y_i = g_i / Σ g would stay the same.
-    Padding is ignored. No activations are stored.
+    Padding is ignored, and so are calls on what belongs to no sample: DeBERTa's query and key layers also project the
+    embeddings of relative positions, (1, distances, d_in), one for all samples. No activations are stored.
 
     Run forward passes without gradients: recomputation under gradient checkpointing would count twice.
 
@@ -28,6 +29,7 @@ class OutputScores:
     def __init__(self, names: Iterable[str]) -> None:
         self._sums: dict[str, torch.Tensor | None] = dict.fromkeys(names)
         self._masks: dict[int, torch.Tensor] = {}  # by width
+        self._apart: set[str] = set()  # modules that were called on what belongs to no sample
         self._samples = 0
 
     def begin_batch(self, mask: torch.Tensor, *others: torch.Tensor) -> None:
@@ -43,7 +45,8 @@ class OutputScores:
     def observer(self, name: str) -> Callable[[torch.Tensor], None]:
         """A function to call with the adapter's scaled output: (batch, length, d_out) or (batch, d_out).
 
-        It raises RuntimeError before the first `begin_batch`, and ValueError if the output does not fit its mask.
+        It raises RuntimeError before the first `begin_batch`, and ConfigError if the output has another shape, such as
+        that of an expert, to which some of the tokens are sent.
 
         Raises:
             KeyError: an unknown module.
@@ -57,10 +60,10 @@ class OutputScores:
             first = next(iter(self._masks.values()))
             mask = self._masks.get(output.shape[1], first) if output.dim() == 3 else first.any(1)
             if output.shape[:-1] != mask.shape:
-                raise ValueError(
-                    f"the output of module {name!r} has shape {tuple(output.shape)}; expected one vector for each "
-                    f"position, or sample, of a batch of shape {tuple(first.shape)}"
-                )
+                if output.dim() == 3 and output.shape[0] == 1:
+                    self._apart.add(name)
+                    return
+                raise _no_positions(name, f"{tuple(output.shape)} in a batch of shape {tuple(first.shape)}")
             squares = output.detach().float().square().sum(-1, dtype=torch.float64)
             added = torch.where(mask.to(output.device), squares, squares.new_zeros(())).sum()
             before = self._sums[name]
@@ -76,11 +79,17 @@ class OutputScores:
 
         Raises:
             TrainingError: no samples, or a sum that is not finite, naming the module.
+            ConfigError: a module was called, and never on the positions of samples.
         """
         sums = [0.0 if value is None else float(value) for value in self._sums.values()]
-        *sums, samples = reduce(torch.tensor([*sums, self._samples], dtype=torch.float64)).tolist()
+        apart = [float(value is None and name in self._apart) for name, value in self._sums.items()]
+        summed = reduce(torch.tensor([*sums, *apart, self._samples], dtype=torch.float64)).tolist()
+        sums, apart, samples = summed[: len(sums)], summed[len(sums) : -1], summed[-1]
         if samples == 0:
             raise TrainingError("no sample went through the model, so the outputs of the adapters were not seen")
+        for name, times in zip(self._sums, apart, strict=True):
+            if times:
+                raise _no_positions(name, "one for all samples")
         g = {name: value / samples for name, value in zip(self._sums, sums, strict=True)}
         _check(g)
         return g
@@ -133,6 +142,14 @@ def select_layers(y: Mapping[str, float], threshold: float) -> list[str]:
         count += 1
     kept = set(ordered[:count])
     return [name for name in y if name in kept]
+
+
+def _no_positions(name: str, shape: str) -> ConfigError:
+    return ConfigError(
+        "adapter.target_modules",
+        f"the output of module {name!r} is {shape}, of which LoRA-drop cannot tell which sample it belongs to",
+        "expected modules with one output for each position of a sample, or for each sample",
+    )
 
 
 def _check(values: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sparse_llm_ft.errors import TrainingError
+from sparse_llm_ft.errors import ConfigError, TrainingError
 from sparse_llm_ft.scoring.lora_output import OutputScores, importance_by_type, select_layers
 
 
@@ -72,11 +72,25 @@ def test_wrong_use_is_said() -> None:
     with pytest.raises(TrainingError, match="no sample"):
         scores.totals()
     scores.begin_batch(torch.ones(2, 3))
-    for shape in ((2, 4, 5), (1, 3, 5), (3, 5)):
-        with pytest.raises(ValueError, match="module 'a' has shape"):
+    for shape in ((2, 4, 5), (3, 3, 5), (3, 5)):
+        with pytest.raises(ConfigError, match=rf"adapter\.target_modules: the output of module 'a' is \({shape[0]}, "):
             scores.observer("a")(torch.ones(shape))
     scores.observer("a")(torch.full((2, 3, 1), math.inf))
     with pytest.raises(TrainingError, match="module 'a'"):
+        scores.totals()
+
+
+def test_what_a_layer_computes_of_relative_positions_belongs_to_no_sample() -> None:
+    """DeBERTa's query and key layers project embeddings of relative positions too, once for all samples."""
+    scores = OutputScores(["query", "position"])
+    for length in (3, 2):
+        scores.begin_batch(torch.ones(2, length))
+        scores.observer("query")(torch.ones(2, length, 4))
+        scores.observer("query")(torch.full((1, 3, 4), 100.0))  # as long as a sample, once
+        scores.observer("query")(torch.full((1, 16, 4), 100.0))
+    assert scores.totals()["query"] == 2 * 4 * (3 + 2) / 4
+    scores.observer("position")(torch.ones(1, 16, 4))
+    with pytest.raises(ConfigError, match="module 'position' is one for all samples"):
         scores.totals()
 
 
