@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.linear import LinearLayer, refuse_shared_weights, sides
-from sparse_llm_ft.plan import AdapterPlan, PlanError, uniform_plan, with_omega
+from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
 Linear = LinearLayer | SparseLoraLayer
 
@@ -172,8 +173,8 @@ class SparseLoraModel(BaseTuner):
         same_groups = _plan(config).groups == plan.groups
         stays = not fresh and same_groups and _plan(config).lora_dropout == plan.lora_dropout
         dtype = self._adapter_dtype(adapter_name)
-        if not stays:
-            for layer in layers.values():
+        for name, layer in layers.items():
+            if not (stays and _same_pair(layer.adapters.get(adapter_name), active.get(name))):
                 layer.drop_shared(adapter_name)
         # Remove the adapters that the plan lacks.
         for name, layer in layers.items():
@@ -200,7 +201,7 @@ class SparseLoraModel(BaseTuner):
             self.model.get_submodule(whole).requires_grad_(False)
         config.plan, config.target_modules = plan, sorted(active) or DUMMY_TARGET_MODULES
         everywhere = {name for other in self.peft_config.values() for name in _plan(other).active}
-        self.targeted_module_names = [name for name in layers.keys() | active.keys() if name in everywhere]
+        self.targeted_module_names = [name for name in dict.fromkeys((*layers, *active)) if name in everywhere]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         _train_whole(self.model, plan)
 
@@ -214,6 +215,14 @@ class SparseLoraModel(BaseTuner):
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
+
+
+def _same_pair(before: ModuleAdapter | None, after: ModuleAdapter | None) -> bool:
+    """Whether a module's shared A and B can stay: its group is the same, and omega, u and v are the module's own."""
+    if before is None or after is None:
+        return False
+    own = replace(before, omega=after.omega, train_omega=after.train_omega, train_vectors=after.train_vectors)
+    return own == after
 
 
 def _train_whole(model: nn.Module, plan: AdapterPlan) -> None:

@@ -105,14 +105,7 @@ def check_plan(model: nn.Module, plan: AdapterPlan) -> None:
     for whole in plan.trained:
         if whole and not any(name == whole for name, _ in model.named_modules()):
             raise PlanError(f"the plan fully trains module {whole!r}, which the model lacks")
-    for group in plan.groups:
-        if hasattr(_ANY_GROUPS, group):
-            raise PlanError(f"group {group!r}: torch reserves that name")
     check_modules(plan, linear_modules(model))
-
-
-_ANY_GROUPS = nn.ModuleDict()
-"""Groups are the keys of one, so they cannot have the names of its own attributes."""
 
 
 def _named(model: nn.Module, ending: str) -> dict[str, nn.Module]:

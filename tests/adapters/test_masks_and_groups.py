@@ -176,6 +176,38 @@ def test_set_plan_makes_and_breaks_groups() -> None:
         assert set(trained_parameters(model)) == names
 
 
+@pytest.mark.parametrize("change", [{"r": 2}, {"lora_alpha": 9.0}, {"cols": IndexMask(32, (1, 5, 9))}])
+def test_set_plan_builds_the_pair_of_a_changed_group_anew(change: dict) -> None:
+    base = LLAMA.build()
+    plan = shared_plan(base)
+    model = with_values(get_peft_model(base, SparseLoraConfig(plan=plan)))
+    changed = next(iter(plan.groups))
+    before = {owner: base.get_submodule(name).pair("default") for owner, name in plan.matrix_owners().items()}
+    modules = {name: replace(a, **change) if a.group == changed else a for name, a in plan.active.items()}
+    after = AdapterPlan(modules)
+    model.base_model.set_plan(after)
+    for name, adapter in after.active.items():
+        layer, owner = base.get_submodule(name), after.owners[name]
+        down, up = layer.pair("default")
+        rows, columns = adapter.shape((layer.out_features, layer.in_features))
+        assert layer.adapters["default"] == adapter
+        assert (tuple(down.weight.shape), tuple(up.weight.shape)) == ((adapter.r, columns), (rows, adapter.r))
+        assert (down is before[owner][0]) == (adapter.group != changed)
+        assert bool(up.weight.any()) == (adapter.group != changed)
+    assert len(trained_parameters(model)) == 2 * len(after.matrix_owners())
+
+
+def test_set_plan_keeps_a_shared_pair_under_another_omega() -> None:
+    base = LLAMA.build()
+    plan = shared_plan(base)
+    model = with_values(get_peft_model(base, SparseLoraConfig(plan=plan)))
+    before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+    shared = next(name for name, a in plan.active.items() if a.group)
+    model.base_model.set_plan(AdapterPlan({**plan.active, shared: replace(plan.active[shared], omega=0.5)}))
+    after = trained_parameters(model)
+    assert after.keys() == before.keys() and all(torch.equal(p, before[name]) for name, p in after.items())
+
+
 def test_disabling_and_inference_cover_shared_pairs(tmp_path) -> None:
     model = with_values(get_peft_model(LLAMA.build(), SparseLoraConfig(plan=shared_plan(LLAMA.build()))))
     with model.disable_adapter():

@@ -58,7 +58,6 @@ def claim(folder: Path, **changes: Any) -> None:
         ({"module": "../../model.layers.0.self_attn.q_proj"}, "which is not a linear layer of the model"),
         ({"module": "/etc/passwd"}, "which is not a linear layer of the model"),
         ({"group": "../x"}, "group is '../x'; string should match pattern '^[^.]+$'"),
-        ({"group": "forward"}, "group 'forward': torch reserves that name"),
         ({"trained": ["../x"]}, "fully trains module '../x', which the model lacks"),
         ({"options": {"total_step": 10**12}}, "option 'total_step'"),
     ],
