@@ -85,7 +85,8 @@ def derivation_key(
     if phase.target_plan is not None:  # how the head is fitted: its values differ in the last bits from run to run
         fitting = training.model_dump(exclude={"micro_batch_size", "learning_rate", "head_learning_rate", *_CADENCE})
         order = [phase.steps, phase.global_batch_size, config.seed, phase.learning_rate, fitting]
-        head: object = [*order, hash_samples(fitted)]
+        rows = {name: list(kept.indices) for name, kept in phase.plan.rows.items()}
+        head: object = [*order, hash_samples(fitted), list(phase.plan.trained), rows]
     else:
         trained = values if phase.method else base_tensors(values)
         head = {name: hash_tensor(tensor) for name, tensor in trained.items()}
@@ -93,6 +94,8 @@ def derivation_key(
         model=base,
         dtype=config.model.dtype,
         quantization=config.model.quantization,
+        new_rows=config.seed if config.model.resize_embeddings else None,
+        task=config.task.model_dump(include={"name", "mode", "labels"}),  # what an answer may be, which no sample says
         samples=hash_samples(samples),
         head=head,
         modules=list(names),
