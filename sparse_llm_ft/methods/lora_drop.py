@@ -92,6 +92,11 @@ class LoraDrop(Method[LoraDropSettings]):
         if phase.scoring is None:
             return None
         assert isinstance(scores, dict)
+        if not any(scores.values()):
+            raise TrainingError(
+                "every adapter's output is 0 after the pilot, so none is more important than another: its updates were "
+                "skipped; lower training.learning_rate"
+            )
         y = importance_by_type(scores, module_kind)
         return self._after(phase, self._within_budget(phase.plan, y, targets)), state.fresh()
 

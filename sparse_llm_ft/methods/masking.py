@@ -11,6 +11,7 @@ import torch
 
 from sparse_llm_ft.adapters.masking import to_compact
 from sparse_llm_ft.checkpoint.state import Tensors, TrainState
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
 from sparse_llm_ft.plan_masks import EntryBits, EntryMasks
 from sparse_llm_ft.scoring import Importance, draw_masks
@@ -109,8 +110,22 @@ def largest_entries(plan: AdapterPlan, scores: Mapping[str, torch.Tensor], share
 
     Args:
         scores: ``<pair>.lora_A`` and ``<pair>.lora_B`` -> scores of the matrix's shape.
+
+    Raises:
+        TrainingError: a score is not finite, naming the matrix, or all are 0: they order nothing.
     """
     names = [f"{owner}.{part}" for owner in plan.matrix_owners() for part in ("lora_A", "lora_B")]
+    for name in names:
+        if not bool(torch.isfinite(scores[name]).all()):
+            raise TrainingError(
+                f"the scores of the entries of {name!r} are not finite numbers after method.warmup_steps; lower "
+                "training.learning_rate"
+            )
+    if not any(bool(scores[name].any()) for name in names):
+        raise TrainingError(
+            "the scores of all entries are 0 after method.warmup_steps, as at LoRA's start: the warmup has changed "
+            "nothing; raise method.warmup_steps or training.learning_rate"
+        )
     flat = torch.cat([scores[name].flatten() for name in names]).numpy()
     kept = np.zeros(len(flat), dtype=bool)
     kept[np.argsort(-flat, kind="stable")[: max(1, round(share * len(flat)))]] = True

@@ -62,7 +62,7 @@ class WeightLoraSettings(MethodSettings):
     @classmethod
     def example(cls, adapters: int, total_steps: int) -> dict[str, object]:
         """A tenth of the adapters, after a tenth of the steps."""
-        return {"keep": max(1, adapters // 10), "steps": max(1, total_steps // 10)}
+        return {"keep": max(1, adapters // 10), "steps": max(2, total_steps // 10)}
 
     @property
     def grows_batch(self) -> bool:
@@ -93,12 +93,20 @@ class WeightLoraSettings(MethodSettings):
         ]
 
     def check(self, total_steps: int | None) -> None:
-        """Refuse a first cut after T, a T after the run's end, `cost` without a budget, and settings without effect."""
+        """Refuse a first cut after T, a T before omega moves or after the run's end, `cost` without a budget, and
+        settings without effect.
+        """
         if self.cut_after >= self.steps:
             raise ConfigError(
                 "method.cut_after",
                 f"{self.cut_after} leaves no cut before step {self.steps}",
                 "expected less than method.steps",
+            )
+        if self.steps == 1 and self.choose != "random":
+            raise ConfigError(
+                "method.steps",
+                "1, and no omega has a gradient in the first step, in which every B is 0",
+                "expected 2 or more",
             )
         if (self.choose == "cost") != (self.budget is not None):
             known = "left out" if self.budget is None else str(self.budget)
@@ -164,6 +172,11 @@ class WeightLora(Method[WeightLoraSettings]):
         """The survivors with a fixed omega; adapters with omega <= 0 are disconnected."""
         if phase.cut is None:
             return None
+        if phase.cut.choose == "omega" and state.callback is not None and not state.callback["moved"]:
+            raise TrainingError(
+                f"no omega has moved in method.steps {phase.cut.steps}, so none is larger than another; "
+                "raise method.omega_lr"
+            )
         budget = sum(a.matrices(targets[name]) for name, a in phase.plan.active.items())
         plan = _disconnect(phase.plan, state)
         plan, state = self.grown(plan, _only(plan, state), targets, budget)

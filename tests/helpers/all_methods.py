@@ -30,7 +30,7 @@ METHODS: dict[str, Any] = {
     "lora_drop": DROP,
     "lora_drop_removed": DROP | {"share": False},
     "weight_lora": WEIGHT,
-    "weight_lora_one": WEIGHT | {"keep": 1, "steps": 1, "cut_after": 0},
+    "weight_lora_one": WEIGHT | {"keep": 1, "steps": 2, "cut_after": 0},
     "weight_lora_all": WEIGHT | {"keep": 14, "batch_growth": "none"},
     "weight_lora_cost": WEIGHT | {"choose": "cost", "budget": 0.7},
     "weight_lora_plus": WEIGHT | {"name": "weight_lora_plus"},

@@ -30,8 +30,8 @@ main(["push", run, "me/tiny", "--dry-run"])
 
 @pytest.mark.parametrize("umask", [0o027, pytest.param(0o002, marks=pytest.mark.long)])
 def test_everything_that_a_run_leaves_follows_the_umask(settings: dict, tmp_path: Path, umask: int) -> None:
-    training = {"max_steps": 2, "save_every": 1, "eval_every": 2}
-    method = {"name": "weight_lora", "keep": 4, "steps": 1, "batch_growth": "none"}
+    training = {"max_steps": 3, "save_every": 1, "eval_every": 2}
+    method = {"name": "weight_lora", "keep": 4, "steps": 2, "batch_growth": "none"}
     tree = merge(settings, {"training": training, "method": method, "report": True, "evaluation": {"samples": 2}})
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))

@@ -21,7 +21,7 @@ from sparse_llm_ft.adapters import (
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.adapters.targets import check_modules
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, TrainingError
 from sparse_llm_ft.methods.masking import largest_entries, random_entries
 from sparse_llm_ft.optim import EntryMask, PackedMask
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, PlanError, uniform_plan
@@ -85,6 +85,16 @@ def test_the_largest_entries_of_all_matrices_together_are_kept() -> None:
         assert torch.equal(mask.indices(0, scores[name].numel()), (scores[name].flatten() >= least).nonzero().flatten())
     assert count_parameters(masked, TARGETS) == round(0.25 * len(every))
     assert count_stored_parameters(masked, TARGETS) == len(every)
+
+
+def test_scores_that_order_nothing_are_refused() -> None:
+    plan = plan_of_targets()
+    scores = scores_of(plan)
+    scores["layers.1.attn.k.lora_B"][2, 1] = float("nan")
+    with pytest.raises(TrainingError, match=r"entries of 'layers\.1\.attn\.k\.lora_B' are not finite numbers"):
+        largest_entries(plan, scores, 0.25)
+    with pytest.raises(TrainingError, match="all entries are 0 after method"):
+        largest_entries(plan, {name: torch.zeros_like(score) for name, score in scores.items()}, 0.25)
 
 
 def test_a_shared_pair_has_one_mask() -> None:

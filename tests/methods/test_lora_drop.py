@@ -94,7 +94,15 @@ def test_a_threshold_of_one_keeps_every_layer_with_a_share() -> None:
     assert list(groups) == ["mlp-up-12x8"]
 
 
-def test_all_outputs_zero_keeps_by_equal_shares() -> None:
+def test_a_type_without_output_keeps_by_equal_shares() -> None:
     chain, pilot = start({"name": "lora_drop", "threshold": 0.5})
-    phase, _ = chain.next(pilot, state(pilot), dict.fromkeys(TARGETS, 0.0), TARGETS)
-    assert sum(a.group is None for a in phase.plan.active.values()) == 6  # two of four layers of each type
+    scores = {name: 0.0 if name.endswith("attn.k") else value for name, value in SCORES.items()}
+    phase, _ = chain.next(pilot, state(pilot), scores, TARGETS)
+    assert sum(a.group is None for name, a in phase.plan.active.items() if name.endswith("attn.k")) == 2  # of four
+
+
+def test_no_output_at_all_is_refused() -> None:
+    """A pilot whose updates were all skipped leaves every B at 0, and layers would be chosen by position."""
+    chain, pilot = start({"name": "lora_drop", "threshold": 0.5})
+    with pytest.raises(TrainingError, match=r"every adapter's output is 0 after the pilot"):
+        chain.next(pilot, state(pilot), dict.fromkeys(TARGETS, 0.0), TARGETS)

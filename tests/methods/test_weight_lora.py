@@ -47,9 +47,8 @@ def state(phase: Phase, omegas: list[float]) -> TrainState:
         for name, t in tensors.items()
         if not name.endswith("omega")
     }
-    return TrainState(
-        tensors, moments, {"adapter": 5, "omega": 5}, Progress(5, 80, 0, 5), phase.to_dict(), {"moved": [], "kept": []}
-    )
+    steps, callback = {"adapter": 5, "omega": 5}, {"moved": [f"{name}.lora_omega" for name in TARGETS], "kept": []}
+    return TrainState(tensors, moments, steps, Progress(5, 80, 0, 5), phase.to_dict(), callback)
 
 
 def delta(phase: Phase, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -206,3 +205,16 @@ def test_more_than_one_epoch_of_selection_is_a_remark() -> None:
     assert settings.remarks(12) == []
     (line,) = settings.remarks(11)
     assert line.startswith("method.steps is 12, more than the 11 steps of one epoch")
+
+
+def test_a_choice_by_position_is_refused() -> None:
+    """In the first step every B is 0, and so is the gradient of every omega; RLoRA's choice needs none."""
+    with pytest.raises(ConfigError, match=r"method\.steps: 1, and no omega has a gradient in the first step"):
+        rules(config(steps=1))
+    chain = rules(config(steps=1, choose="random"))
+    before = state(first_phase(chain), [1.0, 0.0, 1.0, 0.0])
+    before.callback = {"moved": [], "kept": []}
+    assert chain.next(first_phase(chain), before, None, TARGETS) is not None
+    chain = rules(config(omega_lr=1e-12))
+    with pytest.raises(TrainingError, match=r"no omega has moved in method\.steps 5"):
+        chain.next(first_phase(chain), before, None, TARGETS)

@@ -140,15 +140,16 @@ def test_keys_depend_on_content_only() -> None:
 def test_a_key_depends_on_the_labels_to_choose_from_and_on_rows_that_are_drawn() -> None:
     """An unused label changes no sample, but which answers are right; rows of new tokens come from the seed."""
 
-    def key(model: dict | None = None, trained: tuple[str, ...] = ("classifier",), seed: int = 0, **task: object) -> str:
-        sections = {"model": {"name": "org/base"} | (model or {}), "task": {"name": "custom"} | task, "seed": seed}
+    def key(trained: tuple[str, ...] = ("classifier",), seed: int = 0, resized: bool = False, **task: object) -> str:
+        model = {"name": "org/base", "resize_embeddings": resized}
+        sections = {"model": model, "task": {"name": "custom"} | task, "seed": seed}
         settings = {"name": "partial_lora", "floor_metric": "loss"}
         _, phase = start(settings, trained, **sections)
         return derivation_key(config(settings, **sections), phase, "base", list(TARGETS), [1, 2], [3], {})
 
     three = ["no", "yes", "maybe"]
     keys = [key(), key(labels=["no", "yes"]), key(labels=three), key(labels=three, mode="causal_lm")]
-    keys += [key({"resize_embeddings": True}, seed=seed) for seed in (0, 1)]
+    keys += [key(resized=True, seed=seed) for seed in (0, 1)]
     keys += [key(trained=("classifier", "embeddings"))]
     assert len(set(keys)) == len(keys) and key() == keys[0]
     assert key(trained=(), seed=1) == key(trained=())  # samples are drawn by the seed, and are in the key themselves
