@@ -127,6 +127,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
                 f"{self.ratios!r} is not a file",
                 "expected derived, balanced, pyramidal, or a JSON or YAML file",
             )
+        self._check_without_effect()
         if self.min_ratio and self.ratios == "balanced":
             raise ConfigError("method.min_ratio", "has no effect under ratios 'balanced'", "expected method.ratio")
         if self.mask_scaling and self.base == "adalora":
@@ -141,6 +142,20 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             raise ConfigError(
                 "method.masking", f"compact, and PEFT's {self.base} has full layers", "expected optimizer"
             )
+
+    def _check_without_effect(self) -> None:
+        """Refuse what would change nothing: a way of deriving given ratios, or of ranking for a random choice."""
+        given = f"ratios {self.ratios!r:.40}"
+        idle: dict[str, str] = {}
+        if self.selection != "stochastic":
+            idle["temperature"] = f"selection {self.selection}"
+        if not self.derives:
+            idle |= {"derivation": given, "compare_importance": given}
+        if not self.ranks:
+            idle |= dict.fromkeys(("importance", "flow_preservation"), f"{given} and selection random")
+        for key, why in idle.items():
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ConfigError(f"method.{key}", f"{value!r} has no effect under {why}", "expected to leave it out")
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse settings that the masked tuner excludes."""

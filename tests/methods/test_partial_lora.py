@@ -184,6 +184,9 @@ def test_partial_adalora_masks_adalora() -> None:
     assert after.plan.active["layers.0.attn.q"].rows is not None
 
 
+GIVEN = {"ratios": "balanced", "ratio": 0.5}
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -191,6 +194,14 @@ def test_partial_adalora_masks_adalora() -> None:
         ({"ratios": "balanced"}, "method.ratio: not given, and ratios is balanced"),
         ({"ratios": __file__, "ratio": 0.5}, "method.ratio: has no effect on ratios from a file"),
         ({"ratios": "balanced", "ratio": 0.5, "min_ratio": 0.1}, "method.min_ratio: has no effect under ratios"),
+        ({"temperature": 2.0}, "method.temperature: 2.0 has no effect under selection random"),
+        (GIVEN | {"derivation": "joint"}, "method.derivation: 'joint' has no effect under ratios 'balanced'"),
+        (
+            GIVEN | {"compare_importance": True, "selection": "targeted"},
+            "method.compare_importance: True has no effect",
+        ),
+        (GIVEN | {"importance": "imp"}, "method.importance: 'imp' has no effect under ratios 'balanced' and selection"),
+        (GIVEN | {"flow_preservation": True}, "method.flow_preservation: True has no effect"),
         ({"min_ratio": 1.5}, "method.min_ratio: 1.5 is not allowed"),
         ({"derivation": "all"}, "method.derivation: 'all' is not allowed"),
         ({"base": "adalora", "mask_scaling": True}, "method.mask_scaling: true, and AdaLoRA has one scaling"),
