@@ -57,21 +57,24 @@ def left_over(ranks: Mapping[str, int], shapes: Mapping[str, Shape], budget: int
     return left if stopped else 0
 
 
-def expand_gaussian(a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator) -> Pair:
+def expand_gaussian(
+    a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator, inputs: int | None = None
+) -> Pair:
     """Random rows below A, zero columns beside B: B A is unchanged.
 
-    The new rows have the variance 1 / (3 d_in) of a fresh LoRA's A.
+    The new rows have the variance of a fresh LoRA's A, 1 / (3 inputs).
 
     Args:
         a: (r, d_in).
         b: (d_out, r).
         rank: new rank, at least r.
+        inputs: in_features of the module, if a mask leaves A fewer columns: it is drawn for all. None: d_in.
 
     Returns:
         A (rank, d_in) and B (d_out, rank).
     """
     r, d_in = a.shape
-    rows = torch.randn(rank - r, d_in, generator=generator, dtype=a.dtype) / (3 * d_in) ** 0.5
+    rows = torch.randn(rank - r, d_in, generator=generator, dtype=a.dtype) / (3 * (inputs or d_in)) ** 0.5
     return torch.cat([a, rows]), _pad_columns(b, rank)
 
 

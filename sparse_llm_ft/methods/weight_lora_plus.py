@@ -57,7 +57,6 @@ class WeightLoraPlus(WeightLora):
         expansion = self.settings.expansion
         shapes = {name: a.shape(targets[name]) for name, a in plan.active.items()}
         ranks = self.grown_ranks(plan, targets, budget)
-        expand = rank_growth.expand_qr if expansion == "qr" else rank_growth.expand_gaussian
         modules: dict[str, ModuleAdapter | None] = dict(plan.modules)
         tensors = dict(state.tensors)
         moments = {name: entry for name, entry in state.moments.items() if not is_matrix(name)}
@@ -65,7 +64,11 @@ class WeightLoraPlus(WeightLora):
             rank, keys = ranks[name], (f"{name}.lora_A", f"{name}.lora_B")
             pair = (tensors[keys[0]], tensors[keys[1]])
             if adapter.r <= min(shapes[name]):  # else a mask left fewer rows or columns than the rank, which stays
-                pair = expand(*pair, rank, rank_growth.module_generator(self.inputs.seed, name))
+                generator = rank_growth.module_generator(self.inputs.seed, name)
+                if expansion == "qr":
+                    pair = rank_growth.expand_qr(*pair, rank, generator)
+                else:
+                    pair = rank_growth.expand_gaussian(*pair, rank, generator, targets[name][1])
             # The scaling lora_alpha / r stays: growing r alone would shrink what the adapter computes.
             modules[name] = replace(adapter, r=rank, lora_alpha=adapter.scaling * rank)
             for key, tensor in zip(keys, pair, strict=True):

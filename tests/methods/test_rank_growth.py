@@ -40,6 +40,8 @@ def test_qr_gives_orthonormal_rows_and_keeps_the_row_space() -> None:
 def test_gaussian_keeps_the_old_block_and_has_the_variance_of_a_fresh_adapter() -> None:
     a, b = torch.ones(2, 300), torch.ones(4, 2)
     new_a, new_b = expand_gaussian(a, b, 52, module_generator(0, "m"))
+    masked, _ = expand_gaussian(a, b, 52, module_generator(0, "m"), 4 * a.shape[1])  # A has a quarter of the columns
+    assert torch.equal(2 * masked[len(a) :], new_a[len(a) :])
     assert torch.equal(new_a[:2], a) and torch.equal(new_b[:, :2], b) and not new_b[:, 2:].any()
     assert float(new_a[2:].var()) == pytest.approx(1 / (3 * 300), rel=0.05)
 
