@@ -93,7 +93,7 @@ def _ratios_of_zero(report: RunReport) -> str:
         return ""
     return (
         f" {ratios.count(0)} of {len(ratios)} derived ratios are 0: each of these modules can be zeroed entirely "
-        "without losing accuracy, so its ratios carry no information."
+        "within the floor, so its ratios carry no information."
     )
 
 

@@ -111,10 +111,11 @@ class Derivation:
         total = sum(zeros.values())
         if not total:
             return None
+        others = "" if self.settings.derivation == "joint" else "method.derivation: joint or "
         return (
-            f"{total} of {2 * len(zeros)} ratios are 0 ({_by_layer(zeros)}): each of these modules can be zeroed "
-            "entirely without losing accuracy; their ratios carry no information; method.derivation: joint and "
-            "method.min_ratio avoid this"
+            f"{total} of {2 * len(zeros)} ratios are 0 ({_by_layer(zeros)}): the {self.settings.floor_metric} stays "
+            "within its floor if each of these modules is zeroed entirely; their ratios carry no information; "
+            f"{others}method.min_ratio avoids this"
         )
 
     def summary(self) -> dict[str, object]:

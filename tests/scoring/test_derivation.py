@@ -276,7 +276,7 @@ def test_ratios_of_zero_are_said_with_their_layers() -> None:
     found = Derivation(SETTINGS, 0.8, 0.02, 0.5, 0.4, 50, 50, ratios | {"pooler": (0.0, 0.1)}, {})
     said = found.collapse()
     assert said is not None and said in found.summary()["notes"]
-    assert said.startswith("16 of 26 ratios are 0 (h.0-2: 4 of 4, h.3: 1 of 4, h.5: 2 of 4, pooler: 1 of 2): each of")
+    assert said.startswith("16 of 26 ratios are 0 (h.0-2: 4 of 4, h.3: 1 of 4, h.5: 2 of 4, pooler: 1 of 2): the ")
     assert "16 of 26 ratios 0" in found.describe()
     whole = Derivation(SETTINGS, 0.8, 0.02, 0.5, 0.4, 50, 50, dict.fromkeys(ratios, half), {})
     assert whole.collapse() is None and whole.summary()["notes"] == []
