@@ -11,6 +11,7 @@ from torch import nn
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.parts import scatter
 from sparse_llm_ft.adapters.tuners import TUNERS, rank_settings, tuner_of
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.plan import SHARED, AdapterPlan
 from sparse_llm_ft.serving.ranks import served_rank
 
@@ -93,10 +94,13 @@ def to_stock_lora(
         task: PEFT's task type.
         patterns: keep each module's rank and scaling, as ``rank_pattern`` and ``alpha_pattern`` besides the most
             frequent pair; only omega is folded. No zeros are stored, but only PEFT and vLLM from 0.32 on read it.
+
+    Raises:
+        TrainingError: every adapter is off.
     """
     kept = {name: a for name, a in plan.active.items() if _omega(name, plan, tensors) > 0}
     if not kept:
-        raise ValueError("no adapter is on: every omega is 0 or negative")
+        raise TrainingError("no adapter is on: every omega is 0 or negative")
     tuner, rank = tuner_of(plan), served_rank(max(adapter.r for adapter in kept.values()))
     uniform = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     config = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny_models import IDS, LLAMA_MODULES, adapters_of, llama, logits, with_adapters
 from sparse_llm_ft.adapters import is_omega, peft_adapter, save_peft_adapter, to_stock_lora, write_peft_adapter
+from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, uniform_plan
 
 LAYERS, WIDTH = 12, 16
@@ -209,6 +210,6 @@ def test_a_plan_with_every_adapter_off_cannot_be_exported(omega, train_omega, tm
     for name, parameter in adapters_of(model).items():
         if is_omega(name):
             parameter.data.fill_(omega)
-    with pytest.raises(ValueError, match="no adapter is on"):
+    with pytest.raises(TrainingError, match="no adapter is on"):
         save_peft_adapter(tmp_path / "stock", plan, tensors_of(model), "some/base", None)
     assert not (tmp_path / "stock").exists()
