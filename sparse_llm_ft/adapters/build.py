@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from sparse_llm_ft.adapters.convert import is_adapter, saved_modules, to_stock_lora
 from sparse_llm_ft.adapters.masking import clear_masked, to_full
+from sparse_llm_ft.adapters.model import train_whole
 from sparse_llm_ft.adapters.tuners import tuner_of
 from sparse_llm_ft.model.architecture import has_head, task_type
-from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.linear import any_transposed
 from sparse_llm_ft.plan import AdapterPlan
 
@@ -43,10 +43,7 @@ def add_adapters(model: nn.Module, plan: AdapterPlan, **options: object) -> Peft
     if isinstance(model, PreTrainedModel):  # as in `enable_checkpointing`; PEFT makes them require gradients again
         model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     tuner.prepare(model, dtype)
-    fixed = fixed_parameters(model)
-    for module in plan.trained:
-        for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
-            parameter.requires_grad_(name not in fixed)
+    train_whole(model, plan)
     clear_masked(peft_model, plan)
     return peft_model
 

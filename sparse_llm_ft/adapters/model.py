@@ -18,6 +18,7 @@ from sparse_llm_ft.adapters.parts import Pair
 from sparse_llm_ft.adapters.targets import check_plan, find_targets
 from sparse_llm_ft.adapters.tuners import SPARSE_LORA
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.model.buffers import fixed_parameters
 from sparse_llm_ft.model.linear import LinearLayer, refuse_shared_weights, sides
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter, PlanError, uniform_plan, with_omega
 
@@ -57,7 +58,7 @@ class SparseLoraModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         if not config.inference_mode:
-            _train_whole(model, _plan(self.peft_config[adapter_name]))
+            train_whole(model, _plan(self.peft_config[adapter_name]))
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> bool:
@@ -203,7 +204,7 @@ class SparseLoraModel(BaseTuner):
         everywhere = {name for other in self.peft_config.values() for name in _plan(other).active}
         self.targeted_module_names = [name for name in dict.fromkeys((*layers, *active)) if name in everywhere]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        _train_whole(self.model, plan)
+        train_whole(self.model, plan)
 
     def _adapter_dtype(self, adapter_name: str) -> torch.dtype:
         """The type of the present adapters, or else of other trained parameters."""
@@ -225,9 +226,12 @@ def _same_pair(before: ModuleAdapter | None, after: ModuleAdapter | None) -> boo
     return own == after
 
 
-def _train_whole(model: nn.Module, plan: AdapterPlan) -> None:
-    for name in plan.trained:
-        model.get_submodule(name).requires_grad_(True)
+def train_whole(model: nn.Module, plan: AdapterPlan) -> None:
+    """Let the plan's fully trained modules require gradients, without parameters that are never trained."""
+    fixed = fixed_parameters(model)
+    for module in plan.trained:
+        for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
+            parameter.requires_grad_(name not in fixed)
 
 
 def _plan(config: SparseLoraConfig) -> AdapterPlan:

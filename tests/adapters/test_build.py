@@ -21,6 +21,7 @@ from sparse_llm_ft.adapters import (
 )
 from sparse_llm_ft.adapters.masking import optimizer_masks
 from sparse_llm_ft.model.architecture import task_type
+from sparse_llm_ft.model.buffers import remember_fixed
 from sparse_llm_ft.optim import SparseAdamW
 from sparse_llm_ft.optim.rank_allocation import orthogonality
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan, IndexMask, uniform_plan
@@ -136,3 +137,17 @@ def test_everything_trains_every_parameter() -> None:
     names = {name for name, _ in base.named_parameters()}
     model = add_adapters(base, AdapterPlan(dict.fromkeys(MODELS["llama"].targets), trained=(FULL_MODEL,)))
     assert set(trained_parameters(model)) == names
+
+
+@pytest.mark.parametrize("tuner", ["sparse_lora", "lora"])
+def test_what_a_models_class_fixes_stays_fixed_in_a_module_that_is_trained_whole(tuner: str) -> None:
+    """Such as sinusoidal positions; also after a change of plan."""
+    base = MODELS["llama"].build()
+    base.model.norm.weight.requires_grad_(False)
+    remember_fixed(base)
+    plan = plan_for(base, tuner, ("model.norm", "model.embed_tokens"))
+    model = add_adapters(base, plan)
+    for _ in range(2):
+        whole = {name for name in trained_parameters(model) if "lora_" not in name}
+        assert whole == {"model.embed_tokens.weight"}
+        model = change_plan(model, plan, plan)
