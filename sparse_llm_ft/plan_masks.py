@@ -88,7 +88,7 @@ class EntryBits:
     bits: bytes
 
     def __post_init__(self) -> None:
-        if len(self.bits) != (self.size + 7) // 8:
+        if self.size < 1 or len(self.bits) != (self.size + 7) // 8:
             raise PlanError(f"a mask of {self.size} entries has {len(self.bits)} bytes")
         if self.size % 8 and self.bits[-1] >> self.size % 8:
             raise PlanError(f"a mask of {self.size} entries has a bit beyond them")

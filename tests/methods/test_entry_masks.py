@@ -56,7 +56,15 @@ def test_bits_hold_the_mask_that_they_were_made_of(shape: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize(
-    "data", [None, {"size": 9, "bits": "AA=="}, {"size": 3, "bits": "/w=="}, {"size": 8, "bits": "?"}, {"size": True}]
+    "data",
+    [
+        None,
+        {"size": 9, "bits": "AA=="},
+        {"size": 3, "bits": "/w=="},
+        {"size": 8, "bits": "?"},
+        {"size": True},
+        {"size": -7, "bits": ""},
+    ],
 )
 def test_bits_that_do_not_fit_are_refused(data: object) -> None:
     with pytest.raises(PlanError):
