@@ -97,11 +97,6 @@ class PrefixCache:
         self._batches = batches
         self._passed: list[str] = []
 
-    @property
-    def passed(self) -> int:
-        """Number of blocks that are no longer computed."""
-        return len(self._passed)
-
     def advance(self, names: Sequence[str], run: Callable[[int], object]) -> bool:
         """Pass the next blocks, `names`; `run(i)` runs the model on micro-batch i.
 

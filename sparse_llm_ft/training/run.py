@@ -224,14 +224,14 @@ class Run:
         # Build the model as a run would, but without a run folder.
         phase = self.data.with_steps(self.first)
         model = self._build_model(phase)
-        engine = Engine(model, engine_settings(self.config, phase, self.world.size))
+        engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
         loop = self.parts.loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
         # Fit the head, if the phase trains one; then derive.
         with Wait(self.console, "fitting the head", unit="steps") as wait:
             for done, _ in enumerate(loop.steps(), 1):
                 wait.at(done, phase.steps or done)
                 exit_if_preempted()
-        scores = self.scorer(engine, phase, *self._scored(phase), engine.values())
+        scores = self.scorer(engine, phase, *self._scored(phase), engine.state_dict()["tensors"])
         engine.close()
         self.console.show_ratios(describe_measurement(scores, phase), getattr(scores, "ratios", {}))
 

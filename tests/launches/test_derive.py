@@ -95,6 +95,24 @@ def foreseen_from_the_cache(path: Path, cache: Path) -> None:
     assert last.assumption.endswith("the most that a derivation can leave")
 
 
+def test_a_run_that_trains_rows_of_its_embeddings_finds_what_was_derived(config: Path, encoder: Path) -> None:
+    """The key has their values, of these rows alone; and no others are trained with a head."""
+    worlds: dict[str, dict] = {}
+    for path in (config, encoder):
+        tree = yaml.safe_load(path.read_text())
+        tree["adapter"]["trainable_tokens"] = ["red"]
+        tree["training"]["max_steps"] = 1
+        tree["output_dir"] = f"{tree['output_dir']}-{path.stem}"
+        path.write_text(yaml.safe_dump(tree))
+        first = {"command": ["derive", "--config", str(path)]}
+        worlds[path.stem] = {"trees": [first, tree], "world_size": 1}
+    statuses = run_worlds(worlds, config.parent / "logs")
+    for path, count in ((config, 14), (encoder, 13)):
+        output = last_lines(config.parent / "logs" / path.stem, 20_000)
+        assert statuses[path.stem] == [0], output
+        assert output.count("deriving on ") == 1 and f"ratios of {count} modules are in " in output
+
+
 def test_a_method_that_derives_nothing_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         command_line(["derive", "--config", str(config), "method.name=lora"])
