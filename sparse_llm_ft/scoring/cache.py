@@ -105,8 +105,11 @@ def derivation_key(
     )
 
 
-_CADENCE = ("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile")
-"""Settings of training that change no result."""
+_CADENCE = (
+    *("save_every", "eval_every", "log_every", "keep_checkpoints", "max_skipped_updates", "compile"),
+    *("prefix_cache", "prefix_cache_bytes", "keep_best", "early_stopping", "on_oom", "device_memory"),
+)
+"""Settings of training that change nothing in a fitted head."""
 
 
 def load(folder: Path, key: str, warn: Callable[[str], object] = _LOGGER.warning) -> Derivation | None:

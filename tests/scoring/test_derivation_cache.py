@@ -147,11 +147,18 @@ def test_a_key_depends_on_the_labels_to_choose_from_and_on_rows_that_are_drawn()
         _, phase = start(settings, trained, **sections)
         return derivation_key(config(settings, **sections), phase, "base", list(TARGETS), [1, 2], [3], {})
 
+    def of_training(**training: object) -> str:
+        settings = {"name": "partial_lora", "floor_metric": "loss"}
+        _, phase = start(settings, ("classifier",))
+        return derivation_key(config(settings, training=training), phase, "base", list(TARGETS), [1, 2], [3], {})
+
     three = ["no", "yes", "maybe"]
     keys = [key(), key(labels=["no", "yes"]), key(labels=three), key(labels=three, mode="causal_lm")]
     keys += [key(resized=True, seed=seed) for seed in (0, 1)]
     keys += [key(trained=("classifier", "embeddings"))]
     assert len(set(keys)) == len(keys) and key() == keys[0]
+    assert of_training(on_oom="shrink", device_memory=2**34) == of_training()
+    assert of_training(weight_decay=0.5) != of_training()
     assert key(trained=(), seed=1) == key(trained=())  # samples are drawn by the seed, and are in the key themselves
 
 
