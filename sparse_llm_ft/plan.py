@@ -164,9 +164,11 @@ class AdapterPlan:
     @property
     def layers(self) -> dict[str, ModuleAdapter]:
         """The active adapters as their layers are built: without masks if the optimizer applies them."""
-        if self.masking == "compact":
-            return self.active
-        return {name: replace(adapter, rows=None, cols=None, entries=None) for name, adapter in self.active.items()}
+        return {name: self.built(adapter) for name, adapter in self.active.items()}
+
+    def built(self, adapter: ModuleAdapter) -> ModuleAdapter:
+        """One of the plan's adapters as its layer is built, see `layers`."""
+        return adapter if self.masking == "compact" else replace(adapter, rows=None, cols=None, entries=None)
 
     @property
     def groups(self) -> dict[str, list[str]]:

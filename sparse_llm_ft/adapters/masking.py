@@ -42,8 +42,9 @@ def optimizer_masks(plan: AdapterPlan, parameters: Mapping[str, TensorShape] | N
 def entry_masks(plan: AdapterPlan) -> dict[str, PackedMask]:
     """The masks of single entries: short parameter name -> mask."""
     found: dict[str, PackedMask] = {}
+    active = plan.active
     for owner, name in plan.matrix_owners().items():
-        if (entries := plan.active[name].entries) is not None:
+        if (entries := active[name].entries) is not None:
             found |= {f"{owner}.lora_A": PackedMask(entries.a), f"{owner}.lora_B": PackedMask(entries.b)}
     return found
 
@@ -79,6 +80,20 @@ def to_full(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     )
 
 
+def convert_moments(
+    moments: Mapping[str, Mapping[str, torch.Tensor]], convert: Callable[[str, Tensors], Tensors]
+) -> dict[str, Tensors]:
+    """Moments in another layout. All of one kind are converted at once, as a plan's masks are then made once.
+
+    Args:
+        moments: short parameter name -> kind, such as ``exp_avg`` -> moment.
+        convert: kind, and parameter name -> moment -> the same parameters' in the other layout.
+    """
+    kinds = dict.fromkeys(kind for entry in moments.values() for kind in entry)
+    found = {kind: convert(kind, {n: entry[kind] for n, entry in moments.items() if kind in entry}) for kind in kinds}
+    return {name: {kind: found[kind][name] for kind in entry} for name, entry in moments.items()}
+
+
 @torch.no_grad()
 def clear_masked(model: nn.Module, plan: AdapterPlan) -> None:
     """Set masked entries of every A, B and v to 0: what is never trained must add nothing."""
@@ -99,13 +114,14 @@ def _matrices(plan: AdapterPlan) -> dict[str, RowColumnMask]:
     """The masks of A, B and v that the optimizer applies."""
     found: dict[str, RowColumnMask] = {}
     if plan.masking == "optimizer":
+        active = plan.active
         for owner, name in plan.matrix_owners().items():
-            adapter = plan.active[name]
+            adapter = active[name]
             if adapter.cols is not None:
                 found[f"{owner}.lora_A"] = RowColumnMask(1, adapter.cols, adapter.cols.size)
             if adapter.rows is not None:
                 found[f"{owner}.lora_B"] = RowColumnMask(0, adapter.rows, adapter.r)
-        for name, adapter in plan.active.items():
+        for name, adapter in active.items():
             if adapter.train_vectors and adapter.rows is not None:
                 found[f"{name}.lora_v"] = RowColumnMask(0, adapter.rows, 1)
     return found

@@ -76,8 +76,8 @@ class SparseLoraModel(BaseTuner):
         **optional_kwargs: object,
     ) -> None:
         plan = _plan(peft_config)
-        adapter = plan.layers[current_key]
-        shared, owns = self._shared_pair(adapter_name, plan, current_key, target)
+        adapter = plan.built(plan.active[current_key])
+        shared, owns = self._shared_pair(adapter_name, plan, current_key, adapter, target)
         if isinstance(target, SparseLoraLayer):
             target.update_layer(adapter_name, adapter, plan.lora_dropout, peft_config.inference_mode, shared, owns)
             return
@@ -86,12 +86,16 @@ class SparseLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a second adapter is not trained before it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def _shared_pair(self, adapter_name: str, plan: AdapterPlan, name: str, target: Linear) -> tuple[Pair | None, bool]:
+    def _shared_pair(
+        self, adapter_name: str, plan: AdapterPlan, name: str, adapter: ModuleAdapter, target: Linear
+    ) -> tuple[Pair | None, bool]:
         """The pair of the module's group, None without a group; and whether the module is the group's first.
 
         The first module that is built makes the pair, which need not be the one that registers it.
+
+        Args:
+            adapter: the module's, as its layer is built.
         """
-        adapter = plan.layers[name]
         if adapter.group is None:
             return None, False
         members = plan.groups[adapter.group]
@@ -189,10 +193,10 @@ class SparseLoraModel(BaseTuner):
             if isinstance(module, SparseLoraLayer):
                 if stays and module.adapters.get(adapter_name) == adapter:
                     continue
-                shared, owns = self._shared_pair(adapter_name, plan, name, module)
+                shared, owns = self._shared_pair(adapter_name, plan, name, adapter, module)
                 module.update_layer(adapter_name, adapter, plan.lora_dropout, shared=shared, owns_shared=owns)
             else:
-                shared, owns = self._shared_pair(adapter_name, plan, name, module)
+                shared, owns = self._shared_pair(adapter_name, plan, name, adapter, module)
                 module = SparseLoraLayer(module, adapter_name, adapter, plan.lora_dropout, shared, owns)
                 self._put(name, module)
             module.cast_adapter(adapter_name, dtype)

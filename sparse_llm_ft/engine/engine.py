@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparse_llm_ft.adapters import is_omega, trained_parameters
-from sparse_llm_ft.adapters.masking import fill_rows, optimizer_masks, row_masks, to_compact, to_full
+from sparse_llm_ft.adapters.masking import convert_moments, fill_rows, optimizer_masks, row_masks, to_compact, to_full
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
@@ -245,10 +245,10 @@ class Engine:
         """Collective. What is trained, as a `TrainState` holds it: the kept rows and columns alone, wherever a mask is
         applied.
         """
-        values, moments = self.values(), self.moments()
-        if self._plan is not None:
-            values = to_compact(self._plan, values)
-            moments = {name: _converted(to_compact, self._plan, name, entry) for name, entry in moments.items()}
+        values, moments, plan = self.values(), self.moments(), self._plan
+        if plan is not None:
+            values = to_compact(plan, values)
+            moments = convert_moments(moments, lambda _, part: to_compact(plan, part))
         return {"tensors": values, "moments": moments, "optimizer_steps": self.optimizer_steps()}
 
     def load_state_dict(self, state: EngineState) -> None:
@@ -257,11 +257,11 @@ class Engine:
         Raises:
             ValueError: a name the engine does not train, or another shape.
         """
-        values, moments = state["tensors"], state["moments"]
-        if self._plan is not None:
-            values = to_full(self._plan, values)
-            moments = {name: _converted(to_full, self._plan, name, entry) for name, entry in moments.items()}
-            masked = row_masks(self._plan)
+        values, moments, plan = state["tensors"], state["moments"], self._plan
+        if plan is not None:
+            values = to_full(plan, values)
+            moments = convert_moments(moments, lambda _, part: to_full(plan, part))
+            masked = row_masks(plan)
             own = self.values([name for name in masked if name in values])
             for name, kept in masked.items():
                 if name in own:
@@ -339,10 +339,3 @@ class Engine:
 
     def _algorithm(self, name: str) -> str:
         return self.settings.omega_algorithm if is_omega(name) else "adamw"
-
-
-def _converted(
-    convert: Callable[[AdapterPlan, Tensors], Tensors], plan: AdapterPlan, name: str, moments: Tensors
-) -> Tensors:
-    """The moments of parameter `name` in the other layout: `to_compact` or `to_full`."""
-    return {key: convert(plan, {name: moment})[name] for key, moment in moments.items()}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sparse_llm_ft.adapters.masking import to_compact
+from sparse_llm_ft.adapters.masking import convert_moments, to_compact
 from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.errors import TrainingError
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, ModuleAdapter, Shape
@@ -150,8 +150,8 @@ def mask_state(state: TrainState, before: AdapterPlan, plan: AdapterPlan) -> Tra
     Where the plan has another scaling than `before`, what was trained stays as it was at the kept places: B is divided
     by their ratio. Its gradient is multiplied by it then, and so are the moments, the second one twice.
     """
-    owners = plan.matrix_owners().items()
-    growth = {owner: plan.active[name].scaling / before.active[name].scaling for owner, name in owners}
+    new, old = plan.active, before.active
+    growth = {owner: new[name].scaling / old[name].scaling for owner, name in plan.matrix_owners().items()}
     powers = {"exp_avg": 1, "exp_avg_sq": 2}
     masks = replace(plan, masking="optimizer", rows={})  # whose full layout the state has, but for `AdapterPlan.rows`
 
@@ -164,7 +164,5 @@ def mask_state(state: TrainState, before: AdapterPlan, plan: AdapterPlan) -> Tra
         return tensor if factor == 1 else tensor * factor**power
 
     tensors = reduced(state.tensors, -1)
-    entries = state.moments.items()
-    of_key = {key: reduced({n: e[key] for n, e in entries if key in e}, power) for key, power in powers.items()}
-    moments = {name: {key: of_key[key][name] for key in entry} for name, entry in entries}
+    moments = convert_moments(state.moments, lambda kind, part: reduced(part, powers[kind]))
     return replace(state, tensors=tensors, moments=moments)

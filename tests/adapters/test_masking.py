@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,8 @@ from sparse_llm_ft.adapters import (
     trained_parameters,
 )
 from sparse_llm_ft.adapters.build import change_plan
-from sparse_llm_ft.adapters.masking import optimizer_masks, to_compact, to_full
+from sparse_llm_ft.adapters.masking import convert_moments, optimizer_masks, to_compact, to_full
+from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, PlanError, group_name, module_kind, uniform_plan
 
 LLAMA = MODELS["llama"]
@@ -119,3 +121,52 @@ def test_plans_remember_where_masks_live() -> None:
     assert AdapterPlan.from_dict(plan.to_dict()) == plan
     with pytest.raises(PlanError, match="masking is 'gpu'; input should be 'compact' or 'optimizer'"):
         replace(plan, masking="gpu")
+
+
+def test_moments_are_those_of_each_tensor_in_the_other_layout() -> None:
+    plan = masked_plan()
+    full = {name: {"exp_avg": t, "exp_avg_sq": t.abs()} for name, t in values(plan).items()}
+    full["lm_head.weight"] = {}
+    compact = convert_moments(full, lambda _, part: to_compact(plan, part))
+    assert compact.keys() == full.keys() and compact["lm_head.weight"] == {}
+    for name, entry in full.items():
+        for kind, moment in entry.items():
+            assert torch.equal(compact[name][kind], to_compact(plan, {name: moment})[name])
+    back = convert_moments(compact, lambda kind, part: to_full(plan, part))
+    assert all(
+        torch.equal(back[n]["exp_avg"], to_full(plan, to_compact(plan, {n: e["exp_avg"]}))[n])
+        for n, e in full.items()
+        if e
+    )
+
+
+def test_saving_and_building_look_at_a_plans_masks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has hundreds of modules: looking each up anew for each took seconds at every save."""
+    plan, counts = masked_plan(), Counter[str]()
+
+    def counted(name: str) -> property:
+        own = getattr(AdapterPlan, name).fget
+
+        def get(self: AdapterPlan) -> object:
+            counts[name] += 1
+            return own(self)
+
+        return property(get)
+
+    for name in ("active", "layers"):
+        monkeypatch.setattr(AdapterPlan, name, counted(name))
+    engine = Engine.__new__(Engine)
+    engine._plan = plan
+    tensors = values(plan)
+    moments = {name: {"exp_avg": t, "exp_avg_sq": t.abs()} for name, t in tensors.items()}
+    for name, result in (("values", tensors), ("moments", moments), ("optimizer_steps", {})):
+        monkeypatch.setattr(Engine, name, lambda self, result=result: result)
+    counts.clear()
+    state = engine.state_dict()
+    assert {name: tuple(t.shape) for name, t in state["tensors"].items()} == {
+        name: tuple(entry["exp_avg"].shape) for name, entry in state["moments"].items()
+    }
+    assert counts["active"] < len(plan.modules)
+    counts.clear()
+    add_adapters(LLAMA.build(), plan)
+    assert counts["layers"] == 0
