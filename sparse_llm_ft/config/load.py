@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from sparse_llm_ft.config.registry import find_settings
+from sparse_llm_ft.config.problems import as_config_error
 from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
 from sparse_llm_ft.config.types import is_file
@@ -56,7 +56,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _as_user_error(error, tree) from None
+        raise as_config_error(error, tree) from None
     _check_together(config)
     return _with_chat_template(_with_absolute_paths(config))
 
@@ -134,8 +134,8 @@ def _parse_override(text: str) -> Tree:
         raise UserError(f"argument {text!r}: not an override; write section.key=value")
     try:
         tree = parse_yaml(value)
-    except ParseError:
-        raise UserError(f"argument {text!r}: the value is not readable as YAML; quote it") from None
+    except ParseError as error:
+        raise UserError(f"argument {text!r}: the value is not readable as YAML ({error}); quote it") from None
     parts = key.split(".")
     if len(parts) > _DEEPEST:
         raise UserError(f"argument {key[:60]!r}: no setting is {len(parts)} levels deep")
@@ -169,58 +169,6 @@ def _check_tree(value: Any, where: str = "", depth: int = 0) -> None:
             raise ConfigError(where, f"{value!r:.60} holds half of a surrogate pair", "expected text")
     elif value is not None and not isinstance(value, bool | int | float):
         raise ConfigError(where, f"{value!r:.60} is of type {type(value).__name__}", "expected text or a number")
-
-
-def _as_user_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigError:
-    """The first problem, in one line, in the user's own terms."""
-    problems = error.errors(include_url=False)
-    # A misspelt key also leaves a required one missing: the misspelling is what the user can see.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where, item = [str(part) for part in problem["loc"]], 0
-    if where[:1] == ["method"] and len(where) > 1 and where[1].isdigit():
-        item = int(where.pop(1))
-    method = _method_item(tree, item)
-    setting = ".".join(where[:2])  # deeper parts tell which kind of a union or which item of a list
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1], method)
-        near = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        return ConfigError(setting, "unknown key", hint)
-    if problem["type"] == "missing" and len(where) <= 2:
-        return ConfigError(setting, "not given", "it has no default")
-    if problem["type"] == "missing":  # the second of a pair
-        return ConfigError(setting, "has too few values", "expected two")
-    if problem["type"] == "too_long":
-        return ConfigError(setting, "has too many values", f"expected at most {problem['ctx']['max_length']}")
-    if problem["type"] == "unknown_method":
-        return ConfigError("method.name", f"{method.get('name')!r} is unknown", problem["msg"])
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if "dictionary" in message:
-        message = "a mapping of settings"
-    if problem["type"] == "string_type":  # YAML reads yes, 1 and {text} as something else
-        message = "text; quote what YAML takes for something else"
-    if problem["type"] == "string_too_short":
-        message = "some text"
-    message = message.replace("a valid tuple", "a list, as in [a, b]")
-    return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {message}")
-
-
-def _method_item(tree: Mapping[str, Any], item: int) -> Mapping[str, Any]:
-    """The method section that an error is about: the only one, or one of a list."""
-    method = tree.get("method")
-    if isinstance(method, list | tuple):
-        method = method[item] if item < len(method) else None
-    if isinstance(method, str):
-        return {"name": method}
-    return method if isinstance(method, Mapping) else {}
-
-
-def _known_keys(section: Sequence[str], method: Mapping[str, Any]) -> list[str]:
-    kind: Any = RunConfig
-    for part in section:
-        kind = find_settings(method["name"]) if part == "method" else kind.model_fields[part].annotation
-        kind = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)  # of an optional section
-    return list(kind.model_fields)
 
 
 def _check_together(config: RunConfig) -> None:

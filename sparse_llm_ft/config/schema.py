@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
-from sparse_llm_ft.config.types import MAX_BATCH, Bytes, Date, FilePath, Float, Int, Section
+from sparse_llm_ft.config.types import MAX_BATCH, OFF, Bytes, Date, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
@@ -41,7 +41,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
     gradient_checkpointing: StrictBool = False
-    lean: Literal["auto", "off"] = "auto"
+    lean: Annotated[Literal["auto", "off"], OFF] = "auto"
     attn_implementation: str | None = None
     trust_remote_code: StrictBool = False
     resize_embeddings: StrictBool = False
@@ -187,12 +187,12 @@ class TrainingConfig(Section):
     log_every: Int = Field(1, ge=1)
     keep_checkpoints: Int | None = Field(None, ge=2)
     max_skipped_updates: Int = Field(3, ge=0)
-    prefix_cache: Literal["off", "memory", "disk"] = "off"
+    prefix_cache: Annotated[Literal["off", "memory", "disk"], OFF] = "off"
     prefix_cache_bytes: Int = Field(2**33, ge=1)
     keep_best: str | None = None
     early_stopping: EarlyStopping | None = None
     on_oom: Literal["error", "shrink"] = "error"
-    compile: Literal["off", "layers"] = "off"
+    compile: Annotated[Literal["off", "layers"], OFF] = "off"
 
     @property
     def fixed_micro_batch_size(self) -> int:

@@ -33,6 +33,14 @@ Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(gt=0, le=1)]
 
 
+def _as_off(value: Any) -> Any:
+    """The text that YAML reads as false where it is not quoted."""
+    return "off" if value is False else value
+
+
+OFF = BeforeValidator(_as_off)
+"""Of a setting one of whose values is the text ``off``."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE)
 _UNITS = (
     {"": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}

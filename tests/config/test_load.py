@@ -35,6 +35,17 @@ def test_an_exponent_without_a_dot_is_a_number() -> None:
     )
 
 
+@pytest.mark.parametrize("setting", ["model.lean", "training.prefix_cache", "training.compile"])
+def test_off_needs_no_quotes(setting: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads off as false, in a file and in an override."""
+    section, _, key = setting.partition(".")
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL | {"model": {"name": "org/base", "lean": "auto"}}))
+    assert getattr(getattr(load_config([str(file)], [f"{setting}=off"]), section), key) == "off"
+    with pytest.raises(UserError, match=f"{setting}: True is not allowed; expected '(auto|off)'"):
+        load_config([str(file)], [f"{setting}=on"])
+
+
 def test_another_method_replaces_the_whole_section() -> None:
     assert merge({"method": WEIGHT}, {"method": {"name": "lora"}}) == {"method": {"name": "lora"}}
     assert merge({"method": WEIGHT}, {"method": {"keep": 5}})["method"] == WEIGHT | {"keep": 5}
@@ -60,6 +71,18 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"task": {"prompt": {"text": None}}}, "task.prompt: {'text': None} is not allowed; expected text; quote"),
         ({"task": {"prompt": ""}}, "task.prompt: '' is not allowed; expected some text"),
         ({"task": {"metrics": "rouge"}}, "task.metrics: 'rouge' is not allowed; expected a list, as in [a, b]"),
+        ({"training": {"early_stopping": {}}}, "training.early_stopping.patience: not given; it has no default"),
+        (
+            {"training": {"early_stopping": {"patince": 3}}},
+            "training.early_stopping.patince: unknown key; did you mean patience?",
+        ),
+        ({"method": {"name": "partial_lora", "adalora": {"r": 1}}}, "method.adalora.r: unknown key"),
+        ({"task": {"labels": ["a"]}}, "task.labels: has too few values; expected at least 2"),
+        ({"method": []}, "method: has too few values; expected at least 1"),
+        ({"trackers": ["none"]}, "trackers: 'none' is not allowed; expected 'tensorboard'"),
+        ({"tracker_project": ""}, "tracker_project: '' is not allowed; expected text that matches pattern"),
+        ({"training": {"micro_batch_size": "atuo"}}, "unable to parse string as an integer, or 'auto'"),
+        ({"report": "yes"}, "report: 'yes' is not allowed; expected true or false"),
         ({"task": {"score": [0]}}, "task.score: has too few values; expected two"),
         ({"task": {"score": [0, 5, 6]}}, "task.score: has too many values; expected at most 2"),
         ({"method": WEIGHT | {"keep": 0}}, "method.keep: 0 is not allowed; expected greater than or equal to 1"),
