@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparse_llm_ft.errors import one_line
 from sparse_llm_ft.serving.facts import AdapterFacts, read_facts
 from sparse_llm_ft.serving.servers import SERVERS, find_servers, judge
 
@@ -33,10 +34,10 @@ def _check_adapter(options: argparse.Namespace) -> None:
     servers = find_servers(options.servers)
     facts = read_facts(Path(options.adapter), Path(options.base) if options.base else None)
     verdicts = [judge(facts, server) for server in servers]
-    print(f"{options.adapter}: {_describe(facts)}")
+    print(one_line(f"{options.adapter}: {_describe(facts)}"))
     width = max(len(server.label) for server in servers)
     for verdict in verdicts:
-        print(f"{verdict.server.label:<{width}}  {verdict}")
+        print(one_line(f"{verdict.server.label:<{width}}  {verdict}"))
     if not all(verdict.right for verdict in verdicts):
         sys.exit(_WRONG)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 _LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads no larger header."""
+
+_WHOLE_NAME = r"(.*\.)?({})$"
+"""What PEFT makes of a pattern's key before it matches a module's name."""
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
@@ -68,7 +72,7 @@ class AdapterFacts:
     @cached_property
     def largest_rank(self) -> int:
         """Of the general rank, those in ``rank_pattern`` and those of the tensors."""
-        return max(self.r, *self._pattern("rank_pattern").values(), *(pair.rank for pair in self.pairs.values()))
+        return max((self.r, *self._pattern("rank_pattern").values(), *(pair.rank for pair in self.pairs.values())))
 
     def rank(self, module: str) -> int:
         """The rank that PEFT gives a module: ``rank_pattern`` over ``r``."""
@@ -120,6 +124,11 @@ def _config(path: Path) -> dict[str, Any]:
     config = _json(path)
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{path}: no peft_type; expected the config of a PEFT adapter")
+    if config.get("target_parameters"):
+        raise UserError(
+            f"{path}: target_parameters is {config['target_parameters']!r:.60}; expected an adapter of modules, since "
+            "no server's code for adapters of parameters was read"
+        )
     if config["peft_type"] == "LORA":
         _check_number(path, "r", config.get("r"), whole=True)
         _check_number(path, "lora_alpha", config.get("lora_alpha"))
@@ -130,7 +139,7 @@ def _config(path: Path) -> dict[str, Any]:
             for name, value in pattern.items():
                 _check_number(path, f"{key}.{name}", value, whole)
                 try:
-                    re.compile(name)
+                    re.compile(_WHOLE_NAME.format(name))
                 except re.error as error:
                     raise UserError(
                         f"{path}: {key} has the name {name!r:.60}, no regular expression ({error})"
@@ -139,9 +148,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _check_number(path: Path, key: str, value: object, whole: bool = False) -> None:
-    kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or (whole and not 1 <= value <= MAX_RANK):
-        expected = f"a whole number from 1 to {MAX_RANK}" if whole else "a number"
+    kind, most = (int, MAX_RANK) if whole else (int | float, sys.float_info.max)
+    if isinstance(value, bool) or not isinstance(value, kind) or not (1 if whole else -most) <= value <= most:
+        expected = f"a whole number from 1 to {MAX_RANK}" if whole else "a finite number"
         raise UserError(f"{path}: {key:.80} is {value!r:.40}; expected {expected}")
 
 
@@ -165,6 +174,8 @@ def _tensors(path: Path) -> tuple[dict[str, PairShape], tuple[str, ...]]:
         module = name.removeprefix(PREFIX).removesuffix(A)
         a, b = shapes[name], shapes.get(f"{PREFIX}{module}{B}", [])
         if name == f"{PREFIX}{module}{A}" and len(a) == len(b) == 2 and a[0] == b[1]:
+            if not a[0]:
+                raise UserError(f"{path}: {name:.80} has shape {a}; expected a rank of at least 1")
             pairs[module] = PairShape(a[0], a[1], b[0])
     paired = {f"{PREFIX}{module}{part}" for module in pairs for part in (A, B)}
     pairs = {module: pairs[module] for module in sorted(pairs, key=lambda m: (ModuleName.parse(m).number or 0, m))}
@@ -185,7 +196,11 @@ def _base_config(config: Mapping[str, Any], base: Path | None) -> dict[str, Any]
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return {}
-    if (Path(name) / "config.json").is_file():
+    try:
+        is_folder = (Path(name) / "config.json").is_file()
+    except OSError:  # no name of a folder, or one that this user may not look into
+        return {}
+    if is_folder:
         return _text_config(_json(Path(name) / "config.json"))
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -217,4 +232,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _match(pattern: Mapping[str, Any], module: str) -> Any:
     """The first entry that matches, as PEFT's `get_pattern_key` (peft/utils/other.py) finds it; None without one."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((value for key, value in pattern.items() if re.match(_WHOLE_NAME.format(key), module)), None)

@@ -105,6 +105,10 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+NO_RANK = json.dumps(
+    {f"base_model.model.m.lora_{part}.weight": {"shape": shape} for part, shape in (("A", [0, 4]), ("B", [4, 0]))}
+).encode()
+
 WRONG = {
     "no folder": (lambda f: f.rename(f.parent / "moved"), "a: not a folder; expected one with adapter_config.json and"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: cannot be read (No such file"),
@@ -112,10 +116,16 @@ WRONG = {
     "list": (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json: no object; expected"),
     "type": (lambda f: config(f, peft_type=None), "adapter_config.json: no peft_type; expected the config of a PEFT"),
     "rank": (lambda f: config(f, r=0), "r is 0; expected a whole number from 1 to 65536"),
-    "alpha": (lambda f: config(f, lora_alpha="8"), "lora_alpha is '8'; expected a number"),
+    "alpha": (lambda f: config(f, lora_alpha="8"), "lora_alpha is '8'; expected a finite number"),
     "pattern": (lambda f: config(f, rank_pattern=[1]), "rank_pattern is [1]; expected an object of names and numbers"),
-    "entry": (lambda f: config(f, alpha_pattern={"q": True}), "alpha_pattern.q is True; expected a number"),
+    "entry": (lambda f: config(f, alpha_pattern={"q": True}), "alpha_pattern.q is True; expected a finite number"),
     "regex": (lambda f: config(f, rank_pattern={"(": 4}), "rank_pattern has the name '(', no regular expression"),
+    "infinite": (lambda f: config(f, lora_alpha=float("inf")), "lora_alpha is inf; expected a finite number"),
+    "nan": (lambda f: config(f, alpha_pattern={"q": float("nan")}), "alpha_pattern.q is nan; expected a finite number"),
+    "overflow": (lambda f: config(f, lora_alpha=10**400), "expected a finite number"),
+    "flag": (lambda f: config(f, rank_pattern={"(?i)q": 4}), "rank_pattern has the name '(?i)q', no regular"),
+    "no rank": (lambda f: header(f, NO_RANK), "m.lora_A.weight has shape [0, 4]; expected a rank of at least 1"),
+    "parameters": (lambda f: config(f, target_parameters=["experts.w"]), "target_parameters is ['experts.w']; expec"),
     "pickle": (pickled, "adapter_model.bin: a pickle, which may run code; expected adapter_model.safetensors"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors; expected"),
     "short": (lambda f: header(f, b"{}", 1000), "its header claims 1,000 bytes; expected a safetensors file"),
@@ -145,6 +155,30 @@ def test_tensors_that_are_no_pair_are_others(tmp_path: Path) -> None:
               "z.lora_A.weight": [4, 8], "z.lora_B.weight": [8, 4]}  # fmt: skip
     facts = read_facts(write_adapter(tmp_path / "a", {"m": (4, 8, 6)}, others, r=4, lora_alpha=4))
     assert facts.pairs == {"m": PairShape(4, 8, 6)} and set(facts.others) == set(others)
+
+
+def test_a_lora_of_embeddings_alone_has_verdicts(tmp_path: Path, capsys: Any) -> None:
+    """As PEFT writes it: no module has a pair of matrices."""
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    folder = write_adapter(tmp_path / "a", {}, {f"{name}A": [4, 32], f"{name}B": [16, 4]}, r=4, lora_alpha=4)
+    status, verdicts, _ = check([str(folder), "--for", "peft,vllm,ollama"], capsys)
+    assert status == 1 and verdicts["PEFT"] == verdicts["vLLM from 0.32 on"] == "loads"
+    assert verdicts["Ollama, by its own import"].startswith("refused: it does not know base_model")
+
+
+@pytest.mark.parametrize("base", ["a" * 5000, "/x/" + "a" * 300, "a\0b"])
+def test_a_base_that_is_no_path_is_not_known(base: str, tmp_path: Path) -> None:
+    facts = read_facts(write_adapter(tmp_path / "a", PAIRS, r=4, lora_alpha=4, base_model_name_or_path=base))
+    assert facts.layers is None and facts.architecture is None
+
+
+def test_names_of_a_file_are_printed_on_their_line(tmp_path: Path, capsys: Any) -> None:
+    folder = write_adapter(tmp_path / "a\r", {}, {"x\n\x1b[2J": [4]}, r=4, lora_alpha=4)
+    with pytest.raises(SystemExit):
+        main(["check-adapter", str(folder)])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 8 and r"a\r: LORA" in printed and r"x\n\x1b[2J" in printed
+    assert all(line.isprintable() for line in printed.splitlines())
 
 
 def test_a_base_without_config_is_an_error(tmp_path: Path) -> None:
