@@ -22,6 +22,7 @@ from sparse_llm_ft.model.buffers import persistent_buffers
 from sparse_llm_ft.model.layers import compile_layers
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.model.staging import keep_name, stage_base
+from sparse_llm_ft.model.tied import refuse_untied
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
 
@@ -41,7 +42,7 @@ def build_model(
         deepspeed_settings: of the engine that will be built around the model.
 
     Raises:
-        UserError: the base cannot be copied or loaded.
+        UserError: the base cannot be copied or loaded, or has not the tied weights that the plan trains.
     """
     model = stage_base(config.model, world, console)
     with Wait(console, "loading", unit="bytes") as wait:
@@ -49,6 +50,7 @@ def build_model(
             base = load_sharded_model(model, deepspeed_settings, task_mode, config.seed, wait=wait)
         else:
             base = load_model(model, task_mode, config.seed, wait)
+    refuse_untied(base, plan.trained, config.model.name)
     keep_name(base, config.model)
     torch.manual_seed(config.seed)
     return _compiled(config, add_adapters(base, plan))

@@ -39,7 +39,7 @@ from sparse_llm_ft.model.four_bit import keep_unpacked, release_weights
 from sparse_llm_ft.model.lean import make_lean
 from sparse_llm_ft.model.loading_progress import reported
 from sparse_llm_ft.model.multimodal import is_multimodal, unreached_parts
-from sparse_llm_ft.model.quantization import four_bit_options, resolve_quantization, stored_quantization
+from sparse_llm_ft.model.quantization import check_codes, four_bit_options, resolve_quantization, stored_quantization
 from sparse_llm_ft.model.resizing import grow_embeddings, resized, token_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WITH_WEIGHTS = (AutoModelForMultimodalLM, *(architecture.auto for architecture in ARCHITECTURES.values()))
 
 _UNREADABLE = (
-    *(OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError),
+    *(OSError, ValueError, ImportError, RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError),
     *(SafetensorError, StrictDataclassError),
 )
 """transformers' exceptions for damaged or wrong configs, tokenizers and weights."""
@@ -134,17 +134,16 @@ def _empty_as_stored(config: ModelConfig, attn_implementation: str | None, task_
             model: PreTrainedModel = builder.from_config(
                 settings, trust_remote_code=config.trust_remote_code, **options
             )
-    except (ValueError, ImportError) as error:
-        if attn_implementation is not None:
-            reason = reason_of(error)
-            raise ConfigError(
-                "model.attn_implementation",
-                f"{attn_implementation!r} cannot be used ({reason})",
-                "expected sdpa or eager",
-            ) from None
+    except _UNREADABLE as error:
+        reason = reason_of(error)
+        if attn_implementation is not None and isinstance(error, ValueError | ImportError):
+            problem = f"{attn_implementation!r} cannot be used ({reason})"
+            raise ConfigError("model.attn_implementation", problem, "expected sdpa or eager") from None
+        known = "Unrecognized configuration class" not in reason
         raise ConfigError(
             "model.name",
-            f"{config.name!r} is a {settings.model_type} model",
+            f"{config.name!r} is a {settings.model_type} model"
+            + (f" that cannot be built ({type(error).__name__}: {reason})" if known else ""),
             f"expected one that transformers can load {purpose}",
         ) from None
     if not task_mode.has_head:
@@ -234,6 +233,7 @@ def load_model(
 
     # The base is frozen and never generates with a cache during training.
     model.requires_grad_(False)
+    check_codes(model, config.name)
     keep_unpacked(model)
     release_weights(model)
     if config.gradient_checkpointing:

@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from sparse_llm_ft.config import ModelConfig
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, reason_of
 
 
 def resolve_quantization(config: ModelConfig, settings: PreTrainedConfig) -> ModelConfig:
@@ -26,7 +28,7 @@ def resolve_quantization(config: ModelConfig, settings: PreTrainedConfig) -> Mod
     if stored is None:
         return config
     if stored.get("load_in_4bit"):
-        kind = BitsAndBytesConfig.from_dict(dict(stored)).bnb_4bit_quant_type
+        kind = _stored_kind(stored, config.name)
         if config.quantization in ("none", kind):
             return config.model_copy(update={"quantization": kind})
         raise ConfigError(
@@ -34,12 +36,51 @@ def resolve_quantization(config: ModelConfig, settings: PreTrainedConfig) -> Mod
             f"{config.quantization}, but {config.name!r} is stored in {kind}",
             f"expected {kind}, or a base that is not quantised",
         )
-    form = "8 bit by bitsandbytes" if stored.get("load_in_8bit") else str(stored.get("quant_method"))
+    form = "8 bit by bitsandbytes" if stored.get("load_in_8bit") else str(stored.get("quant_method", "an unnamed form"))
     raise ConfigError(
         "model.name",
         f"{config.name!r} is stored in {form:.60}",
         "expected a base in 16 or 32 bit, or in nf4 or fp4 by bitsandbytes",
     )
+
+
+def _stored_kind(stored: Mapping[str, Any], name: str) -> str:
+    """``nf4`` or ``fp4``.
+
+    Raises:
+        ConfigError: the base's config says something else.
+    """
+    try:
+        kind = str(BitsAndBytesConfig.from_dict(dict(stored)).bnb_4bit_quant_type)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            "model.name",
+            f"{name!r} has a quantization_config that bitsandbytes does not take ({reason_of(error)})",
+            "expected a config.json as bitsandbytes writes it",
+        ) from error
+    if kind not in ("nf4", "fp4"):
+        raise ConfigError("model.name", f"{name!r} is stored in {kind:.60}", "expected nf4 or fp4")
+    return kind
+
+
+def check_codes(model: nn.Module, name: str) -> None:
+    """Refuse a base whose config says that it is stored in 4 bit, and whose weights are plain.
+
+    transformers loads the plain weights into 4-bit layers, which fail in the first forward pass.
+
+    Args:
+        name: ``model.name``, for messages.
+
+    Raises:
+        ConfigError: naming the first such layer.
+    """
+    for layer, module in model.named_modules():
+        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
+            raise ConfigError(
+                "model.name",
+                f"{name!r} is stored in 4 bit, says its config.json, but {layer} is not",
+                "expected a config.json without quantization_config, or weights in 4 bit",
+            )
 
 
 def stored_quantization(settings: PreTrainedConfig) -> Mapping[str, Any] | None:

@@ -146,3 +146,30 @@ def test_check_refuses_it_too(settings: dict, nf4_folder: Path, tmp_path: Path, 
     with pytest.raises(SystemExit):
         main(["check", "--config", str(path)])
     assert "is stored in nf4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        (
+            {"bnb_4bit_quant_type": "nf4"},
+            "is stored in 4 bit, says its config.json, but model.layers.0.self_attn.q_proj",
+        ),
+        ({"bnb_4bit_quant_type": "int4"}, "is stored in int4; expected nf4 or fp4"),
+        (
+            {"load_in_4bit": "yes"},
+            "quantization_config that bitsandbytes does not take .load_in_4bit must be a boolean",
+        ),
+        ({"bnb_4bit_compute_dtype": "half16"}, "quantization_config that bitsandbytes does not take .*'half16'"),
+    ],
+)
+def test_a_wrong_claim_of_four_bits_is_one_line(
+    claim: dict, message: str, settings: dict, model_folder: Path, tmp_path: Path
+) -> None:
+    """Such as plain weights that were saved with the config of the quantised base."""
+    shutil.copytree(model_folder, tmp_path / "claims")
+    path = tmp_path / "claims" / "config.json"
+    claimed = {"quant_method": "bitsandbytes", "load_in_4bit": True} | claim
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": claimed}))
+    with pytest.raises(ConfigError, match=rf"^model\.name: .*{message}"):
+        load_model(find_quantization(config(settings, tmp_path / "claims").model))

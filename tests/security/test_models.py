@@ -123,6 +123,26 @@ def test_a_damaged_description_is_one_line(model_folder: Path, tmp_path: Path, t
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "foo"}, r"is a llama model that cannot be built \(KeyError: 'foo'\); expected one that"),
+        ({"rope_parameters": {"rope_type": "foo"}}, r"is a llama model that cannot be built \(KeyError: 'foo'\)"),
+        ({"num_key_value_heads": 0}, "is a llama model that cannot be built"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"model_type": "vit"}, "is a vit model; expected one that transformers can load as a causal language model"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_is_one_line(
+    change: dict, message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "odd")
+    path = tmp_path / "odd" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=rf"^model\.name: .*{message}"):
+        empty_model(config(tmp_path / "odd"))
+
+
 def test_weights_that_claim_terabytes_are_one_line(model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "huge")
     header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}})
