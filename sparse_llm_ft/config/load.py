@@ -58,6 +58,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise as_config_error(error, tree) from None
     _check_together(config)
+    config = config.model_copy(update={"method": tuple(method.with_files() for method in config.method)})
     return _with_chat_template(_with_absolute_paths(config))
 
 

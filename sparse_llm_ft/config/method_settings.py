@@ -69,6 +69,14 @@ class MethodSettings(Section):
         """These settings, under which no phase gets a larger micro-batch."""
         return self
 
+    def with_files(self) -> Self:
+        """These settings with the contents of the files that they name, so that a run's config.yaml is complete.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        return self
+
     def remarks(self, epoch_steps: int) -> list[str]:
         """Log lines about settings that are allowed and differ from the method's paper.
 

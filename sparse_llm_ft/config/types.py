@@ -69,7 +69,12 @@ Bytes = Annotated[int, BeforeValidator(_as_bytes)]
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
 
 
-def _expand(path: str) -> str:
+def expand_path(path: str) -> str:
+    """The path with the home folder in place of a leading ~.
+
+    Raises:
+        ValueError: the system could take no such path.
+    """
     if path.startswith("~"):
         try:
             path = str(Path(path).expanduser())
@@ -81,7 +86,7 @@ def _expand(path: str) -> str:
     return path
 
 
-FilePath = Annotated[str, AfterValidator(_expand)]
+FilePath = Annotated[str, AfterValidator(expand_path)]
 """A path; a leading ~ is the home folder."""
 
 

@@ -8,17 +8,19 @@ phase "train":   trains the unmasked entries of A and B
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import AfterValidator, Field, StrictBool, StrictInt
 
 from sparse_llm_ft.config.derivation import DerivationSettings, ForwardPasses
 from sparse_llm_ft.config.method_settings import MethodSettings
-from sparse_llm_ft.config.types import FilePath, Float, Share
+from sparse_llm_ft.config.types import FilePath, Float, Share, expand_path, is_file
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_yaml
 from sparse_llm_ft.methods.adalora import AdaLoraSchedule, adalora_plan
 from sparse_llm_ft.methods.method import Method
 from sparse_llm_ft.methods.peft_baselines import check_dora
@@ -51,6 +53,37 @@ class MaskSettings(ForwardPasses, MethodSettings):
     cache_dir: FilePath | None = None
 
 
+def _is_table(ratios: str) -> bool:
+    return ratios.startswith("{")
+
+
+def _path_or_table(ratios: str) -> str:
+    return ratios if _is_table(ratios) else expand_path(ratios)
+
+
+def read_table(ratios: str) -> Mapping[str, object]:
+    """The table in a JSON or YAML file, or in a JSON text.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:  # JSON is YAML
+        table = parse_json(ratios, constants=True) if _is_table(ratios) else read_yaml(Path(ratios))
+    except OSError as error:
+        raise ConfigError(
+            "method.ratios", f"{ratios!r} cannot be read ({error.strerror})", "name a file that can"
+        ) from None
+    except ParseError as error:
+        raise ConfigError(
+            "method.ratios", f"{ratios!r:.200} is not YAML or JSON ({error})", "correct the file"
+        ) from None
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(
+            "method.ratios", f"{ratios!r:.200} is not a table", "expected module: p or module: [p_row, p_col]"
+        )
+    return table
+
+
 class PartialLoraSettings(DerivationSettings, MaskSettings):
     """Random row and column masks with ratios derived from the base (`DerivationSettings`).
 
@@ -61,7 +94,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
         ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
-            layer's depth; or a JSON or YAML file with a ratio per module.
+            layer's depth; or a JSON or YAML file with a ratio per module, in whose place config.yaml has its table.
         ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``. Under ``derived`` (ours): the share
             of LoRA's values that is trained. Derived ratios are multiplied by one factor to give it: the derivation
             says where to keep more, and this how much.
@@ -78,7 +111,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
     sample_fraction: Share | None = None
     selection: Literal["random", "targeted", "inverted", "stochastic"] = "random"
     temperature: Float = Field(1.0, gt=0)
-    ratios: FilePath = "derived"
+    ratios: Annotated[str, AfterValidator(_path_or_table)] = "derived"
     ratio: Float | None = Field(None, ge=0, le=1)
     min_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.0
     mask_scaling: StrictBool = False
@@ -121,7 +154,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             raise ConfigError("method.ratio", f"not given, and ratios is {self.ratios}", "expected 0 to 1")
         if not needs and not self.derives and self.ratio is not None:
             raise ConfigError("method.ratio", "has no effect on ratios from a file", "expected ratios: balanced")
-        if not needs and not self.derives and not Path(self.ratios).is_file():
+        if not needs and not self.derives and not _is_table(self.ratios) and not is_file(self.ratios):
             raise ConfigError(
                 "method.ratios",
                 f"{self.ratios!r} is not a file",
@@ -156,6 +189,12 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         for key, why in idle.items():
             if (value := getattr(self, key)) != type(self).model_fields[key].default:
                 raise ConfigError(f"method.{key}", f"{value!r} has no effect under {why}", "expected to leave it out")
+
+    def with_files(self) -> Self:
+        """With the table of ratios in place of its file."""
+        if self.ratios in ("derived", "balanced", "pyramidal"):
+            return self
+        return self.model_copy(update={"ratios": json.dumps(read_table(self.ratios))})
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse settings that the masked tuner excludes."""
@@ -323,7 +362,7 @@ class PartialLora(Method[PartialLoraSettings]):
     def _ratios(
         self, names: list[str], scores: Derivation | None, targets: Mapping[str, Shape]
     ) -> Mapping[str, tuple[float, float]]:
-        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_file, with_share
+        from sparse_llm_ft.scoring import balanced, pyramidal, ratios_from_table, with_share
 
         settings = self.settings
         if settings.ratios == "balanced":
@@ -336,6 +375,6 @@ class PartialLora(Method[PartialLoraSettings]):
         elif settings.ratios == "pyramidal":
             ratios = pyramidal(names, float(settings.ratio or 0.0))
         else:
-            ratios = ratios_from_file(settings.ratios, names)
+            ratios = ratios_from_table(read_table(settings.ratios), names)
         least = settings.min_ratio
         return {name: (max(rows, least), max(cols, least)) for name, (rows, cols) in ratios.items()}

@@ -7,9 +7,12 @@ from html import escape
 from typing import Any
 
 from sparse_llm_ft.config.registry import find_settings, method_names
+from sparse_llm_ft.errors import shortened
 from sparse_llm_ft.report.data import MFU, PHASE_NUMBERS, RunReport
 
 NONE = "–"
+_LONGEST = 200
+"""Characters of a setting; some hold a template or a table."""
 _SAME_RUN = ("output_dir", "resume")
 """Settings that do not tell runs apart."""
 
@@ -146,4 +149,4 @@ def _number(value: float | None) -> str:
 def _setting(value: Any) -> str:
     if value is None:
         return NONE
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shortened(", ".join(map(str, value)) if isinstance(value, list) else str(value), _LONGEST)

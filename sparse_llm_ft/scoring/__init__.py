@@ -6,7 +6,7 @@ from sparse_llm_ft.scoring.derivation import Derivation, derive, measure_only
 from sparse_llm_ft.scoring.importance import Importance, overlap, preserve_flow, svd_importance
 from sparse_llm_ft.scoring.lora_output import OutputScores, importance_by_type, select_layers
 from sparse_llm_ft.scoring.masks import draw_masks
-from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file, with_share
+from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_table, with_share
 
 __all__ = [
     "ALONE",
@@ -23,7 +23,7 @@ __all__ = [
     "overlap",
     "preserve_flow",
     "pyramidal",
-    "ratios_from_file",
+    "ratios_from_table",
     "select_layers",
     "svd_importance",
     "with_share",

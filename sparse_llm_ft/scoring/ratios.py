@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TypeGuard
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.io.strict_json_yaml import ParseError, read_yaml
 from sparse_llm_ft.plan import ModuleName, Shape
 
 Ratio = tuple[float, float]
@@ -54,48 +52,36 @@ def with_share(ratios: Mapping[str, Ratio], shapes: Mapping[str, Shape], share: 
     return {name: (min(1.0, high * ratios[name][0]), min(1.0, high * ratios[name][1])) for name in shapes}
 
 
-def ratios_from_file(path: str | Path, names: Iterable[str]) -> dict[str, Ratio]:
-    """Ratios from a YAML or JSON table: module name, or ending of names -> p or [p_row, p_col].
+def ratios_from_table(table: Mapping[str, object], names: Iterable[str]) -> dict[str, Ratio]:
+    """Ratios from a table: module name, or ending of names -> p or [p_row, p_col].
 
     ``q_proj: 0.5`` applies to every module whose name ends in ``.q_proj``. The longest ending that fits decides.
 
     Raises:
-        ConfigError: the file cannot be read; a value is no ratio; an entry fits no module, or a module no entry.
+        ConfigError: a value is no ratio; an entry fits no module, or a module no entry.
     """
-    table = {key: _ratio(path, key, value) for key, value in _read(path).items()}
+    known = {key: _ratio(key, value) for key, value in table.items()}
     used: set[str] = set()
     ratios = {}
     for name in names:
-        fitting = [key for key in table if name == key or name.endswith("." + key)]
+        fitting = [key for key in known if name == key or name.endswith("." + key)]
         if not fitting:
-            raise ConfigError(SETTING, f"{str(path)!r} has no entry for module {name!r}", "expected one, or an ending")
+            raise ConfigError(SETTING, f"the table has no entry for module {name!r}", "expected one, or an ending")
         used |= set(fitting)
-        ratios[name] = table[max(fitting, key=len)]
-    unused = [key for key in table if key not in used]
+        ratios[name] = known[max(fitting, key=len)]
+    unused = [key for key in known if key not in used]
     if unused:
         raise ConfigError(
-            SETTING, f"{str(path)!r}: {unused[0]!r} is not a target module", "expected module names or endings of them"
+            SETTING, f"the table's {unused[0]!r} is not a target module", "expected module names or endings of them"
         )
     return ratios
 
 
-def _read(path: str | Path) -> Mapping[str, object]:
-    try:
-        table = read_yaml(Path(path))  # JSON is YAML
-    except OSError as error:
-        raise ConfigError(SETTING, f"{str(path)!r} cannot be read ({error.strerror})", "name a file that can") from None
-    except ParseError as error:
-        raise ConfigError(SETTING, f"{str(path)!r} is not YAML or JSON ({error})", "correct the file") from None
-    if not isinstance(table, dict) or not table:
-        raise ConfigError(SETTING, f"{str(path)!r} is not a table", "expected module: p or module: [p_row, p_col]")
-    return table
-
-
-def _ratio(path: str | Path, key: str, value: object) -> Ratio:
+def _ratio(key: str, value: object) -> Ratio:
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) == 2 and _is_share(pair[0]) and _is_share(pair[1]):
         return float(pair[0]), float(pair[1])
-    raise ConfigError(SETTING, f"{str(path)!r}: {key} is {value!r:.60}", "expected p or [p_row, p_col] in 0 to 1")
+    raise ConfigError(SETTING, f"the table's {key} is {value!r:.60}", "expected p or [p_row, p_col] in 0 to 1")
 
 
 def _is_share(value: object) -> TypeGuard[float]:

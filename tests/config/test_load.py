@@ -211,3 +211,18 @@ def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     assert (local.model.name, local.task.path) == (str(tmp_path / "org/base"), str(tmp_path / "data"))
     hub = parse_config(MINIMAL | {"model": {"name": "org/other"}})
     assert hub.model.name == "org/other"
+
+
+def test_the_table_of_ratios_takes_the_place_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's config.yaml is complete: whoever reads it later needs no file of another working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("ratios.yaml").write_text("q_proj: 0.5\nv_proj: [0.25, 1]\n")
+    config = parse_config(MINIMAL | {"method": {"name": "partial_lora", "ratios": "ratios.yaml"}})
+    Path("ratios.yaml").unlink()
+    assert config.method[0].ratios == '{"q_proj": 0.5, "v_proj": [0.25, 1]}'
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    long = MINIMAL | {"method": {"name": "partial_lora", "ratios": '{"' + "m" * 5000 + '": 0.5}'}}
+    assert parse_config(long).method[0].ratios == long["method"]["ratios"]
+    for text, problem in (('{"a": ', "is not YAML or JSON"), ("{}", "is not a table"), ("x" * 300, "a path that the")):
+        with pytest.raises(UserError, match=f"^method.ratios: .*{problem}"):
+            parse_config(MINIMAL | {"method": {"name": "partial_lora", "ratios": text}})

@@ -14,7 +14,8 @@ from helpers.inputs import VALUES, is_one_line, wounded
 from sparse_llm_ft.config import dump_config, load_config, parse_config, split_arguments
 from sparse_llm_ft.errors import ConfigError, UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_yaml
-from sparse_llm_ft.scoring.ratios import ratios_from_file
+from sparse_llm_ft.methods.partial_lora import read_table
+from sparse_llm_ft.scoring.ratios import ratios_from_table
 
 TREE = {
     "model": {"name": "org/model", "revision": "main", "dtype": "float32"},
@@ -100,7 +101,7 @@ def test_config_files(tmp_path: Path, text: str) -> None:
     except UserError as error:
         assert is_one_line(error)
     try:
-        ratios_from_file(path, ["h.0.q"])
+        ratios_from_table(read_table(str(path)), ["h.0.q"])
     except ConfigError as error:
         assert is_one_line(error)
 

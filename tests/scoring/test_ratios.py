@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.errors import ConfigError
-from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_file, with_share
+from sparse_llm_ft.methods.partial_lora import read_table
+from sparse_llm_ft.scoring.ratios import balanced, pyramidal, ratios_from_table, with_share
 
 NAMES = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "pooler"]
 
@@ -51,7 +52,7 @@ def test_ratios_are_multiplied_to_train_a_share() -> None:
 def test_a_table_of_names_and_endings(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ratios.yaml"
     path.write_text(text)
-    found = ratios_from_file(path, NAMES)
+    found = ratios_from_table(read_table(str(path)), NAMES)
     assert found == {
         "h.0.q_proj": (0.5, 0.5),
         "h.0.v_proj": (0.25, 1.0),
@@ -84,11 +85,11 @@ def test_errors_name_the_setting_and_the_entry(tmp_path: Path, text: str | bytes
     path = tmp_path / "ratios.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as error:
-        ratios_from_file(path, NAMES)
+        ratios_from_table(read_table(str(path)), NAMES)
     assert str(error.value).startswith("method.ratios: ") and said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        ratios_from_file(tmp_path / "none.yaml", NAMES)
+        read_table(str(tmp_path / "none.yaml"))
