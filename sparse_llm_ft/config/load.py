@@ -212,6 +212,12 @@ def _check_together(config: RunConfig) -> None:
                 f"{name!r} has no config.json",
                 "expected a model folder in Hugging Face layout, or a hub id",
             )
+        if config.model.revision is not None and Path(name).expanduser().is_dir():
+            raise ConfigError(
+                "model.revision",
+                f"{config.model.revision!r}, but {name!r} is a folder, which has none",
+                "expected null",
+            )
 
 
 def _check_evaluation(config: EvaluationConfig) -> None:

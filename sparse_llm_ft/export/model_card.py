@@ -117,7 +117,11 @@ def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -
     if options.to == "merged":
         return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
     native = "\nimport sparse_llm_ft.adapters  # registers the tuner with PEFT\n" if options.to == "native" else ""
-    outputs = f", num_labels={run.task_mode.outputs}" if run.task_mode.outputs else ""
+    arguments = f'"{base}"'
+    if run.config.model.revision is not None:
+        arguments += f', revision="{run.config.model.revision}"'
+    if run.task_mode.outputs:
+        arguments += f", num_labels={run.task_mode.outputs}"
     torch, resize = "", ""
     if added := new_rows(run.empty):
         torch = "import torch\n"
@@ -129,7 +133,7 @@ def _loading(run: TrainedRun, base: str, repo_id: str, options: ExportOptions) -
 {torch}from peft import PeftModel
 from transformers import {auto}
 {native}
-base = {auto}.from_pretrained("{base}"{outputs})
+base = {auto}.from_pretrained({arguments})
 {resize}model = PeftModel.from_pretrained(base, "{repo_id}")"""
 
 

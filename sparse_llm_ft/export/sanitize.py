@@ -12,9 +12,10 @@ _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
 def public_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings as plain values; local paths are reduced to their last name."""
+    """The settings as plain values; local paths are reduced to their last name, and a node's own folder is left out."""
     tree = config.model_dump(mode="json")
     tree["model"]["name"] = public_name(config.model.name)
+    tree["model"]["stage_to"] = None
     if config.task.path is not None:
         tree["task"]["path"] = _last(config.task.path)
     tree["output_dir"] = _last(config.output_dir)

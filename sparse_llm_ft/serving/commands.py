@@ -36,15 +36,18 @@ def commands_for(facts: AdapterFacts, base: str, adapter: str, server: str | Non
         server: the only one of interest; None: all that take PEFT's form.
     """
     verdicts = [judge(facts, SERVERS[name]) for name in ((server,) if server else _OF_PEFT)]
+    rank, revision = facts.largest_rank, facts.config.get("revision")
     lines = [
-        f"{verdict.server.name}: {serve_command(verdict.server.name, base, adapter, facts.largest_rank)}"
+        f"{verdict.server.name}: {serve_command(verdict.server.name, base, adapter, rank, revision=revision)}"
         for verdict in verdicts
         if verdict.right
     ]
     return lines or [f"{verdicts[0].server.label}: {verdicts[0]}; `sparse-llm-ft export --to merged` is for any server"]
 
 
-def serve_command(server: str, base: str, adapter: str, rank: int, name: str = "tuned") -> str:
+def serve_command(
+    server: str, base: str, adapter: str, rank: int, name: str = "tuned", revision: str | None = None
+) -> str:
     """The command line that serves an adapter.
 
     Args:
@@ -53,8 +56,11 @@ def serve_command(server: str, base: str, adapter: str, rank: int, name: str = "
         adapter: the adapter's folder or, on the hub, its name; for llama.cpp and Ollama the folder of the GGUF.
         rank: of the adapter.
         name: under which requests ask for the adapter.
+        revision: of the base on the hub; servers of PEFT's form have an option of this name for it.
     """
     base, adapter = shlex.quote(base), shlex.quote(adapter)
+    if revision is not None and server not in GGUF_SERVERS:
+        base += f" --revision {shlex.quote(revision)}"
     if server.startswith("vllm"):
         largest = max_lora_rank(rank) or rank
         option = f" --max-lora-rank {largest}" if largest > VLLM_DEFAULT_RANK else ""

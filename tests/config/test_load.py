@@ -226,3 +226,10 @@ def test_the_table_of_ratios_takes_the_place_of_its_file(tmp_path: Path, monkeyp
     for text, problem in (('{"a": ', "is not YAML or JSON"), ("{}", "is not a table"), ("x" * 300, "a path that the")):
         with pytest.raises(UserError, match=f"^method.ratios: .*{problem}"):
             parse_config(MINIMAL | {"method": {"name": "partial_lora", "ratios": text}})
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert parse_config(MINIMAL | {"model": {"name": "org/base", "revision": "v1"}}).model.revision == "v1"
+    with pytest.raises(UserError, match=r"^model.revision: 'v1', but .* is a folder, which has none; expected null$"):
+        parse_config(MINIMAL | {"model": {"name": str(tmp_path), "revision": "v1"}})

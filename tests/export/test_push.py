@@ -25,12 +25,15 @@ from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.config import RunConfig, parse_config
 from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.export.export import write_export
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
 from sparse_llm_ft.export.model_card import metadata_of, model_card
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.sanitize import public_settings
+from sparse_llm_ft.export.serve_lines import serve_lines
 from sparse_llm_ft.inference.trained_run import read_run
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.serving.commands import serve_command
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3]])
@@ -190,8 +193,31 @@ def test_hub_names_are_themetadata_of(settings: dict) -> None:
     assert metadata["datasets"] == ["knkarthick/dialogsum"] and metadata["library_name"] == "transformers"
 
 
+def test_the_card_loads_and_serves_the_revision_of_the_base(settings: dict, tmp_path: Path) -> None:
+    """Another one has other weights, and nothing would say so."""
+    make_run(settings, PLANS["lora"])
+    run = read_run(settings["output_dir"])
+    config = run.config.model_copy(
+        update={"model": run.config.model.model_copy(update={"name": "org/base", "revision": "v1.2"})}
+    )
+    run = replace(run, config=config)
+    write_export(tmp_path, run, ExportOptions(), "org/base")
+    commands = serve_lines(run, tmp_path, ExportOptions(), "org/base", "me/tiny")
+    assert commands == [
+        "vllm: vllm serve org/base --revision v1.2 --enable-lora --lora-modules tuned=me/tiny",
+        "tgi: text-generation-launcher --model-id org/base --revision v1.2 --lora-adapters tuned=me/tiny",
+    ]
+    card = model_card(run, "me/tiny", ExportOptions(), commands=commands)
+    assert 'base = AutoModelForCausalLM.from_pretrained("org/base", revision="v1.2")\n' in card
+    assert commands[0] in card
+    assert "--model-path org/base --revision v1.2 --enable" in serve_command(
+        "sglang", "org/base", "a", 8, revision="v1.2"
+    )
+
+
 def test_local_folders_become_their_last_names(settings: dict) -> None:
     settings["model"]["name"] = "/home/somebody/models/llama"
+    settings["model"]["stage_to"] = "/scratch/somebody"
     settings["method"] = {"name": "partial_lora", "cache_dir": "/home/somebody/cache"}
     settings["task"]["prompt"] = "/no_think {text}"
     tree = public_settings(RunConfig.model_validate(settings))
