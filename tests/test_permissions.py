@@ -69,3 +69,23 @@ def test_any_command_says_so_in_one_line(command: str, private: Path, capsys: py
         main([command, f"{private}/x"])
     printed = capsys.readouterr().err
     assert (end.value.code, printed.count("\n")) == (2, 1) and "permission denied" in printed.lower(), printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export"],
+        ["evaluate"],
+        ["summary"],
+        ["report"],
+        ["status"],
+        ["cancel"],
+        ["tasks", "custom", "--path"],
+        ["check-adapter"],
+    ],
+)
+def test_a_path_that_is_too_long_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "x" * 300])
+    printed = capsys.readouterr().err
+    assert (end.value.code, printed.count("\n")) == (2, 1), printed

@@ -16,7 +16,7 @@ from sparse_llm_ft.data.task_config import resolve_task
 from sparse_llm_ft.distributed.world import ONE_PROCESS, World, find_world
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.export.hub import check_name, check_repository, upload
-from sparse_llm_ft.export.options import TARGETS, ExportOptions, refuse_existing
+from sparse_llm_ft.export.options import SHARD_SIZE, TARGETS, ExportOptions, refuse_existing
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.run_folder import CONFIG_FILE, open_run
 
@@ -89,7 +89,7 @@ def _add_form(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=int, metavar="R", help="with --to peft: truncate every module to this rank")
     command.add_argument("--for", dest="server", metavar="SERVER", help=f"with --to peft: {', '.join(TARGETS)}")
     command.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="with --to merged: largest file of weights"
+        "--max-shard-size", metavar="SIZE", help=f"with --to merged: largest file of weights; default: {SHARD_SIZE}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,12 @@ from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, 
 USER_ERROR, TRAINING_ERROR = 2, 1
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong; run the same command again
 _GRACE_SECONDS = 5.0
+_UNUSABLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied; expected a path that this user may use"),
+    errno.ENAMETOOLONG: "too long for a path",
+}
+"""errno -> what is wrong with a path that the user gave, whatever has looked at it."""
+
 _before_end: list[Callable[[str], None]] = []
 
 
@@ -39,9 +46,9 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
-    """Turn a `UserError` (and a path that the user may not use) into its line and exit status 2, a `TrainingError` (and
-    a file server that is away) into its line and status 1, a `PreemptionRequested` into its line and status 75, after
-    Ctrl-C 130.
+    """Turn a `UserError` (and a path that the user may not or cannot use) into its line and exit status 2, a
+    `TrainingError` (and a file server that is away) into its line and status 1, a `PreemptionRequested` into its line
+    and status 75, after Ctrl-C 130.
 
     All ranks raise the same error, and rank 0 prints it. The others wait a moment before they exit, since launchers
     kill all processes when the first one fails. If the first process of another node is still alive then, and rank 0
@@ -53,10 +60,10 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
     try:
         try:
             yield
-        except PermissionError as error:
-            if error.filename is None:
+        except OSError as error:
+            if error.filename is None or error.errno not in _UNUSABLE:
                 raise
-            raise UserError(f"{error.filename}: permission denied; expected a path that this user may use") from error
+            raise UserError(f"{error.filename}: {_UNUSABLE[error.errno]}") from error
     except (UserError, TrainingError) as error:
         status = USER_ERROR if isinstance(error, UserError) and not may_pass(error) else TRAINING_ERROR
         if world.rank != 0:

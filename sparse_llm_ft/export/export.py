@@ -25,7 +25,7 @@ from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.export.for_server import fit
 from sparse_llm_ft.export.gguf_file import GGUF_FILE, check_gguf, modelfile, write_gguf
 from sparse_llm_ft.export.merge import merge_adapters
-from sparse_llm_ft.export.options import ExportOptions, refuse_existing
+from sparse_llm_ft.export.options import SHARD_SIZE, ExportOptions, refuse_existing
 from sparse_llm_ft.export.read_back import check_adapter
 from sparse_llm_ft.export.truncate import to_rank
 from sparse_llm_ft.export.whole_model import check_values, save_whole_model
@@ -99,7 +99,7 @@ def write_export(folder: Path, run: TrainedRun, options: ExportOptions, base: st
         base: the base model's name in the adapter's config.
     """
     if options.to == "merged":
-        _write_merged(folder, run, options.max_shard_size)
+        _write_merged(folder, run, options.max_shard_size or SHARD_SIZE)
         return []
     with Wait(run.context.console, "exporting"):
         if options.to == "peft":

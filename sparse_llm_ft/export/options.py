@@ -13,6 +13,7 @@ from sparse_llm_ft.serving.ranks import LARGEST_RANK, served_rank
 Form = Literal["peft", "merged", "native"]
 
 _FORMS: dict[str, Form] = {form: form for form in get_args(Form)}
+SHARD_SIZE = "5GB"
 TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "tgi")
 """Values of ``--for``."""
 
@@ -28,14 +29,14 @@ class ExportOptions:
         patterns: for ``peft``: each module keeps its rank and scaling, as PEFT's patterns.
         rank: for ``peft``: truncate every ΔW to this rank.
         server: for ``peft``: the server that the adapter must fit; None: none in particular.
-        max_shard_size: for ``merged``: largest weight file, such as ``5GB`` (5 · 10⁹ bytes).
+        max_shard_size: for ``merged``: largest weight file, such as ``500MB`` (5 · 10⁸ bytes); None: `SHARD_SIZE`.
     """
 
     to: Form = "peft"
     patterns: bool = False
     rank: int | None = None
     server: str | None = None
-    max_shard_size: str = "5GB"
+    max_shard_size: str | None = None
 
     @classmethod
     def parse(
@@ -44,7 +45,7 @@ class ExportOptions:
         patterns: bool = False,
         rank: int | None = None,
         server: str | None = None,
-        max_shard_size: str = "5GB",
+        max_shard_size: str | None = None,
     ) -> ExportOptions:
         """The options of the command line.
 
@@ -63,7 +64,9 @@ class ExportOptions:
             raise UserError(f"--rank {rank}: expected 8 or a multiple of 16, up to {LARGEST_RANK}")
         if server is not None and server not in TARGETS:
             raise UserError(f"--for {server}: expected {', '.join(TARGETS)}")
-        if not _SHARD_SIZE.fullmatch(max_shard_size):
+        if max_shard_size is not None and to != "merged":
+            raise UserError(f"--max-shard-size {max_shard_size}: --to {to} writes one file; expected --to merged")
+        if max_shard_size is not None and not _SHARD_SIZE.fullmatch(max_shard_size):
             raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB")
         return cls(_FORMS[to], patterns, rank, server, max_shard_size)
 

@@ -16,11 +16,10 @@ from transformers.utils import cached_file
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.export.options import SHARD_SIZE
 from sparse_llm_ft.export.read_back import WrittenWrongly, compare
 from sparse_llm_ft.model.loading import DTYPES, load_complete, silence
 from sparse_llm_ft.model.multimodal import is_multimodal
-
-SHARD_SIZE = "5GB"
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 

@@ -41,6 +41,8 @@ def test_it_writes_beside_the_run_and_never_over_anything(to: str, settings: dic
         (["--rank", "528"], "--rank 528: expected 8 or a multiple of 16, up to 512"),
         (["--for", "onnx"], "--for onnx: expected vllm, sglang, llama.cpp, ollama, tgi"),
         (["--to", "merged", "--max-shard-size", "big"], "--max-shard-size big: expected a size such as 5GB"),
+        (["--max-shard-size", "1GB"], "--max-shard-size 1GB: --to peft writes one file; expected --to merged"),
+        (["--output", "x" * 300], f"{'x' * 300}: too long for a path"),
         (["--output", "."], "--output .: exists"),
         (["--output", "/dev/null/export"], "--output /dev/null/export: cannot be written"),
     ],
