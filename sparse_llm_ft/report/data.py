@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_json, read_yaml
-from sparse_llm_ft.plan import AdapterPlan, Shape
+from sparse_llm_ft.plan import AdapterPlan
 
 Record = Mapping[str, Any]
 """One object in a file of the run."""
@@ -29,13 +29,31 @@ _INVALID = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What a converter raises for a value that it does not accept, and a missing key."""
 
 
+T = TypeVar("T")
+_Some = Annotated[dict[str, T], Field(min_length=1)]
+_Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Side = Annotated[int, Field(ge=1)]
+
 _floats = TypeAdapter(dict[str, float]).validate_python
+_some_floats = TypeAdapter(_Some[float]).validate_python
 _bytes = TypeAdapter(dict[str, NonNegativeInt]).validate_python
 _size = TypeAdapter(NonNegativeInt).validate_python
 _pairs = TypeAdapter(dict[str, Pair]).validate_python
-_shapes = TypeAdapter(dict[str, Shape]).validate_python
-_overlap = TypeAdapter(dict[str, dict[str, Pair]]).validate_python
-_finite = TypeAdapter(FiniteFloat).validate_python
+_shapes = TypeAdapter(dict[str, tuple[_Side, _Side]]).validate_python
+_overlap = TypeAdapter(dict[str, _Some[Pair]]).validate_python
+_count = TypeAdapter(_Count).validate_python
+
+
+def _named_bytes(*names: str) -> Callable[[Any], dict[str, int]]:
+    """A converter of bytes by name, which wants these names and takes others too."""
+
+    def convert(value: Any) -> dict[str, int]:
+        found = _bytes(value)
+        if missing := [name for name in names if name not in found]:
+            raise KeyError(missing[0])
+        return found
+
+    return convert
 
 
 def _scores(scores: Record) -> dict[str, Any]:
@@ -59,13 +77,18 @@ _STEP_EXTRAS: _Converters = {
     "peak_memory_bytes": _size,
     "reserved_memory_bytes": _size,
 }
-_PLANNED: _Converters = {"name": str, "micro_batch_size": _size, "lines": _bytes, "peaks": _bytes}
+_PLANNED: _Converters = {
+    "name": str,
+    "micro_batch_size": _size,
+    "lines": _named_bytes("base", "adapters", "optimizer", "device_overhead"),
+    "peaks": _named_bytes("step"),
+}
 _PHASE: _Converters = {"index": int, "name": str, "plan": AdapterPlan.from_dict, "shapes": _shapes}
 _PHASE_END: _Converters = {"scores": _scores, "delta_norms": _floats}
 _SCORES: Mapping[str, _Converters] = {
-    "lora_output": {"y": _floats, "kept": frozenset},
+    "lora_output": {"y": _some_floats, "kept": frozenset},
     "entries": {"samples": int},
-    "omega": {"omega": _floats},
+    "omega": {"omega": _some_floats},
     "partial": {"ratios": _pairs, "overlap": _overlap},
 }
 
@@ -187,8 +210,8 @@ class RunReport:
         if not summary_file.is_file():
             return run
         with _reading(summary_file) as summary:
-            numbers = dict.fromkeys(PHASE_NUMBERS, _finite)
-            extras = {"mfu": _finite, "base_bytes_per_rank": _size, "adapter_bytes_per_rank": _size}
+            numbers = dict.fromkeys(PHASE_NUMBERS, _count)
+            extras = {"mfu": _count, "base_bytes_per_rank": _size, "adapter_bytes_per_rank": _size}
             totals = [_converted(phase, {"name": str, **numbers}, extras) for phase in summary["phases"]]
             before, after = (_floats(summary["metrics"].get(when) or {}) for when in ("before", "after"))
             world_size = int(summary["world_size"])

@@ -60,7 +60,8 @@ def compare_losses(reports: Sequence[tuple[str, RunReport]]) -> Drawing | None:
     for i, (name, report) in enumerate(reports):
         if report.steps:
             style = line_style(i)
-            _draw_loss(axes, report.steps, style["color"], name, style["linestyle"])
+            label = f" {name}" if name.startswith("_") else name  # matplotlib lists no label that begins with _
+            _draw_loss(axes, report.steps, style["color"], label, style["linestyle"])
             ends.append(f"{name} ends at {report.steps[-1]['loss']:.3g}")
     legend_above(figure, axes)
     alt = f"Line chart: {', '.join(ends)}."

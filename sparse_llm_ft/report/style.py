@@ -66,6 +66,7 @@ def figure_settings(appearance: str) -> dict[Any, Any]:
         "lines.markersize": 4.5,
         "patch.facecolor": colour["empty"],
         "text.color": colour["ink"],
+        "text.parse_math": False,  # runs, phases and modules may have a $ in their names
         "xtick.color": colour["axis"],
         "ytick.color": colour["axis"],
         "xtick.labelcolor": colour["ink"],

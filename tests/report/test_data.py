@@ -98,6 +98,7 @@ def test_no_run_is_named(tmp_path: Path) -> None:
         ("phases/01-train.json", "[]"),
         ("forecast.json", '{"phases": [{"name": "select"}]}'),
         ("forecast.json", '{"phases": [], "process_bytes": "much"}'),
+        ("forecast.json", '{"phases": [{"name": "a", "micro_batch_size": 1, "lines": {}, "peaks": {"step": 1}}]}'),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str) -> None:
@@ -113,6 +114,32 @@ def test_an_adapter_without_a_shape_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": {}}))
     with pytest.raises(UserError, match=r"00-train\.json: not readable .*no shape of a\.0\.q"):
         RunReport.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"scores": {"kind": "omega", "omega": {}}}, "at least 1 item"),
+        ({"scores": {"kind": "lora_output", "y": {}, "kept": []}}, "at least 1 item"),
+        ({"scores": {"kind": "partial", "ratios": {}, "overlap": {"svd-imp": {}}}}, "at least 1 item"),
+        ({"shapes": {"a.0.q": [0, 0]}}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(change: dict, problem: str, tmp_path: Path) -> None:
+    folder = lora_run(tmp_path / "run", {"a.0.q": (4, 4)})
+    path = folder / "phases" / "00-train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"00-train\.json: not readable .*{problem}"):
+        RunReport.read(folder)
+
+
+def test_a_phase_has_no_negative_numbers(tmp_path: Path) -> None:
+    path = weight_lora_plus_run(tmp_path / "run", layers=1) / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["phases"][0]["trainable_parameters"] = -5
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"summary\.json: not readable .*greater than or equal to 0"):
+        RunReport.read(path.parent)
 
 
 def test_unknown_scores_are_said(tmp_path: Path) -> None:

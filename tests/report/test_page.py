@@ -6,12 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 
 from helpers.page_parser import Page
 from helpers.run_folders import llama_shapes, lora_drop_run, lora_run, partial_run, weight_lora_plus_run, write_run
 from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.plan import FULL_MODEL, AdapterPlan
-from sparse_llm_ft.report import write_report
+from sparse_llm_ft.report import RunReport, write_report
+from sparse_llm_ft.report.step_figures import compare_losses
+from sparse_llm_ft.report.style import figure_settings
 
 COMMON = ["loss", "phases", "plan", "residual-norms"]
 
@@ -143,6 +146,19 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert targets == [section["id"] for section in page.all("section")]
     assert "compare-loss" in keys(written) and "run-3-importance" in keys(written)
     assert text.count("<h2") == 4
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """matplotlib would take $...$ for mathematics, and leave a label that begins with _ out of a legend."""
+    names = ["$^$", "a$x$b", "_first"]
+    reports = [(name, RunReport.read(lora_run(tmp_path / name, {"a.0.$^$": (4, 4)}))) for name in names]
+    with rc_context(figure_settings("light")):
+        drawing = compare_losses(reports)
+        assert drawing is not None
+        (legend,) = drawing.figure.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == names
+        drawing.figure.savefig(tmp_path / "losses.png")
+    check(write_report([tmp_path / name for name in names], tmp_path / "report"))
 
 
 def test_a_report_is_the_same_each_time_and_replaced_whole(tmp_path: Path) -> None:
