@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from sparse_llm_ft.config.problems import as_config_error
+from sparse_llm_ft.config.problems import as_config_error, wanted
 from sparse_llm_ft.config.renamed import replace_old_keys
 from sparse_llm_ft.config.schema import MANAGED, PASSED_THROUGH, DeepSpeedConfig, EvaluationConfig, RunConfig
 from sparse_llm_ft.config.types import is_file
@@ -275,17 +275,19 @@ def _check_on_oom(config: RunConfig) -> None:
 
 
 def _check_deepspeed(config: DeepSpeedConfig) -> None:
-    for key in config.extra:
+    for key, value in config.extra.items():
         if key in MANAGED:
             raise ConfigError(f"deepspeed.{key}", "set by another section", f"use {MANAGED[key]}")
         if key not in PASSED_THROUGH:
             near = difflib.get_close_matches(key, [*PASSED_THROUGH, "zero_stage"], n=1)
             hint = f"did you mean {near[0]}?" if near else "see deepspeed.ai/docs/config-json for its settings"
             raise ConfigError(f"deepspeed.{key}", "unknown key", hint)
-    zero = config.extra.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        raise ConfigError("deepspeed.zero_optimization", f"{zero!r} is not allowed", "expected a mapping")
-    if "stage" in zero:
+        try:
+            TypeAdapter(PASSED_THROUGH[key]).validate_python(value)
+        except ValidationError as error:
+            (problem, *_) = error.errors(include_url=False)
+            raise ConfigError(f"deepspeed.{key}", f"{value!r} is not allowed", f"expected {wanted(problem)}") from None
+    if "stage" in config.extra.get("zero_optimization", {}):
         raise ConfigError("deepspeed.zero_optimization.stage", "set by another key", "use deepspeed.zero_stage")
 
 

@@ -36,16 +36,18 @@ def as_config_error(error: ValidationError, tree: Mapping[str, Any]) -> ConfigEr
         return ConfigError(setting, "has too many values", f"expected at most {problem['ctx']['max_length']}")
     if kind == "unknown_method":
         return ConfigError("method.name", f"{method.get('name')!r} is unknown", problem["msg"])
-    expected = _expected(problem)
+    expected = wanted(problem)
     # A number or one of a few words is a union, whose parts have a problem each.
     others = [p for p in problems if p["type"] == "literal_error" and p["loc"][:-1] == problem["loc"][:-1]]
-    words = "".join(f", or {_expected(p)}" for p in others if p is not problem)
+    words = "".join(f", or {wanted(p)}" for p in others if p is not problem)
     return ConfigError(setting, f"{problem['input']!r} is not allowed", f"expected {expected}{words}")
 
 
-def _expected(problem: ErrorDetails) -> str:
+def wanted(problem: ErrorDetails) -> str:
     """What would be right, from pydantic's message."""
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = problem["msg"]
+    for beginning in ("Value error, ", "Assertion failed, ", "Input should be "):
+        message = message.removeprefix(beginning)
     if "dictionary" in message:
         return "a mapping of settings"
     if problem["type"] == "string_type":  # YAML reads yes, 1 and {text} as something else

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
 from sparse_llm_ft.config.types import MAX_BATCH, OFF, Bytes, Date, FilePath, Float, Int, Section
@@ -246,41 +246,25 @@ class DeepSpeedConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-PASSED_THROUGH = frozenset(
-    [
-        "aio",
-        "autotuning",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compression_training",
-        "csv_monitor",
-        "data_efficiency",
-        "data_types",
-        "disable_allgather",
-        "dump_state",
-        "eigenvalue",
-        "flops_profiler",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "nebula",
-        "prescale_gradients",
-        "seq_parallel_communication_data_type",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "use_data_before_expert_parallelism",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
+_SECTIONS = (
+    *("aio", "autotuning", "checkpoint", "comms_logger"),
+    *("compression_training", "csv_monitor", "data_efficiency", "data_types", "eigenvalue", "flops_profiler", "nebula"),
+    *("tensorboard", "timers", "torch_autocast", "wandb", "zero_optimization"),
 )
-"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json). It ignores any other key silently, so a
-misspelt one must be caught here."""
+_SWITCHES = (
+    *("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "sparse_gradients"),
+    *("use_data_before_expert_parallelism", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+)
+PASSED_THROUGH: dict[str, Any] = {
+    **dict.fromkeys(_SECTIONS, dict[str, Any]),
+    **dict.fromkeys(_SWITCHES, StrictBool),
+    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type"), str | None),
+    "gradient_predivide_factor": Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)],
+    "steps_per_print": Annotated[StrictInt, Field(ge=1)] | None,
+}
+"""DeepSpeed's own top-level settings (deepspeed.ai/docs/config-json) and their types. It ignores any other key
+silently, so a misspelt one must be caught here."""
 
 MANAGED = {
     "activation_checkpointing": "model.gradient_checkpointing",

@@ -21,6 +21,7 @@ from sparse_llm_ft.data.tasks import Task, escaped_columns
 from sparse_llm_ft.data.tasks.mode import TaskMode
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.settings import check_deepspeed
+from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.evaluation.evaluator import Evaluator
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.methods.chain import Chain, build_methods
@@ -110,6 +111,12 @@ class RunContext:
         found = find_targets(empty, config.adapter.target_modules, reached)
         # What is fully trained, such as a fresh pooler, gets no adapter.
         targets = {name: shape for name, shape in found.items() if not covers(whole, name)}
+        if not targets:
+            raise ConfigError(
+                "adapter.modules_to_save",
+                f"{', '.join(whole)} has every module that would get an adapter",
+                "expected fewer, or method full",
+            )
         plan = uniform_plan(targets, config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout, whole)
         # Text: lengths, tokenizer, loss.
         check_lengths(config, task, task_mode, empty)

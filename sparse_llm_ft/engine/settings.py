@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from sparse_llm_ft.adapters import is_adapter, is_omega
 from sparse_llm_ft.config import merge
+from sparse_llm_ft.config.problems import wanted
 from sparse_llm_ft.errors import ConfigError, reason_of
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
@@ -26,7 +27,7 @@ BUCKET_ELEMENTS = 500_000_000
 _DOCUMENTED = "see deepspeed.ai/docs/config-json"
 _NEEDS_NORM = {"offload_optimizer", "cpu_offload"}
 _REFUSALS = (
-    *(AssertionError, AttributeError, NotImplementedError, TypeError, ValueError),
+    *(AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError),
     *(DeepSpeedConfigError, ZeRORuntimeException),
 )
 """How DeepSpeed refuses settings, or fails on them, when it reads them or builds an engine."""
@@ -124,11 +125,13 @@ def check_deepspeed(extra: Mapping[str, object], zero_stage: int, dtype: Literal
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(["deepspeed.zero_optimization", *(str(part) for part in problem["loc"])])
-        reason = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        reason = wanted(problem)
         if not problem["loc"]:  # several settings together, of which the reason speaks
             raise ConfigError(where, f"DeepSpeed refuses this ({reason})", _DOCUMENTED) from None
         raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {reason}") from None
     _check_offload(zero)
+    for key in extra.keys() - {"zero_optimization"}:
+        _check_alone(key, extra[key])
     with refused_by_deepspeed(extra):
         ours = EngineSettings(zero_stage, dtype, 1, 1, 0.0, 0.0, 0.0, "sgd", extra)
         given_type = DeepSpeedConfig(ours.to_deepspeed()).grad_accum_dtype
@@ -141,6 +144,26 @@ def check_deepspeed(extra: Mapping[str, object], zero_stage: int, dtype: Literal
             f"{given_type}, and deepspeed.zero_stage is {zero_stage}",
             "expected deepspeed.zero_stage 2 or 3 beside it",
         )
+
+
+def _check_alone(key: str, value: object) -> None:
+    """Refuse one of DeepSpeed's settings that it does not take, whatever is beside it.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    try:
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, key: value})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        inner = [str(part) for part in problem["loc"] if part != key]
+        right = "no such key" if problem["type"] == "extra_forbidden" else wanted(problem)
+        raise ConfigError(
+            ".".join(["deepspeed", key, *inner]), f"{problem['input']!r} is not allowed", f"expected {right}"
+        ) from None
+    except _REFUSALS as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise ConfigError(f"deepspeed.{key}", f"{value!r:.200} is not allowed ({reason})", _DOCUMENTED) from error
 
 
 def _check_offload(zero: DeepSpeedZeroConfig) -> None:

@@ -80,6 +80,11 @@ def check_form(run: TrainedRun, options: ExportOptions) -> None:
             raise UserError(
                 f"{option}: {where} was trained with tuner {tuner.name}, which servers do not load; use --to merged"
             )
+    if options.server is not None and run.task_mode.mode != "causal_lm":
+        raise UserError(
+            f"--for {options.server}: {where} trained a model for {run.task_mode.mode}, and servers take adapters of "
+            "causal language models alone; leave it out"
+        )
     if options.server in GGUF_SERVERS:
         check_gguf(run.empty, options.server)
     if options.to != "merged" and not run.plan.active:

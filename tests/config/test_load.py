@@ -116,6 +116,25 @@ def test_the_resolved_config_gives_the_same_config() -> None:
         ({"deepspeed": {"zero_stage": 3}, "method": "adalora"}, "deepspeed.zero_stage: 3, but adalora's orthogonality"),
         ({"deepspeed": {"zero_stge": 3}}, "deepspeed.zero_stge: unknown key; did you mean zero_stage?"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "use deepspeed.zero_stage"),
+        ({"deepspeed": {"flops_profiler": True}}, "deepspeed.flops_profiler: True is not allowed; expected a mapping"),
+        ({"deepspeed": {"wandb": None}}, "deepspeed.wandb: None is not allowed; expected a mapping of settings"),
+        (
+            {"deepspeed": {"zero_optimization": []}},
+            "deepspeed.zero_optimization: [] is not allowed; expected a mapping",
+        ),
+        (
+            {"deepspeed": {"steps_per_print": "5"}},
+            "deepspeed.steps_per_print: '5' is not allowed; expected a valid int",
+        ),
+        ({"deepspeed": {"steps_per_print": 0}}, "deepspeed.steps_per_print: 0 is not allowed; expected greater than"),
+        (
+            {"deepspeed": {"wall_clock_breakdown": "maybe"}},
+            "wall_clock_breakdown: 'maybe' is not allowed; expected true",
+        ),
+        (
+            {"deepspeed": {"gradient_predivide_factor": 0}},
+            "gradient_predivide_factor: 0 is not allowed; expected great",
+        ),
         ({"deepspeed": {"elasticity": {}}}, "deepspeed.elasticity: unknown key"),
         ({"adapter": {"target_modules": 5}}, "adapter.target_modules: 5 is not allowed"),
         ({"adapter": {"target_modules": [1, 2]}}, "adapter.target_modules: [1, 2] is not allowed"),

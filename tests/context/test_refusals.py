@@ -64,6 +64,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"compile": "layers"}, "adapter": {"lora_dropout": 0.1}},
         "training.compile: layers, but adapter.lora_dropout is 0.1; expected off",
     ),
+    "everything whole": (
+        {"adapter": {"modules_to_save": ["model"]}},
+        "adapter.modules_to_save: model has every module that would get an adapter; expected fewer",
+    ),
     "temperature": ({"evaluation": {"temperature": 1.0, "num_beams": 2}}, "evaluation.temperature: 1.0 samples"),
 }
 

@@ -88,6 +88,18 @@ def test_what_a_server_cannot_hold_is_one_line(settings: dict, tmp_path: Path) -
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("server", ["vllm", "ollama"])
+def test_only_a_causal_language_model_has_a_server(
+    server: str, settings: dict, encoder_folder: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    """Nothing would load the export, and no command was printed."""
+    settings["model"]["name"] = str(encoder_folder)
+    settings["task"] = {"name": "custom", "path": str(labelled_folder), "labels": ["no", "yes"], "texts": ["sentence"]}
+    make_run(settings, None)
+    with pytest.raises(UserError, match=rf"^--for {server}: .* a model for sequence_classification, and servers take"):
+        export_run(read_run(settings["output_dir"]), tmp_path / "out", ExportOptions(server=server))
+
+
 def test_the_export_prints_the_servers_commands(settings: dict, capsys: Any) -> None:
     plan = AdapterPlan({f"model.layers.{i}.{kind}": ModuleAdapter(8, 16.0) for i in range(2) for kind in (Q, V)})
     make_run(settings, plan)
