@@ -104,10 +104,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     tasks.set_defaults(command=_tasks, without_torch=True)
     options, rest = parser.parse_known_args(arguments)
     takes: list[str] | None = getattr(options, getattr(options, "rest", ""), None)
+    if takes is not None and "--" in rest:  # what follows is no option, whatever it looks like
+        end = rest.index("--")
+        rest, last = rest[:end], rest[end + 1 :]
+    else:
+        last = []
     if rest and (takes is None or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes is not None:
-        takes += rest  # argparse takes no positional argument behind an option
+        takes += [*rest, *last]  # argparse takes no positional argument behind an option
     return options
 
 
