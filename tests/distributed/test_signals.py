@@ -19,6 +19,7 @@ from sparse_llm_ft.errors import PreemptionRequested
 def caught(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(signals, "_caught", set())
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
     signals.catch_signals()
     yield
     signal.set_wakeup_fd(-1)

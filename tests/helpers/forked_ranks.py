@@ -172,6 +172,7 @@ def _become_rank(rank: int, world_size: int, port: int, log: Path, parent: int) 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup, which a run would obey
     faulthandler.register(signal.SIGUSR1)  # the stacks of all threads, for a run that hangs
     os.environ.update(
         RANK=str(rank),

@@ -113,7 +113,7 @@ def test_embeddings_that_are_trained_leave_nothing_to_save() -> None:
         ({"choose": "cost"}, "method.budget: left out, and method.choose is cost; expected a share such as 0.7"),
         ({"budget": 0.5}, "method.budget: 0.5, and method.choose is omega; expected choose: cost, or no budget"),
         ({"choose": "random", "budget": 0.5}, "method.budget: 0.5, and method.choose is random; expected choose: cost"),
-        ({"choose": "cost", "budget": 1.5}, "method.budget: 1.5"),
+        ({"choose": "cost", "budget": 1.5}, "method.budget.step_time: 1.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(method: dict, message: str) -> None:
@@ -217,9 +217,9 @@ def test_a_number_is_a_share_of_time_and_is_written_as_one() -> None:
     ("budget", "problem"),
     [
         ({}, "method.budget: "),
-        ({"memory": "much"}, "method.budget: 'much'"),
-        ({"memroy": 1}, "method.budget: unknown key; did you mean memory"),
-        ({"step_time": 2}, "method.budget: 2"),
+        ({"memory": "much"}, "method.budget.memory: 'much'"),
+        ({"memroy": 1}, "method.budget.memroy: unknown key; did you mean memory"),
+        ({"step_time": 2}, "method.budget.step_time: 2"),
     ],
 )
 def test_wrong_budgets_are_one_line(budget: dict, problem: str) -> None:
