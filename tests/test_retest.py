@@ -124,18 +124,27 @@ def test_a_thread_goes_on_with_the_next_system_and_waits_only_for_what_chooses_a
     """Two threads; b and c become possible with a's result, and last only with both."""
     after = {"a": set[str](), "b": {"a"}, "c": {"a"}, "last": {"b", "c"}}
     done: set[str] = set()
-    both = threading.Barrier(2, timeout=30)
+    both, asked = threading.Barrier(2, timeout=10), threading.Event()
+    begun: list[str] = []
     order: list[str] = []
+
+    def missing() -> list[str]:
+        if begun == ["a"]:  # by the thread that has to wait for a's result
+            asked.set()
+        return [job for job in after if job not in done and after[job] <= done]
 
     def run(job: str) -> str:
         assert after[job] <= done
+        begun.append(job)
+        if job == "a":
+            assert asked.wait(10)
         if job in ("b", "c"):
             both.wait()  # broken unless both run at the same time
         order.append(job)
         done.add(job)
         return job
 
-    todo = Todo(lambda: [job for job in after if job not in done and after[job] <= done], done.__contains__)
+    todo = Todo(missing, done.__contains__)
     assert todo.finish(run, threads=2)
     assert order[0] == "a" and set(order[1:3]) == {"b", "c"} and order[3:] == ["last"]
 
@@ -150,7 +159,7 @@ def test_after_a_run_that_failed_none_is_begun(raises: bool) -> None:
             raise OSError("no space")
         return "no result"
 
-    todo = Todo(lambda: ["a", "b"], lambda job: False)
+    todo = Todo(lambda: [job for job in "ab" if job not in begun], lambda job: False)
     if raises:
         with pytest.raises(OSError, match="no space"):
             todo.finish(run, threads=1)

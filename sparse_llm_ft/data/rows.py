@@ -109,7 +109,9 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(f"turn {number} of column {column!r}: role {turn['role']!r:.60} is not {', '.join(_ROLES)}")
         calls = next((key for key in _CALLS if turn.get(key)), None)
         if calls:
-            raise BadRow(f"turn {number} of column {column!r} has {calls}; expected all that is said in its content")
+            raise BadRow(
+                f"turn {number} of column {column!r} has {calls}, and only content is read; expected text alone"
+            )
         content = text_of(turn, "content")
         if not content.strip():
             raise BadRow(f"turn {number} of column {column!r} is empty")

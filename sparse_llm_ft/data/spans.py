@@ -119,8 +119,8 @@ def _windows(
             for text, (begin, end) in zip(texts, encoded["offset_mapping"][i], strict=True)
         )
         null = ids.index(tokenizer.cls_token_id)
-        whole = (i == 0, i == len(encoded["input_ids"]) - 1)
-        start, end = _place(example.answers, offsets, *whole) or (null, null)
+        is_first, is_last = i == 0, i == len(encoded["input_ids"]) - 1
+        start, end = _place(example.answers, offsets, is_first, is_last) or (null, null)
         type_ids = None if types is None else tuple(types[i])
         windows.append(SpanSample(tuple(ids), type_ids, start, end, null, index, offsets))
     return windows

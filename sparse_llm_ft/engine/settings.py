@@ -130,8 +130,9 @@ def check_deepspeed(extra: Mapping[str, object], zero_stage: int, dtype: Literal
             raise ConfigError(where, f"DeepSpeed refuses this ({reason})", _DOCUMENTED) from None
         raise ConfigError(where, f"{problem['input']!r} is not allowed", f"expected {reason}") from None
     _check_offload(zero)
-    for key in extra.keys() - {"zero_optimization"}:
-        _check_alone(key, extra[key])
+    for key, value in extra.items():  # in the user's order, so that every rank names the same one
+        if key != "zero_optimization":
+            _check_alone(key, value)
     with refused_by_deepspeed(extra):
         ours = EngineSettings(zero_stage, dtype, 1, 1, 0.0, 0.0, 0.0, "sgd", extra)
         given_type = DeepSpeedConfig(ours.to_deepspeed()).grad_accum_dtype

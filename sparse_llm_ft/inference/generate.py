@@ -77,7 +77,7 @@ def unlabeled_example(task: Task, row: Row, source: str) -> Example:
         empty = [column for column in row if not text_of(row, column).strip()]
     except BadRow as error:
         raise UserError(f"{source}: {error}") from None
-    if len(empty) == len(row) or any(column in task.texts for column in empty):
+    if empty and (len(empty) == len(row) or any(column in task.texts for column in empty)):
         raise UserError(f"{source}: column {', '.join(empty)} is empty")
 
     # Placeholders for the target, which samples must have.

@@ -92,8 +92,8 @@ def _ratios_of_zero(report: RunReport) -> str:
     if 0 not in ratios:
         return ""
     return (
-        f" {ratios.count(0)} of {len(ratios)} derived ratios are 0: each of these modules can be zeroed entirely "
-        "within the floor, so its ratios carry no information."
+        f" {ratios.count(0)} of {len(ratios)} derived ratios are 0: the model stays within the floor if each of "
+        "these modules is zeroed entirely, so their ratios carry no information."
     )
 
 

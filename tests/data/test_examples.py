@@ -126,7 +126,7 @@ def test_the_last_turn_of_a_chat_is_its_completion() -> None:
         ([TURNS[1], {"role": "assistant", "content": None}], "turn 2 of column 'turns' is empty"),
         (
             [TURNS[1], {**TURNS[2], "tool_calls": [{"id": "1"}]}],
-            "turn 2 of column 'turns' has tool_calls; expected all that is said in its content",
+            "turn 2 of column 'turns' has tool_calls, and only content is read; expected text alone",
         ),
     ],
 )

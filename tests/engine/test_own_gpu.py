@@ -24,6 +24,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def be_on_a_node(launcher: dict[str, str], local_rank: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in (launcher | {"LOCAL_RANK": str(local_rank)}).items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("launcher", "local_rank", "count", "own"),
     [
@@ -37,9 +43,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_process_has_its_own(
     launcher: dict[str, str], local_rank: int, count: int, own: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    for name, value in (launcher | {"LOCAL_RANK": str(local_rank)}).items():
-        monkeypatch.setenv(name, value)
+    be_on_a_node(launcher, local_rank, count, monkeypatch)
     _use_own_gpu()
     assert chosen == [own] and os.environ["LOCAL_RANK"] == str(own)
 
@@ -56,9 +60,7 @@ def test_too_few_are_one_line(
     launcher: dict[str, str], local_rank: int, count: int, line: str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On every process of the node: which of them speaks is not known here."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    for name, value in (launcher | {"LOCAL_RANK": str(local_rank)}).items():
-        monkeypatch.setenv(name, value)
+    be_on_a_node(launcher, local_rank, count, monkeypatch)
     with pytest.raises(UserError) as refused:
         _use_own_gpu()
     assert str(refused.value) == line and not chosen

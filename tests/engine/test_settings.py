@@ -95,6 +95,15 @@ def test_what_deepspeed_does_not_take_is_one_line_before_weights_are_loaded(
     assert "Input should" not in str(refused.value)
 
 
+def test_the_first_of_several_wrong_settings_is_named() -> None:
+    """A set's order differs between ranks, whose hash seeds differ."""
+    wrong = {"tensorboard": {"enabled": "x"}, "nebula": {"enabled": True}, "communication_data_type": "fp99"}
+    for key in wrong:
+        extra = {key: wrong[key]} | wrong
+        with pytest.raises(ConfigError, match=rf"^deepspeed\.{key}"):
+            check_deepspeed(extra, 2, "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("extra", "stage", "dtype"),
     [

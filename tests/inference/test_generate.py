@@ -208,6 +208,8 @@ def test_a_column_may_be_empty_where_it_may_be_in_training() -> None:
     pair = Task("t", None, "{a} {b}", " {label}", labels=("no", "yes"), texts=("a", "b"))
     with pytest.raises(UserError, match="text 2: column b is empty"):
         unlabeled_example(pair, {"a": "x", "b": ""}, "text 2")
+    plain = Task("t", None, "Write a poem.", "{poem}")  # a prompt without columns
+    assert unlabeled_example(plain, {}, "text 1").prompt == "Write a poem."
 
 
 def test_an_example_without_answer_shows_what_training_shows() -> None:

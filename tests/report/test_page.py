@@ -69,7 +69,7 @@ def test_partial_lora(tmp_path: Path) -> None:
 
 
 def test_derived_ratios_of_zero_are_said(tmp_path: Path) -> None:
-    page, said = tmp_path / "report" / "index.html", "derived ratios are 0: each of these modules can be zeroed"
+    page, said = tmp_path / "report" / "index.html", "derived ratios are 0: the model stays within the floor"
     folder = partial_run(tmp_path / "run", layers=2)
     write_report([folder], tmp_path / "report")
     assert said not in page.read_text()
