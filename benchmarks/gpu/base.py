@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from watching import PART
 
 from sparse_llm_ft.model.flops import model_flops
 
@@ -73,7 +74,8 @@ def profile(step: Callable[[], Any], device: torch.device, rows: int = 40) -> tu
             torch.cuda.synchronize()
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = sorted(found.key_averages(), key=lambda event: -getattr(event, attribute))
-    # An operation's own kernels are in the list beside it: kernels alone are not counted twice.
+    # An operation's own kernels are in the list beside it, and so are the named parts of a step.
+    events = [e for e in events if not e.key.startswith((PART, "Optimizer.step"))]
     kernels = [e for e in events if device.type != "cuda" or e.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(getattr(e, attribute) for e in kernels) / 1000
     named = [{"name": e.key[:100], "calls": e.count, "ms": round(getattr(e, attribute) / 1000, 3)} for e in events]

@@ -39,6 +39,7 @@ class Runs:
 
     def __init__(self, folder: Path, device: str, timeout: float) -> None:
         self.folder, self.device, self.timeout = folder, device, timeout
+        self.seconds: dict[str, float] = {}  # of each process that ended
         for name, make in {"model": make_model, "data": make_data}.items():
             (folder / name).mkdir(parents=True)
             make(folder / name)
@@ -91,11 +92,13 @@ class Runs:
         return os.environ | hidden | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def _wait(self, process: subprocess.Popen[str], name: str) -> str:
+        began = time.monotonic()
         try:
             status = process.wait(self.timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             return f"hangs: {self._log(name)}"
+        self.seconds[name] = round(time.monotonic() - began, 1)
         return "" if status == 0 else f"exit status {status}: {self._log(name)}"
 
     def _log(self, name: str) -> str:
@@ -160,9 +163,12 @@ def main() -> None:
         train_here(json.loads(options.train.read_text()))
         return
     began = time.monotonic()
-    rows = check(Runs(options.out / "runs", options.device, options.timeout), options)
+    runs = Runs(options.out / "runs", options.device, options.timeout)
+    rows = check(runs, options)
     failed = [row for row in rows if row["problem"]]
-    (options.out / "correctness.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.out / "correctness.json").write_text(
+        json.dumps({"checks": rows, "seconds": runs.seconds}, indent=1) + "\n"
+    )
     for row in failed:
         sys.stdout.write(f"{row['what']}: {row['name']}: {row['problem'][-700:]}\n")
     differences = [row["difference"] for row in rows if row.get("difference") is not None]

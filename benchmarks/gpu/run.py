@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
+READY = "ready"
+"""What speed.py prints when it has imported everything."""
 
 # The most telling first: --seconds may end the list early.
 MEASURED = (
@@ -41,18 +45,63 @@ MEASURED = (
 )
 
 
-def measure(base: str, system: str, options: argparse.Namespace, timeout: float) -> dict[str, Any]:
-    """What speed.py prints of one system, or why it does not."""
-    command = [sys.executable, str(HERE / "speed.py"), "--system", system, "--quantization", base]
-    command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=max(timeout, 1))
-    except subprocess.TimeoutExpired:
-        return {"system": system, "base": base, "problem": f"not done after {timeout:.0f} s"}
-    if result.returncode:
-        return {"system": system, "base": base, "problem": result.stderr[-3000:]}
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+class Measurement:
+    """speed.py on one system. It imports what it needs, and begins when asked: Python's imports would disturb another
+    one's measurement, and take longer than its own.
+    """
+
+    def __init__(self, base: str, system: str, options: argparse.Namespace) -> None:
+        self.base, self.system = base, system
+        command = [sys.executable, str(HERE / "speed.py"), "--system", system, "--quantization", base, "--wait"]
+        command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait(self) -> None:
+        """Return once it has imported everything, or has ended."""
+        assert self._process.stdout is not None
+        while (line := self._process.stdout.readline()) and line.strip() != READY:
+            pass
+
+    def result(self, timeout: float) -> dict[str, Any]:
+        """What speed.py prints, or why it does not."""
+        try:
+            printed, complaints = self._process.communicate("begin\n", timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            return {"system": self.system, "base": self.base, "problem": f"not done after {timeout:.0f} s"}
+        if self._process.returncode:
+            return {"system": self.system, "base": self.base, "problem": complaints[-3000:]}
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return found
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def measured(
+    wanted: Sequence[tuple[str, str]], options: argparse.Namespace, left: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """What speed.py finds of one system after the other; all import at once before. None is begun once no seconds are
+    `left`.
+    """
+    waiting = [Measurement(base, system, options) for base, system in wanted]
+    for one in waiting:
+        one.wait()
+    while waiting and left() > 0:
+        yield waiting.pop(0).result(max(left() + 30, 60))
+    for one in waiting:
+        one.end()
+
+
+def planned(options: argparse.Namespace) -> subprocess.Popen[str]:
+    """planned.py, which needs no GPU, so that it runs beside other parts."""
+    command = [sys.executable, str(HERE / "planned.py"), *(["--tiny"] if options.tiny else [])]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -63,23 +112,26 @@ def table(results: dict[str, Any]) -> str:
         f"{results['device']}; {results['versions']}.",
         "",
         "| base | system | ms a step | of the host | tokens/s | against stock PEFT | of the card's peak | peak GiB | "
-        "without base |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "planned | without base |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in speed:
         if "problem" in row:
-            lines.append(f"| {row['base']} | {row['system']} | failed | | | | | | |")
+            lines.append(f"| {row['base']} | {row['system']} | failed | | | | | | | |")
             continue
         reference = stock.get(row["base"])
         ratio = f"{row['step_ms'] / reference['step_ms']:.2f}" if reference else ""
         mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
-        peak = above = ""
+        peak = above = plan = ""
         if row["peak_bytes"] is not None:
             peak = f"{row['peak_bytes'] / 2**30:.1f}"
             above = f"{(row['peak_bytes'] - row['base_bytes']) / 2**30:.1f}"
+        foreseen = results["planned"].get(f"{row['base']}:{row['system']}")
+        if foreseen is not None:
+            plan = f"{foreseen / 2**30:.1f}"
         lines.append(
             f"| {row['base']} | {row['system']} | {row['step_ms']:.1f} | {row['host_ms']:.1f} | "
-            f"{row['tokens_per_second']:,.0f} | {ratio} | {mfu} | {peak} | {above} |"
+            f"{row['tokens_per_second']:,.0f} | {ratio} | {mfu} | {peak} | {plan} | {above} |"
         )
     lines += ["", f"Correctness: {results['correctness']}."]
     if results["left_out"]:
@@ -100,6 +152,8 @@ def main() -> None:
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**_versions(options.device), "correctness": "not run", "speed": [], "left_out": []}
+    results["planned"] = {}
+    planner = planned(options)
 
     def write() -> None:
         results["seconds"] = time.monotonic() - began
@@ -119,20 +173,25 @@ def main() -> None:
         wanted: Sequence[tuple[str, str]] = MEASURED[:4] if options.tiny else MEASURED
         if options.systems:
             wanted = [(base, system) for base, _, system in (name.partition(":") for name in options.systems)]
-        for base, system in wanted:
-            left = options.seconds - (time.monotonic() - began)
-            if left <= 0:
-                results["left_out"].append(f"{base}: {system}")
-                continue
-            row = measure(base, system, options, max(left + 30, 60))
+        for row in measured(wanted, options, lambda: options.seconds - (time.monotonic() - began)):
             results["speed"].append(row)
             brief = {key: row[key] for key in ("base", "system", "problem", "step_ms", "seconds") if key in row}
             sys.stdout.write(f"{json.dumps(brief)}\n")
             sys.stdout.flush()
             write()
+        results["left_out"] = [f"{base}: {system}" for base, system in wanted[len(results["speed"]) :]]
+    printed, complaints = planner.communicate()
+    if planner.returncode:
+        sys.stdout.write(f"the planner failed: {complaints[-3000:]}\n")
+    else:
+        results["planned"] = json.loads(printed.splitlines()[-1])
     write()
     sys.stdout.write(table(results))
-    failed = results.get("correctness_failed", False) or any("problem" in row for row in results["speed"])
+    failed = (
+        planner.returncode
+        or results.get("correctness_failed", False)
+        or any("problem" in row for row in results["speed"])
+    )
     sys.exit(1 if failed else 0)
 
 

@@ -1,13 +1,15 @@
 """One system's training step on a random Llama: time, tokens/s, share of the card's peak, bytes. One JSON line.
 
-    python benchmarks/gpu/speed.py --system lora --quantization none [--device cpu --tiny]
+    python benchmarks/gpu/speed.py --system lora --quantization none [--device cpu --tiny] [--wait]
 
-A system has its process to itself, so that what one leaves in the allocator is not counted as another's.
+A system has its process to itself, so that what one leaves in the allocator is not counted as another's. With `--wait`
+the process imports what it needs, prints "ready", and begins when it reads a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -29,14 +31,18 @@ from sparse_llm_ft.model.flops import peak_flops
 RANK, ALPHA = 16, 32
 
 
+def sizes_of(tiny: bool) -> tuple[int, int]:
+    """Samples of a step, and tokens of each."""
+    return (2, 32) if tiny else (4, 1024)
+
+
 class Setup:
     """What all systems train on: the base and one batch, whose samples are half prompt and half completion."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         self.config = tiny_llama() if options.tiny else llama_3_8b()
-        self.batch: int = 2 if options.tiny else options.batch
-        self.length: int = 32 if options.tiny else options.length
+        self.batch, self.length = sizes_of(options.tiny)
         base = random_base(self.config, options.quantization, self.device)
         draw = torch.Generator().manual_seed(1)
         tokens = torch.randint(3, self.config.vocab_size, (self.batch, self.length), generator=draw)
@@ -129,10 +135,13 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("none", "nf4"), default="none")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--wait", action="store_true", help="import everything, and begin when a line is read")
     options = parser.parse_args()
+    if options.wait:
+        importlib.import_module("toolkit_step")
+        print("ready", flush=True)  # run.py's READY
+        sys.stdin.readline()
     began = time.perf_counter()
     setup = Setup(options)
     make, top = SYSTEMS[options.system]

@@ -90,16 +90,18 @@ class _AdaptedLinear(torch.autograd.Function):
         output: torch.Tensor = of_class(call.base, x)
         with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
             hidden = _project(x.reshape(-1, x.shape[-1]), down.to(dtype), call)  # (T, r)
-            hidden = hidden * _factor(call, omega, dtype)
+            factor = _factor(call, omega, dtype)
             wide = _full_rows(up.to(dtype), output.shape[-1], call.rows)  # (d_out, r)
             flat = output.view(-1, output.shape[-1])
-            if output.dtype == dtype:
-                flat.addmm_(hidden, wide.t())
+            if output.dtype == dtype and isinstance(factor, float):
+                flat.addmm_(hidden, wide.t(), alpha=factor)
+            elif output.dtype == dtype:
+                flat.addmm_(hidden * factor, wide.t())
             else:
-                flat += hidden @ wide.t()
+                flat += (hidden * factor) @ wide.t()
         inputs = (x,) if recipe is None else recipe.inputs
         ctx.save_for_backward(down, up, omega, call.base.weight, *inputs)
-        ctx.call, ctx.dtype, ctx.input_dtype = call, dtype, x.dtype
+        ctx.call, ctx.dtype, ctx.input_dtype, ctx.factor = call, dtype, x.dtype, factor
         ctx.value_of_input = None if recipe is None else recipe.value
         if recipe is not None and any(ctx.needs_input_grad[1:4]):
             recipe.value.add_user()
@@ -117,7 +119,7 @@ class _AdaptedLinear(torch.autograd.Function):
         # The way through the adapter, r wide.
         down, up = own_down.to(ctx.dtype), own_up.to(ctx.dtype)
         outer = flat.to(ctx.dtype)
-        factor = _factor(call, omega, ctx.dtype)
+        factor = ctx.factor
         wide = _full_rows(up, flat.shape[-1], call.rows)
         mask = _mask(len(flat), down, call)
         narrow = torch.mm(wide.t(), outer.t()).t()  # G B, (T, r); written so, a CPU computes it four times as fast
@@ -158,7 +160,7 @@ def _factor(call: Adapted, omega: torch.Tensor | None, dtype: torch.dtype) -> to
 
 def _mask(tokens: int, down: torch.Tensor, call: Adapted) -> Mask | None:
     """What dropout drops of A's input, (tokens, kept columns)."""
-    return None if call.dropout is None else call.dropout.mask((tokens, down.shape[1]), down.device)
+    return None if call.dropout is None else call.dropout.mask((tokens, down.shape[1]), down.device, down.dtype)
 
 
 def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
@@ -166,7 +168,7 @@ def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
     seen = x if call.cols is None else x.index_select(1, call.cols)
     if mask is None:
         return seen
-    return mask.apply_(seen.clone(memory_format=torch.contiguous_format) if seen is x else seen)
+    return mask.apply(seen) if seen is x else mask.apply_(seen)
 
 
 def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:

@@ -42,7 +42,7 @@ def plain(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, omega: Any, cal
     """The formula, differentiated by autograd."""
     seen = x if call.cols is None else x[..., call.cols]
     if call.dropout is not None:
-        mask = call.dropout.mask((seen.numel(),), seen.device)
+        mask = call.dropout.mask((seen.numel(),), seen.device, seen.dtype)
         kept = mask.apply_(torch.ones(seen.numel(), dtype=x.dtype)).view(seen.shape)
         seen = seen * kept / (1 - call.dropout.p)
     change = (seen @ down.T) @ up.T * call.scaling * (1.0 if omega is None else gate(omega))
@@ -149,7 +149,7 @@ def test_entries_are_dropped_independently_with_probability_p(p: float) -> None:
 
 def dropped_ones(dropout: SeededDropout) -> torch.Tensor:
     ones = torch.ones(50, 20)
-    return dropout.mask((50, 20), ones.device).apply_(ones)
+    return dropout.mask((50, 20), ones.device, ones.dtype).apply_(ones)
 
 
 def test_dropout_draws_the_same_mask_at_every_call() -> None:
