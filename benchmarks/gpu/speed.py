@@ -27,6 +27,7 @@ from compare_cases import top_tenth
 from peft_steps import Step, Training, bare_base, stock_peft, tuned_peft
 
 from sparse_llm_ft.model.flops import peak_flops
+from sparse_llm_ft.model.fused import Fused
 
 RANK, ALPHA = 16, 32
 
@@ -179,6 +180,7 @@ def main() -> None:
         "device_ms": device_ms,
         "profile": operations,
         "host_profile": host_profile(step),
+        "not_fused": Fused.problem,
         "seconds": time.perf_counter() - began,
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")

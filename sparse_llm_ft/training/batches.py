@@ -116,7 +116,7 @@ class BatchThread:
     def __init__(self, make: ShareMaker, following: Callable[[Progress], Iterator[Progress]]) -> None:
         self._make, self._following = make, following
         self._made: dict[int, Future[Share]] = {}  # by the samples consumed before
-        self._thread = ThreadPoolExecutor(1, "batches", initializer=_use, initargs=(make.device,))
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=use_device, initargs=(make.device,))
 
     def take(self, progress: Progress) -> Share:
         """The share of the step that begins at `progress`, which the caller takes once; the next ones are begun.
@@ -136,6 +136,7 @@ class BatchThread:
         self._made.clear()
 
 
-def _use(device: torch.device) -> None:
+def use_device(device: torch.device) -> None:
+    """Called in a new thread that pins memory for `device`."""
     if device.type == "cuda":  # a thread begins with the first GPU, and pinning would take memory there
         torch.cuda.set_device(device)

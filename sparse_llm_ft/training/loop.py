@@ -173,6 +173,8 @@ class Loop:
                     began = time.perf_counter()
         finally:
             thread.close()
+            if self.prefix is not None:
+                self.prefix.close()
             self._shares.clear()
 
     def over(self) -> bool:
@@ -201,7 +203,8 @@ class Loop:
         self._seed_generators(progress)
         loss_of: LossOf = self.objective.loss
         if self.prefix is not None:
-            loss_of = self.prefix.losses([self._make.indices(progress, rank) for rank in range(world.size)])
+            now, *later = (self._indices(at) for _, at in zip(range(2), self._certain(progress), strict=False))
+            loss_of = self.prefix.losses(now, later[0] if later else [])
         # DeepSpeed averages over ranks and accumulation steps. This factor turns the average of sums into the mean over
         # all units of the global batch, so that it does not matter which rank got the long completions.
         factor = len(share.batches) * world.size / units
@@ -254,6 +257,10 @@ class Loop:
             thread.close()
             self._end_together(share)
         return share, units, tokens, squares
+
+    def _indices(self, progress: Progress) -> list[list[list[int]]]:
+        """Of every rank, the samples of its micro-batches in the step that begins at `progress`."""
+        return [self._make.indices(progress, rank) for rank in range(self.world.size)]
 
     def _end_together(self, share: Share) -> NoReturn:
         """Collective. Raise the error of this rank's share, or of the first rank that has one."""

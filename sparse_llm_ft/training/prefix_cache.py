@@ -8,6 +8,7 @@ the share of every other one, and so all of them keep the same record of who has
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from sparse_llm_ft.model.prefix import Prefix, lowest_trained
 from sparse_llm_ft.objectives.base import Forward
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.prefix_store import DiskStore, MemoryStore
+from sparse_llm_ft.training.read_ahead import ReadAhead
 
 LossOf = Callable[[Forward, Batch], torch.Tensor]
 Turn = Sequence[Sequence[int]]
 """The samples of every rank in one micro-batch."""
+Shares = Sequence[Sequence[Sequence[int]]]
+"""The samples of every rank in each micro-batch of one step."""
 
 _NOBODY = -1
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -60,31 +64,47 @@ class PrefixCache:
         self._used, self._unwritten = ([0] * self._world.size for _ in range(2))
         self._width, self._dtype = 0, torch.float32  # of the states; known from the first micro-batch
         self.served = 0
+        self._reader: ReadAhead | None = None
 
-    def losses(self, shares: Sequence[Sequence[Sequence[int]]]) -> LossOf:
+    def losses(self, shares: Shares, following: Shares) -> LossOf:
         """The function of one step that takes the place of `Objective.loss`; each call is a collective.
 
         Args:
             shares: of every rank, the samples of each micro-batch in the order of the calls.
+            following: those of the next step; empty if none is certain.
         """
         self.served = 0
-        turns = iter(list(zip(*shares, strict=True)))
-        return lambda forward, batch: self._loss(forward, batch, next(turns))
+        turns = [*zip(*shares, strict=True), *zip(*following, strict=True)]
+        pairs = iter(zip_longest(turns, turns[1:]))
+        return lambda forward, batch: self._loss(forward, batch, *next(pairs))
 
     def flush(self) -> None:
         """Collective. Write what is only in memory, if the states lie on disk."""
+        if self._reader is not None:
+            self._reader.settle()
         run_on_every_rank(self._store.flush)
         self._unwritten = [0] * self._world.size
 
-    def _loss(self, forward: Forward, batch: Batch, turn: Turn) -> torch.Tensor:
-        """Collective. The loss of this rank's micro-batch."""
+    def close(self) -> None:
+        """End the thread that reads ahead; a later step begins another one."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _loss(self, forward: Forward, batch: Batch, turn: Turn, following: Turn | None) -> torch.Tensor:
+        """Collective. The loss of this rank's micro-batch.
+
+        Args:
+            following: the next micro-batches, of which states are read meanwhile.
+        """
         if not self._width:
-            return self._first(forward, batch, turn)
-        ready = [bool((self._owner[list(samples)] != _NOBODY).all()) for samples in turn]
-        if self._together:
-            ready = [all(ready)] * len(ready)
+            loss = self._first(forward, batch, turn)
+            self._read_ahead(following)
+            return loss
+        ready = self._ready(turn)
         self.served += sum(len(samples) for samples, cached in zip(turn, ready, strict=True) if cached)
         own, states = turn[self._world.rank], self._collect(turn, ready)
+        self._read_ahead(following)
         kept = self._assign(turn, ready)
         if states is not None:
             with self._prefix.starting(self._padded(batch, states, own)):
@@ -97,6 +117,11 @@ class PrefixCache:
             loss = self._objective.loss(forward, batch)
         self._write_if_due()
         return loss
+
+    def _ready(self, turn: Turn) -> list[bool]:
+        """Of every rank, whether the states of its micro-batch are known."""
+        ready = [bool((self._owner[list(samples)] != _NOBODY).all()) for samples in turn]
+        return [all(ready)] * len(ready) if self._together else ready
 
     def _first(self, forward: Forward, batch: Batch, turn: Turn) -> torch.Tensor:
         """Collective. As `_loss`, with states that have just been computed.
@@ -167,37 +192,63 @@ class PrefixCache:
     def _collect(self, turn: Turn, ready: Sequence[bool]) -> dict[int, torch.Tensor] | None:
         """Collective if one rank needs another's states. This rank's by sample, on its device; None: it lacks some."""
         rank, size = self._world.rank, self._world.size
-        # What moves, as (from, to, sample), in the same order on both sides.
-        moves = [
+        moves = self._moves(turn, ready)
+        states: dict[int, torch.Tensor] = {}
+        if moves:
+            taken = [sample for i in range(size) for origin, to, sample in moves if (origin, to) == (i, rank)]
+            out = [sum(self._bytes(s) for origin, t, s in moves if (origin, t) == (rank, to)) for to in range(size)]
+            into = [sum(self._bytes(s) for o, to, s in moves if (o, to) == (origin, rank)) for origin in range(size)]
+            received = torch.empty(sum(into), dtype=torch.uint8, device=self._device)
+            sent = self._on_device(self._sent(moves))
+            dist.all_to_all_single(received, sent.view(torch.uint8).flatten(), into, out)
+            rows = received.view(self._dtype).view(-1, self._width)
+            states = dict(zip(taken, self._split(rows, taken), strict=True))
+        if not ready[rank]:
+            return None
+        local = self._local(turn)
+        return states | dict(zip(local, self._split(self._on_device(local), local), strict=True))
+
+    def _moves(self, turn: Turn, ready: Sequence[bool]) -> list[tuple[int, int, int]]:
+        """What one rank sends another, as (from, to, sample), in the same order on all."""
+        return [
             (int(self._owner[sample]), to, sample)
             for to, samples in enumerate(turn)
             if ready[to]
             for sample in samples
             if self._owner[sample] != to
         ]
-        states: dict[int, torch.Tensor] = {}
-        if moves:
-            sent = [sample for origin, _, sample in moves if origin == rank]
-            taken = [sample for i in range(size) for origin, to, sample in moves if (origin, to) == (i, rank)]
-            out = [sum(self._bytes(s) for origin, t, s in moves if (origin, t) == (rank, to)) for to in range(size)]
-            into = [sum(self._bytes(s) for o, to, s in moves if (o, to) == (origin, rank)) for origin in range(size)]
-            received = torch.empty(sum(into), dtype=torch.uint8, device=self._device)
-            dist.all_to_all_single(received, self._on_device(sent).view(torch.uint8).flatten(), into, out)
-            rows = received.view(self._dtype).view(-1, self._width)
-            states = dict(zip(taken, self._split(rows, taken), strict=True))
-        if not ready[rank]:
-            return None
-        local = [sample for sample in turn[rank] if sample not in states]
-        return states | dict(zip(local, self._split(self._on_device(local), local), strict=True))
 
-    def _on_device(self, samples: Sequence[int]) -> torch.Tensor:
-        """(tokens, d): stored states one behind the other. A GPU copies them from pinned memory."""
+    def _sent(self, moves: Sequence[tuple[int, int, int]]) -> list[int]:
+        return [sample for origin, _, sample in moves if origin == self._world.rank]
+
+    def _local(self, turn: Turn) -> list[int]:
+        return [sample for sample in turn[self._world.rank] if self._owner[sample] == self._world.rank]
+
+    def _read_ahead(self, turn: Turn | None) -> None:
+        """Begin to read the states of a later micro-batch that are known now."""
+        if turn is None:
+            return
+        ready = self._ready(turn)
+        local = self._local(turn) if ready[self._world.rank] else []
+        self._states.begin(self._sent(self._moves(turn, ready)), local)
+
+    @property
+    def _states(self) -> ReadAhead:
+        if self._reader is None:
+            self._reader = ReadAhead(self._read, self._device)
+        return self._reader
+
+    def _read(self, samples: Sequence[int]) -> torch.Tensor:
+        """(tokens, d): stored states one behind the other, in memory from which a GPU can copy while others compute."""
         tokens = sum(int(self._lengths[sample]) for sample in samples)
-        pinned = self._device.type == "cuda"
-        flat = torch.empty((tokens, self._width), dtype=self._dtype, pin_memory=pinned)
+        flat = torch.empty((tokens, self._width), dtype=self._dtype, pin_memory=self._device.type == "cuda")
         for part, sample in zip(self._split(flat, samples), samples, strict=True):
             part.copy_(self._store[sample])
-        return flat.to(self._device, non_blocking=True)
+        return flat
+
+    def _on_device(self, samples: Sequence[int]) -> torch.Tensor:
+        """(tokens, d): their stored states."""
+        return self._states.take(samples).to(self._device, non_blocking=True)
 
     def _split(self, flat: torch.Tensor, samples: Sequence[int]) -> Sequence[torch.Tensor]:
         return flat.split([int(self._lengths[sample]) for sample in samples])

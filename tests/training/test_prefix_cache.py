@@ -27,6 +27,7 @@ from sparse_llm_ft.training import prefix_store
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.prefix_cache import open_prefix
 from sparse_llm_ft.training.prefix_store import keep_only
+from sparse_llm_ft.training.read_ahead import ReadAhead
 from sparse_llm_ft.training.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -131,6 +132,23 @@ def test_the_losses_are_those_without_and_later_epochs_run_no_lower_layer() -> N
     assert run.cached[3:] == [4] * 7
     assert run.calls[3:10] == [[0, 0, 2, 2]] * 7
     assert "layers 0 to 1 run once for a sample" in run.said[0]
+
+
+def test_states_are_read_while_the_micro_batch_before_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all are known, every micro-batch finds its states begun by the one before, across steps too."""
+    waits: list[bool] = []
+    take = ReadAhead.take
+
+    def watched(reader: ReadAhead, samples: Any) -> torch.Tensor:
+        waits.append(tuple(samples) not in reader._begun)
+        return take(reader, samples)
+
+    monkeypatch.setattr(ReadAhead, "take", watched)
+    run = Run("memory", steps=10)
+    assert waits == [False] * 14  # the first six micro-batches have a new sample
+    assert run.loop.prefix._reader is not None
+    run.loop.prefix.close()
+    assert run.loop.prefix._reader is None
 
 
 def test_with_activation_checkpointing_too() -> None:
