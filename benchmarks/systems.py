@@ -33,8 +33,13 @@ def _weight(k: int, plus: bool = False, **settings: Any) -> dict[str, Any]:
 
 
 def _partial(**settings: Any) -> dict[str, Any]:
-    """D_t is the default, 200 samples."""
+    """Masks whose ratios are given."""
     return {"name": "partial_lora", "micro_batch_size": 8, "masking": "compact"} | settings
+
+
+def _derived(**settings: Any) -> dict[str, Any]:
+    """The paper's: Algorithm 1 on the default D_t, 200 samples."""
+    return _partial(derivation="single", **settings)
 
 
 def _drop(**settings: Any) -> dict[str, Any]:
@@ -58,19 +63,19 @@ SYSTEMS = (
     System("AdaLoRA", {"name": "adalora", "target_r": 8}, BASELINES, adapter=TWELVE),
     System("VeRA", {"name": "vera", "r": 256}, BASELINES, main=False),
     System("Random masking 0.1", {"name": "random_masking", "ratio": 0.1}, BASELINES, main=False),
-    System("Partial-LoRA", _partial(), PARTIAL),
-    System("Partial-LoRA, SNIP", _partial(importance="snip"), PARTIAL, main=False),
-    System("Partial-LoRA, IMP", _partial(importance="imp"), PARTIAL, main=False),
-    System("Targeted-LoRA", _partial(selection="targeted"), PARTIAL),
-    System("Inverted masks", _partial(selection="inverted"), PARTIAL, main=False),
-    System("Stochastic masks", _partial(selection="stochastic"), PARTIAL, main=False),
-    System("IMP, flow preservation", _partial(importance="imp", flow_preservation=True), PARTIAL, main=False),
+    System("Partial-LoRA", _derived(), PARTIAL),
+    System("Partial-LoRA, SNIP", _derived(importance="snip"), PARTIAL, main=False),
+    System("Partial-LoRA, IMP", _derived(importance="imp"), PARTIAL, main=False),
+    System("Targeted-LoRA", _derived(selection="targeted"), PARTIAL),
+    System("Inverted masks", _derived(selection="inverted"), PARTIAL, main=False),
+    System("Stochastic masks", _derived(selection="stochastic"), PARTIAL, main=False),
+    System("IMP, flow preservation", _derived(importance="imp", flow_preservation=True), PARTIAL, main=False),
     System("Balanced 0.1", _partial(ratios="balanced", ratio=0.1), PARTIAL, main=False),
     System("Balanced 0.5", _partial(ratios="balanced", ratio=0.5), PARTIAL, main=False),
     System("Pyramidal 0.7", _partial(ratios="pyramidal", ratio=0.7), PARTIAL, main=False),
     System(
         "Partial-AdaLoRA",
-        _partial(base="adalora", adalora={"target_r": 8}, masking="optimizer"),
+        _derived(base="adalora", adalora={"target_r": 8}, masking="optimizer"),
         PARTIAL,
         adapter=TWELVE,
     ),
@@ -100,8 +105,8 @@ SYSTEMS = (
     System("RLoRA, K = 1", _weight(1, choose="random"), WEIGHT, main=False),
     System("WLoRA+, K = 10", _weight(10, plus=True), WEIGHT),
     System("WLoRA+, K = 10, Gaussian", _weight(10, plus=True, expansion="gaussian"), WEIGHT, main=False),
-    System("WLoRA K = 10, then Partial masks", [_weight(10), _partial(floor_metric="loss")], TOGETHER, main=False),
-    System("LoRA-drop, then Partial masks", [_drop(), _partial()], TOGETHER, main=False),
+    System("WLoRA K = 10, then Partial masks", [_weight(10), _derived(floor_metric="loss")], TOGETHER, main=False),
+    System("LoRA-drop, then Partial masks", [_drop(), _derived()], TOGETHER, main=False),
 )
 
 

@@ -50,6 +50,9 @@ class Model:
     rates: dict[str, float] = field(default_factory=dict)
 
 
+DERIVED = {"name": "partial_lora", "derivation": "single", "micro_batch_size": 8}
+"""The paper's: Algorithm 1."""
+
 SMOLLM = Model(
     "smollm2-135m-instruct",
     "bfloat16",
@@ -57,7 +60,7 @@ SMOLLM = Model(
     {"micro_batch_size": 2, "global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 32, "warmup_steps": 2},
     {
         "LoRA": {"name": "lora"},
-        "Partial-LoRA": {"name": "partial_lora", "shots": 64, "floor_metric": "loss", "micro_batch_size": 8},
+        "Partial-LoRA": DERIVED | {"shots": 64, "floor_metric": "loss"},
         "LoRA-drop": {"name": "lora_drop", "sample_fraction": 0.03, "pilot_epochs": 1},
         "WeightLoRA+": {"name": "weight_lora_plus", "keep": 12, "steps": 16, "cut_after": 8, "batch_growth": "none"},
     },
@@ -75,7 +78,7 @@ MINILM = Model(
     {"micro_batch_size": 32, "global_batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 20},
     {
         "LoRA": {"name": "lora"},
-        "Partial-LoRA": {"name": "partial_lora", "micro_batch_size": 8},
+        "Partial-LoRA": DERIVED,
         "LoRA-drop": {"name": "lora_drop", "sample_fraction": 0.05, "pilot_epochs": 1},
         "WeightLoRA+": {
             "name": "weight_lora_plus",

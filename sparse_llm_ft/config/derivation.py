@@ -27,9 +27,9 @@ class DerivationSettings(ForwardPasses):
     """Algorithm 1 of Partial-LoRA (Damirchi et al., 2024), and a reading of it that is ours.
 
     Attributes:
-        derivation: what a search zeroes. ``single`` (Algorithm 1): the rows, or the columns, of one module, with all
-            others intact. ``joint`` (ours): those of all modules together, of each the least important ones that hold
-            one share of its importance; the search is over that share.
+        derivation: what a search zeroes. ``joint`` (ours): the rows, or the columns, of all modules together, of each
+            the least important ones that hold one share of its importance; the search is over that share. ``single``
+            (Algorithm 1): those of one module, with all others intact. docs/methods.md says why ``joint`` is the default.
         importance: the measure that ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
         accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
         floor_metric: ``loss`` stops when the mean loss exceeds the base's / accuracy_floor instead, for bases that
@@ -37,7 +37,7 @@ class DerivationSettings(ForwardPasses):
         flow_preservation: add the next layer's scores to a layer's before cutting (appendix H).
     """
 
-    derivation: SearchName = "single"
+    derivation: SearchName = "joint"
     importance: MeasureName = "svd"
     accuracy_floor: Share = 0.9
     floor_metric: FloorMetric = "accuracy"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
-PARTIAL = {"name": "partial_lora", "floor_metric": "loss", "shots": 6}
+PARTIAL = {"name": "partial_lora", "derivation": "single", "floor_metric": "loss", "shots": 6}
 DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
 METHODS: dict[str, Any] = {
     "lora": "lora",

@@ -39,7 +39,7 @@ METHODS: Mapping[str, Any] = {
     "drop": DROP,
     "partial": _PARTIAL,
     # Half the rows and columns: no search, which takes long.
-    "compact": {**PARTIAL, "masking": "compact", "ratios": "balanced", "ratio": 0.5},
+    "compact": {"name": "partial_lora", "masking": "compact", "ratios": "balanced", "ratio": 0.5},
     "full": "full",
     "adalora": {"name": "adalora", "target_r": 2},
 }

@@ -18,7 +18,7 @@ from sparse_llm_ft.scoring.importance import ranking
 from sparse_llm_ft.scoring.layer_search import Job, distribute
 
 OBJECTIVE = RowObjective()
-SETTINGS = DerivationSettings(micro_batch_size=10)
+SETTINGS = DerivationSettings(derivation="single", micro_batch_size=10)
 
 
 @torch.no_grad()

@@ -96,7 +96,9 @@ def test_what_is_passed_over_does_not_change_the_ratios(folder, monkeypatch) -> 
     model, tokenizer = loud(folder), AutoTokenizer.from_pretrained(folder)
     modules = {name: model.get_submodule(name) for name in find_targets(model, "all-linear")}
     samples, objective = samples_of(tokenizer), build_objective(model, tokenizer, TASK)
-    settings = DerivationSettings(importance="imp", floor_metric="loss", accuracy_floor=0.99, micro_batch_size=2)
+    settings = DerivationSettings(
+        derivation="single", importance="imp", floor_metric="loss", accuracy_floor=0.99, micro_batch_size=2
+    )
     found = derive(model, modules, samples, objective, settings)
     assert found.notes == () and list(found.ratios) == list(modules)
     assert len({share for pair in found.ratios.values() for share in pair}) > 4
