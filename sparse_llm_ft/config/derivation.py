@@ -29,7 +29,7 @@ class DerivationSettings(ForwardPasses):
     Attributes:
         derivation: what a search zeroes. ``joint`` (ours): the rows, or the columns, of all modules together, of each
             the least important ones that hold one share of its importance; the search is over that share. ``single``
-            (Algorithm 1): those of one module, with all others intact. docs/methods.md says why ``joint`` is the default.
+            (Algorithm 1): those of one module, with all others intact. docs/methods.md says why it is not the default.
         importance: the measure that ranks rows and columns: ``svd`` (eq. 4-5), ``snip`` or ``imp``.
         accuracy_floor: Algorithm 1 zeroes indices until accuracy on D_t falls below this share of the base's.
         floor_metric: ``loss`` stops when the mean loss exceeds the base's / accuracy_floor instead, for bases that
