@@ -33,7 +33,7 @@ from typing import Any
 
 from harness import argument_parser
 from reproduce import train_one
-from retest_systems import ALPHA, LORA, RANK, SYSTEMS, System
+from retest_systems import ALPHA, JOINT_AT, LORA, RANK, SINGLE_AT, SYSTEMS, System
 from todo import Todo
 
 from jobs import failed_file
@@ -306,6 +306,12 @@ systems. Differences are to LoRA of the same seed on all tested samples, with th
         scores = block.scores(system)
         if scores:
             yield _row(block, system, scores)
+    at_equal_budgets = _difference(block.scores(JOINT_AT), block.scores(SINGLE_AT))
+    if at_equal_budgets:
+        yield from (
+            "",
+            f"At equal budgets, the joint derivation's masks beside the single one's: {at_equal_budgets.text}.",
+        )
     missing = [system.name for system in SYSTEMS if len(block.scores(system)) < len(SEEDS)]
     if missing:
         yield from ("", f"Not complete: {', '.join(missing)}.")
@@ -321,16 +327,39 @@ def _row(block: Block, system: System, scores: Mapping[int, Mapping[str, Any]]) 
     end = "*" if rate in (min(rates), max(rates)) else ""
     # The head's values are no adapter's; under the head alone, the adapter does nothing.
     values = 0 if system.adapter and system.adapter["lora_alpha"] < 1e-6 else _mean(scores, "values") - HEAD_VALUES
-    lora = block.scores(LORA)
-    pairs = [result["accuracy"] - lora[seed]["accuracy"] for seed, result in scores.items() if seed in lora]
-    difference, verdict = "", ""
-    if system is not LORA and len(pairs) > 1:
-        middle, half = mean(pairs), T_975[len(pairs) - 1] * stdev(pairs) / len(pairs) ** 0.5
-        difference = f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f})"
-        verdict = "yes" if middle - half > -MARGIN else "no" if middle + half < -MARGIN else "undecided"
+    to_lora = None if system is LORA else _difference(scores, block.scores(LORA))
+    difference, verdict = ("", "") if to_lora is None else (to_lora.text, to_lora.as_good)
     cells = [system.name, f"{values:,.0f}", f"{rate:g}{end}"]
     cells += [f"{_mean(scores, key):.1f}" for key in ("accuracy_dev", "accuracy_cut_off", "accuracy")]
     return f"| {' | '.join([*cells, difference, verdict, str(len(scores))])} |"
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A mean of paired differences of accuracy, and half of its 95 % t-interval."""
+
+    middle: float
+    half: float
+
+    @property
+    def text(self) -> str:
+        """With its interval."""
+        return f"{self.middle:+.2f} ({self.middle - self.half:+.2f} to {self.middle + self.half:+.2f})"
+
+    @property
+    def as_good(self) -> str:
+        """Whether the first is not worse by `MARGIN`."""
+        return (
+            "yes" if self.middle - self.half > -MARGIN else "no" if self.middle + self.half < -MARGIN else "undecided"
+        )
+
+
+def _difference(first: Mapping[int, Mapping[str, Any]], second: Mapping[int, Mapping[str, Any]]) -> _Difference | None:
+    """Of two systems' accuracies, over their common seeds; None if they have not two."""
+    pairs = [first[seed]["accuracy"] - second[seed]["accuracy"] for seed in first if seed in second]
+    if len(pairs) < 2:
+        return None
+    return _Difference(mean(pairs), T_975[len(pairs) - 1] * stdev(pairs) / len(pairs) ** 0.5)
 
 
 def _mean(scores: Mapping[int, Mapping[str, Any]], key: str) -> float:

@@ -65,7 +65,7 @@ class ScoringSpec:
     Attributes:
         kind: ``lora_output`` gives `OutputScores`, ``entries`` `EntryScores`, ``derivation`` a `Derivation`.
         derivation: settings of a derivation.
-        search: whether to search for ratios (Algorithm 1), or only to compute importance.
+        search: whether to derive ratios, or only to compute importance.
         compare: also compute the other importances, to see how far they agree.
         cache_dir: folder of cached derivations; None: the user's cache folder.
     """

@@ -17,7 +17,7 @@ from scipy import stats
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import retest
-from retest_systems import BALANCED, LORA, SYSTEMS
+from retest_systems import BALANCED, JOINT_AT, LORA, SYSTEMS
 from todo import Todo
 
 from sparse_llm_ft.config import parse_config
@@ -77,7 +77,7 @@ def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> No
     def score(run: retest.Run) -> dict[str, Any]:
         loss = 0.4 + abs(run.learning_rate - 4e-3)
         accuracy = lora[run.seed] if run.measured else 0.0
-        if run.measured and run.system is BALANCED:
+        if run.measured and run.system in (BALANCED, JOINT_AT):
             accuracy += others[run.seed]
         return result(loss, float(accuracy))
 
@@ -92,6 +92,8 @@ def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> No
     assert row[5] == f"{np.mean(others):+.2f} ({low:+.2f} to {high:+.2f})" and row[6] == "yes" and row[7] == "5"
     assert rows[LORA.name][5:7] == ["", ""] and rows["Head alone"][0] == "0"
     assert "Not complete" not in "\n".join(retest.page(block))
+    # Single masks have LoRA's accuracies here.
+    assert f"the joint derivation's masks beside the single one's: {row[5]}." in "\n".join(retest.page(block))
 
     # Another process reads the same results, and a run that is not in the file is missing.
     assert list(retest.page(empty_block(tmp_path))) == list(retest.page(block))

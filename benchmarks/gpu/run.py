@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,8 +55,9 @@ class Measurement:
         self.base, self.system = base, system
         command = [sys.executable, str(HERE / "speed.py"), "--system", system, "--quantization", base, "--wait"]
         command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the process; a full pipe would stop it)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True
         )
 
     def wait(self) -> None:
@@ -67,12 +69,13 @@ class Measurement:
     def result(self, timeout: float) -> dict[str, Any]:
         """What speed.py prints, or why it does not."""
         try:
-            printed, complaints = self._process.communicate("begin\n", timeout)
+            printed, _ = self._process.communicate("begin\n", timeout)
         except subprocess.TimeoutExpired:
             self.end()
             return {"system": self.system, "base": self.base, "problem": f"not done after {timeout:.0f} s"}
         if self._process.returncode:
-            return {"system": self.system, "base": self.base, "problem": complaints[-3000:]}
+            self._complaints.seek(0)
+            return {"system": self.system, "base": self.base, "problem": self._complaints.read()[-3000:]}
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return found
 
@@ -89,12 +92,14 @@ def measured(
     `left`.
     """
     waiting = [Measurement(base, system, options) for base, system in wanted]
-    for one in waiting:
-        one.wait()
-    while waiting and left() > 0:
-        yield waiting.pop(0).result(max(left() + 30, 60))
-    for one in waiting:
-        one.end()
+    try:
+        for one in waiting:
+            one.wait()
+        while waiting and left() > 0:
+            yield waiting.pop(0).result(max(left() + 30, 60))
+    finally:
+        for one in waiting:
+            one.end()
 
 
 def planned(options: argparse.Namespace) -> subprocess.Popen[str]:

@@ -142,7 +142,8 @@ def main() -> None:
     if options.wait:
         importlib.import_module("toolkit_step")
         print("ready", flush=True)  # run.py's READY
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return  # run.py has ended
     began = time.perf_counter()
     setup = Setup(options)
     make, top = SYSTEMS[options.system]

@@ -49,7 +49,7 @@ class Mask:
     dropped: torch.Tensor | None
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` with zeros for the dropped entries, contiguous."""
+        """The contiguous `values` with zeros for the dropped entries."""
         if self.kept is not None:
             return values * self.kept
         return self.apply_(values.clone(memory_format=torch.contiguous_format))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -20,13 +20,12 @@ class SequentialSampler:
         consumed: int,
         global_batch_size: int,
         micro_batch_size: int,
-        rank: int,
         world_size: int,
         lengths: Sequence[int] | np.ndarray | None = None,
-    ) -> Iterator[list[int]]:
-        """This rank's share of the next optimizer step, one list of sample indices per accumulation step.
+    ) -> list[list[list[int]]]:
+        """The next optimizer step: of every rank, one list of sample indices per accumulation step.
 
-        Over all ranks and accumulation steps the shares are exactly the positions ``consumed`` to
+        Over all ranks and accumulation steps these are exactly the positions ``consumed`` to
         ``consumed + global_batch_size - 1``.
 
         Args:
@@ -42,8 +41,8 @@ class SequentialSampler:
         samples = [self.index(position) for position in range(consumed, consumed + global_batch_size)]
         if lengths is not None:
             samples.sort(key=lambda index: -int(lengths[index]))
-        for first in range(rank * micro_batch_size, global_batch_size, stride):
-            yield samples[first : first + micro_batch_size]
+        firsts = [range(rank * micro_batch_size, global_batch_size, stride) for rank in range(world_size)]
+        return [[samples[first : first + micro_batch_size] for first in own] for own in firsts]
 
 
 class ShuffledSampler(SequentialSampler):

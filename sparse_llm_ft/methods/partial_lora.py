@@ -1,8 +1,8 @@
 """Partial-LoRA (Damirchi et al., 2024): delta W = (u_row · B)(u_col · A) with masks u drawn by derived ratios (eq. 6).
 
 phase "head":    only if a fresh classification head is needed for importance or accuracy: fits the head alone, on half
-                 of D_t; importance and Algorithm 1 then take the other half
-phase "derive":  takes no step; computes importance of rows and columns, and Algorithm 1, on D_t
+                 of D_t; importance and the derivation then take the other half
+phase "derive":  takes no step; computes importance of rows and columns, and derives ratios, on D_t
 phase "train":   trains the unmasked entries of A and B
 """
 
@@ -93,7 +93,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
             small GLUE set, 5 % of a large one, and 16 samples per class of other tasks; 200 samples at least.
         selection: ``random`` draws each index with its ratio; ``targeted`` takes the most important ones;
             ``inverted`` their complement; ``stochastic`` samples by softmax(importance / temperature).
-        ratios: ``derived`` (Algorithm 1); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
+        ratios: ``derived`` (`derivation`); ``balanced``, `ratio` everywhere; ``pyramidal``, `ratio` to the power of the
             layer's depth; or a JSON or YAML file with a ratio per module, in whose place config.yaml has its table.
         ratio: kept share of rows and columns under ``balanced`` and ``pyramidal``. Under ``derived`` (ours): the share
             of LoRA's values that is trained. Derived ratios are multiplied by one factor to give it: the derivation
@@ -127,7 +127,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
 
     @property
     def derives(self) -> bool:
-        """Whether ratios come from Algorithm 1."""
+        """Whether ratios are derived from the model."""
         return self.ratios == "derived"
 
     @property
@@ -183,7 +183,7 @@ class PartialLoraSettings(DerivationSettings, MaskSettings):
         if self.selection != "stochastic":
             idle["temperature"] = f"selection {self.selection}"
         if not self.derives:
-            idle |= {"derivation": given, "compare_importance": given}
+            idle["compare_importance"] = given
         if not self.ranks:
             idle |= dict.fromkeys(("importance", "flow_preservation"), f"{given} and selection random")
         for key, why in idle.items():

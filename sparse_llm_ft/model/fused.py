@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -25,7 +26,9 @@ _OPTIONS: dict[str, Any] = {
     "compile_threads": 1,  # these are few and small, and every rank would start a pool of processes
 }
 _ROWS = 8
-"""Of the tensors that a function is traced with; any number but 0 and 1 would do."""
+"""Of the tensors that a function is traced with: few, and not 0 or 1, which are traced as constants."""
+_MOST_VALUES = 2**31 - 1
+"""Of a tensor: functions traced with few rows count its values in 32 bits."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class Fused(Generic[P, R]):
     """A function of tensors (rows, ...), vectors and numbers, positional ones all, that is compiled at its first call
     on a GPU, once for any number of rows. Tensors of one row have one dimension more than vectors.
 
-    Where it cannot be compiled, one line says so, and it runs as it is written: the same values up to rounding.
+    Where it cannot be compiled, one line says so, and it runs as it is written: the same values up to rounding. Tensors
+    that are not contiguous, or have 2^31 values or more, are computed as it is written, too.
     """
 
     problem: str | None = None
@@ -56,13 +60,16 @@ class Fused(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's value."""
         assert not kwargs, "arguments are positional"
-        first: Any = args[0]
-        if first.device.type not in FUSED or Fused.problem is not None or _is_watched():
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        fuses = tensors[0].device.type in FUSED and Fused.problem is None and not _is_watched()
+        if not fuses or not all(value.is_contiguous() and value.numel() <= _MOST_VALUES for value in tensors):
             return self._function(*args, **kwargs)
         key = tuple(_kind(value) for value in args)
         if key not in self._compiled:
             try:
                 self._compiled[key] = self._compile(args)
+            except torch.OutOfMemoryError:
+                raise  # it says nothing about the function
             except Exception as error:  # whatever a compiler meets
                 cause = getattr(error, "inner_exception", error)
                 Fused.problem = f"{type(cause).__name__}: {cause}".partition("\n")[0]
@@ -78,7 +85,9 @@ class Fused(Generic[P, R]):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
             examples = tuple(_example(args[i]) for i in places)
             shapes = tuple({0: Dim.DYNAMIC} if value.ndim > 1 else None for value in examples)
-            program = export(module, examples, dynamic_shapes=(shapes,), strict=False).run_decompositions({})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # about torch's own code
+                program = export(module, examples, dynamic_shapes=(shapes,), strict=False).run_decompositions({})
             graph = program.graph_module
             inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             run = compiled_graph(graph, inputs)
@@ -113,13 +122,13 @@ def _is_watched() -> bool:
 
 
 def _kind(value: Any) -> object:
-    """What a compiled function depends on: all but the number of rows, and the values."""
+    """What a compiled function depends on, of a contiguous tensor all but the number of rows and the values."""
     if not isinstance(value, torch.Tensor):
-        return value
-    return value.dtype, value.device, value.stride(), value.shape[1:] if value.ndim > 1 else value.shape
+        return type(value), repr(value)  # 1 equals 1.0, and 0.0 equals -0.0
+    return value.dtype, value.device, value.ndim, value.shape[1:] if value.ndim > 1 else value.shape
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:
     """A tensor like `value`, of few rows."""
     shape = (_ROWS, *value.shape[1:]) if value.ndim > 1 else value.shape
-    return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
+    return torch.zeros(shape, dtype=value.dtype, device=value.device)

@@ -146,10 +146,10 @@ def derive(
     """Collective. The kept shares of the rows and the columns of every module.
 
     Under ``derivation: single`` Algorithm 1 searches each with all others intact; under ``joint`` all modules are cut
-    together (`JointSearch`, ours), in at most 16 passes over D_t. The rest of this text is about ``single``.
+    together (`JointSearch`, ours, the default), in at most 16 passes over D_t.
 
-    It zeroes the least important indices one after the other until the metric on D_t falls below its floor, and keeps
-    those that are left. `find_crossing` finds this point, and says what it means if the metric is not monotone.
+    Algorithm 1 zeroes the least important indices one after the other until the metric on D_t falls below its floor. It
+    keeps those that are left. `find_crossing` finds this point, and says what it means if the metric is not monotone.
 
     Tests of a module in a numbered layer run only the layers from there upward (`PrefixCache`). Before each layer the
     result is compared with that of complete passes. If the two differ, all later passes are complete, with a note.

@@ -86,13 +86,12 @@ class ShareMaker:
             UserError: a row cannot be used.
             TrainingError: the hub is away.
         """
-        return [[self.samples[k] for k in indices] for indices in self.indices(progress, self.world.rank)]
+        return [[self.samples[k] for k in indices] for indices in self.indices(progress)[self.world.rank]]
 
-    def indices(self, progress: Progress, rank: int) -> list[list[int]]:
-        """The samples of a rank in the step that begins at `progress`, by micro-batch."""
+    def indices(self, progress: Progress) -> list[list[list[int]]]:
+        """Of every rank, the samples of the step that begins at `progress`, by micro-batch."""
         total, micro = self.phase.global_batch_size, self.phase.micro_batch_size
-        shares = self.sampler.micro_batches(progress.position, total, micro, rank, self.world.size, self.lengths)
-        return list(shares)
+        return self.sampler.micro_batches(progress.position, total, micro, self.world.size, self.lengths)
 
     def _pinned(self, batch: Batch) -> Batch:
         if self.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Reading in a thread what the next step will need, while the present one runs."""
+"""Reading in a thread what the next micro-batch will need, while the present one runs."""
 
 from __future__ import annotations
 

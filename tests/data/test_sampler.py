@@ -25,10 +25,8 @@ def test_step_by_step_the_same_samples_for_every_division(world_size, micro_batc
     total = world_size * micro_batch_size * accumulation
     for step in range(5):
         consumed = step * total
-        shares = [
-            list(stream.micro_batches(consumed, total, micro_batch_size, rank, world_size))
-            for rank in range(world_size)
-        ]
+        shares = stream.micro_batches(consumed, total, micro_batch_size, world_size)
+        assert len(shares) == world_size
         assert all(len(share) == accumulation and all(len(m) == micro_batch_size for m in share) for share in shares)
         got = [i for a in range(accumulation) for rank in range(world_size) for i in shares[rank][a]]
         assert got == [stream.index(p) for p in range(consumed, consumed + total)]
@@ -38,7 +36,7 @@ def test_a_grown_batch_or_another_world_neither_repeats_nor_skips() -> None:
     """Steps of 4, then of 12 on more ranks: together one unbroken sequence."""
     stream, seen, consumed = ShuffledSampler(17, seed=2), [], 0
     for total, micro, world in ((4, 2, 1), (4, 1, 2), (12, 3, 2), (12, 1, 4)):
-        shares = [list(stream.micro_batches(consumed, total, micro, rank, world)) for rank in range(world)]
+        shares = stream.micro_batches(consumed, total, micro, world)
         seen += [i for a in range(len(shares[0])) for share in shares for i in share[a]]
         consumed += total
     assert seen == [stream.index(p) for p in range(consumed)]
@@ -46,7 +44,7 @@ def test_a_grown_batch_or_another_world_neither_repeats_nor_skips() -> None:
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="8 is not a multiple of 6"):
-        next(ShuffledSampler(5, 0).micro_batches(0, 8, 3, 0, 2))
+        ShuffledSampler(5, 0).micro_batches(0, 8, 3, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -56,10 +54,7 @@ def test_lengths_sort_a_step_and_change_none_of_its_samples(world_size: int, mic
     stream, total = ShuffledSampler(29, seed=0), 48
     lengths = np.random.default_rng(0).integers(1, 9, 29).astype(np.int32)
     for step in range(4):
-        shares = [
-            list(stream.micro_batches(step * total, total, micro_batch_size, rank, world_size, lengths))
-            for rank in range(world_size)
-        ]
+        shares = stream.micro_batches(step * total, total, micro_batch_size, world_size, lengths)
         assert all(len(micro) == micro_batch_size for share in shares for micro in share)
         got = [i for a in range(len(shares[0])) for share in shares for i in share[a]]
         assert sorted(got) == sorted(stream.index(p) for p in range(step * total, (step + 1) * total))
@@ -68,10 +63,10 @@ def test_lengths_sort_a_step_and_change_none_of_its_samples(world_size: int, mic
 
 def test_of_equal_lengths_the_order_is_that_of_the_stream() -> None:
     stream = ShuffledSampler(29, seed=0)
-    plain = list(stream.micro_batches(5, 12, 3, 0, 2))
-    assert list(stream.micro_batches(5, 12, 3, 0, 2, [7] * 29)) == plain
+    plain = stream.micro_batches(5, 12, 3, 2)
+    assert stream.micro_batches(5, 12, 3, 2, [7] * 29) == plain
 
 
 def test_what_is_streamed_comes_in_order() -> None:
-    shares = [list(SequentialSampler().micro_batches(8, 8, 2, rank, 2)) for rank in (0, 1)]
+    shares = SequentialSampler().micro_batches(8, 8, 2, 2)
     assert shares == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]

@@ -7,6 +7,7 @@ from typing import Any
 
 WEIGHT = {"name": "weight_lora", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5}
 PARTIAL = {"name": "partial_lora", "derivation": "single", "floor_metric": "loss", "shots": 6}
+JOINT = {"name": "partial_lora", "floor_metric": "loss", "shots": 6, "ratio": 0.4}  # the default derivation
 DROP = {"name": "lora_drop", "sample_fraction": 0.3, "pilot_epochs": 1, "threshold": 0.6}
 METHODS: dict[str, Any] = {
     "lora": "lora",
@@ -22,7 +23,7 @@ METHODS: dict[str, Any] = {
     "random_masking": {"name": "random_masking", "ratio": 0.3},
     "partial": PARTIAL,
     "partial_imp": PARTIAL | {"importance": "imp", "selection": "stochastic", "compare_importance": True},
-    "partial_compact": PARTIAL | {"masking": "compact"},
+    "partial_compact": JOINT | {"masking": "compact"},
     "partial_joint": PARTIAL | {"derivation": "joint", "ratio": 0.4, "mask_scaling": True, "min_ratio": 0.2},
     "partial_dora": PARTIAL | {"base": "dora"},
     "partial_adalora": PARTIAL | {"base": "adalora", "adalora": {"target_r": 2}},
@@ -34,9 +35,9 @@ METHODS: dict[str, Any] = {
     "weight_lora_all": WEIGHT | {"keep": 14, "batch_growth": "none"},
     "weight_lora_cost": WEIGHT | {"choose": "cost", "budget": 0.7},
     "weight_lora_plus": WEIGHT | {"name": "weight_lora_plus"},
-    "weight_then_partial": [WEIGHT, PARTIAL],
+    "weight_then_partial": [WEIGHT, JOINT],
     "partial_then_weight_plus": [PARTIAL, WEIGHT | {"name": "weight_lora_plus"}],
-    "drop_then_partial": [DROP, PARTIAL],
+    "drop_then_partial": [DROP, JOINT],
     "tied_then_partial": ["tied_lora", PARTIAL],
 }
 

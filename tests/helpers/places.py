@@ -243,15 +243,15 @@ def record_samples(file: Path) -> None:
     from sparse_llm_ft.training.loop import Loop
 
     micro_batches, step = ShuffledSampler.micro_batches, Loop._step
-    given: dict[int, list[list[int]]] = {}  # by the position: they are drawn some steps ahead
+    given: dict[int, list[list[list[int]]]] = {}  # by the position: they are drawn some steps ahead
 
-    def recorded(self: ShuffledSampler, position: int, *args: int) -> Iterator[list[int]]:
-        given[position] = list(micro_batches(self, position, *args))
-        yield from given[position]
+    def recorded(self: ShuffledSampler, position: int, *args: Any) -> list[list[list[int]]]:
+        given[position] = micro_batches(self, position, *args)
+        return given[position]
 
     def told(self: Loop, progress: Progress, thread: Any) -> Any:
         result = step(self, progress, thread)
-        line = {"step": progress.step + 1, "shares": given[progress.position]}
+        line = {"step": progress.step + 1, "shares": given[progress.position][self.world.rank]}
         with file.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,7 +12,7 @@ def _samples() -> None:
 
     micro_batches = ShuffledSampler.micro_batches
 
-    def shifted(self: ShuffledSampler, consumed: int, *args: int) -> Iterator[list[int]]:
+    def shifted(self: ShuffledSampler, consumed: int, *args: Any) -> list[list[list[int]]]:
         return micro_batches(self, consumed + 1, *args)
 
     ShuffledSampler.micro_batches = shifted

@@ -195,7 +195,6 @@ GIVEN = {"ratios": "balanced", "ratio": 0.5}
         ({"ratios": __file__, "ratio": 0.5}, "method.ratio: has no effect on ratios from a file"),
         ({"ratios": "balanced", "ratio": 0.5, "min_ratio": 0.1}, "method.min_ratio: has no effect under ratios"),
         ({"temperature": 2.0}, "method.temperature: 2.0 has no effect under selection random"),
-        (GIVEN | {"derivation": "single"}, "method.derivation: 'single' has no effect under ratios 'balanced'"),
         (
             GIVEN | {"compare_importance": True, "selection": "targeted"},
             "method.compare_importance: True has no effect",

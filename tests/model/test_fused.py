@@ -62,11 +62,16 @@ def test_every_kind_of_arguments_has_its_own(backend: str, request: pytest.Fixtu
         (x.bfloat16(), weight.bfloat16(), 2.0),
         (wide[:, ::2], weight, 2.0),
         (wide[:, :6], weight, 2.0),
+        (torch.randn(6, 8).t(), torch.randn(6), 2.0),
         (wide, torch.randn(12), 2.0),
         (x[:1], weight, 2.0),
+        (x, weight, 2),
+        (x, weight, -0.0),
+        (x, weight, 0.0),
     ):
         product, whole = scaled(values, vector, factor)
         torch.testing.assert_close(product, values * vector * factor)
+        assert torch.equal(product.signbit(), (values * vector * factor).signbit())
         assert torch.equal(whole, values.float())
     assert Fused.problem is None
 
@@ -79,6 +84,24 @@ def test_it_compiles_where_autograd_runs_it(counted: Counted) -> None:
     with torch.inference_mode(), torch.autocast("cpu"):
         assert torch.equal(double(torch.ones(2, 3)), torch.full((2, 3), 2.0))
     assert counted.compiled == 2 and Fused.problem is None
+
+
+def test_large_tensors_run_as_they_are_written(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled function would count their values in 32 bits."""
+    monkeypatch.setattr(fused, "_MOST_VALUES", 11)
+    double = Fused(lambda x: x * 2)
+    assert torch.equal(double(torch.ones(3, 4)), torch.full((3, 4), 2.0)) and counted.compiled == 0
+    assert torch.equal(double(torch.ones(2, 4)), torch.full((2, 4), 2.0)) and counted.compiled == 1
+
+
+def test_a_lack_of_memory_is_no_lack_of_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(fused, "compiled_graph", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        Fused(lambda x: x * 2)(torch.ones(2, 2))
+    assert Fused.problem is None
 
 
 def test_it_is_not_compiled_inside_of_a_compiled_one(counted: Counted) -> None:
