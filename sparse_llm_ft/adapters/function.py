@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -89,9 +90,9 @@ class _AdaptedLinear(torch.autograd.Function):
         of_class: Any = type(call.base).forward
         output: torch.Tensor = of_class(call.base, x)
         with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
-            hidden = _project(x.reshape(-1, x.shape[-1]), down.to(dtype), call)  # (T, r)
+            hidden = _project(x.reshape(-1, x.shape[-1]), _in(dtype, down), call)  # (T, r)
             factor = _factor(call, omega, dtype)
-            wide = _full_rows(up.to(dtype), output.shape[-1], call.rows)  # (d_out, r)
+            wide = _full_rows(_in(dtype, up), output.shape[-1], call.rows)  # (d_out, r)
             flat = output.view(-1, output.shape[-1])
             if output.dtype == dtype and isinstance(factor, float):
                 flat.addmm_(hidden, wide.t(), alpha=factor)
@@ -117,26 +118,25 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = grad_down = grad_up = grad_omega = None
 
         # The way through the adapter, r wide.
-        down, up = own_down.to(ctx.dtype), own_up.to(ctx.dtype)
-        outer = flat.to(ctx.dtype)
+        down, up, outer = _in(ctx.dtype, own_down), _in(ctx.dtype, own_up), _in(ctx.dtype, flat)
         factor = ctx.factor
         wide = _full_rows(up, flat.shape[-1], call.rows)
         mask = _mask(len(flat), down, call)
         narrow = torch.mm(wide.t(), outer.t()).t()  # G B, (T, r); written so, a CPU computes it four times as fast
         if needs_down or needs_up or needs_omega:
             x = inputs[0] if ctx.value_of_input is None else ctx.value_of_input(*inputs)
-            seen = _seen(x.reshape(-1, x.shape[-1]).to(ctx.dtype), call, mask)  # (T, kept cols)
-            hidden = seen @ down.t()  # (T, r)
+            seen = _seen(_in(ctx.dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
+            hidden = F.linear(seen, down)  # (T, r)
             if needs_omega:
                 wide_type = torch.promote_types(ctx.dtype, torch.float32)
                 change = (narrow * hidden).sum(dtype=wide_type) * _constant(call)
                 grad_omega = change.reshape(1).to(omega.dtype)
             if needs_up:
                 grad_up = torch.mm((hidden * factor).t(), outer).t()  # (d_out, r)
-                grad_up = (grad_up if call.rows is None else grad_up[call.rows]).to(own_up.dtype)
+                grad_up = _in(own_up.dtype, grad_up if call.rows is None else grad_up[call.rows])
             narrow = narrow * factor
             if needs_down:
-                grad_down = torch.mm(narrow.t(), seen).to(own_down.dtype)
+                grad_down = _in(own_down.dtype, torch.mm(narrow.t(), seen))
         else:
             narrow = narrow * factor
 
@@ -144,8 +144,13 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x:
             dx = through_weight(flat, call.base, weight)
             _add_through_adapter(dx, narrow, down, call, mask)
-            dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]).to(ctx.input_dtype)
+            dx = _in(ctx.input_dtype, dx.reshape(*grad.shape[:-1], dx.shape[-1]))
         return dx, grad_down, grad_up, grad_omega, None, None
+
+
+def _in(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    """`value` in `dtype`. To ask first is cheaper than a conversion to what it has, of which a step makes thousands."""
+    return value if value.dtype is dtype else value.to(dtype)
 
 
 def _constant(call: Adapted) -> float:
@@ -173,7 +178,7 @@ def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
 
 def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:
     """H: (T, r)."""
-    return _seen(x.to(down.dtype), call, _mask(len(x), down, call)) @ down.t()
+    return F.linear(_seen(_in(down.dtype, x), call, _mask(len(x), down, call)), down)
 
 
 def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch.Tensor:
@@ -202,7 +207,8 @@ def _add_through_adapter(
 def is_readable(base: nn.Module) -> bool:
     """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
     known = type(base) in (nn.Linear, Linear4bit, Conv1D)
-    return known and computes_as_its_class(base) and not any(p.requires_grad for p in base.parameters())
+    own = base._parameters.values()  # these classes have no others
+    return known and computes_as_its_class(base) and not any(p is not None and p.requires_grad for p in own)
 
 
 def count_hooks(*modules: nn.Module) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -259,7 +260,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def count_hooks(self, adapter_name: str) -> int:
         """How many hooks act on the modules below, see `count_hooks`."""
-        return count_hooks(self.base_layer, *self.pair(adapter_name), self.lora_omega, self.lora_u, self.lora_v)
+        parts: Any = self._modules  # every step asks for every layer, and looking up attributes takes longer
+        own = (parts[name] for name in ("base_layer", "lora_omega", "lora_u", "lora_v"))
+        return count_hooks(*own, *self.pair(adapter_name))
 
     def _adapted(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """(..., d_out): the output with one adapter, by `adapted_linear`."""

@@ -79,5 +79,6 @@ def through_weight(grad: torch.Tensor, layer: LinearLayer, weight: torch.Tensor)
     """
     if isinstance(layer, Linear4bit):
         weight = bitsandbytes.functional.dequantize_4bit(weight, layer.weight.quant_state)
-    weight = weight.to(grad.dtype)
+    if weight.dtype is not grad.dtype:
+        weight = weight.to(grad.dtype)
     return grad @ (weight.t() if is_transposed(layer) else weight)
