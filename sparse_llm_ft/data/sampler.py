@@ -7,6 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
+StepIndices = list[list[list[int]]]
+"""Of every rank, the sample indices of each micro-batch of one step."""
+
 
 class SequentialSampler:
     """Sample i at position i: for streamed samples, which arrive in order."""
@@ -22,7 +25,7 @@ class SequentialSampler:
         micro_batch_size: int,
         world_size: int,
         lengths: Sequence[int] | np.ndarray | None = None,
-    ) -> list[list[list[int]]]:
+    ) -> StepIndices:
         """The next optimizer step: of every rank, one list of sample indices per accumulation step.
 
         Over all ranks and accumulation steps these are exactly the positions ``consumed`` to

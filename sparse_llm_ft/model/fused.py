@@ -42,8 +42,8 @@ def compiled_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[.
 
 
 class Fused(Generic[P, R]):
-    """A function of tensors (rows, ...), vectors and numbers, positional ones all, that is compiled at its first call
-    on a GPU, once for any number of rows. Tensors of one row have one dimension more than vectors.
+    """A function of tensors (rows, ...), vectors and numbers, all of them positional. It is compiled at its first call
+    on a GPU, once for any number of rows.
 
     Where it cannot be compiled, one line says so, and it runs as it is written: the same values up to rounding. Tensors
     that are not contiguous, or have 2^31 values or more, are computed as it is written, too.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.data.collate import Batch
-from sparse_llm_ft.data.sampler import SequentialSampler
+from sparse_llm_ft.data.sampler import SequentialSampler, StepIndices
 from sparse_llm_ft.data.samples import Pack
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed.world import World
@@ -37,6 +37,7 @@ class Share:
         batches: of each micro-step, on the CPU; pinned if a GPU will read them.
         units, tokens: loss units, and tokens without padding.
         squares: sum of the squared lengths of all samples, for the arithmetic of attention.
+        indices: the samples of the whole step.
         error: why a row cannot be used or read; then the rest is empty.
     """
 
@@ -44,6 +45,7 @@ class Share:
     units: int = 0
     tokens: int = 0
     squares: int = 0
+    indices: StepIndices = field(default_factory=list)
     error: UserError | TrainingError | None = None
 
 
@@ -67,8 +69,9 @@ class ShareMaker:
     def __call__(self, progress: Progress) -> Share:
         """The share of the step that begins at `progress`."""
         objective = self.objective
+        indices = self._indices(progress)
         try:
-            micro_batches = self.read(progress)
+            micro_batches = self.read(indices[self.world.rank])
         except (UserError, TrainingError) as error:
             return Share(error=error)
         own = [sample for samples in micro_batches for sample in samples]
@@ -77,19 +80,19 @@ class ShareMaker:
             sum(map(objective.units, own)),
             sum(map(objective.tokens, own)),
             sum(objective.tokens(part) ** 2 for sample in own for part in _parts(sample)),
+            indices,
         )
 
-    def read(self, progress: Progress) -> list[list[Any]]:
-        """This rank's samples of the step that begins at `progress`, by micro-batch.
+    def read(self, indices: Sequence[Sequence[int]]) -> list[list[Any]]:
+        """The samples of these numbers, by micro-batch.
 
         Raises:
             UserError: a row cannot be used.
             TrainingError: the hub is away.
         """
-        return [[self.samples[k] for k in indices] for indices in self.indices(progress)[self.world.rank]]
+        return [[self.samples[k] for k in own] for own in indices]
 
-    def indices(self, progress: Progress) -> list[list[list[int]]]:
-        """Of every rank, the samples of the step that begins at `progress`, by micro-batch."""
+    def _indices(self, progress: Progress) -> StepIndices:
         total, micro = self.phase.global_batch_size, self.phase.micro_batch_size
         return self.sampler.micro_batches(progress.position, total, micro, self.world.size, self.lengths)
 

@@ -44,9 +44,6 @@ from sparse_llm_ft.training.schedule import Schedule
 if TYPE_CHECKING:
     from sparse_llm_ft.training.prefix_cache import LossOf, PrefixCache
 
-Indices = list[list[list[int]]]
-"""The samples of every rank in each micro-batch of one step."""
-
 
 @dataclass
 class Step:
@@ -143,7 +140,6 @@ class Loop:
         self.out_of_memory = False
         self._skipped = 0  # in a row
         self._shares: dict[int, tuple[Share, HostRead]] = {}  # by the samples consumed before
-        self._ranks: dict[int, Indices] = {}  # by the samples consumed before
         self._buffers = KeptBuffers(self.engine.module)
 
     def steps(self, at_once: Callable[[Progress], bool] = lambda _: True) -> Generator[Step]:
@@ -207,7 +203,8 @@ class Loop:
         self._seed_generators(progress)
         loss_of: LossOf = self.objective.loss
         if self.prefix is not None:
-            loss_of = self.prefix.losses(*self._indices(progress))
+            following = self._shares.get(self._after(progress).samples)
+            loss_of = self.prefix.losses(share.indices, following[0].indices if following else [])
         # DeepSpeed averages over ranks and accumulation steps. This factor turns the average of sums into the mean over
         # all units of the global batch, so that it does not matter which rank got the long completions.
         factor = len(share.batches) * world.size / units
@@ -260,15 +257,6 @@ class Loop:
             thread.close()
             self._end_together(share)
         return share, units, tokens, squares
-
-    def _indices(self, progress: Progress) -> tuple[Indices, Indices]:
-        """Of every rank, the samples of its micro-batches in the step that begins at `progress`, and in the next one,
-        if that is certain.
-        """
-        steps = [at for _, at in zip(range(2), self._certain(progress), strict=False)]
-        self._ranks = {at.samples: self._ranks.get(at.samples) or self._make.indices(at) for at in steps}
-        now, *later = self._ranks.values()
-        return now, later[0] if later else []
 
     def _end_together(self, share: Share) -> NoReturn:
         """Collective. Raise the error of this rank's share, or of the first rank that has one."""

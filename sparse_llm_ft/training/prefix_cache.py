@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.data.collate import Batch
+from sparse_llm_ft.data.sampler import StepIndices
 from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import base_of
@@ -31,8 +32,6 @@ from sparse_llm_ft.training.read_ahead import ReadAhead
 LossOf = Callable[[Forward, Batch], torch.Tensor]
 Turn = Sequence[Sequence[int]]
 """The samples of every rank in one micro-batch."""
-Shares = Sequence[Sequence[Sequence[int]]]
-"""The samples of every rank in each micro-batch of one step."""
 
 _NOBODY = -1
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -66,7 +65,7 @@ class PrefixCache:
         self.served = 0
         self._reader: ReadAhead | None = None
 
-    def losses(self, shares: Shares, following: Shares) -> LossOf:
+    def losses(self, shares: StepIndices, following: StepIndices) -> LossOf:
         """The function of one step that takes the place of `Objective.loss`; each call is a collective.
 
         Args:
@@ -95,7 +94,7 @@ class PrefixCache:
         """Collective. The loss of this rank's micro-batch.
 
         Args:
-            following: the next micro-batches, of which states are read meanwhile.
+            following: every rank's next micro-batch, whose states are read meanwhile.
         """
         if not self._width:
             loss = self._first(forward, batch, turn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -40,7 +40,7 @@ class ReadAhead:
 
     def settle(self) -> None:
         """Wait until nothing is being read."""
-        wait(self._begun.values())
+        self._thread.submit(int).result()  # one thread does one thing after the other
 
     def close(self) -> None:
         """End the thread, after the samples that it is reading."""

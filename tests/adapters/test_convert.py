@@ -112,7 +112,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("name", PLANS)
 def test_peft_alone_computes_the_same_logits(exported, name, patterns):
     folder, expected = exported[name, patterns]
-    # Twelve layers, in another order of float32 additions, which also depends on the threads.
+    # Twelve layers, in another order of float32 additions.
     torch.testing.assert_close(torch.load(folder / "logits.pt"), expected, rtol=0, atol=1e-5)
     assert not torch.allclose(expected, logits(llama(LAYERS, WIDTH)), atol=1e-2)
 

@@ -28,17 +28,23 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
         from sparse_llm_ft.training.batches import ShareMaker
         from sparse_llm_ft.training.loop import Loop
 
-        encode, read, step = CausalLMPreprocessor.__call__, ShareMaker.read, Loop._step
+        encode, step = CausalLMPreprocessor.__call__, Loop._step
+        make, read = ShareMaker.__call__, ShareMaker.read
         chosen: dict[int, Any] = {}  # by the samples consumed before: they are read some steps ahead
+        at: list[int] = []
 
         def counted(self: CausalLMPreprocessor, example: Any) -> Any:
             with (logs / f"encoded-{rank}.txt").open("a") as file:
                 file.write(example.prompt + "\n")
             return encode(self, example)
 
-        def remembered(self: ShareMaker, progress: Progress) -> Any:
-            chosen[progress.samples] = read(self, progress)
-            return chosen[progress.samples]
+        def made(self: ShareMaker, progress: Progress) -> Any:
+            at[:] = [progress.samples]  # one thread makes all of them
+            return make(self, progress)
+
+        def remembered(self: ShareMaker, indices: Any) -> Any:
+            chosen[at[0]] = read(self, indices)
+            return chosen[at[0]]
 
         def told(self: Loop, progress: Progress, thread: Any) -> Any:
             if rank == 0 and progress.step + 1 == die_before_step:
@@ -48,7 +54,8 @@ def watch(folder: str, die_before_step: int | None = None) -> Callable[[int], No
                 file.write(json.dumps([[shown(u) for u in micro] for micro in chosen[progress.samples]]) + "\n")
             return result
 
-        CausalLMPreprocessor.__call__, ShareMaker.read, Loop._step = counted, remembered, told
+        CausalLMPreprocessor.__call__, Loop._step = counted, told
+        ShareMaker.__call__, ShareMaker.read = made, remembered
 
     return before
 

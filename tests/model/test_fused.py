@@ -65,15 +65,17 @@ def test_every_kind_of_arguments_has_its_own(backend: str, request: pytest.Fixtu
         (torch.randn(6, 8).t(), torch.randn(6), 2.0),
         (wide, torch.randn(12), 2.0),
         (x[:1], weight, 2.0),
-        (x, weight, 2),
         (x, weight, -0.0),
         (x, weight, 0.0),
+        (x.long(), weight.long(), 1),
+        (x.long(), weight.long(), 1.0),
     ):
         product, whole = scaled(values, vector, factor)
         torch.testing.assert_close(product, values * vector * factor)
         assert torch.equal(product.signbit(), (values * vector * factor).signbit())
         assert torch.equal(whole, values.float())
     assert Fused.problem is None
+    assert len(scaled._compiled) == 8  # not for the three that are not contiguous, nor for another number of rows
 
 
 def test_it_compiles_where_autograd_runs_it(counted: Counted) -> None:

@@ -17,9 +17,13 @@ class Store:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
         self.threads: set[int] = set()
+        self.entered, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
 
     def __call__(self, samples: Sequence[int]) -> torch.Tensor:
         self.threads.add(threading.get_ident())
+        self.entered.set()
+        assert self.gate.wait(10)
         self.asked.append(list(samples))
         if 13 in samples:
             raise OSError("the disk is away")
@@ -53,6 +57,16 @@ def test_other_samples_are_read_when_they_are_asked_for(ahead: ReadAhead, store:
     ahead.begin([6])
     assert ahead.take([1, 2]).tolist() == [1, 2]  # begun earlier, and forgotten
     assert len(store.threads) == 1
+
+
+def test_what_was_begun_before_and_still_runs_is_waited_for(ahead: ReadAhead, store: Store) -> None:
+    store.gate.clear()
+    ahead.begin([1])
+    assert store.entered.wait(10)
+    ahead.begin([2])
+    threading.Timer(0.2, store.gate.set).start()
+    ahead.settle()
+    assert store.asked == [[1], [2]]
 
 
 def test_an_error_is_raised_where_the_samples_are_asked_for(ahead: ReadAhead) -> None:
