@@ -75,7 +75,7 @@ def test_every_kind_of_arguments_has_its_own(backend: str, request: pytest.Fixtu
         assert torch.equal(product.signbit(), (values * vector * factor).signbit())
         assert torch.equal(whole, values.float())
     assert Fused.problem is None
-    assert len(scaled._compiled) == 8  # not for the three that are not contiguous, nor for another number of rows
+    assert len(scaled._compiled) == 8  # one row is no kind of its own
 
 
 def test_it_compiles_where_autograd_runs_it(counted: Counted) -> None:
@@ -86,6 +86,11 @@ def test_it_compiles_where_autograd_runs_it(counted: Counted) -> None:
     with torch.inference_mode(), torch.autocast("cpu"):
         assert torch.equal(double(torch.ones(2, 3)), torch.full((2, 3), 2.0))
     assert counted.compiled == 2 and Fused.problem is None
+
+
+def test_a_tensor_that_is_not_contiguous_runs_as_it_is_written(counted: Counted) -> None:
+    values = torch.randn(4, 3).t()
+    assert torch.equal(Fused(lambda x: x * 2)(values), values * 2) and counted.compiled == 0
 
 
 def test_large_tensors_run_as_they_are_written(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
