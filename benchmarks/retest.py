@@ -19,22 +19,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from finished import Finished
 from harness import argument_parser
 from reproduce import train_one
 from retest_systems import ALPHA, JOINT_AT, LORA, RANK, SINGLE_AT, SYSTEMS, System
-from todo import Todo
+from todo import Todo, in_fork
 
 from jobs import failed_file
 from tables import write_part
@@ -50,6 +49,8 @@ MARGIN = 1.0
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """Degrees of freedom -> the 97.5 % quantile of Student's t."""
 HEAD_VALUES = 2 * 384 + 2
+KEY = ("system", "learning_rate", "seed")
+"""What tells one run from another in the file of results."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, float, int]:
-        """What tells it from other runs."""
+        """Its `KEY`."""
         return self.system.folder, self.learning_rate, self.seed
 
     def config(self, models: Path, data: Path, out: Path) -> dict[str, Any]:
@@ -103,28 +104,6 @@ class Run:
             "seed": self.seed,
             "report": False,
         }
-
-
-class Results:
-    """The results of finished runs: a file with one line of JSON for each."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self._lock = file, threading.Lock()
-        lines = file.read_text().splitlines() if file.is_file() else []
-        self._known: dict[tuple[str, float, int], dict[str, Any]] = {}
-        for result in map(json.loads, lines):
-            self._known[result.pop("system"), result.pop("learning_rate"), result.pop("seed")] = result
-
-    def of(self, run: Run) -> dict[str, Any] | None:
-        """The run's result; None if it is not finished."""
-        return self._known.get(run.key)
-
-    def add(self, run: Run, result: dict[str, Any]) -> None:
-        """Write the run's result at the end of the file."""
-        named = dict(zip(("system", "learning_rate", "seed"), run.key, strict=True))
-        with self._lock, self.file.open("a") as file:
-            file.write(json.dumps(named | result) + "\n")
-            self._known[run.key] = result
 
 
 def prepare_data(source: Path, target: Path) -> Path:
@@ -166,17 +145,10 @@ def finish(run: Run, models: Path, data: Path, block: Block) -> str:
         return f"{folder}: not finished, see {folder}.log"
     else:
         result = _read(folder) | (_measured(run, models, data, out) if run.measured else {})
-    block.results.add(run, result)
+    block.results.add(run.key, result)
     shutil.rmtree(folder, ignore_errors=True)
     shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
     return f"{run.system.name}, rate {run.learning_rate:g}, seed {run.seed}: {shown}"
-
-
-def in_fork(function: Callable[..., object], *arguments: object) -> None:
-    """Call the function in a fork of this process, and wait for its end."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    process.join()
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -229,7 +201,7 @@ class Block:
     """All runs, and what is known of them."""
 
     out: Path
-    results: Results
+    results: Finished
 
     @cached_property
     def _lora_rates(self) -> tuple[float, ...]:
@@ -254,7 +226,7 @@ class Block:
         losses: dict[float, list[float]] = {}
         runs = self.search(system)
         for run in runs:
-            result = self.results.of(run)
+            result = self.results.of(run.key)
             if result is None:
                 return None
             losses.setdefault(run.learning_rate, []).append(result["held_out_loss"])
@@ -267,12 +239,12 @@ class Block:
 
     def missing(self, system: System) -> list[Run]:
         """The runs of the system that can be run now."""
-        left = [run for run in self.search(system) if self.results.of(run) is None]
-        return left or [run for run in self.finals(system) if self.results.of(run) is None]
+        left = [run for run in self.search(system) if self.results.of(run.key) is None]
+        return left or [run for run in self.finals(system) if self.results.of(run.key) is None]
 
     def scores(self, system: System) -> dict[int, dict[str, Any]]:
         """Seed -> result, of the finished final runs."""
-        found = {run.seed: self.results.of(run) for run in self.finals(system)}
+        found = {run.seed: self.results.of(run.key) for run in self.finals(system)}
         return {seed: result for seed, result in found.items() if result is not None and "accuracy" in result}
 
 
@@ -386,11 +358,11 @@ def main() -> None:
     import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
 
     models, out = options.models.resolve(), options.out.resolve()
-    data, block = prepare_data(options.data, out), Block(out, Results(options.results or out / "results.jsonl"))
+    data, block = prepare_data(options.data, out), Block(out, Finished(options.results or out / "results.jsonl", KEY))
     chosen = [system for system in SYSTEMS if options.only is None or system.name in options.only]
     todo = Todo(
         missing=lambda: (run for system in chosen for run in block.missing(system)),
-        is_done=lambda run: block.results.of(run) is not None,
+        is_done=lambda run: block.results.of(run.key) is not None,
     )
     if not todo.finish(lambda run: finish(run, models, data, block), options.processes):
         sys.exit("a run failed; its log is beside its folder")

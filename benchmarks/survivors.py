@@ -1,13 +1,15 @@
-"""What `method.choose: cost` costs in quality, at equal K: a part of docs/results.md.
+r"""What `method.choose: cost` costs in quality, at equal K: a part of docs/results.md.
 
-    python benchmarks/survivors.py --models MODELS --data DATA --runs RUNS [--only dialogsum] [--output docs/results.md]
+    python benchmarks/survivors.py --models MODELS --data DATA --runs RUNS [--results FILE] [--processes 1] \
+        [--only dialogsum] [--output docs/results.md]
 
 Args:
     --models: holds smollm2-135m-instruct and all-minilm-l6-v2.
     --data: holds dialogsum and glue/sst2, each with the hub's columns.
     --runs: run folders go here. After a kill the same command continues: it repeats no finished run and resumes an
         unfinished one.
-    --steps: of each run, for a trial; the default is each task's own.
+    --results: one line of JSON per finished run; default: results.jsonl in --runs. With a file that was kept, only the
+        runs that it lacks are made.
 
 Every system has the same steps, learning rate and, for a seed, the same data order. Hours on two processor cores.
 """
@@ -15,7 +17,6 @@ Every system has the same steps, learning rate and, for a seed, the same data or
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -26,12 +27,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import tasks
+from finished import Finished
 from harness import argument_parser
 from reproduce import train_one
+from todo import Todo, in_fork
 
 from tables import write_part
 
 SEEDS = (0, 1, 2)
+KEY = ("task", "system", "seed")
+"""What tells one run from another in the file of results."""
 BUDGETS = (0.8, 0.7)
 LOWEST = re.compile(r"the lowest survivor is in (?:\S*\.)?(\d+): a step costs ([\d.]+) of")
 
@@ -80,10 +85,10 @@ class Run:
         name = re.sub(r"[^a-z0-9.]+", "-", f"{self.trial.setting.key}-{self.system}")
         return runs / f"{name}-seed-{self.seed}"
 
-    def config(self, models: Path, data: Path, runs: Path, steps: int | None) -> dict[str, Any]:
+    def config(self, models: Path, data: Path, runs: Path) -> dict[str, Any]:
         """Its settings: T is half of the run, and the first cut comes after half of that."""
         tree = tasks.tree(self.trial.setting, "LoRA", models, data, runs)
-        training = tree["training"] | self.trial.training | ({} if steps is None else {"max_steps": steps})
+        training = tree["training"] | self.trial.training
         half = training["max_steps"] // 2
         method = {"name": "weight_lora", "keep": self.trial.keep, "steps": half, "cut_after": half // 2}
         return tree | {
@@ -96,51 +101,83 @@ class Run:
             "seed": self.seed,
         }
 
-    def summary(self, runs: Path) -> dict[str, Any] | None:
-        """summary.json of a finished run."""
-        path = self.folder(runs) / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Its `KEY`."""
+        return self.trial.setting.key, self.system, self.seed
 
 
-def page(runs: Path) -> Iterator[str]:
+def result_of(summary: dict[str, Any], metric: str) -> dict[str, Any]:
+    """What the table needs of a finished run's summary.json."""
+    place = LOWEST.search(summary["phases"][0]["measured"])
+    assert place is not None, summary["phases"][0]["measured"]
+    after = summary["metrics"]["after"]
+    return {
+        "steps": sum(phase["steps"] for phase in summary["phases"]),
+        "lowest": int(place[1]),
+        "step": float(place[2]),
+        "loss": after["loss"],
+        metric: after[metric],
+        "versions": summary["versions"],
+    }
+
+
+def finish(run: Run, models: Path, data: Path, runs: Path, results: Finished) -> str:
+    """Train and measure the run in a fork of this process, which has imported everything. Returns a line about it."""
+    folder = run.folder(runs)
+    if not (folder / "summary.json").is_file():
+        in_fork(train_one, run.config(models, data, runs), folder)
+    if not (folder / "summary.json").is_file():
+        return f"{folder}: not finished, see {folder}.log"
+    result = result_of(json.loads((folder / "summary.json").read_text()), run.trial.metric)
+    results.add(run.key, result)
+    return f"{', '.join(map(str, run.key))}: {result}"
+
+
+def page(results: Finished) -> Iterator[str]:
     """The lines of this part, from the finished runs."""
     yield from ("## Where survivors are", "")
-    yield """`python benchmarks/survivors.py --models MODELS --data DATA --runs RUNS --output docs/results.md` wrote
-this section: WeightLoRA on all linear layers in float32, with K adapters after T, which is half of the run. `lowest`
-is the number of the lowest layer that keeps an adapter, for each seed. `step` is a step's arithmetic as a share of one
-with all adapters. Differences are to `omega` with the same seed, with their standard deviation."""
+    yield """```
+python benchmarks/survivors.py --models MODELS --data DATA --runs RUNS --results docs/survivors.jsonl \\
+    --output docs/results.md
+```
+
+WeightLoRA on all linear layers in float32, with K adapters after T, which is half of the run. `lowest` is the number of
+the lowest layer that keeps an adapter, for each seed. `step` is a step's arithmetic as a share of one with all
+adapters. Differences are to `omega` with the same seed, with their standard deviation."""
     for trial in TRIALS:
         setting = trial.setting
         found = {
-            system: {seed: summary for seed in SEEDS if (summary := Run(trial, system, seed).summary(runs)) is not None}
+            system: {seed: result for seed in SEEDS if (result := results.of(Run(trial, system, seed).key)) is not None}
             for system in SYSTEMS
         }
-        finished = [summary for summaries in found.values() for summary in summaries.values()]
+        finished = [result for of_seeds in found.values() for result in of_seeds.values()]
         if not finished:
             continue
-        steps = sum(phase["steps"] for phase in finished[0]["phases"])
-        yield from ("", f"### {setting.name}, {setting.model.folder}: K = {trial.keep}, {steps} steps", "")
-        yield f"| | lowest | step | loss | difference | {trial.metric} | difference | tokens/s after T | seeds |"
-        yield "|---|---|---|---|---|---|---|---|---|"
-        for system, summaries in found.items():
-            if summaries:
-                yield _row(system, trial, summaries, found["omega"])
+        title = f"### {setting.name}, {setting.model.folder}: K = {trial.keep}, {finished[0]['steps']} steps"
+        yield from ("", title, "")
+        yield f"| | lowest | step | loss | difference | {trial.metric} | difference | seeds |"
+        yield "|---|---|---|---|---|---|---|---|"
+        for system, of_seeds in found.items():
+            if of_seeds:
+                yield _row(system, trial, of_seeds, found["omega"])
+    missing = [", ".join(map(str, run.key)) for run in all_runs() if results.of(run.key) is None]
+    if missing:
+        yield from ("", f"Not run yet: {'; '.join(missing)}.")
 
 
-def _row(system: str, trial: Trial, summaries: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
-    places = [match for s in summaries.values() if (match := LOWEST.search(s["phases"][0].get("measured") or ""))]
+def _row(system: str, trial: Trial, of_seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
     cells = [
         system,
-        ", ".join(match[1] for match in places),
-        f"{mean(float(match[2]) for match in places):.2f}" if places else "",
+        ", ".join(str(result["lowest"]) for result in of_seeds.values()),
+        f"{mean(result['step'] for result in of_seeds.values()):.2f}",
     ]
     for metric in ("loss", trial.metric):
-        values = {seed: summary["metrics"]["after"][metric] for seed, summary in summaries.items()}
-        pairs = [v - reference[seed]["metrics"]["after"][metric] for seed, v in values.items() if seed in reference]
+        values = {seed: result[metric] for seed, result in of_seeds.items()}
+        pairs = [value - reference[seed][metric] for seed, value in values.items() if seed in reference]
         cells.append(_spread(list(values.values()), ""))
         cells.append("" if system == "omega" or not pairs else _spread(pairs, "+"))
-    cells.append(f"{mean(s['phases'][-1]['tokens_per_second'] for s in summaries.values()):,.0f}")
-    return f"| {' | '.join([*cells, str(len(summaries))])} |"
+    return f"| {' | '.join([*cells, str(len(of_seeds))])} |"
 
 
 def _spread(values: list[float], sign: str) -> str:
@@ -148,36 +185,38 @@ def _spread(values: list[float], sign: str) -> str:
     return f"{mean(values):{sign}.3f}{deviation}"
 
 
+def all_runs() -> list[Run]:
+    """In the order in which they run: a seed's systems one after the other."""
+    return [Run(trial, system, seed) for trial in TRIALS for seed in SEEDS for system in SYSTEMS]
+
+
 def main() -> None:
-    """Run what is missing, one run after the other, and write the page."""
+    """Run what is missing, and write the page."""
     parser = argument_parser(__doc__)
     for name in ("models", "data", "runs"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="one line per finished run; default: results.jsonl in --runs")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", choices=[trial.setting.name for trial in TRIALS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--steps", type=int)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import sparse_llm_ft.training.run  # noqa: F401  (once, before the forks)
+
     models, data, runs = (path.resolve() for path in (options.models, options.data, options.runs))
-    wanted = [
-        Run(trial, system, seed)
-        for trial in TRIALS
-        if options.only in (None, trial.setting.name)
-        for seed in options.seeds
-        for system in SYSTEMS
-    ]
-    for run in wanted:
-        if run.summary(runs) is None:  # a process of its own: DeepSpeed leaves state behind
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print(
-                    pool.apply(train_one, (run.config(models, data, runs, options.steps), run.folder(runs))), flush=True
-                )
-        if options.output:
-            write_part(options.output, "survivors", "\n".join(page(runs)))
-    print("\n".join(page(runs)))
-    missing = [str(run.folder(runs)) for run in wanted if run.summary(runs) is None]
-    sys.exit(f"not finished, see the logs beside them: {', '.join(missing)}" if missing else 0)
+    runs.mkdir(parents=True, exist_ok=True)
+    results = Finished(options.results or runs / "results.jsonl", KEY)
+    chosen = [run for run in all_runs() if options.only in (None, run.trial.setting.name)]
+    todo = Todo(
+        missing=lambda: (run for run in chosen if results.of(run.key) is None),
+        is_done=lambda run: results.of(run.key) is not None,
+    )
+    if not todo.finish(lambda run: finish(run, models, data, runs, results), options.processes):
+        sys.exit("a run failed; its log is beside its folder")
+    if options.output:
+        write_part(options.output, "survivors", "\n".join(page(results)))
+    print("\n".join(page(results)))
 
 
 if __name__ == "__main__":

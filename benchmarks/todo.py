@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -54,3 +55,10 @@ class Todo(Generic[Job]):
                     break
                 self._changed.wait()
         return None
+
+
+def in_fork(function: Callable[..., object], *arguments: object) -> None:
+    """Call the function in a fork of this process, and wait for its end."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()

@@ -26,7 +26,7 @@ Score = Callable[[retest.Run], dict[str, Any]]
 
 
 def empty_block(out: Path) -> retest.Block:
-    return retest.Block(out, retest.Results(out / "results.jsonl"))
+    return retest.Block(out, retest.Finished(out / "results.jsonl", retest.KEY))
 
 
 def finish(block: retest.Block, score: Score) -> None:
@@ -37,7 +37,7 @@ def finish(block: retest.Block, score: Score) -> None:
     for system in SYSTEMS:
         while runs := block.missing(system):
             for run in runs:
-                block.results.add(run, score(run))
+                block.results.add(run.key, score(run))
 
 
 def result(loss: float, accuracy: float = 80.0) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_the_search_comes_first_and_lora_s_before_all_others(tmp_path: Path) -> 
     # 4e-3 is the best on one seed, and collapses on the other.
     for run in runs:
         loss = {2.5e-4: 0.45, 1e-3: 0.4, 4e-3: 0.3 if run.seed == 100 else 0.7}[run.learning_rate]
-        block.results.add(run, result(loss))
+        block.results.add(run.key, result(loss))
     assert block.best_rate(LORA) == 1e-3
     assert [run.seed for run in block.missing(LORA)] == [0, 1, 2, 3, 4]
     assert block.rates(BALANCED) == (1e-3, 4e-3, 1.6e-2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -26,7 +25,7 @@ RUNS = [survivors.Run(trial, system, 1) for trial in survivors.TRIALS for system
 def test_every_run_is_one_that_the_settings_allow(tmp_path: Path) -> None:
     for run in RUNS:
         (tmp_path / run.trial.setting.name).mkdir(parents=True, exist_ok=True)
-        tree = run.config(Path("models"), tmp_path, tmp_path, None)
+        tree = run.config(Path("models"), tmp_path, tmp_path)
         config = parse_config(tree | {"model": {"name": "org/base", "dtype": "float32"}})
         check_steps(config, config.training.max_steps or 0)
         assert config.seed == 1 and config.adapter.target_modules == "all-linear"
@@ -34,19 +33,19 @@ def test_every_run_is_one_that_the_settings_allow(tmp_path: Path) -> None:
 
 
 def test_the_table_pairs_seeds(tmp_path: Path) -> None:
-    trial = survivors.TRIALS[1]
+    trial, results = survivors.TRIALS[1], survivors.Finished(tmp_path / "results.jsonl", survivors.KEY)
     for system, gain in (("omega", 0.0), ("cost, budget 0.7", 1.0)):
         for seed in (0, 1):
-            folder = survivors.Run(trial, system, seed).folder(tmp_path)
-            folder.mkdir()
             measured = "the lowest survivor is in encoder.layer.4: a step costs 0.63 of one with all adapters"
-            phases = [{"steps": 5, "measured": measured}, {"steps": 7, "tokens_per_second": 100.0}]
+            phases = [{"steps": 5, "measured": measured}, {"steps": 7}]
             after = {"loss": 0.5, "accuracy": 80.0 + seed + gain * (1 + seed)}
-            (folder / "summary.json").write_text(json.dumps({"phases": phases, "metrics": {"after": after}}))
-    text = "\n".join(survivors.page(tmp_path))
-    assert "K = 9, 12 steps" in text and "budget 0.8" not in text
-    assert "| omega | 4, 4 | 0.63 | 0.500 ± 0.000 |  | 80.500 ± 0.707 |  | 100 | 2 |" in text
-    assert "| 82.000 ± 1.414 | +1.500 ± 0.707 | 100 | 2 |" in text
+            summary = {"phases": phases, "metrics": {"after": after}, "versions": {}}
+            results.add(survivors.Run(trial, system, seed).key, survivors.result_of(summary, "accuracy"))
+    text = "\n".join(survivors.page(survivors.Finished(results.file, survivors.KEY)))
+    assert "K = 9, 12 steps" in text and "| cost, budget 0.8" not in text
+    assert "| omega | 4, 4 | 0.63 | 0.500 ± 0.000 |  | 80.500 ± 0.707 |  | 2 |" in text
+    assert "| 82.000 ± 1.414 | +1.500 ± 0.707 | 2 |" in text
+    assert "minilm-glue-sst2, omega, 2" in text and "minilm-glue-sst2, omega, 1" not in text
 
 
 @pytest.mark.long
