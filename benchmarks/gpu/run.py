@@ -32,6 +32,7 @@ MEASURED = (
     ("none", "weight_lora after T, top tenth, prefix cache"),
     ("nf4", "stock PEFT"),
     ("nf4", "lora"),
+    ("nf4", "lora, ZeRO-1"),
     ("nf4", "weight_lora after T, top tenth"),
     ("none", "lora, compiled"),
     ("none", "PEFT tuned"),
@@ -43,6 +44,7 @@ MEASURED = (
     ("none", "bare base, top tenth"),
     ("nf4", "PEFT tuned"),
     ("nf4", "bare base"),
+    ("none", "lora, ZeRO-1"),
 )
 
 

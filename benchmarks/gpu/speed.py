@@ -63,6 +63,7 @@ def ours(
     top: bool = False,
     compiled: bool = False,
     cached: bool = False,
+    zero_stage: int = 2,
 ) -> Step:
     """This toolkit: its tuner, its engine and its loop; adapters in all layers or in the top tenth."""
     from toolkit_step import loop_step
@@ -105,7 +106,7 @@ def ours(
         model,
         Phase("speed", plan).with_batch(batch, batch),
         samples,
-        EngineSettings(2, "bfloat16", batch, 1, 1.0, 0.0, 0.01, "sgd", {}),
+        EngineSettings(zero_stage, "bfloat16", batch, 1, 1.0, 0.0, 0.01, "sgd", {}),
         settings,
         world,
         training.meter,
@@ -119,6 +120,7 @@ SYSTEMS: dict[str, tuple[Callable[[Setup], Step], bool]] = {
     "bare base": (lambda s: bare_base(s.training, 0).step, False),
     "bare base, top tenth": (lambda s: bare_base(s.training, s.lowest_of_top_tenth).step, True),
     "lora": (ours, False),
+    "lora, ZeRO-1": (lambda s: ours(s, zero_stage=1), False),
     "lora, compiled": (lambda s: ours(s, compiled=True), False),
     "lora, dropout .05": (lambda s: ours(s, dropout=0.05), False),
     "weight_lora before T": (lambda s: ours(s, omega=True), False),

@@ -180,7 +180,7 @@ def _derive(options: argparse.Namespace) -> None:
     check_node(config)
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
-    from sparse_llm_ft.training.run import derive
+    from sparse_llm_ft.training.derive import derive
 
     context = RunContext.open(config, world, task)
     with monitor_ranks(world):

@@ -108,7 +108,7 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
     return ModelFlops(tuple(w for w in weights if w), width, causal, head.weight.numel() if head is not None else 0)
 
 
-def step_flops(model: nn.Module, plan: AdapterPlan, dtype: str, device: torch.device, ranks: int) -> StepFlops | None:
+def plan_flops(model: nn.Module, plan: AdapterPlan, dtype: str, device: torch.device, ranks: int) -> StepFlops | None:
     """The operations of a plan's steps, and the peak of all ranks' devices.
 
     Args:

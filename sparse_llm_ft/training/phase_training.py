@@ -30,7 +30,7 @@ from sparse_llm_ft.errors import PreemptionRequested
 from sparse_llm_ft.evaluation.loop import mean_loss
 from sparse_llm_ft.io.content_cache import content_key
 from sparse_llm_ft.io.wait import Wait
-from sparse_llm_ft.model.flops import step_flops
+from sparse_llm_ft.model.flops import plan_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.scoring.cache import hash_model
 from sparse_llm_ft.training.best import NOTHING_WATCHED, BestWatch
@@ -127,7 +127,7 @@ class PhaseTraining:
         tensorboard = "tensorboard" in self.config.trackers
         self.writer = MetricsLogger(context.folder, self.world.rank, before.logged_step, parts.trackers, tensorboard)
         self.unvalidated: Mapping[str, object] | None = None  # the present step's line, see `RunRecord`
-        self.flops = step_flops(context.empty, phase.plan, self.config.model.dtype, self.loop.device, self.world.size)
+        self.flops = plan_flops(context.empty, phase.plan, self.config.model.dtype, self.loop.device, self.world.size)
 
     def train(self) -> TrainState:
         """Make the steps. Returns the state after the last one.

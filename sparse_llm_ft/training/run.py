@@ -80,7 +80,7 @@ def train(context: RunContext) -> dict[str, Any]:
     """
     folder, console = context.folder, context.console
     with process_group():
-        run = _prepared(context)
+        run = prepared(context)
         if not broadcast_int(int(folder.is_complete())):
             return run.train()
         console.log(f"{folder.path} is complete; nothing to do")
@@ -90,23 +90,7 @@ def train(context: RunContext) -> dict[str, Any]:
         return summary
 
 
-def derive(context: RunContext) -> None:
-    """Collective. Only derive Partial-LoRA's ratios, into the cache. Writes no run folder.
-
-    Raises:
-        UserError: as in `train`; or the run derives nothing.
-    """
-    scoring = context.first_phase().scoring
-    if scoring is None or scoring.kind != "derivation":
-        raise UserError(
-            f"method.name: {context.config.method_name} derives nothing before it trains; expected partial_lora, with "
-            "ratios: derived or another selection than random"
-        )
-    with process_group():
-        _prepared(context).derive()
-
-
-def _prepared(context: RunContext) -> Run:
+def prepared(context: RunContext) -> Run:
     """Collective. The run, with its data read."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own
     return Run.prepare(context, coordinate(context.world, "reading and tokenising the data"))
@@ -194,13 +178,13 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Collective. Train all phases, evaluate, export the adapter, and return the summary."""
-        with self.run_state.recorded():
+        with self.trackers.sent_on_error(), self.run_state.recorded():
             return self._train()
 
     def _train(self) -> dict[str, Any]:
         state, phase = self._begin(self.first)
         self.trackers.begin({} if state is None else state.record.trackers)
-        model = self._build_model(phase)
+        model = self.load_model(phase)
         if state is None:  # a new run: nothing is trained yet
             run, size = RunFolder.identity(self.config), self.config.training.fixed_micro_batch_size
             record = RunRecord(run=run, samples=self.splits.key, micro_batch_size=size)
@@ -208,7 +192,7 @@ class Run:
         while True:
             # Train the phase and take its scores; the method makes the next phase from them.
             engine, phase, state = self._train_phase(model, phase, state)
-            scores = self.scorer(engine, phase, *self._scored(phase), state.tensors)
+            scores = self.scorer(engine, phase, *self.scored(phase), state.tensors)
             following = self.methods.next(phase, state, scores, self.targets)
             self._write(finished_phase_file(phase, state, scores, following and following[0].plan, self.targets))
             if following is None:
@@ -219,23 +203,7 @@ class Run:
             measured = "; ".join(filter(None, remarks)) or None
             model, phase, state = self._change_phase(model, phase, *following, measured)
 
-    def derive(self) -> None:
-        """Collective. Derive the ratios of the first phase and print them."""
-        # Build the model as a run would, but without a run folder.
-        phase = self.data.with_steps(self.first)
-        model = self._build_model(phase)
-        engine = Engine(model, engine_settings(self.config, phase, self.world.size), phase.plan)
-        loop = self.parts.loop(engine, phase, TrainState({}, {}, {}, Progress(), {}))
-        # Fit the head, if the phase trains one; then derive.
-        with Wait(self.console, "fitting the head", unit="steps") as wait:
-            for done, _ in enumerate(loop.steps(), 1):
-                wait.at(done, phase.steps or done)
-                exit_if_preempted()
-        scores = self.scorer(engine, phase, *self._scored(phase), engine.state_dict()["tensors"])
-        engine.close()
-        self.console.show_ratios(describe_measurement(scores, phase), getattr(scores, "ratios", {}))
-
-    def _scored(self, phase: Phase) -> tuple[Sequence[Any], Sequence[Any]]:
+    def scored(self, phase: Phase) -> tuple[Sequence[Any], Sequence[Any]]:
         """The samples that a phase's scores are taken on, and others that the phase trained on."""
         scored = phase.scored
         return self.data.subset(scored), () if scored == phase.subset else self.data.subset(phase.subset)
@@ -398,7 +366,7 @@ class Run:
         """Collective. Write one JSON file, on rank 0."""
         run_on_rank_zero(self.world, lambda: self.folder.write_json(*file))
 
-    def _build_model(self, phase: Phase) -> PeftModel:
+    def load_model(self, phase: Phase) -> PeftModel:
         """Collective. Load the base with the phase's adapters, and remember its fresh head."""
         exit_if_preempted()
         self.console.log(f"loading {self.config.model.name}")

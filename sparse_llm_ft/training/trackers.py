@@ -11,7 +11,8 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,7 @@ class Trackers:
         self._state: dict[str, dict[str, Any]] = {}
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._active: dict[str, Any] = {}
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
 
     def begin(self, ids: Mapping[str, str]) -> None:
@@ -102,15 +104,25 @@ class Trackers:
             self._queue.put((step, _numbers(values)))
 
     def close(self, seconds: float | None = None) -> None:
-        """Wait until everything is sent, at most so many seconds; None: `CLOSING_SECONDS`."""
+        """Wait until all is sent, at most so many seconds; None: `CLOSING_SECONDS`. Only the first call waits."""
         seconds = CLOSING_SECONDS if seconds is None else seconds
-        if not self._names:
+        if not self._names or self._is_closed:
             return
+        self._is_closed = True
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
             late = ", ".join(self._active or self._names)
             self._console.log(f"trackers: {late} did not take everything within {seconds:.0f} s; the run ends")
+
+    @contextmanager
+    def sent_on_error(self) -> Iterator[None]:
+        """A context from which an error leaves only when what was logged is sent, or after `LEAVING_SECONDS`."""
+        try:
+            yield
+        except Exception:
+            self.close(LEAVING_SECONDS)
+            raise
 
     def _run(self) -> None:
         """The thread: start the trackers, and send what the queue holds."""

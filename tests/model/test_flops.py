@@ -22,7 +22,7 @@ from transformers import (
 
 from sparse_llm_ft.adapters import find_targets
 from sparse_llm_ft.model import flops
-from sparse_llm_ft.model.flops import StepFlops, lowest_layer, model_flops, peak_flops, step_flops
+from sparse_llm_ft.model.flops import StepFlops, lowest_layer, model_flops, peak_flops, plan_flops
 from sparse_llm_ft.model.prefix import Prefix
 from sparse_llm_ft.plan import AdapterPlan, uniform_plan
 
@@ -113,13 +113,13 @@ def test_the_lowest_layer_that_trains_something() -> None:
 def test_a_share_of_the_peak_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_config(LLAMA)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert step_flops(model, plan_of([0]), "bfloat16", cpu, 1) is None
+    assert plan_flops(model, plan_of([0]), "bfloat16", cpu, 1) is None
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "Some": None}
     for name, expected in names.items():
         monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(cuda) == expected
     monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
-    found = step_flops(model, plan_of([1]), "bfloat16", cuda, 2)
+    found = plan_flops(model, plan_of([1]), "bfloat16", cuda, 2)
     assert isinstance(found, StepFlops) and (found.lowest, found.whole, found.peak) == (1, False, 2 * 312e12)
     assert found.mfu(TOKENS, 72, 6, 0.5) == found.model.step(TOKENS, 72, 6, 1) / (2 * 312e12 * 0.5)
-    assert step_flops(model, plan_of([1]), "float32", cuda, 2) is None
+    assert plan_flops(model, plan_of([1]), "float32", cuda, 2) is None

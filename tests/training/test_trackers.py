@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from sparse_llm_ft.config import parse_config
 from sparse_llm_ft.context.preflight import preflight
 from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import ONE_PROCESS
-from sparse_llm_ft.errors import ConfigError, PreemptionRequested
+from sparse_llm_ft.errors import ConfigError, PreemptionRequested, TrainingError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.training import phase_training, trackers
 from sparse_llm_ft.training.phase_training import PhaseTraining
@@ -63,6 +63,16 @@ def started(
     found = Trackers(parse_config(tree), console, rank)
     found.begin(ids or {})
     return found, console.lines
+
+
+def delayed(function: Callable[..., None], event: threading.Event) -> Callable[..., None]:
+    """The function, which waits for the event first."""
+
+    def waits(*arguments: Any, **options: Any) -> None:
+        assert event.wait(60)
+        function(*arguments, **options)
+
+    return waits
 
 
 def steps(lines: list[dict[str, Any]]) -> list[int]:
@@ -142,6 +152,8 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_limit(
     assert shown == ["trackers: wandb did not take everything within 0 s; the run ends"]
     # A run that was asked to leave has less time: launchers kill it soon.
     monkeypatch.setattr(trackers, "CLOSING_SECONDS", 60.0)
+    ours, _ = started(tmp_path, ["wandb"])
+    ours.log(2, {"loss": 1.0})
     monkeypatch.setattr(phase_training, "run_on_rank_zero", lambda world, action: action())
     training = PhaseTraining.__new__(PhaseTraining)
     training.parts = SimpleNamespace(trackers=ours)
@@ -149,10 +161,23 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_limit(
     training.console = training.writer = SimpleNamespace(end=lambda: None, close=lambda: None)
     training.world = ONE_PROCESS
     began = time.monotonic()
-    with pytest.raises(PreemptionRequested):
+    with pytest.raises(PreemptionRequested), ours.sent_on_error():  # which does not wait again
         training._stop("SIGTERM")
     assert time.monotonic() - began < exit_status._GRACE_SECONDS
     free.set()
+
+
+def test_what_led_to_an_error_is_sent(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr(Run, "write", delayed(Run.write, begun))
+    ours, shown = started(tmp_path, ["wandb"])
+    with pytest.raises(TrainingError), ours.sent_on_error():
+        for step in (1, 2, 3):
+            ours.log(step, {"loss": float(step)})
+        begun.set()
+        raise TrainingError("the loss is not finite")
+    ((_, lines),) = written(fake).items()
+    assert steps(lines) == [1, 2, 3] and lines[-1] == {"end": True} and not shown
 
 
 def test_other_ranks_send_nothing(tmp_path: Path, fake: Path) -> None:
