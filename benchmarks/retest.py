@@ -221,16 +221,29 @@ class Block:
         searched = system.rate_of or system
         return [Run(searched, rate, seed) for seed in SEARCH_SEEDS for rate in self.rates(system) or ()]
 
-    def best_rate(self, system: System) -> float | None:
-        """The rate with the lowest mean held-out loss; None while a run of the search is missing."""
-        losses: dict[float, list[float]] = {}
-        runs = self.search(system)
-        for run in runs:
+    def _losses(self, system: System) -> dict[float, list[float]]:
+        """Rate of the search -> the held-out losses that are known."""
+        found: dict[float, list[float]] = {rate: [] for rate in self.rates(system) or ()}
+        for run in self.search(system):
             result = self.results.of(run.key)
-            if result is None:
-                return None
-            losses.setdefault(run.learning_rate, []).append(result["held_out_loss"])
-        return min(losses, key=lambda rate: mean(losses[rate])) if runs else None
+            if result is not None:
+                found[run.learning_rate].append(result["held_out_loss"])
+        return found
+
+    def _contenders(self, system: System) -> list[float]:
+        """Rates that may still have the lowest mean. No loss is negative: what is known of a rate can be enough to tell
+        that another one, whose losses are all known, has a lower mean.
+        """
+        losses = self._losses(system)
+        complete = (sum(of_rate) for of_rate in losses.values() if len(of_rate) == len(SEARCH_SEEDS))
+        lowest = min(complete, default=float("inf"))
+        return [rate for rate, of_rate in losses.items() if sum(of_rate) <= lowest]
+
+    def best_rate(self, system: System) -> float | None:
+        """The rate with the lowest mean held-out loss; None while a run that may change it is missing."""
+        left, losses = self._contenders(system), self._losses(system)
+        complete = all(len(losses[rate]) == len(SEARCH_SEEDS) for rate in left)
+        return left[0] if left and complete else None
 
     def finals(self, system: System) -> list[Run]:
         """The runs that the table is made of; none as long as the rate is not known."""
@@ -238,8 +251,10 @@ class Block:
         return [] if rate is None else [Run(system, rate, seed) for seed in SEEDS]
 
     def missing(self, system: System) -> list[Run]:
-        """The runs of the system that can be run now."""
-        left = [run for run in self.search(system) if self.results.of(run.key) is None]
+        """The runs of the system that can be run now: in the search's second seed, the first one's best rate first."""
+        losses, rates = self._losses(system), self._contenders(system)
+        left = [run for run in self.search(system) if run.learning_rate in rates and self.results.of(run.key) is None]
+        left.sort(key=lambda run: (run.seed, sum(losses[run.learning_rate])))
         return left or [run for run in self.finals(system) if self.results.of(run.key) is None]
 
     def scores(self, system: System) -> dict[int, dict[str, Any]]:
@@ -267,10 +282,11 @@ phrases that a tested one contains. {HELD_OUT} rows choose rates, and {train} re
 derivation uses half of it for its head.
 
 Each system's rate, which is also that of its head, is one of three with a factor of 4 between them: the one with the
-lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate with * lies at an end
-of its three. Systems that are given the balanced one's budget take its rate. The rows are means over
-{len(SEEDS)} other seeds, or as many as are named; a seed has the same data order and the same fresh head for all
-systems. Differences are to LoRA of the same seed on all tested samples, with their 95 % t-intervals.
+lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate whose loss with the
+first seed is above the sum of another one's two is not run with the second. A rate with * lies at an end of its three.
+Systems that are given the balanced one's budget take its rate. The rows are means over {len(SEEDS)} other seeds, or as
+many as are named; a seed has the same data order and the same fresh head for all systems. Differences are to LoRA of
+the same seed on all tested samples, with their 95 % t-intervals.
 """
     yield "| | adapter values | rate | dev | cut off | all | difference to LoRA | as good (above -1)? | seeds |"
     yield "|---|---|---|---|---|---|---|---|---|"

@@ -69,6 +69,23 @@ def test_the_search_comes_first_and_lora_s_before_all_others(tmp_path: Path) -> 
     assert block.rates(BALANCED) == (1e-3, 4e-3, 1.6e-2)
 
 
+def test_a_rate_that_can_no_longer_be_the_best_is_not_run_again(tmp_path: Path) -> None:
+    block = empty_block(tmp_path)
+
+    def add(rate: float, seed: int, loss: float) -> None:
+        block.results.add(retest.Run(LORA, rate, seed).key, result(loss))
+
+    for rate, loss in ((2.5e-4, 0.5), (1e-3, 0.3), (4e-3, 0.7)):
+        add(rate, 100, loss)
+    rates = [run.learning_rate for run in block.missing(LORA)]
+    assert rates == [1e-3, 2.5e-4, 4e-3]  # in the order of their losses
+    add(1e-3, 101, 0.35)  # 0.65 in all: 4e-3 has more with one seed, and 2.5e-4 may have less with both
+    assert block.best_rate(LORA) is None
+    assert [(run.learning_rate, run.seed) for run in block.missing(LORA)] == [(2.5e-4, 101)]
+    add(2.5e-4, 101, 0.14)
+    assert block.best_rate(LORA) == 2.5e-4 and [run.seed for run in block.missing(LORA)] == [0, 1, 2, 3, 4]
+
+
 def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> None:
     block = empty_block(tmp_path)
     generator = np.random.default_rng(0)
