@@ -251,7 +251,7 @@ class Block:
         return [] if rate is None else [Run(system, rate, seed) for seed in SEEDS]
 
     def missing(self, system: System) -> list[Run]:
-        """The runs of the system that can be run now: in the search's second seed, the first one's best rate first."""
+        """The system's runs that can be made now. With the search's second seed, the best rate of the first leads."""
         losses, rates = self._losses(system), self._contenders(system)
         left = [run for run in self.search(system) if run.learning_rate in rates and self.results.of(run.key) is None]
         left.sort(key=lambda run: (run.seed, sum(losses[run.learning_rate])))

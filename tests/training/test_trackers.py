@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from sparse_llm_ft.distributed import exit_status
 from sparse_llm_ft.distributed.world import ONE_PROCESS
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, TrainingError
 from sparse_llm_ft.io.console import Console
-from sparse_llm_ft.training import phase_training, trackers
+from sparse_llm_ft.training import phase_training, run, trackers
 from sparse_llm_ft.training.phase_training import PhaseTraining
 from sparse_llm_ft.training.trackers import STATE_FILE, Trackers
 
@@ -171,11 +172,18 @@ def test_what_led_to_an_error_is_sent(tmp_path: Path, fake: Path, monkeypatch: p
     begun = threading.Event()
     monkeypatch.setattr(Run, "write", delayed(Run.write, begun))
     ours, shown = started(tmp_path, ["wandb"])
-    with pytest.raises(TrainingError), ours.sent_on_error():
+
+    def fails(_: object) -> None:
         for step in (1, 2, 3):
             ours.log(step, {"loss": float(step)})
         begun.set()
         raise TrainingError("the loss is not finite")
+
+    monkeypatch.setattr(run.Run, "_train", fails)
+    training = run.Run.__new__(run.Run)
+    training.trackers, training.run_state = ours, SimpleNamespace(recorded=nullcontext)
+    with pytest.raises(TrainingError):
+        training.train()
     ((_, lines),) = written(fake).items()
     assert steps(lines) == [1, 2, 3] and lines[-1] == {"end": True} and not shown
 
