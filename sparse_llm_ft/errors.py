@@ -131,6 +131,27 @@ def may_pass(error: BaseException) -> bool:
     return False
 
 
+DEVICE_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA (?:error: )?out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED|Triton Error \[CUDA\]: out of memory"
+)
+"""In the texts of errors of torch's allocator, of CUDA, of its libraries, and of Triton."""
+
+HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory")
+"""In the text of torch's error, which has no class of its own."""
+
+
+def lacks_device_memory(error: BaseException) -> bool:
+    """Whether an allocation on a GPU failed: torch's own, or one outside its allocator."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import torch
+        return True
+    return isinstance(error, RuntimeError) and DEVICE_MEMORY.search(str(error)) is not None
+
+
+def lacks_host_memory(error: BaseException) -> bool:
+    """Whether an allocation of this process failed."""
+    return isinstance(error, MemoryError) or HOST_MEMORY.search(str(error)) is not None
+
+
 class TrainingError(Exception):
     """Training cannot go on (for instance a loss that is not a number). The last checkpoint is intact.
 

@@ -77,7 +77,7 @@ def ours(
     from sparse_llm_ft.model.four_bit import release_weights
     from sparse_llm_ft.model.layers import compile_layers
     from sparse_llm_ft.model.lean import make_lean
-    from sparse_llm_ft.phase import Phase
+    from sparse_llm_ft.phase import CutRule, Phase
     from sparse_llm_ft.plan import uniform_plan, with_omega
 
     world = find_world()
@@ -104,7 +104,7 @@ def ours(
         compile_layers(model)
     return loop_step(
         model,
-        Phase("speed", plan).with_batch(batch, batch),
+        Phase("speed", plan, cut=CutRule(keep=22, steps=10**6) if omega else None).with_batch(batch, batch),
         samples,
         EngineSettings(zero_stage, "bfloat16", batch, 1, 1.0, 0.0, 0.01, "sgd", {}),
         settings,

@@ -28,7 +28,7 @@ from sparse_llm_ft.cluster.state import (
 )
 from sparse_llm_ft.distributed.exit_status import REQUEUE, TRAINING_ERROR, USER_ERROR
 from sparse_llm_ft.distributed.world import node_name
-from sparse_llm_ft.errors import one_line, shortened
+from sparse_llm_ft.errors import DEVICE_MEMORY, HOST_MEMORY, one_line, shortened
 from sparse_llm_ft.run_folder import RunFolder
 
 MARK = "--- attempt "
@@ -39,10 +39,9 @@ _LOG_BYTES = 2**18
 _DEAD_TASK = re.compile(r"^srun: error: (\S+): tasks? [-,\d]+: (Killed|Out Of Memory|Segmentation|Aborted|Bus|Exited)")
 _LEFT = re.compile(r"^(?:\S+: ?)?SIG[A-Z0-9]+: .*; the same command continues$", re.MULTILINE)
 """What rank 0 says when it was asked to leave, perhaps behind a launcher's prefix."""
-_DEVICE_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 _HOST_MEMORY = re.compile(
     # slurmstepd's words for a kill by a cgroup and for one by JobAcctGatherParams=OverMemoryKill, srun's, torch's.
-    r"oom[_-]kill|exceeded (?:virtual )?memory limit|: Out Of Memory|DefaultCPUAllocator: can't allocate memory"
+    rf"oom[_-]kill|exceeded (?:virtual )?memory limit|: Out Of Memory|{HOST_MEMORY.pattern}"
 )
 
 
@@ -216,7 +215,7 @@ def _guess(status: int, text: str) -> tuple[Reason, str]:
 
 def _lack_of_memory(text: str) -> str | None:
     """What the log says about memory that was lacking, with what would be right; None where it says nothing."""
-    if _DEVICE_MEMORY.search(text):
+    if DEVICE_MEMORY.search(text):
         return f"a GPU had too little memory; {DEVICE_MEMORY_ADVICE}"
     if _HOST_MEMORY.search(text):
         where = _dead_nodes(text)

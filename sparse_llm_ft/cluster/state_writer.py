@@ -27,6 +27,8 @@ from sparse_llm_ft.errors import (
     OutOfMemoryConfigError,
     PreemptionRequested,
     UserError,
+    lacks_device_memory,
+    lacks_host_memory,
     may_pass,
     reason_of,
 )
@@ -164,7 +166,7 @@ class StateWriter:
 
 def reason_of_failure(error: BaseException) -> Reason:
     """Why a run failed, from the error that ended it."""
-    if isinstance(error, OutOfMemoryConfigError) or _lacks_device_memory(error) or _lacks_host_memory(error):
+    if isinstance(error, OutOfMemoryConfigError) or lacks_device_memory(error) or lacks_host_memory(error):
         return "out_of_memory"
     if isinstance(error, UserError):
         return "error" if may_pass(error) else "bad_setting"
@@ -176,15 +178,6 @@ def reason_of_failure(error: BaseException) -> Reason:
 def _message_of(error: BaseException) -> str:
     """The error in one line; where memory was lacking, with what would be right."""
     text = f"{type(error).__name__}: {reason_of(error, 1000)}"
-    if _lacks_device_memory(error):
+    if lacks_device_memory(error):
         return f"{text}; {DEVICE_MEMORY_ADVICE}"
-    return f"{text}; {HOST_MEMORY_ADVICE}" if _lacks_host_memory(error) else text
-
-
-def _lacks_device_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's; this file does not import torch
-
-
-def _lacks_host_memory(error: BaseException) -> bool:
-    """Whether an allocation of this process failed. torch has no class of its own for it."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return f"{text}; {HOST_MEMORY_ADVICE}" if lacks_host_memory(error) else text

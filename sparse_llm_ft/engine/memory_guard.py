@@ -24,14 +24,10 @@ from typing import Any
 import torch
 
 from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.errors import lacks_device_memory, lacks_host_memory
 
 Losses = Callable[[Callable[..., Any]], tuple[torch.Tensor, torch.Tensor]]
 """From a forward pass to a micro-batch's loss, detached, and the loss to differentiate: two scalars."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, or on a CPU, where torch has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 class MemoryGuard:
@@ -57,7 +53,7 @@ class MemoryGuard:
             try:
                 computed = self._compute(losses, parameters)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not (lacks_device_memory(error) or lacks_host_memory(error)):
                     raise
                 self.failed = True
         if computed is None:  # here, where the error's traceback no longer holds the tensors of the passes

@@ -16,6 +16,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from sparse_llm_ft.errors import lacks_device_memory
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -68,10 +70,10 @@ class Fused(Generic[P, R]):
         if key not in self._compiled:
             try:
                 self._compiled[key] = self._compile(args)
-            except torch.OutOfMemoryError:
-                raise  # it says nothing about the function
             except Exception as error:  # whatever a compiler meets
                 cause = getattr(error, "inner_exception", error)
+                if lacks_device_memory(cause):
+                    raise cause from None  # it says nothing about the function
                 Fused.problem = f"{type(cause).__name__}: {cause}".partition("\n")[0]
                 _LOGGER.warning("element-wise parts are not compiled, and a step takes longer: %s", Fused.problem)
                 return self._function(*args, **kwargs)

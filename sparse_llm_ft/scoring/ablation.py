@@ -31,14 +31,16 @@ def zeroed(module: nn.Module, side: Side, keep: torch.Tensor, bias: torch.Tensor
         keep: (d_out,) or (d_in,) bool; false where zeroed.
         bias: (d_out,), the layer's unsharded bias, if it has one; for `rows`.
     """
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    keep = keep.to(weight.device)  # once: in a hook, every call would wait for the GPU
 
     def mask_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
-        return (torch.where(keep.to(x.device), x, x.new_zeros(())), *others)
+        return (torch.where(keep, x, x.new_zeros(())), *others)
 
     def mask_output(_: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
         rest = y.new_zeros(()) if bias is None else bias.to(y)
-        return torch.where(keep.to(y.device), y, rest)
+        return torch.where(keep, y, rest)
 
     if side == "cols":
         handle = module.register_forward_pre_hook(mask_input)

@@ -28,7 +28,7 @@ from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
 from sparse_llm_ft.data.streaming import StreamingDataset
 from sparse_llm_ft.distributed import signals
-from sparse_llm_ft.distributed.collectives import run_on_every_rank
+from sparse_llm_ft.distributed.collectives import run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
@@ -76,8 +76,8 @@ class _Made:
 
     Attributes:
         after: the progress after it, if its update is made.
-        values: loss summed over ranks, how many of them ran out of memory, gradient norm, and how many have received
-            each signal.
+        values: loss summed over ranks, how many of them ran out of memory, how many have a `Loop.failure`, gradient
+            norm, and how many have received each signal.
         gradients: of the update, where a callback needs them.
     """
 
@@ -107,6 +107,8 @@ class Loop:
         prefix: computes losses with cached states, if set.
         guard: catches it when memory does not suffice, if set; beside it there is no `prefix`.
         out_of_memory: whether the loop has ended because it did not, on any rank.
+        failure: an error of rank 0 in what follows a step. The next step's all-reduce tells the other ranks, and all
+            stop: a collective of its own would make the host wait for the GPU after every step.
     """
 
     engine: Engine
@@ -138,6 +140,7 @@ class Loop:
         self.prefix: PrefixCache | None = None
         self.guard: MemoryGuard | None = None
         self.out_of_memory = False
+        self.failure: Exception | None = None
         self._skipped = 0  # in a row
         self._shares: dict[int, tuple[Share, HostRead]] = {}  # by the samples consumed before
         self._buffers = KeptBuffers(self.engine.module)
@@ -150,15 +153,16 @@ class Loop:
                 validates). Of other steps it gets the numbers, perhaps when the next one has been made too.
 
         Raises:
-            UserError, TrainingError: on every rank, if the stream gives one of them a row that cannot be used or read.
+            UserError, TrainingError: on every rank, if the stream gives one of them a row that cannot be used or read,
+                or for a `failure`.
             DivergedError: more than `max_skipped_updates` updates in a row were not finite.
         """
         self.engine.module.train()
         thread = BatchThread(self._make, self._certain)
         waiting: list[_Made] = []
+        began = time.perf_counter()
         try:
             while not self.over():
-                began = time.perf_counter()
                 at = waiting[-1].after if waiting else self.progress
                 waiting.append(self._step(at, thread))
                 while waiting:
@@ -176,6 +180,11 @@ class Loop:
             if self.prefix is not None:
                 self.prefix.close()
             self._shares.clear()
+
+    def raise_failure(self) -> None:
+        """Raise `failure`, if there is one."""
+        if self.failure is not None:
+            raise self.failure
 
     def over(self) -> bool:
         """Whether the phase or the run has no step left."""
@@ -280,15 +289,14 @@ class Loop:
         return HostRead(shared)
 
     def _sum_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Collective. (3 + signals,) float64: the loss summed over ranks, how many of them ran out of memory, the
-        gradient norm, and the summed flags of their signals. The flags go along, so agreeing on them is free.
-        """
+        """Collective. (4 + signals,) float64: see `_Made.values`. The flags go along, so agreeing on them is free."""
         failed = self.guard is not None and self.guard.failed
-        flags = torch.tensor([failed, *signals.caught()], dtype=loss.dtype).to(self.device, non_blocking=True)
+        own = [failed, self.failure is not None, *signals.caught()]
+        flags = torch.tensor(own, dtype=loss.dtype).to(self.device, non_blocking=True)
         shared = torch.cat([loss.reshape(1), flags])
         dist.all_reduce(shared)
         norm = torch.as_tensor(self.engine.norm, dtype=torch.float64, device=self.device)
-        return torch.cat([shared[:2].double(), norm.reshape(1), shared[2:].double()])
+        return torch.cat([shared[:3].double(), norm.reshape(1), shared[3:].double()])
 
     def _may_wait(self, after: Progress) -> bool:
         """Whether another step is certain to follow, and may begin before the values of this one are known."""
@@ -301,10 +309,12 @@ class Loop:
         Args:
             is_last: whether the engine is as this step left it; only then may the run stop here.
         """
-        loss, failed, norm, *flags = made.values.numbers()
+        loss, failed, failures, norm, *flags = made.values.numbers()
         if failed:
             self.out_of_memory = True
             return None
+        if failures:
+            run_on_rank_zero(self.world, self.raise_failure)
         mean_loss = loss / made.units
         asked = self._asked = self._asked or signals.preempted_by(flags)
         self.preempted_by = asked if is_last else None

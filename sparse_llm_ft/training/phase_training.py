@@ -151,7 +151,7 @@ class PhaseTraining:
         if self.loop.callback is not None and not self.loop.out_of_memory:
             self.loop.callback.at_end(self.loop.engine, self.loop.progress.phase_updates)
         self.console.end()
-        run_on_rank_zero(self.world, self.writer.close)
+        self._close()
         return self._state()
 
     def _first_compiled(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -227,7 +227,10 @@ class PhaseTraining:
         self.parts.run_state.step(line, self._last_step, logged)
         if logged:
             line |= self.memory.take()
-            run_on_rank_zero(self.world, lambda: self.writer.write(line))
+            try:
+                self.writer.write(line)
+            except Exception as error:  # of any type, as in `run_on_rank_zero`
+                self.loop.failure = self.loop.failure or error
             self.console.step(line, self._last_step)
 
     def _watch(self, line: dict[str, object]) -> bool:
@@ -251,9 +254,18 @@ class PhaseTraining:
         if loop.prefix is not None:
             loop.prefix.flush()
         self.console.end()
-        run_on_rank_zero(self.world, self.writer.close)
+        self._close()
         self.parts.trackers.close(LEAVING_SECONDS)
         raise PreemptionRequested(signal_name, f"saved step {loop.progress.step}")
+
+    def _close(self) -> None:
+        """Close the logs, and raise what has failed on the way there, see `Loop.failure`."""
+
+        def close() -> None:
+            self.loop.raise_failure()
+            self.writer.close()
+
+        run_on_rank_zero(self.world, close)
 
     def _save(self) -> None:
         self.parts.save(self._state(), self.best.kept_step)

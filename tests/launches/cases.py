@@ -33,6 +33,7 @@ from helpers import (  # noqa: F401  (register their cases)
     method_cases,
     prefix_cases,
     rebuild_cases,
+    sharded_step_cases,
     sharding_cases,
     table_cases,
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_llm_ft.model import fused, lean
@@ -101,9 +102,12 @@ def test_large_tensors_run_as_they_are_written(counted: Counted, monkeypatch: py
     assert torch.equal(double(torch.ones(2, 4)), torch.full((2, 4), 2.0)) and counted.compiled == 1
 
 
-def test_a_lack_of_memory_is_no_lack_of_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_lack_of_memory_is_no_lack_of_a_compiler(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lack = torch.OutOfMemoryError("none left")
+
     def fails(graph: Any, inputs: Any) -> Any:
-        raise torch.OutOfMemoryError("none left")
+        raise InductorError(lack, None) if wrapped else lack
 
     monkeypatch.setattr(fused, "compiled_graph", fails)
     with pytest.raises(torch.OutOfMemoryError):

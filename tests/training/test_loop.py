@@ -12,7 +12,7 @@ from sparse_llm_ft.checkpoint.state import Progress
 from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import PreemptionRequested, TrainingError
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
@@ -204,3 +204,38 @@ def test_too_many_skipped_updates_end_a_loop_that_runs_ahead() -> None:
     with pytest.raises(TrainingError, match=r"step 3 has loss inf .* after 1 skipped updates in a row"):
         list(loop.steps(lambda _: False))
     assert loop.progress.step == 2 and loop.engine.updates == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_take_all_the_time_between_them(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the first one and those after a save, for which the loop makes two steps before it gives one."""
+    loop = run_ahead(set()) if ahead else make_loop(set(), most=0)
+    clock = [0.0]
+    make, finish = loop._step, loop._finish
+
+    def advanced(seconds: float, action: Any) -> Any:
+        def act(*args: Any) -> Any:
+            clock[0] += seconds
+            return action(*args)
+
+        return act
+
+    monkeypatch.setattr(loop, "_step", advanced(1.0, make))
+    monkeypatch.setattr(loop, "_finish", advanced(0.25, finish))
+    monkeypatch.setattr("sparse_llm_ft.training.loop.time.perf_counter", lambda: clock[0])
+    taken = []
+    for step in loop.steps(lambda progress: progress.step == 2):
+        taken.append(step.seconds)
+        clock[0] += 100.0  # the caller's
+    assert sum(taken) == 1.25 * len(taken) and len(taken) == 4
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_error_behind_a_step_stops_the_loop_with_the_next_one(ahead: bool) -> None:
+    loop = run_ahead(set()) if ahead else make_loop(set(), most=0)
+    steps = loop.steps(lambda _: False)
+    next(steps)
+    loop.failure = OSError(28, "No space left on device", "metrics.jsonl")
+    with pytest.raises(UserError, match="No space left on device"):
+        list(steps)
+    assert loop.progress.step <= 2

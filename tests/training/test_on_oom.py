@@ -16,8 +16,7 @@ from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.checkpoint.store import newest_valid
 from sparse_llm_ft.config import parse_config
-from sparse_llm_ft.engine.memory_guard import is_out_of_memory
-from sparse_llm_ft.errors import ConfigError
+from sparse_llm_ft.errors import ConfigError, lacks_device_memory, lacks_host_memory
 
 SELECT = {"name": "weight_lora", "keep": 3, "steps": 5, "cut_after": 2, "batch_growth": "none"}
 
@@ -157,7 +156,21 @@ def test_where_passes_contain_collectives_it_is_refused(settings: dict, section:
 def test_a_failed_allocation_is_known_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**50, dtype=torch.uint8)
-    assert is_out_of_memory(found.value) and is_out_of_memory(torch.OutOfMemoryError("of a GPU"))
+    assert lacks_host_memory(found.value) and not lacks_device_memory(found.value)
     with pytest.raises(RuntimeError) as found:
         torch.ones(2) @ torch.ones(3)
-    assert not is_out_of_memory(found.value)
+    assert not lacks_host_memory(found.value) and not lacks_device_memory(found.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("of a GPU"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_a_gpus_lack_of_memory_has_several_names(error: RuntimeError) -> None:
+    """The allocator is not the only one that allocates: handles, workspaces and kernels do, too."""
+    assert lacks_device_memory(error)
