@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with one_line_errors(world, debug):
             world = find_world()
     # A run goes on until its step is saved; the other commands are done when nobody reads what they print.
-    printing = outlived(output_gone) if {"train", "derive"} & launched else nullcontext()
+    resumes = bool({"train", "derive"} & launched)
+    printing = outlived(output_gone) if resumes else nullcontext()
     escape_unencodable()
-    with ended_by_reader(), printing, one_line_errors(world, debug):
+    with ended_by_reader(), printing, one_line_errors(world, debug, resumes):
         options = _parse(arguments)
         if launched:
             set_rendezvous()

@@ -45,7 +45,7 @@ def schema_of(kind: type, is_score: bool) -> pyarrow.Schema:
 
 _ROWS, _COUNTS = "samples.arrow", "counts.json"
 _ROWS_AT_ONCE = 1000
-_FORMAT = 5
+_FORMAT = 6
 """Increase it when the same settings encode differently, or when the file format changes."""
 
 T = TypeVar("T")

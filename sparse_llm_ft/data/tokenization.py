@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.data.reading import Example
@@ -116,11 +116,31 @@ class ClassificationPreprocessor:
         encoded = self.tokenizer(*texts, verbose=False)
         shortened = len(encoded["input_ids"]) > self.limit
         if shortened:
+            if len(texts) < len(example.texts):
+                texts = (self._fitting(example.texts),)
             encoded = self.tokenizer(*texts, truncation="longest_first", max_length=self.limit, verbose=False)
         types = encoded.get("token_type_ids")
         return TextSample(
             tuple(encoded["input_ids"]), None if types is None else tuple(types), example.label, shortened
         )
+
+    def _fitting(self, texts: Sequence[str]) -> str:
+        """Texts joined by line breaks. As long as they do not fit, the longest one loses its last token."""
+        kept = [len(self._plain(text)["input_ids"]) for text in texts]
+        room = self.limit - self.tokenizer.num_special_tokens_to_add() - (len(texts) - 1)
+        while sum(kept) > max(room, 0):
+            kept[kept.index(max(kept))] -= 1
+        return "\n".join(self._beginning(text, count) for text, count in zip(texts, kept, strict=True))
+
+    def _beginning(self, text: str, tokens: int) -> str:
+        """The text's part that its first tokens come from."""
+        if not self.tokenizer.is_fast:
+            return str(self.tokenizer.decode(self._plain(text)["input_ids"][:tokens]))
+        places = self._plain(text, return_offsets_mapping=True)["offset_mapping"][:tokens]
+        return text[: places[-1][1]] if places else ""
+
+    def _plain(self, text: str, **options: bool) -> BatchEncoding:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
 def usual_prompt_length(max_length: int) -> int:

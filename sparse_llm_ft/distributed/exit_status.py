@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
+def one_line_errors(world: World, debug: bool = False, resumes: bool = False) -> Iterator[None]:
     """Turn a `UserError` (and a path that the user may not or cannot use) into its line and exit status 2, a
     `TrainingError` (and a file server that is away) into its line and status 1, a `PreemptionRequested` into its line
     and status 75, after Ctrl-C 130.
@@ -56,6 +56,7 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
 
     Args:
         debug: print the error's stack before its line.
+        resumes: whether the command, given again, continues where Ctrl-C has ended it.
     """
     try:
         try:
@@ -82,7 +83,8 @@ def one_line_errors(world: World, debug: bool = False) -> Iterator[None]:
         sys.exit(INTERRUPTED if request.signal_name == signal.SIGINT.name else REQUEUE)
     except KeyboardInterrupt:
         if world.rank == 0:
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+            advice = "; the same command continues from the last checkpoint" if resumes else ""
+            print(f"interrupted{advice}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
 

@@ -30,7 +30,7 @@ from sparse_llm_ft.export.read_back import check_adapter
 from sparse_llm_ft.export.truncate import to_rank
 from sparse_llm_ft.export.whole_model import check_values, save_whole_model
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
-from sparse_llm_ft.io.atomic import write_folder
+from sparse_llm_ft.io.atomic import write_new_folder
 from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.architecture import task_type
 from sparse_llm_ft.serving.commands import GGUF_SERVERS
@@ -47,14 +47,17 @@ def export_run(run: TrainedRun, output: Path, options: ExportOptions) -> list[st
     refuse_existing(output)
     check_form(run, options)
     lines: list[str] = []
-    write_new_folder(output, lambda folder: lines.extend(write_export(folder, run, options, run.config.model.name)))
+    write_output(output, lambda folder: lines.extend(write_export(folder, run, options, run.config.model.name)))
     return lines
 
 
-def write_new_folder(output: Path, fill: Callable[[Path], None]) -> None:
-    """`write_folder`, but a full disk or an unwritable place is a `UserError`."""
+def write_output(output: Path, fill: Callable[[Path], None]) -> None:
+    """`write_new_folder`, but a full disk or an unwritable place is a `UserError`."""
     try:
-        write_folder(output, fill)
+        write_new_folder(output, fill)
+    except FileExistsError:  # since `refuse_existing` looked
+        refuse_existing(output)
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {output}: cannot be written ({reason})") from error

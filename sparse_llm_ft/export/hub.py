@@ -14,6 +14,12 @@ from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.io.atomic import MANIFEST
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_MODEL_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "Modelfile", "truncation.json"),
+    *("config.json", "generation_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+)
+"""What an export may have put into a repository, beside tokenizer, card and settings."""
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
 
@@ -23,11 +29,12 @@ def check_name(repo_id: str) -> None:
         raise UserError(f"{repo_id}: not a repository name; expected NAMESPACE/NAME, such as your-name/your-model")
 
 
-def check_repository(repo_id: str, update: bool) -> None:
+def check_repository(repo_id: str, private: bool, update: bool) -> None:
     """Check token and repository before a long export.
 
     Raises:
-        UserError: there is no token, the hub is unreachable, or the repository exists and `update` is not given.
+        UserError: there is no token, the hub is unreachable, or the repository exists and `update` is not given, or it
+            is public and `private` is given: an upload would not make it private.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -36,12 +43,19 @@ def check_repository(repo_id: str, update: bool) -> None:
         raise UserError(f"{repo_id}: no access token for the hub; {_LOG_IN}")
     with _one_line(repo_id):
         exists = HfApi().repo_exists(repo_id)
+        is_private = exists and HfApi().repo_info(repo_id).private
     if exists and not update:
         raise UserError(f"{repo_id}: exists; choose another name, or give --update to upload into it")
+    if exists and private and not is_private:
+        raise UserError(f"{repo_id}: is public; make it private on the hub first, or leave out --private")
 
 
 def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
     """Create the repository and upload the folder without its manifest. Returns the repository's URL.
+
+    Args:
+        update: upload into a repository that exists. The files of an export in another form that it holds are removed
+            in the same commit: a loader that finds them first would load the older model.
 
     Raises:
         UserError: the hub refuses or is unreachable.
@@ -55,7 +69,11 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
         url = api.create_repo(repo_id, private=private or None, exist_ok=update)
     with _one_line(repo_id, " (the repository exists now; retry with --update)"):
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload the trained model", ignore_patterns=[MANIFEST]
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Upload the trained model",
+            ignore_patterns=[MANIFEST],
+            delete_patterns=list(_MODEL_FILES) if update else None,  # but those that are uploaded again
         )
     return str(url)
 

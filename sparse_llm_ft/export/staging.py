@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
 
 from sparse_llm_ft.errors import UserError, holds_token
-from sparse_llm_ft.export.export import MODELFILE, check_form, write_export, write_new_folder
+from sparse_llm_ft.export.export import MODELFILE, check_form, write_export, write_output
 from sparse_llm_ft.export.model_card import model_card
 from sparse_llm_ft.export.options import ExportOptions, refuse_existing
 from sparse_llm_ft.export.sanitize import public_name, public_settings
 from sparse_llm_ft.export.serve_lines import serve_lines
 from sparse_llm_ft.inference.trained_run import TrainedRun
-from sparse_llm_ft.io.atomic import MANIFEST
+from sparse_llm_ft.io.atomic import MANIFEST, draft_of
 from sparse_llm_ft.run_folder import CONFIG_FILE
 from sparse_llm_ft.serving.commands import GGUF_SERVERS
 
@@ -43,7 +42,7 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
         (folder / CARD).write_text(model_card(run, repo_id, options, remarks[:1], commands), encoding="utf-8")
         _check_private(folder, run)
 
-    write_new_folder(output, fill)
+    write_output(output, fill)
     files = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
     return {name: path.stat().st_size for name, path in files.items() if name != MANIFEST}
 
@@ -51,13 +50,13 @@ def stage(run: TrainedRun, output: Path, repo_id: str, options: ExportOptions) -
 @contextmanager
 def staged(run: TrainedRun, repo_id: str, options: ExportOptions) -> Iterator[Path]:
     """`stage` into a temporary folder inside the run's."""
-    try:
-        temporary = tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".tmp-push-")
-    except OSError as error:
-        raise UserError(f"{run.folder.path}: cannot be written ({error.strerror})") from error
-    with temporary as folder:
-        stage(run, Path(folder) / "files", repo_id, options)
-        yield Path(folder) / "files"
+    with ExitStack() as opened:
+        try:
+            folder = opened.enter_context(draft_of(run.folder.path / "push"))
+        except OSError as error:
+            raise UserError(f"{run.folder.path}: cannot be written ({error.strerror})") from error
+        stage(run, folder / "files", repo_id, options)
+        yield folder / "files"
 
 
 def _check_private(folder: Path, run: TrainedRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sparse_llm_ft.distributed.collectives import coordinate, run_on_rank_zero
 from sparse_llm_ft.engine.build import build_model, engine_settings
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.inference.trained_run import TrainedRun
-from sparse_llm_ft.io.atomic import write_file
+from sparse_llm_ft.io.atomic import drafts_of, new_folder, write_file
 from sparse_llm_ft.model.loading import check_weights
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
@@ -25,15 +26,25 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
 
     Args:
         run: opened with the evaluation's settings.
-        output: folder that rank 0 creates for ``metrics.json`` and ``predictions.jsonl``.
+        output: folder for ``metrics.json`` and ``predictions.jsonl``; it has this name when both are in it.
 
     Returns:
         The contents of ``metrics.json``: ``metrics``, ``split``, ``samples`` of each part, ``step``, and the settings
         that the numbers depend on.
 
     Raises:
-        UserError: data or weights cannot be used, or the folder exists.
+        UserError: data or weights cannot be used, or the folder came into being meanwhile.
     """
+    with ExitStack() as opened:
+        draft: list[Path] = []  # rank 0's
+        run_on_rank_zero(run.context.world, lambda: draft.append(opened.enter_context(new_folder(output))))
+        result = _measure(run, *(draft or [output]))
+        run_on_rank_zero(run.context.world, opened.close)
+    return result
+
+
+def _measure(run: TrainedRun, output: Path) -> dict[str, Any]:
+    """Collective. Measure, and let rank 0 write both files into the folder `output`. Returns ``metrics.json``."""
     # Data.
     ranks = coordinate(run.context.world, "reading and tokenising the data")
     context = run.context.dated(ranks.broadcast)
@@ -43,7 +54,6 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
     parts = builder.measured()
     for line in remarks_of(parts, config.task):
         context.console.log(line)
-    run_on_rank_zero(world, lambda: output.mkdir(parents=True))
 
     # The model with the checkpoint's state in an engine.
     settings = engine_settings(config, run.phase.with_batch(1, world.size), world.size)
@@ -68,8 +78,8 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
 
 
 def free_folder(run: Path) -> Path:
-    """``RUN/evaluation-N`` with the smallest free number N."""
+    """``RUN/evaluation-N`` with the smallest number N that is free, and that no other process is about to use."""
     number = 1
-    while (run / f"evaluation-{number}").exists():
+    while (run / f"evaluation-{number}").exists() or drafts_of(run / f"evaluation-{number}"):
         number += 1
     return run / f"evaluation-{number}"

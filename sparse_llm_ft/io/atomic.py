@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError, may_pass
@@ -18,6 +22,9 @@ from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 MANIFEST = "manifest.json"
 _LOGGER = logging.getLogger(__name__)
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""How a rename onto a folder with files, or onto a file, fails."""
+_WRITER = re.compile(r"(?P<host>[^@]+)-(?P<pid>[0-9]+)\.[0-9]+")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -43,28 +50,108 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
         shutil.rmtree(temporary)
     temporary.mkdir()
     fill(temporary)
-    entries = sorted(temporary.rglob("*"))
-    folders = [path for path in entries if path.is_dir()]
-    files = [path for path in entries if not path.is_dir()]
-    if manifest:
-        listed = {
-            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files
-        }
-        (temporary / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-        files.append(temporary / MANIFEST)
-    rights = temporary.stat().st_mode & 0o777  # as the umask gives them
-    for path in files:
-        path.chmod(rights & 0o666)  # safetensors, for one, creates files that only their owner can read
-    for path in folders:
-        path.chmod(rights)
-    for path in (*files, *folders, temporary):
-        _sync(path)
+    _finish(temporary, manifest)
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)
     _sync(target.parent)
     remove_folder(replaced)
+
+
+def write_new_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder` for a place where nothing may be replaced, and where several processes may write at once.
+
+    Raises:
+        FileExistsError: `target` came into being meanwhile, and is no empty folder. It stays as it is.
+    """
+    with new_folder(target) as draft:
+        fill(draft)
+        _finish(draft, manifest=True)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which takes its name when the body ends, and is removed where the body raises.
+
+    Raises:
+        FileExistsError: as `write_new_folder`.
+    """
+    with draft_of(target) as draft:
+        yield draft
+        try:
+            draft.rename(target)  # the system refuses a folder with files in it, and a file
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            raise FileExistsError(errno.EEXIST, "came into being meanwhile; expected a new folder", str(target)) from None
+        _sync(target.parent)
+
+
+@contextmanager
+def draft_of(target: Path) -> Iterator[Path]:
+    """An empty folder of this process beside `target`, removed at the end if it still has its name.
+
+    A process that is killed leaves its own; the next one on this host that writes the same target removes it.
+    """
+    drafts_of(target)
+    draft = _own_name(target)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+    finally:
+        remove_folder(draft)
+
+
+def drafts_of(target: Path) -> list[Path]:
+    """What other processes, if they live, write at `target`. What dead ones of this host left is removed."""
+    living = []
+    for draft in target.parent.glob(f"{glob.escape(f'.tmp-{target.name}@')}*"):
+        writer = _WRITER.fullmatch(draft.name.removeprefix(f".tmp-{target.name}@"))
+        if writer is None:  # of a target whose own name has an @
+            continue
+        if writer["host"] != socket.gethostname() or _lives(int(writer["pid"])):
+            living.append(draft)
+        elif draft.is_dir() and not draft.is_symlink():
+            remove_folder(draft)
+        else:
+            draft.unlink(missing_ok=True)
+    return living
+
+
+def _own_name(target: Path) -> Path:
+    """A name beside `target` that no other thread of any process uses."""
+    return target.with_name(f".tmp-{target.name}@{socket.gethostname()}-{os.getpid()}.{threading.get_native_id()}")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _finish(folder: Path, manifest: bool) -> None:
+    """Give a folder's files their rights, list them in the manifest, and sync them."""
+    entries = sorted(folder.rglob("*"))
+    folders = [path for path in entries if path.is_dir()]
+    files = [path for path in entries if not path.is_dir()]
+    if manifest:
+        listed = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        }
+        (folder / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        files.append(folder / MANIFEST)
+    rights = folder.stat().st_mode & 0o777  # as the umask gives them
+    for path in files:
+        path.chmod(rights & 0o666)  # safetensors, for one, creates files that only their owner can read
+    for path in folders:
+        path.chmod(rights)
+    for path in (*files, *folders, folder):
+        _sync(path)
 
 
 def restore_replaced(parent: Path, names: re.Pattern[str]) -> None:
@@ -89,18 +176,22 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Replace one text file atomically: readers and crashes see the old or the new text, never a part.
+    """Replace one text file atomically: readers and crashes see the old or the new text, never a part. Of several
+    processes that write it at once, the last one's text stays.
 
     A link at `target` is replaced; the file it points to stays unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{target.name}"
-    temporary.unlink(missing_ok=True)  # left by a killed process, or a link that points elsewhere
-    with temporary.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(target)
+    drafts_of(target)
+    temporary = _own_name(target)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(target.parent)
 
 

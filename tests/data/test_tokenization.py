@@ -129,6 +129,26 @@ def test_a_long_text_loses_its_end_and_of_a_pair_the_longer_one_first(encoder_to
     ]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_decoder_sees_of_a_long_pair_both_texts(fast: bool, tokenizer, monkeypatch) -> None:
+    """It has no separator, and a line break joins the pair; the longer text loses its end, as in an encoder."""
+    assert tokenizer.sep_token_id is None
+    if not fast:
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    long, short = "anna meets tom at the park in station " * 5, "red cake ?"
+    encode = ClassificationPreprocessor(tokenizer, 12)
+    specials = tokenizer.num_special_tokens_to_add()
+    for texts in ((long, short), (short, long), (long, long)):
+        sample = encode(labelled(0, *texts))
+        found = tokenizer.decode(sample.ids, skip_special_tokens=True).split()
+        assert sample.shortened and 12 - 1 <= sample.length <= 12, "at most the line break is no token"
+        first, second = texts[0].split(), texts[1].split()
+        cut = [min(len(first), 11 - specials - 3), 3] if texts[1] == short else [3, 11 - specials - 3]
+        if texts[0] == texts[1]:
+            cut = [(11 - specials) // 2, (11 - specials + 1) // 2]
+        assert found == first[: cut[0]] + second[: cut[1]]
+
+
 def test_an_encoder_sees_no_more_than_it_can_take(encoder_tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(encoder_tokenizer, "model_max_length", 4)
     sample = ClassificationPreprocessor(encoder_tokenizer, 512)(labelled(0, "anna meets tom at the park"))

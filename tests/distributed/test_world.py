@@ -185,10 +185,13 @@ def test_debug_shows_the_stack_before_the_line(capsys) -> None:
     assert said.startswith("Traceback") and "test_world.py" in said and said.endswith("\nerror: a line\n")
 
 
-def test_an_interruption_is_one_line(capsys) -> None:
-    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(0, 1, 0, 1)):
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interruption_is_one_line(resumes: bool, capsys) -> None:
+    with pytest.raises(SystemExit) as stop, exit_status.one_line_errors(World(0, 1, 0, 1), resumes=resumes):
         raise KeyboardInterrupt
-    assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and said.startswith("interrupted")
+    assert ("the same command continues" in said) == resumes
 
 
 def test_other_errors_keep_their_traceback() -> None:

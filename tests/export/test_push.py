@@ -250,6 +250,41 @@ def test_an_existing_repository_needs_update(here: Hub, settings: dict, capsys) 
     assert "README.md" in here.files
 
 
+def test_an_update_leaves_no_older_model_behind(here: Hub, settings: dict) -> None:
+    """transformers takes adapter_config.json before a whole model, and one file of weights before several."""
+    make_run(settings, PLANS["lora"])
+    here.exists = True
+    kept = {"notes.md": b"a user's", "onnx/model.safetensors": b"another's", ".gitattributes": b"*"}
+    here.files |= kept | {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old", "config.json": b"{}"}
+    main(["push", settings["output_dir"], "me/tiny", "--update"])
+    ours = {"README.md", "config.yaml", "adapter_config.json", "adapter_model.safetensors"}
+    assert here.files.keys() == ours | kept.keys()
+    main(["push", settings["output_dir"], "me/tiny", "--to", "merged", "--update"])
+    assert here.files.keys() >= {"config.json", "model.safetensors"} | kept.keys()
+    assert not any(name.startswith("adapter") for name in here.files)
+    assert {name: here.files[name] for name in kept} == kept
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_a_private_upload_does_not_go_into_a_public_repository(
+    is_private: bool, here: Hub, settings: dict, capsys
+) -> None:
+    make_run(settings, PLANS["lora"])
+    here.exists, here.private = True, is_private
+    arguments = ["push", settings["output_dir"], "me/tiny", "--private", "--update"]
+    if is_private:
+        main(arguments)
+        assert "README.md" in here.files
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: me/tiny: is public; make it private on the hub first, or leave out --private\n"
+    )
+    assert not any(request.startswith("POST") for request in here.requests), "nothing was sent"
+
+
 @pytest.mark.parametrize(
     ("path", "status", "said", "message"),
     [
@@ -282,7 +317,7 @@ def test_what_the_hub_refuses_is_one_line(
 def test_no_token_is_said_before_anything_is_asked(here: Hub, monkeypatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="me/tiny: no access token for the hub; log in with `hf auth login`"):
-        check_repository("me/tiny", update=False)
+        check_repository("me/tiny", private=False, update=False)
     assert not here.requests
 
 
@@ -291,10 +326,10 @@ def test_no_network_is_one_line(here: Hub, monkeypatch) -> None:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
         with pytest.raises(UserError, match=r"^me/tiny: the hub cannot be used .*Connect"):
-            check_repository("me/tiny", update=False)
+            check_repository("me/tiny", private=False, update=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"^me/tiny: the hub cannot be used .*offline mode"):
-        check_repository("me/tiny", update=False)
+        check_repository("me/tiny", private=False, update=False)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Hub:
 
     url: str = ""
     exists: bool = False
+    private: bool = False
     lfs: bool = False
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
@@ -64,8 +65,10 @@ class Hub:
             for line in body.splitlines():
                 self._commit(json.loads(line))
             return 200, {"commitUrl": f"{self.url}/me/tiny/commit/abc", "commitOid": "abc"}
+        if path.endswith("/tree/main"):
+            return 200, [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.files.items()]
         if path.startswith("/api/models/") and method == "GET":
-            return (200, {"id": "me/tiny", "sha": "abc"}) if self.exists else (404, {"error": "Repository not found"})
+            return (200, {"id": "me/tiny", "sha": "abc", "private": self.private}) if self.exists else (404, {"error": "Repository not found"})
         return 404, {"error": f"{method} {path}: not here"}
 
     def _mode(self, name: str) -> str:
@@ -73,7 +76,9 @@ class Hub:
 
     def _commit(self, line: dict[str, Any]) -> None:
         value = line["value"]
-        if line["key"] == "file":
+        if line["key"] == "deletedFile":
+            del self.files[value["path"]]
+        elif line["key"] == "file":
             assert value["encoding"] == "base64"
             self.files[value["path"]] = base64.b64decode(value["content"])
         elif line["key"] == "lfsFile":
