@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.context.context import RunContext
+from sparse_llm_ft.data.chat import ChatFormat
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.export.options import SHARD_SIZE
 from sparse_llm_ft.export.read_back import WrittenWrongly, compare
@@ -114,7 +115,9 @@ def _stored_form(model: PreTrainedModel) -> None:
 
 
 def _describe(model: PreTrainedModel, context: RunContext) -> None:
-    """Give the model the config that its folder gets: the base's, with the task's labels and without quantisation."""
+    """Give the model the config that its folder gets: the base's, with the task's labels and without quantisation. Its
+    generation config lists the token that training has taught to end with.
+    """
     config: PreTrainedConfig = copy.deepcopy(context.empty.config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.__dict__.pop("quantization_config", None)
@@ -125,6 +128,12 @@ def _describe(model: PreTrainedModel, context: RunContext) -> None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {word: i for i, word in enumerate(labels)}
     model.config = config
+    if context.task_mode.mode == "causal_lm" and model.generation_config is not None:
+        model.generation_config = settings = copy.deepcopy(model.generation_config)
+        own = settings.eos_token_id
+        ends = [] if own is None else own if isinstance(own, list) else [own]
+        if (end := ChatFormat.of(context.tokenizer, context.config.task).end_token_id) not in ends:
+            settings.eos_token_id = [*ends, end]  # those who generate stop at any of them
 
 
 def _generation_settings(model: ModelConfig) -> Path | None:

@@ -32,6 +32,7 @@ from sparse_llm_ft.export.adapter import export
 from sparse_llm_ft.export.export import export_run
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.export.read_back import WrittenWrongly
+from sparse_llm_ft.export.serve_lines import serve_lines
 from sparse_llm_ft.export.staging import stage
 from sparse_llm_ft.export.trial import try_export
 from sparse_llm_ft.inference.trained_run import read_run
@@ -226,6 +227,32 @@ def test_every_chat_template_comes_along(settings: dict, several_templates: Path
         assert {name: text.split()[0] for name, text in templates.items()} == {n: n for n in ("default", "tool_use")}
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert set(json.loads((folder / MANIFEST).read_text())) == files - {MANIFEST}
+
+
+def test_a_model_ends_its_texts_where_training_has_ended_them(
+    settings: dict, model_folder: Path, tmp_path: Path
+) -> None:
+    """By the template's end of turns, which is not this base's end of sequences. An adapter cannot say so."""
+    base = tmp_path / "chatty"
+    shutil.copytree(model_folder, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = tokenizer.convert_tokens_to_ids("cake")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["cake"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} cake {% endfor %}"
+    tokenizer.save_pretrained(base)
+    assert tokenizer.convert_tokens_to_ids("cake") == end != tokenizer.eos_token_id
+    context = full(settings, base)
+    folders = [written(context, trained(context), tmp_path / "model")]
+    run = merge(settings, {"model": {"name": str(base)}})
+    make_run(run, PLANS["lora"])
+    opened = read_run(run["output_dir"])
+    export_run(opened, tmp_path / "merged", ExportOptions(to="merged"))
+    for folder in (*folders, tmp_path / "merged"):
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == [tokenizer.eos_token_id, end], folder
+    export_run(opened, tmp_path / "adapter", ExportOptions())
+    lines = serve_lines(opened, tmp_path / "adapter", ExportOptions(), str(base), "adapter")
+    assert lines[-1] == f"# completions end with cake: give it with each request (stop_token_ids: [{end}])"
 
 
 @pytest.fixture
