@@ -61,6 +61,8 @@ def newest_valid(
         try:
             return load_checkpoint(folder, real, run), complaints
         except CheckpointError as error:
+            if not folder.exists():  # the run still trains, and has removed it: there are newer ones
+                return newest_valid(checkpoints, real, run)
             complaints.append(f"{error}; using the checkpoint before it")
     return None, complaints
 
@@ -80,6 +82,8 @@ def load_checkpoint(folder: Path, real: Expected | None = None, run: str | None 
     try:
         state = TrainState.load(folder)
     except (OSError, SafetensorError) as error:
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: was removed while it was read") from error
         if not may_pass(error):
             raise
         raise TrainingError(f"{folder}: {error}; {AWAY}") from error

@@ -68,7 +68,9 @@ def add_commands(commands: Any) -> None:
     push = commands.add_parser("push", help="upload an export with a model card to the Hugging Face hub")
     _add_run(push)
     push.add_argument("repo_id", metavar="NAMESPACE/NAME", help="a repository that does not exist yet")
-    push.add_argument("--private", action="store_true", help="create a private repository; refused for one that is public")
+    push.add_argument(
+        "--private", action="store_true", help="create a private repository; refused for one that is public"
+    )
     push.add_argument("--update", action="store_true", help="upload into a repository that may exist")
     push.add_argument("--dry-run", action="store_true", help="upload nothing, but write the files into --output")
     push.add_argument("--output", metavar="FOLDER", help="of --dry-run; must not exist yet; default: RUN/push-FORM")

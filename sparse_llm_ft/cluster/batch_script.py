@@ -51,6 +51,7 @@ class JobOptions:
     Attributes:
         gpus_per_node: 0 on a cluster without GPUs.
         tasks_per_node: processes; one per GPU.
+        cpus_per_task: cores of a process.
         time: as Slurm writes it, such as ``12:00:00`` or ``2-12``.
         leave_before: seconds before the time limit at which the run is asked to save and leave.
         chain: 0 requeues the job itself; N submits N jobs, each after the one before.
@@ -69,6 +70,11 @@ class JobOptions:
     launcher: Launcher = "srun"
     chain: int = 0
     sbatch: tuple[str, ...] = ()
+
+    @property
+    def processes_per_task(self) -> int:
+        """Of a task of Slurm: torchrun and deepspeed are one task on each node, and start its processes."""
+        return 1 if self.launcher == "srun" else self.tasks_per_node
 
     @property
     def processes(self) -> int:
@@ -202,14 +208,14 @@ def render(
         options.gpus_per_node and f"gpus-per-node={options.gpus_per_node}",
         options.partition and f"partition={options.partition}",
         options.account and f"account={options.account}",
-        options.cpus_per_task and f"cpus-per-task={options.cpus_per_task}",
+        options.cpus_per_task and f"cpus-per-task={options.cpus_per_task * options.processes_per_task}",
         tasks and f"array=0-{tasks - 1}",
     ]
     template = _Template(files("sparse_llm_ft.cluster").joinpath("run.sbatch.template").read_text(encoding="utf-8"))
     return template.substitute(
         name=re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name)[:60],
         nodes=options.nodes,
-        tasks_per_node=options.tasks_per_node if options.launcher == "srun" else 1,
+        tasks_per_node=options.tasks_per_node // options.processes_per_task,
         time=options.time,
         leave_before=options.leave_before,
         log=job / f"{pattern}.log",

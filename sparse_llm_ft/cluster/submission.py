@@ -23,6 +23,7 @@ from sparse_llm_ft.cluster.job_folder import allow_attempts, write_jobs
 from sparse_llm_ft.cluster.state import read_or_renew
 from sparse_llm_ft.cluster.status import view_runs
 from sparse_llm_ft.config import RunConfig, dump_config
+from sparse_llm_ft.config.types import is_there
 from sparse_llm_ft.errors import ConfigError, UserError, reaching
 from sparse_llm_ft.io.atomic import write_file
 from sparse_llm_ft.run_folder import JOB_FOLDER, RunFolder
@@ -98,7 +99,8 @@ class Submission:
         Args:
             mark: empty: for somebody who submits it by hand, at any time.
         """
-        seen = [path for config in self.runs for path in _local_paths(config.model_dump(mode="json"))]
+        runs = self.runs if self.options.container is not None else []
+        seen = [path for config in runs for path in _local_paths(config.model_dump(mode="json"))]
         below = (path for path in seen if not path.is_relative_to(self.folder))
         return render(
             self.options, self.folder, self.tasks, [self.folder, *below], runs_name(self._run_folders()), mark
@@ -187,7 +189,7 @@ class Submission:
 def _local_paths(settings: Any) -> Iterator[Path]:
     """Files and folders that settings name: model, data, templates, caches. `load_config` made them absolute."""
     if isinstance(settings, str):
-        if settings.startswith("/") and settings.strip("/") and Path(settings).exists():
+        if settings.startswith("/") and settings.strip("/") and is_there(settings):
             yield Path(settings)
     elif isinstance(settings, dict | list):
         for inner in settings.values() if isinstance(settings, dict) else settings:

@@ -102,6 +102,14 @@ Date = Annotated[str, AfterValidator(_iso_date)]
 """A date, or a date and time, in ISO 8601."""
 
 
+def is_there(text: str) -> bool:
+    """Whether a file or folder of that name can be seen; False if the text cannot be a name."""
+    try:
+        return Path(text).exists()
+    except OSError:  # a name that is too long, or below a folder that may not be read
+        return False
+
+
 def is_file(text: str) -> bool:
     """Whether a file of that name exists; False if the text cannot be a name."""
     try:

@@ -159,6 +159,14 @@ def _table(path: Path) -> Rows:
                 continue
             if header is None:
                 header = _header(path, line, fields)
+            elif ending == ".tsv" and _swallows_rows(header, fields):
+                yield (
+                    line,
+                    BadRow(
+                        f"quotation marks make one row of whole ones, to line {before + reader.line_num}; if the file has "
+                        "no quoting, double its quotation marks, or save it as JSON lines"
+                    ),
+                )
             else:
                 yield line, _fields(header, fields)
 
@@ -197,6 +205,12 @@ def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
         return BadRow(f"{len(fields)} fields, but the header has {len(header)}")
     wrong = _wrong_field(fields)
     return BadRow(wrong) if wrong else dict(zip(header, fields, strict=True))
+
+
+def _swallows_rows(header: list[str], fields: list[str]) -> bool:
+    """Whether a row of several lines looks like as many rows of a file whose quotation marks are text, as GLUE's."""
+    lines = "\t".join(fields).split("\n")
+    return 1 < len(lines) and 1 < len(header) and all(line.count("\t") == len(header) - 1 for line in lines)
 
 
 def _wrong_field(fields: list[str]) -> str | None:

@@ -14,7 +14,7 @@ from sparse_llm_ft.data.tasks.squad import answers as span_answers
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
 _NUMBER = re.compile(r"\s*[+-]?\d{1,9}\s*")
 _ROLES = ("system", "user", "assistant")
-_CALLS = ("tool_calls", "function_call")
+_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What a turn may say beside its content; to read the content alone would teach a model to leave it out."""
 
 
@@ -107,10 +107,10 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(f"turn {number} of column {column!r} has {found or 'nothing'}; needed role, content")
         if turn["role"] not in _ROLES:
             raise BadRow(f"turn {number} of column {column!r}: role {turn['role']!r:.60} is not {', '.join(_ROLES)}")
-        calls = next((key for key in _CALLS if turn.get(key)), None)
-        if calls:
+        beside = next((key for key in _BESIDE if turn.get(key)), None)
+        if beside:
             raise BadRow(
-                f"turn {number} of column {column!r} has {calls}, and only content is read; expected text alone"
+                f"turn {number} of column {column!r} has {beside}, and only content is read; expected text alone"
             )
         content = text_of(turn, "content")
         if not content.strip():

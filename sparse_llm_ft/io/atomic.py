@@ -83,7 +83,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
-            raise FileExistsError(errno.EEXIST, "came into being meanwhile; expected a new folder", str(target)) from None
+            raise FileExistsError(
+                errno.EEXIST, "came into being meanwhile; expected a new folder", str(target)
+            ) from None
         _sync(target.parent)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     newest, complaints = newest_valid(tmp_path)
     assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 3)
     assert len(complaints) == 1 and "step-00000006" in complaints[0] and what in complaints[0]
+
+
+@pytest.mark.parametrize("read", ["manifest.json", "state.json"])
+def test_a_checkpoint_that_a_run_removes_meanwhile_gives_way_to_a_newer_one(
+    tmp_path: Path, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate` hashes gigabytes while the run goes on, and keeps its newest checkpoints alone."""
+    save_checkpoint(tmp_path, make_state(3), keep=None)
+    hashed = atomic._sha256
+
+    def trains_on(path: Path) -> str:
+        monkeypatch.setattr(atomic, "_sha256", hashed)
+        save_checkpoint(tmp_path, make_state(6), keep=None)
+        shutil.rmtree(checkpoint_folder(tmp_path, 3))
+        if read == "manifest.json":
+            return hashed(path)
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(atomic, "_sha256", trains_on)
+    newest, complaints = newest_valid(tmp_path)
+    assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 6) and complaints == []
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])

@@ -42,6 +42,13 @@ def test_every_script_is_valid_bash_without_a_word_left(launcher: Any, tasks: in
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_process_has_its_cores(launcher: Any) -> None:
+    """A task of torchrun or deepspeed is all processes of a node."""
+    script = render(replace(OPTIONS, launcher=launcher, cpus_per_task=12), RUN)
+    assert f"#SBATCH --cpus-per-task={12 if launcher == 'srun' else 96}\n" in script
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_torchrun_waits_for_who_saves(launcher: Any) -> None:
     """It kills 30 s after SIGTERM, however long Slurm would wait."""
     script = render(replace(OPTIONS, launcher=launcher), RUN)

@@ -364,6 +364,17 @@ def test_without_slurm_a_dry_run_prints_the_script(
     assert not Path(settings["output_dir"]).exists()
 
 
+def test_a_prompt_that_begins_like_a_path_is_none(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings["task"]["prompt"] = f"/no_think {'think little ' * 30} {{text}}"
+    needed = ["submit", "--config", config_file(settings, tmp_path), "--gpus-per-node", "1", "--time", "10:00"]
+    for container in ([], ["--container", "org/image"]):
+        main([*needed, "--dry-run", *container])
+        assert "#SBATCH" in capsys.readouterr().out
+
+
 def test_a_run_whose_plan_does_not_fit_is_not_submitted(
     settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], commands: Path
 ) -> None:

@@ -128,6 +128,7 @@ def test_the_last_turn_of_a_chat_is_its_completion() -> None:
             [TURNS[1], {**TURNS[2], "tool_calls": [{"id": "1"}]}],
             "turn 2 of column 'turns' has tool_calls, and only content is read; expected text alone",
         ),
+        ([TURNS[1], {**TURNS[2], "reasoning_content": "long thoughts"}], "turn 2 .* has reasoning_content, and only"),
     ],
 )
 def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:

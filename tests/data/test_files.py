@@ -152,6 +152,7 @@ BAD_ROWS = [
     ("a.csv", b't,u\n"a"b,c\nd,e\n', 2, "not valid csv (',' expected after '\"')"),
     ("a.csv", b't,u\nd,e\n"a,b\nc,"f"\n', 3, "not valid csv (',' expected after '\"', to line 4)"),
     ("a.tsv", b"t\tu\na,b\nd\te\n", 2, "1 fields, but the header has 2"),
+    ("a.tsv", b't\tu\n"Good\t1\nBad"\t0\nd\te\n', 2, "quotation marks make one row of whole ones, to line 3; if"),
     ("a.json", b'[1,\n {"t": "d", "u": "e"}]', 1, "expected a JSON object, not int"),
     ("a.jsonl", b'\xe9\n{"t": "d", "u": "e"}', 1, "not UTF-8 (invalid continuation byte at byte 0; Latin-1, perhaps"),
     ("a.jsonl", b'{"t"\0: 1}\n{"t": "d", "u": "e"}', 1, "not JSON (it holds a NUL byte)"),
