@@ -69,7 +69,7 @@ def add_commands(commands: Any) -> None:
     _add_run(push)
     push.add_argument("repo_id", metavar="NAMESPACE/NAME", help="a repository that does not exist yet")
     push.add_argument(
-        "--private", action="store_true", help="create a private repository; refused for one that is public"
+        "--private", action="store_true", help="make the new repository private; refused for a public one"
     )
     push.add_argument("--update", action="store_true", help="upload into a repository that may exist")
     push.add_argument("--dry-run", action="store_true", help="upload nothing, but write the files into --output")

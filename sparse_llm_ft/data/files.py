@@ -163,8 +163,8 @@ def _table(path: Path) -> Rows:
                 yield (
                     line,
                     BadRow(
-                        f"quotation marks make one row of whole ones, to line {before + reader.line_num}; if the file has "
-                        "no quoting, double its quotation marks, or save it as JSON lines"
+                        f"quotation marks make one row of whole ones, to line {before + reader.line_num}; if the file "
+                        "has no quoting, double its quotation marks, or save it as JSON lines"
                     ),
                 )
             else:
@@ -210,7 +210,7 @@ def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
 def _swallows_rows(header: list[str], fields: list[str]) -> bool:
     """Whether a row of several lines looks like as many rows of a file whose quotation marks are text, as GLUE's."""
     lines = "\t".join(fields).split("\n")
-    return 1 < len(lines) and 1 < len(header) and all(line.count("\t") == len(header) - 1 for line in lines)
+    return min(len(lines), len(header)) > 1 and all(line.count("\t") == len(header) - 1 for line in lines)
 
 
 def _wrong_field(fields: list[str]) -> str | None:

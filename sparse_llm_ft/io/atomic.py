@@ -83,9 +83,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
-            raise FileExistsError(
-                errno.EEXIST, "came into being meanwhile; expected a new folder", str(target)
-            ) from None
+            reason = "came into being meanwhile; expected a new folder"
+            raise FileExistsError(errno.EEXIST, reason, str(target)) from None
         _sync(target.parent)
 
 

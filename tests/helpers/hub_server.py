@@ -68,11 +68,8 @@ class Hub:
         if path.endswith("/tree/main"):
             return 200, [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.files.items()]
         if path.startswith("/api/models/") and method == "GET":
-            return (
-                (200, {"id": "me/tiny", "sha": "abc", "private": self.private})
-                if self.exists
-                else (404, {"error": "Repository not found"})
-            )
+            known = {"id": "me/tiny", "sha": "abc", "private": self.private}
+            return (200, known) if self.exists else (404, {"error": "Repository not found"})
         return 404, {"error": f"{method} {path}: not here"}
 
     def _mode(self, name: str) -> str:

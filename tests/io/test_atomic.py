@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,10 @@ import pytest
 from sparse_llm_ft.io.atomic import draft_of, drafts_of, new_folder, verify_folder, write_file, write_new_folder
 
 _TEXTS = [letter * 50_000 for letter in "abc"]
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def left_by_killed(target: Path) -> Path:
@@ -31,7 +34,7 @@ def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path: Path)
     )
     writers = [subprocess.Popen([sys.executable, "-c", script, str(target), text[0]]) for text in _TEXTS]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
-    assert target.read_text() in _TEXTS and os.listdir(tmp_path) == ["state.json"]
+    assert target.read_text() in _TEXTS and names(tmp_path) == ["state.json"]
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     elsewhere.mkdir()
     write_file(target, "whole")
     assert drafts_of(folder) == [elsewhere]
-    assert sorted(os.listdir(tmp_path)) == [elsewhere.name, "state.json"]
+    assert sorted(names(tmp_path)) == [elsewhere.name, "state.json"]
 
 
 def test_a_draft_of_another_target_is_not_touched(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
 
     write_new_folder(target, fill)
     verify_folder(target, required=["a"])
-    assert os.listdir(target.parent) == ["export"]
+    assert names(target.parent) == ["export"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -75,7 +78,7 @@ def test_what_appeared_meanwhile_stays(kind: str, tmp_path: Path) -> None:
         else:
             target.write_text("a user's")
     kept = target / "notes.txt" if kind == "folder" else target
-    assert kept.read_text() == "a user's" and os.listdir(tmp_path) == ["export"]
+    assert kept.read_text() == "a user's" and names(tmp_path) == ["export"]
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
@@ -84,4 +87,4 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt), draft_of(tmp_path / "push"):
         raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
