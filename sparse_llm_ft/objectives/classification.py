@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import Batch, collate_classification
 from sparse_llm_ft.data.samples import TextSample
+from sparse_llm_ft.model.causal_mask import padded_right
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
 
@@ -86,4 +87,5 @@ class RegressionObjective(ClassificationObjective):
 
 def _outputs(forward: Forward, batch: Batch) -> torch.Tensor:
     """(batch, outputs) float32 logits. Labels are withheld, or the model would compute its own loss."""
-    return forward(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+    with padded_right():
+        return forward(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()

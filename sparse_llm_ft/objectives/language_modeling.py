@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import IGNORE_INDEX, Batch, collate_causal_lm, collate_packed, collate_seq2seq
 from sparse_llm_ft.data.samples import Pack, Sample
+from sparse_llm_ft.model.causal_mask import padded_right
 from sparse_llm_ft.model.head_loss import head_targets
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
@@ -115,7 +116,11 @@ class CompletionObjective:
         # Without a mask, transformers separates packed samples by their positions.
         seen = "position_ids" if "position_ids" in batch else "attention_mask"
         targets = labels[:, positions + 1]
-        with head_targets(targets) if in_head and self.keeps_logits else nullcontext():
+        padded = seen == "attention_mask"
+        with (
+            padded_right() if padded else nullcontext(),
+            head_targets(targets) if in_head and self.keeps_logits else nullcontext(),
+        ):
             output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
         logits = output.logits if self.keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
         return logits.float(), targets

@@ -36,10 +36,10 @@ def communicated_bytes(
     if ranks == 1:
         return 0
     stage = settings.zero_stage
-    # The loop sums four counts and, in one vector, the loss, a flag for memory and one for each signal; the engine the
-    # norm. At stage 3 DeepSpeed sums a norm of its own for each parameter group.
+    # The loop sums four counts and, in one vector, the loss, a flag for memory, one for errors and one for each signal;
+    # the engine the norm. At stage 3 DeepSpeed sums a norm of its own for each parameter group.
     groups = {settings.group_of(name) for name in trained_parameters(model)}
-    agreed = 4 * 8 + 4 * (2 + len(signals.caught())) + (4 if stage else 0) + (8 * len(groups) if stage == 3 else 0)
+    agreed = 4 * 8 + 4 * (3 + len(signals.caught())) + (4 if stage else 0) + (8 * len(groups) if stage == 3 else 0)
     read = _read_by_callback(phase, model) if stage else 0  # without ZeRO every rank has all of it
     return agreed + read + _exchanged(settings, held, inventory, gathers, ranks, accumulation)
 

@@ -14,6 +14,7 @@ from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation
 from sparse_llm_ft.engine.gathers import Gathers, simulate
 from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
 from sparse_llm_ft.engine.step_trace import Batch, StepTrace, gathered_alone
+from sparse_llm_ft.model.causal_mask import gets_mask
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.plan import FULL_MODEL
@@ -209,12 +210,12 @@ class _PhasePlanner:
     def batch(self) -> Batch:
         """The largest micro-batch: padded to the longest sample."""
         config, size = self.context.config, self.phase.micro_batch_size
-        reads_lengths = "flash" in (config.model.attn_implementation or "")
         longest = self.samples.longest
         # Nothing predicts a sequence's first token.
         supervised = longest - 1 if self.context.task_mode.mode == "causal_lm" else None
         padded = size > 1 and not self.samples.equal
-        return Batch(size, longest, supervised, (padded or config.task.packing) and not reads_lengths)
+        masked = gets_mask(self.context.empty, config.model.attn_implementation, longest, padded, config.task.packing)
+        return Batch(size, longest, supervised, masked)
 
     @cached_property
     def trace(self) -> StepTrace:
@@ -258,7 +259,9 @@ class _PhasePlanner:
         if generates and evaluation.samples:
             prompt = task.max_prompt_length or 3 * task.max_length // 4
             generation = Generation(prompt, evaluation.max_new_tokens, evaluation.num_beams)
-        batch = Batch(evaluation.micro_batch_size, self.samples.longest, None, evaluation.micro_batch_size > 1)
+        size, longest = evaluation.micro_batch_size, self.samples.longest
+        masked = gets_mask(context.empty, context.config.model.attn_implementation, longest, size > 1)
+        batch = Batch(size, longest, None, masked)
         return cached_evaluation(
             context.config.model, self.phase.plan, batch, context.task_mode, generation, self.on_gpu
         )

@@ -1,0 +1,82 @@
+"""Padded samples: each has the loss that it has alone, and no mask is made where none is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomConfig, MistralConfig, OPTConfig, PreTrainedConfig
+
+from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, objective_of
+from sparse_llm_ft.data.collate import collate_prompts
+from sparse_llm_ft.model.causal_mask import padded_right
+
+FURTHER: dict[str, Callable[[], PreTrainedConfig]] = {
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "bloom": lambda: BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4),  # whose mask makes its positions
+    "mistral, wide window": lambda: MistralConfig(**GROUPED, sliding_window=10),
+}
+WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero"}
+"""What a GPU's host waits for."""
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *OTHERS, *FURTHER])
+def test_each_sample_has_the_loss_that_it_has_alone(name: str) -> None:
+    settings = (DECODERS | OTHERS | FURTHER)[name]()
+    model = build(settings, "eager" if name == "bloom" else "sdpa")
+    objective = objective_of(model)
+    batch = objective.batch(SAMPLES)
+    with torch.no_grad():
+        expected = [float(alone(model, sample)) for sample in SAMPLES]
+        assert objective.losses(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
+    objective.loss(model, batch).backward()
+    padded = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    for sample in SAMPLES:
+        alone(model, sample).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1.0
+            torch.testing.assert_close(padded[key], parameter.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "masked"), [("llama", False), ("mistral, wide window", False), ("mistral", True)])
+def test_a_mask_is_made_for_a_window_alone_and_the_host_waits_for_nothing(name: str, masked: bool) -> None:
+    model = build((DECODERS | FURTHER)[name]())
+    objective = objective_of(model)
+    batch, masks = objective.batch(SAMPLES), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, options: masks.append(options["attention_mask"]), with_kwargs=True
+        )
+    with Operations() as operations:
+        objective.loss(model, batch).backward()
+    assert [mask is not None for mask in masks] == [masked] * 2
+    assert masked or not operations.seen & WAITS
+
+
+def test_prompts_that_are_padded_on_the_left_keep_their_mask() -> None:
+    """Generation has them, and is in no such context."""
+    model = build(DECODERS["llama"]())
+    batch = collate_prompts(SAMPLES, 0)
+    with torch.no_grad():
+        logits = model(**batch).logits[:, -1]
+        for row, sample in zip(logits, SAMPLES, strict=True):
+            torch.testing.assert_close(row, model(input_ids=torch.tensor([sample.prompt_ids])).logits[0, -1])
+        with padded_right():
+            assert not torch.allclose(model(**batch).logits[:, -1], logits), "the context would be wrong there"
