@@ -50,10 +50,22 @@ def build_model(
             base = load_sharded_model(model, deepspeed_settings, task_mode, config.seed, wait=wait)
         else:
             base = load_model(model, task_mode, config.seed, wait)
+    if keep_all_layers(base):
+        console.log("LayerDrop is off: every process must run the same layers, whose gradients are summed")
     refuse_untied(base, plan.trained, config.model.name)
     keep_name(base, config.model)
     torch.manual_seed(config.seed)
     return _compiled(config, add_adapters(base, plan))
+
+
+def keep_all_layers(base: nn.Module) -> bool:
+    """Turn LayerDrop off (M2M100, NLLB): each rank would skip layers of its own, and ZeRO's buckets and gathers would
+    wait for gradients that another rank does not have. Returns whether the model had it.
+    """
+    dropping = [module for module in base.modules() if getattr(module, "layerdrop", 0.0)]
+    for module in dropping:
+        module.layerdrop = 0.0  # type: ignore[assignment]
+    return bool(dropping)
 
 
 def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:
