@@ -6,7 +6,7 @@ PROCESSES ?= 2
 CONSTRAINTS ?=
 # What test-fast runs: rooms whose tests compute on tiny tensors and files, in the tests' own process.
 FAST := $(addprefix tests/,adapters checkpoint config/test_load.py config/test_renamed.py context/test_preflight.py data engine \
-	evaluation/test_metrics.py methods objectives optim serving/test_rules.py test_floors.py test_plan.py test_run_folder.py \
+	evaluation/test_metrics.py methods objectives optim serving/test_rules.py test_layering.py test_plan.py test_run_folder.py \
 	training/test_loop.py training/test_schedule.py)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready$(if $(CONSTRAINTS),-constrained)

@@ -282,11 +282,12 @@ phrases that a tested one contains. {HELD_OUT} rows choose rates, and {train} re
 derivation uses half of it for its head.
 
 Each system's rate, which is also that of its head, is one of three with a factor of 4 between them: the one with the
-lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate whose loss with the
-first seed is above the sum of another one's two is not run with the second. A rate with * lies at an end of its three.
+lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate is dropped after its
+first seed if that loss alone exceeds the sum of both losses of another rate. A rate with * lies at an end of its three.
 Systems that are given the balanced one's budget take its rate. The rows are means over {len(SEEDS)} other seeds, or as
 many as are named; a seed has the same data order and the same fresh head for all systems. Differences are to LoRA of
-the same seed on all tested samples, with their 95 % t-intervals.
+the same seed on all tested samples, with their 95 % t-intervals. All masked systems have `masking: compact`. "joint
+(ours)" also has `mask_scaling: true`, which is not the default.
 """
     yield "| | adapter values | rate | dev | cut off | all | difference to LoRA | as good (above -1)? | seeds |"
     yield "|---|---|---|---|---|---|---|---|---|"

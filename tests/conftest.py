@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 HEAVY = (
     "launches/test_cases.py", "training/test_every_method.py", "launches/test_run.py",
-    "context/test_trained_modules.py", "model/test_layers.py", "config/test_mission_memory.py",
+    "context/test_trained_modules.py", "model/test_layers.py", "config/test_published_memory.py",
     "planning/test_truth.py", "report/test_page.py", "training/test_encoder_decoder_runs.py",
     "launches/test_rights.py", "launches/test_faults.py", "launches/test_parity.py", "inference/test_evaluate.py",
     "export/test_push.py", "launches/test_nodes.py", "training/test_head_runs.py", "planning/test_solve.py",

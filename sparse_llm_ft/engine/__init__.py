@@ -1,1 +1,1 @@
-"""DeepSpeed around a model with adapters, and the memory that a plan needs. The only room that imports deepspeed."""
+"""DeepSpeed around a model with adapters, and the memory that a plan needs. The only package that imports deepspeed."""

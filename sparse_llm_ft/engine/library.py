@@ -1,4 +1,4 @@
-"""What `doctor` says of DeepSpeed, which no other room imports."""
+"""What `doctor` says of DeepSpeed, which no other package imports."""
 
 from __future__ import annotations
 

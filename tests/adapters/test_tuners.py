@@ -20,7 +20,7 @@ MAY_NAME = {
     "plan.py": {"sparse_lora"},  # the default
 }
 METHODS = ("config", "methods")
-"""Rooms that choose a tuner; and names of methods, which are the same words."""
+"""Packages that choose a tuner; and names of methods, which are the same words."""
 
 
 def strings(path: Path) -> Iterator[ast.Constant]:

@@ -1,4 +1,4 @@
-"""The package's floors: a room imports only from floors below its own, and the fast paths import no torch."""
+"""The layers of sparse_llm_ft: a package imports only from layers below its own, and the fast paths import no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparse_llm_ft"
 
-FLOORS = (
+LAYERS = (
     ("errors",),
     ("plan_masks",),
     ("plan", "io"),
@@ -30,18 +30,18 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-"""Lowest first, as docs/architecture.md draws them. Rooms of one floor do not import each other."""
+"""Lowest first, as docs/architecture.md draws them. Packages of one layer do not import each other."""
 
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[0]
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(line, room) of every import of the package, inside functions and for type checkers too."""
+    """(line, package) of every import of the package, inside functions and for type checkers too."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules: list[str] = []
@@ -55,31 +55,31 @@ def imports(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-def test_every_room_has_a_floor() -> None:
-    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert rooms == set(LEVEL)
+def test_every_package_has_a_layer() -> None:
+    packages = {package_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert packages == set(LEVEL)
 
 
-@pytest.mark.parametrize("room", sorted(LEVEL))
-def test_a_room_imports_only_from_floors_below(room: str) -> None:
+@pytest.mark.parametrize("package", sorted(LEVEL))
+def test_a_package_imports_only_from_layers_below(package: str) -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)}:{line} imports {other}"
         for path in PACKAGE.rglob("*.py")
-        if room_of(path) == room
+        if package_of(path) == package
         for line, other in imports(path)
-        if other != room and LEVEL[other] >= LEVEL[room]
+        if other != package and LEVEL[other] >= LEVEL[package]
     ]
     assert not wrong
 
 
 def test_what_comes_after_a_run_imports_nothing_from_training() -> None:
     after = ("inference", "export", "report", "context", "evaluation", "checkpoint")
-    users = {room_of(path) for path in PACKAGE.rglob("*.py") if "training" in dict(imports(path)).values()}
+    users = {package_of(path) for path in PACKAGE.rglob("*.py") if "training" in dict(imports(path)).values()}
     assert not users & set(after) and users <= {"cli", "training"}
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    """Within a room too. Imports inside functions do not count: they run when both modules are there."""
+    """Within a package too. Imports inside functions do not count: they run when both modules are there."""
     graph: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(("sparse_llm_ft", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
