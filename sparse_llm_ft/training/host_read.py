@@ -1,4 +1,4 @@
-"""A few numbers on their way from the device to the host, which need not wait for them."""
+"""Values on their way from the device to the host, which need not wait for them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import torch
 
 
 class HostRead:
-    """Starts to copy a small vector to the host; `numbers` waits until it is there.
+    """Starts to copy a tensor to the host; `numbers` and `values` wait until it is there.
 
     Args:
-        vector: 1-D, on any device; what happens to it afterwards does not matter.
+        source: on any device; on a GPU what happens to it afterwards does not matter, on a CPU it must stay as it is.
     """
 
-    def __init__(self, vector: torch.Tensor) -> None:
-        self._host, self._arrived = vector, None
-        if vector.is_cuda:
-            self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            self._host.copy_(vector, non_blocking=True)
+    def __init__(self, source: torch.Tensor) -> None:
+        self._host, self._arrived = source, None
+        if source.is_cuda:
+            self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self._host.copy_(source, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def numbers(self) -> list[float]:
-        """The numbers; ints of a vector of integers."""
+        """The numbers of a vector; ints of one of integers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()
+
+    def values(self) -> torch.Tensor:
+        """The tensor, in memory that is not pinned: it may be large, and kept for long."""
+        if self._arrived is None:
+            return self._host
+        self._arrived.synchronize()
+        return self._host.clone()

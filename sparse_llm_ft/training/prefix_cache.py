@@ -25,6 +25,7 @@ from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import DTYPES
 from sparse_llm_ft.model.prefix import Prefix, lowest_trained
 from sparse_llm_ft.objectives.base import Forward
+from sparse_llm_ft.training.host_read import HostRead
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.prefix_store import DiskStore, MemoryStore
 from sparse_llm_ft.training.read_ahead import ReadAhead
@@ -64,6 +65,7 @@ class PrefixCache:
         self._width, self._dtype = 0, torch.float32  # of the states; known from the first micro-batch
         self.served = 0
         self._reader: ReadAhead | None = None
+        self._arriving: list[tuple[Sequence[int], HostRead]] = []  # states of samples that are kept, behind each other
 
     def losses(self, shares: StepIndices, following: StepIndices) -> LossOf:
         """The function of one step that takes the place of `Objective.loss`; each call is a collective.
@@ -79,6 +81,7 @@ class PrefixCache:
 
     def flush(self) -> None:
         """Collective. Write what is only in memory, if the states lie on disk."""
+        self._store_arrived()
         if self._reader is not None:
             self._reader.settle()
         run_on_every_rank(self._store.flush)
@@ -96,6 +99,7 @@ class PrefixCache:
         Args:
             following: every rank's next micro-batch, whose states are read meanwhile.
         """
+        self._store_arrived()
         if not self._width:
             loss = self._first(forward, batch, turn)
             self._read_ahead(following)
@@ -179,9 +183,15 @@ class PrefixCache:
         return kept
 
     def _keep(self, kept: Sequence[int], states: dict[int, torch.Tensor]) -> None:
+        """Begin to copy states to the host, which does not wait for the GPU in the middle of a step."""
         if kept:
-            flat = torch.cat([states[sample] for sample in kept]).cpu()
-            self._store.put(dict(zip(kept, self._split(flat, kept), strict=True)))
+            self._arriving.append((kept, HostRead(torch.cat([states[sample] for sample in kept]))))
+
+    def _store_arrived(self) -> None:
+        """Store them, before anybody asks for one."""
+        for kept, states in self._arriving:
+            self._store.put(dict(zip(kept, self._split(states.values(), kept), strict=True)))
+        self._arriving = []
 
     def _write_if_due(self) -> None:
         """Collective if any rank has collected enough for a file, which all of them know."""
@@ -227,6 +237,7 @@ class PrefixCache:
         """Begin to read the states of a later micro-batch that are known now."""
         if turn is None:
             return
+        self._store_arrived()
         ready = self._ready(turn)
         local = self._local(turn) if ready[self._world.rank] else []
         self._states.begin(self._sent(self._moves(turn, ready)), local)
