@@ -22,6 +22,8 @@ from sparse_llm_ft.plan import PlanError
 from sparse_llm_ft.run_folder import RunFolder
 
 _NAME = re.compile(r"step-[0-9]{8}")
+_LISTINGS = 5
+"""How often a folder is listed, at most, whose run removes checkpoints meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,17 @@ def newest_valid(
         real, run: as in `load_checkpoint`.
     """
     complaints: list[str] = []
-    for folder in newest_first(checkpoints):
-        try:
-            return load_checkpoint(folder, real, run), complaints
-        except CheckpointError as error:
-            if not folder.exists():  # the run still trains, and has removed it: there are newer ones
-                return newest_valid(checkpoints, real, run)
-            complaints.append(f"{error}; using the checkpoint before it")
+    for left in reversed(range(_LISTINGS)):
+        complaints = []
+        for folder in newest_first(checkpoints):
+            try:
+                return load_checkpoint(folder, real, run), complaints
+            except CheckpointError as error:
+                if left and not (folder.exists() or folder.is_symlink()):
+                    break  # the run still trains, and has removed it: there are newer ones
+                complaints.append(f"{error}; using the checkpoint before it")
+        else:
+            break
     return None, complaints
 
 

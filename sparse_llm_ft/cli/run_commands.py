@@ -71,7 +71,11 @@ def add_commands(commands: Any) -> None:
     push.add_argument(
         "--private", action="store_true", help="make the new repository private; refused for a public one"
     )
-    push.add_argument("--update", action="store_true", help="upload into a repository that may exist")
+    push.add_argument(
+        "--update",
+        action="store_true",
+        help="upload into a repository that may exist, in place of what was pushed there",
+    )
     push.add_argument("--dry-run", action="store_true", help="upload nothing, but write the files into --output")
     push.add_argument("--output", metavar="FOLDER", help="of --dry-run; must not exist yet; default: RUN/push-FORM")
     _add_form(push)

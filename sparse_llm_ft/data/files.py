@@ -210,7 +210,10 @@ def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
 def _swallows_rows(header: list[str], fields: list[str]) -> bool:
     """Whether a row of several lines looks like as many rows of a file whose quotation marks are text, as GLUE's."""
     lines = "\t".join(fields).split("\n")
-    return min(len(lines), len(header)) > 1 and all(line.count("\t") == len(header) - 1 for line in lines)
+    indented = any(line.startswith("\t") for line in lines)  # code, and a row whose first field is empty
+    return (
+        min(len(lines), len(header)) > 1 and not indented and all(line.count("\t") == len(header) - 1 for line in lines)
+    )
 
 
 def _wrong_field(fields: list[str]) -> str | None:

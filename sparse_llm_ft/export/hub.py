@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.io.atomic import MANIFEST
+from sparse_llm_ft.run_folder import CONFIG_FILE
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _MODEL_FILES = (
@@ -54,8 +55,9 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
     """Create the repository and upload the folder without its manifest. Returns the repository's URL.
 
     Args:
-        update: upload into a repository that exists. The files of an export in another form that it holds are removed
-            in the same commit: a loader that finds them first would load the older model.
+        update: upload into a repository that exists. If this package has uploaded into it before, the model's files of
+            that time which are not written again are removed in the same commit: a loader that finds them first would
+            load the older model.
 
     Raises:
         UserError: the hub refuses or is unreachable.
@@ -68,12 +70,13 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool) -> str:
     with _one_line(repo_id):
         url = api.create_repo(repo_id, private=private or None, exist_ok=update)
     with _one_line(repo_id, " (the repository exists now; retry with --update)"):
+        ours = update and CONFIG_FILE in api.list_repo_files(repo_id)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message="Upload the trained model",
             ignore_patterns=[MANIFEST],
-            delete_patterns=list(_MODEL_FILES) if update else None,  # but those that are uploaded again
+            delete_patterns=list(_MODEL_FILES) if ours else None,  # but those that are uploaded again
         )
     return str(url)
 

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError, may_pass
@@ -110,24 +110,40 @@ def drafts_of(target: Path) -> list[Path]:
         writer = _WRITER.fullmatch(draft.name.removeprefix(f".tmp-{target.name}@"))
         if writer is None:  # of a target whose own name has an @
             continue
-        if writer["host"] != socket.gethostname() or _lives(int(writer["pid"])):
+        if writer["host"] != _host() or _lives(int(writer["pid"])):
             living.append(draft)
-        elif draft.is_dir() and not draft.is_symlink():
-            remove_folder(draft)
         else:
-            draft.unlink(missing_ok=True)
+            _remove(draft)
     return living
 
 
 def _own_name(target: Path) -> Path:
-    """A name beside `target` that no other thread of any process uses."""
-    return target.with_name(f".tmp-{target.name}@{socket.gethostname()}-{os.getpid()}.{threading.get_native_id()}")
+    """A name beside `target` that no other thread of any process uses. What an earlier process with this one's number
+    left there is removed.
+    """
+    name = target.with_name(f".tmp-{target.name}@{_host()}-{os.getpid()}.{threading.get_native_id()}")
+    _remove(name)
+    return name
+
+
+def _host() -> str:
+    """Where a process number means one process: a host, and there a container, which may have the host's name."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}.{space.stat().st_ino}" if space.exists() else socket.gethostname()
+
+
+def _remove(draft: Path) -> None:
+    if draft.is_dir() and not draft.is_symlink():
+        remove_folder(draft)
+    else:
+        with suppress(OSError):  # another user's, who has died
+            draft.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process ever had this number
         return False
     except PermissionError:  # another user's
         return True

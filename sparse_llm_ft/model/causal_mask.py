@@ -8,6 +8,7 @@ FlashAttention kernels, and repeats keys and values for every query head.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,13 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_torchdynamo_compiling
 
+from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.model.architecture import model_family
+
+_IS_KNOWN = "q_length" in inspect.signature(sdpa_mask).parameters
+"""Whether this release of transformers (5.4 and newer) asks its mask functions in the words that are read here."""
+_BUILD_ON_IT = {"doge"}
+"""Models that combine the mask with one of their own, and in some releases do not say that they need it."""
 
 _padded_right: ContextVar[bool] = ContextVar("_padded_right", default=False)
 
@@ -33,25 +40,28 @@ def padded_right() -> Iterator[None]:
         _padded_right.reset(token)
 
 
-def gets_mask(model: PreTrainedModel, attention: str | None, length: int, padded: bool, packed: bool = False) -> bool:
+def gets_mask(model: PreTrainedModel, settings: ModelConfig, length: int, padded: bool, packed: bool = False) -> bool:
     """Whether attention gets a mask in training.
 
     Args:
         model: on any device.
-        attention: ``attn_implementation``; None: the model's default.
+        settings: those that it is loaded with.
         length: tokens of a row.
         padded: whether rows are padded on the right.
         packed: whether they hold several samples.
     """
-    if "flash" in (attention or ""):  # it takes lengths
+    text: Any = model.config.get_text_config()
+    attention = settings.attn_implementation or text._attn_implementation
+    if "flash" in attention:  # it takes lengths
         return False
     if packed or not padded:
         return packed
-    text = model.config.get_text_config()
+    if model_family(model.config) != "decoder" or attention != "sdpa" or not _IS_KNOWN:
+        return True
+    if _keeps_mask(text, settings.dtype == "float32"):
+        return True
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if model_family(model.config) != "decoder" or attention not in (None, "sdpa"):
-        return True
     return not kinds <= {"full_attention", "sliding_attention"} or (window is not None and window <= length)
 
 
@@ -65,8 +75,21 @@ def _is_causal(options: dict[str, Any]) -> bool:
     no packed samples, no part that looks ahead, and no tokens in a cache.
     """
     queries, keys, window = options.get("q_length"), options.get("kv_length"), options.get("local_size")
-    skips = options.get("allow_is_causal_skip", True) and not is_torchdynamo_compiling()
-    return skips and queries is not None and queries == keys and (window is None or keys < window)
+    if not options.get("allow_is_causal_skip", True) or is_torchdynamo_compiling() or not _IS_KNOWN:
+        return False
+    config = options.get("config")
+    if config is None or _keeps_mask(config.get_text_config(), options.get("dtype") == torch.float32):
+        return False
+    return queries == keys and (window is None or keys < window)
+
+
+def _keeps_mask(config: Any, in_float32: bool) -> bool:
+    """Whether a model of this config (of texts) needs its mask. In float32 a GPU's only kernel that takes fewer heads of
+    keys than of queries is the plain one, which keeps length² maps; with a mask, transformers repeats the keys.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    grouped = getattr(config, "num_key_value_heads", heads) != heads
+    return config.model_type in _BUILD_ON_IT or (grouped and in_float32)
 
 
 AttentionMaskInterface.register("sdpa", _sdpa_mask)

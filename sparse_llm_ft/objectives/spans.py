@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.spans import SpanSample, collate_spans
+from sparse_llm_ft.model.causal_mask import padded_right
 from sparse_llm_ft.objectives.base import Forward, largest_share
 
 
@@ -74,7 +75,8 @@ class SpanObjective:
         withheld, or the model would compute its own loss.
         """
         inputs = {name: value for name, value in batch.items() if not name.endswith("_positions")}
-        output = forward(**inputs)
+        with padded_right():
+            output = forward(**inputs)
         padding = batch["attention_mask"] == 0
         starts, ends = (
             values.float().masked_fill(padding, -torch.inf) for values in (output.start_logits, output.end_logits)

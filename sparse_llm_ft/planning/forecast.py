@@ -214,7 +214,7 @@ class _PhasePlanner:
         # Nothing predicts a sequence's first token.
         supervised = longest - 1 if self.context.task_mode.mode == "causal_lm" else None
         padded = size > 1 and not self.samples.equal
-        masked = gets_mask(self.context.empty, config.model.attn_implementation, longest, padded, config.task.packing)
+        masked = gets_mask(self.context.empty, config.model, longest, padded, config.task.packing)
         return Batch(size, longest, supervised, masked)
 
     @cached_property
@@ -260,8 +260,7 @@ class _PhasePlanner:
             prompt = task.max_prompt_length or 3 * task.max_length // 4
             generation = Generation(prompt, evaluation.max_new_tokens, evaluation.num_beams)
         size, longest = evaluation.micro_batch_size, self.samples.longest
-        masked = gets_mask(context.empty, context.config.model.attn_implementation, longest, size > 1)
-        batch = Batch(size, longest, None, masked)
+        batch = Batch(size, longest, None, gets_mask(context.empty, context.config.model, longest, size > 1))
         return cached_evaluation(
             context.config.model, self.phase.plan, batch, context.task_mode, generation, self.on_gpu
         )

@@ -227,11 +227,16 @@ class PhaseTraining:
         self.parts.run_state.step(line, self._last_step, logged)
         if logged:
             line |= self.memory.take()
+            self._write(line)
+            self.console.step(line, self._last_step)
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        """Write a line. An error is raised on all ranks with the next step, a save or the end (`Loop.failure`)."""
+        if self.loop.failure is None:
             try:
                 self.writer.write(line)
             except Exception as error:  # of any type, as in `run_on_rank_zero`
-                self.loop.failure = self.loop.failure or error
-            self.console.step(line, self._last_step)
+                self.loop.failure = error
 
     def _watch(self, line: dict[str, object]) -> bool:
         """Take what is followed off this validation, into the line too. Returns whether it is the best."""
@@ -268,6 +273,7 @@ class PhaseTraining:
         run_on_rank_zero(self.world, close)
 
     def _save(self) -> None:
+        run_on_rank_zero(self.world, self.loop.raise_failure)  # a run that resumes from here would not write the line
         self.parts.save(self._state(), self.best.kept_step)
 
     def _state(self) -> TrainState:

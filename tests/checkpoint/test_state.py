@@ -149,6 +149,14 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_gives_way_to_a_newer_one(
     assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 6) and complaints == []
 
 
+def test_a_link_to_nowhere_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make_state(3), keep=None)
+    checkpoint_folder(tmp_path, 6).symlink_to(tmp_path / "nowhere")
+    newest, complaints = newest_valid(tmp_path)
+    assert newest is not None and newest.folder == checkpoint_folder(tmp_path, 3)
+    assert len(complaints) == 1 and "a link, not a folder" in complaints[0]
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
     """Every eighth byte of every file; what a flip in the manifest does not touch need not be found."""

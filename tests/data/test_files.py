@@ -130,6 +130,7 @@ def test_labels_are_read_from_every_format(tmp_path: Path, format: str) -> None:
         ("a.csv", "text,answer\na,b\n\n\"c\nc\nc\",d\ne,f\n", [2, 4, 7]),
         ("a.csv", "\ntext,answer\r\na,b\rc,d", [3, 4]),
         ("a.tsv", "text\tanswer\n\"a\n\"\tb\nc,c\td\n", [2, 4]),
+        ("a.tsv", "text\tanswer\n\"\tx = 1\n\ty = 2\nreturn\"\tgood\nc\td\n", [2, 5]),
         ("a.json", '[\n{"text": "a"}\n,\n\n {"text":\n "b"}, {"text": "c"}]', [2, 5, 6]),
         ("a.json", '{"data":\n[{"text": "a"}], "b": {}}', [2]),
         ("a.json", " [ ] ", []),

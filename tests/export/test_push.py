@@ -254,6 +254,9 @@ def test_an_update_leaves_no_older_model_behind(here: Hub, settings: dict) -> No
     """transformers takes adapter_config.json before a whole model, and one file of weights before several."""
     make_run(settings, PLANS["lora"])
     here.exists = True
+    here.files |= {"config.json": b"a user's", "model.safetensors": b"a user's"}
+    main(["push", settings["output_dir"], "me/tiny", "--update"])
+    assert here.files["config.json"] == here.files["model.safetensors"] == b"a user's", "nothing was pushed before"
     kept = {"notes.md": b"a user's", "onnx/model.safetensors": b"another's", ".gitattributes": b"*"}
     here.files |= kept | {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old", "config.json": b"{}"}
     main(["push", settings["output_dir"], "me/tiny", "--update"])

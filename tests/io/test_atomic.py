@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from sparse_llm_ft.io import atomic
 from sparse_llm_ft.io.atomic import draft_of, drafts_of, new_folder, verify_folder, write_file, write_new_folder
 
 _TEXTS = [letter * 50_000 for letter in "abc"]
@@ -22,7 +24,7 @@ def left_by_killed(target: Path) -> Path:
     """The name of a draft whose process is dead."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    return target.with_name(f".tmp-{target.name}@{socket.gethostname()}-{process.pid}.{process.pid}")
+    return target.with_name(f".tmp-{target.name}@{atomic._host()}-{process.pid}.{process.pid}")
 
 
 def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -88,3 +90,18 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), draft_of(tmp_path / "push"):
         raise KeyboardInterrupt
     assert names(tmp_path) == []
+
+
+def test_what_an_earlier_process_of_the_same_number_left_is_no_hindrance(tmp_path: Path) -> None:
+    """A container's first process has the same number whenever it starts."""
+    draft = tmp_path / f".tmp-export@{atomic._host()}-{os.getpid()}.{threading.get_native_id()}"
+    (draft / "files").mkdir(parents=True)
+    write_new_folder(tmp_path / "export", lambda folder: (folder / "a").touch())
+    assert sorted(names(tmp_path / "export")) == ["a", "manifest.json"] and names(tmp_path) == ["export"]
+
+
+def test_no_process_has_a_number_beyond_all(tmp_path: Path) -> None:
+    odd = tmp_path / f".tmp-state.json@{atomic._host()}-99999999999999999999.1"
+    odd.touch()
+    write_file(tmp_path / "state.json", "{}")
+    assert names(tmp_path) == ["state.json"]

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, MistralConfig, OPTConfig, PreTrainedConfig
 
 from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, objective_of
+from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.collate import collate_prompts
-from sparse_llm_ft.model.causal_mask import padded_right
+from sparse_llm_ft.model.causal_mask import gets_mask, padded_right
 
 FURTHER: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
@@ -55,9 +56,23 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "masked"), [("llama", False), ("mistral, wide window", False), ("mistral", True)])
-def test_a_mask_is_made_for_a_window_alone_and_the_host_waits_for_nothing(name: str, masked: bool) -> None:
-    model = build((DECODERS | FURTHER)[name]())
+@pytest.mark.parametrize(
+    ("name", "dtype", "masked"),
+    [
+        ("llama", torch.bfloat16, False),
+        ("llama", torch.float32, True),  # of its grouped heads, which no GPU's kernel takes then
+        ("phi", torch.float32, False),
+        ("mistral, wide window", torch.bfloat16, False),
+        ("mistral", torch.bfloat16, True),
+    ],
+)
+def test_a_mask_is_made_where_it_serves_and_else_the_host_waits_for_nothing(
+    name: str, dtype: torch.dtype, masked: bool
+) -> None:
+    model = build((DECODERS | OTHERS | FURTHER)[name]()).to(dtype)
+    settings = ModelConfig(name="tiny", dtype=str(dtype).removeprefix("torch."))
+    assert gets_mask(model, settings, 9, padded=True) == masked and not gets_mask(model, settings, 9, padded=False)
+    assert gets_mask(model, settings, 9, padded=False, packed=True)
     objective = objective_of(model)
     batch, masks = objective.batch(SAMPLES), []
     for layer in model.model.layers:
@@ -78,5 +93,7 @@ def test_prompts_that_are_padded_on_the_left_keep_their_mask() -> None:
         logits = model(**batch).logits[:, -1]
         for row, sample in zip(logits, SAMPLES, strict=True):
             torch.testing.assert_close(row, model(input_ids=torch.tensor([sample.prompt_ids])).logits[0, -1])
+        model.to(torch.bfloat16)
+        logits = model(**batch).logits[:, -1]
         with padded_right():
             assert not torch.allclose(model(**batch).logits[:, -1], logits), "the context would be wrong there"
