@@ -85,7 +85,8 @@ def _is_causal(options: dict[str, Any]) -> bool:
 
 def _keeps_mask(config: Any, in_float32: bool) -> bool:
     """Whether a model of this config (of texts) needs its mask. In float32 the only kernel of a GPU that takes fewer
-    heads of keys than of queries is the plain one, which keeps length² maps; with a mask, transformers repeats the keys.
+    heads of keys than of queries is the plain one, which keeps length² maps. With a mask, transformers repeats the
+    keys.
     """
     heads = getattr(config, "num_attention_heads", None)
     grouped = getattr(config, "num_key_value_heads", heads) != heads
