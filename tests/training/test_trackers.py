@@ -158,7 +158,7 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_limit(
     monkeypatch.setattr(phase_training, "run_on_rank_zero", lambda world, action: action())
     training = PhaseTraining.__new__(PhaseTraining)
     training.parts = SimpleNamespace(trackers=ours)
-    training.loop = SimpleNamespace(prefix=None, progress=SimpleNamespace(step=1))
+    training.loop = SimpleNamespace(prefix=None, progress=SimpleNamespace(step=1), raise_failure=lambda: None)
     training.console = training.writer = SimpleNamespace(end=lambda: None, close=lambda: None)
     training.world = ONE_PROCESS
     began = time.monotonic()
