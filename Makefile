@@ -39,7 +39,7 @@ bench: $(READY)  ## compare training steps with stock PEFT's; writes the tables 
 bench-quick: $(READY)  ## the same for one case, in three rounds
 	$(BIN)/python benchmarks/compare.py --out runs/bench-quick --quick
 
-test: $(READY)  ## run the tests, in 9 to 15 minutes on two cores
+test: $(READY)  ## run the tests, in 9 to 16 minutes on two cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long and not servers and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## run the tests that start no launcher and no run, in under a minute
