@@ -32,7 +32,7 @@ from typing import Any
 from finished import Finished
 from harness import argument_parser
 from reproduce import train_one
-from retest_systems import ALPHA, JOINT_AT, LORA, RANK, SINGLE_AT, SYSTEMS, System
+from retest_systems import ALPHA, BESIDE, LORA, RANK, SYSTEMS, System
 from todo import Todo, in_fork
 
 from jobs import failed_file
@@ -295,12 +295,10 @@ the same seed on all tested samples, with their 95 % t-intervals. All masked sys
         scores = block.scores(system)
         if scores:
             yield _row(block, system, scores)
-    at_equal_budgets = _difference(block.scores(JOINT_AT), block.scores(SINGLE_AT))
-    if at_equal_budgets:
-        yield from (
-            "",
-            f"At equal budgets, the joint derivation's masks beside the single one's: {at_equal_budgets.text}.",
-        )
+    pairs = [(text, _difference(block.scores(first), block.scores(second))) for text, first, second in BESIDE]
+    if any(difference for _, difference in pairs):
+        yield from ("", "At equal budgets, differences over the same seeds:", "")
+        yield from (f"- {text}: {difference.text}" for text, difference in pairs if difference)
     missing = [system.name for system in SYSTEMS if len(block.scores(system)) < len(SEEDS)]
     if missing:
         yield from ("", f"Not complete: {', '.join(missing)}.")

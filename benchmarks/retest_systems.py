@@ -48,6 +48,10 @@ JOINT_AT = System("Partial-LoRA, joint at .135", _partial(derivation="joint", ra
 SINGLE_AT = System(
     "Partial-LoRA, single with min_ratio .12", _partial(derivation="single", min_ratio=0.12), rate_of=BALANCED
 )
+RANK_ONE = System("LoRA, r 1", {"name": "lora"}, adapter={"r": 1, "lora_alpha": ALPHA / RANK})
+TARGETED = System(
+    "Targeted-LoRA, balanced .135", _partial(ratios="balanced", ratio=PUBLISHED, selection="targeted"), MASKS
+)
 LAST_LAYER = r".*encoder\.layer\.5\.output\.dense"
 SYSTEMS = (
     LORA,
@@ -59,8 +63,15 @@ SYSTEMS = (
     System("Head alone", {"name": "lora"}, adapter={"r": 1, "lora_alpha": 1e-30, "target_modules": LAST_LAYER}),
     SINGLE,
     JOINT,
-    System("LoRA, r 1", {"name": "lora"}, adapter={"r": 1, "lora_alpha": ALPHA / RANK}),
-    System("Targeted-LoRA, balanced .135", _partial(ratios="balanced", ratio=PUBLISHED, selection="targeted"), MASKS),
+    RANK_ONE,
+    TARGETED,
     System("Full fine-tuning", {"name": "full"}, (1 / 64, 1 / 16, 1 / 4)),
 )
 """In the order in which they run, so that a part of the table is useful: first what decides the default derivation."""
+
+BESIDE = (
+    ("The joint derivation's masks beside the single one's", JOINT_AT, SINGLE_AT),
+    ("LoRA of rank 1 beside the balanced masks", RANK_ONE, BALANCED),
+    ("Targeted masks beside random ones, both balanced", TARGETED, BALANCED),
+)
+"""Systems with about the same number of values, to be compared with each other."""
