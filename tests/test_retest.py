@@ -110,7 +110,9 @@ def test_the_table_has_paired_differences_with_t_intervals(tmp_path: Path) -> No
     assert rows[LORA.name][5:7] == ["", ""] and rows["Head alone"][0] == "0"
     assert "Not complete" not in "\n".join(retest.page(block))
     # Single masks have LoRA's accuracies here.
-    assert f"the joint derivation's masks beside the single one's: {row[5]}." in "\n".join(retest.page(block))
+    beside = [line for line in retest.page(block) if line.startswith("- ")]
+    assert beside[0] == f"- The joint derivation's masks beside the single one's: {row[5]}"
+    assert [line.partition(":")[0] for line in beside] == [f"- {text}" for text, _, _ in retest.BESIDE]
 
     # Another process reads the same results, and a run that is not in the file is missing.
     assert list(retest.page(empty_block(tmp_path))) == list(retest.page(block))
