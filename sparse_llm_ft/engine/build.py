@@ -19,7 +19,7 @@ from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.io.wait import Wait
 from sparse_llm_ft.model.buffers import persistent_buffers
-from sparse_llm_ft.model.layers import compile_layers
+from sparse_llm_ft.model.layers import compile_layers, keep_all_layers
 from sparse_llm_ft.model.loading import load_model
 from sparse_llm_ft.model.staging import keep_name, stage_base
 from sparse_llm_ft.model.tied import refuse_untied
@@ -56,16 +56,6 @@ def build_model(
     keep_name(base, config.model)
     torch.manual_seed(config.seed)
     return _compiled(config, add_adapters(base, plan))
-
-
-def keep_all_layers(base: nn.Module) -> bool:
-    """Turn LayerDrop off (M2M100, NLLB): each rank would skip layers of its own, and ZeRO's buckets and gathers would
-    wait for gradients that another rank does not have. Returns whether the model had it.
-    """
-    dropping = [module for module in base.modules() if getattr(module, "layerdrop", 0.0)]
-    for module in dropping:
-        module.layerdrop = 0.0  # type: ignore[assignment]
-    return bool(dropping)
 
 
 def rebuild_model(config: RunConfig, model: PeftModel, before: AdapterPlan, plan: AdapterPlan) -> PeftModel:

@@ -62,3 +62,13 @@ def checkpointed_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     }
+
+
+def keep_all_layers(base: nn.Module) -> bool:
+    """Turn LayerDrop off (M2M100, NLLB): each rank would skip layers of its own, and ZeRO's buckets and gathers would
+    wait for gradients that another rank does not have. Returns whether the model had it.
+    """
+    dropping = [module for module in base.modules() if getattr(module, "layerdrop", 0.0)]
+    for module in dropping:
+        module.layerdrop = 0.0  # type: ignore[assignment]
+    return bool(dropping)

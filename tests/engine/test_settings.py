@@ -133,3 +133,11 @@ def test_where_the_optimizers_state_is(offload: dict[str, str] | None, device: s
     extra = {} if offload is None else zero_extra(offload_optimizer=offload)
     settings = EngineSettings(2, "bfloat16", 2, 1, 1.0, 0.0, 0.01, "sgd", extra)
     assert offload_device(zero_settings(settings, 100)) == device
+
+
+def test_deepspeed_times_nothing_by_itself() -> None:
+    """Its throughput timer waits for the GPU before and after every micro-batch."""
+    from deepspeed.utils.config import get_timers_config
+
+    settings = EngineSettings(2, "bfloat16", 1, 1, 1.0, 0.0, 0.1, "sgd", {})
+    assert get_timers_config({}).enabled and not get_timers_config(settings.to_deepspeed()).enabled

@@ -17,7 +17,7 @@ import sparse_llm_ft.adapters  # noqa: F401  (registers the tuner of native expo
 from helpers.trained_runs import PLANS, make_run
 from sparse_llm_ft.adapters.tuners import native_plan
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.export.export import export_run
+from sparse_llm_ft.export.export import export_run, write_output
 from sparse_llm_ft.export.merge import merge_adapters
 from sparse_llm_ft.export.options import ExportOptions
 from sparse_llm_ft.inference.trained_run import load_trained, read_run
@@ -210,3 +210,16 @@ def test_the_newest_checkpoint_that_can_be_used_is_taken(settings: dict, tmp_pat
     run = read_run(settings["output_dir"])
     assert run.state.progress.step == 4
     assert len(run.complaints) == 1 and "step-00000008" in run.complaints[0]
+
+
+def test_what_appears_at_the_output_meanwhile_stays_and_is_one_line(tmp_path: Path) -> None:
+    output = tmp_path / "export"
+
+    def fill(folder: Path) -> None:
+        (folder / "ours").touch()
+        output.mkdir()
+        (output / "notes.txt").write_text("a user's")
+
+    with pytest.raises(UserError, match=r"export: exists; choose a new folder"):
+        write_output(output, fill)
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]

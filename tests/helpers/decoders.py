@@ -84,3 +84,16 @@ def alone(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     labels = ids.clone()
     labels[:, : len(sample.prompt_ids)] = IGNORE_INDEX
     return model(input_ids=ids, labels=labels).loss * sample.supervised
+
+
+def check_gradients(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    """Those of a batch of `SAMPLES` are the sums of those of each sample alone."""
+    objective_of(model).loss(model, batch).backward()
+    found = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    for sample in SAMPLES:
+        alone(model, sample).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1.0
+            torch.testing.assert_close(found[key], parameter.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from helpers.fork_server import run_worlds
 from helpers.forked_ranks import last_lines
 from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main
+from sparse_llm_ft.distributed.world import ONE_PROCESS
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.inference.evaluate import evaluate, free_folder
 
 METHODS: dict[str, Any] = {
     "weight_lora_plus": {"name": "weight_lora_plus", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5},
@@ -158,3 +162,25 @@ def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises((SystemExit, UserError)):
         main(["evaluate", str(tmp_path)])
     assert "no config.yaml; expected a run's output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_evaluation_has_its_folder_when_it_is_whole(
+    interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is killed leaves none, which the same command would refuse."""
+    output = tmp_path / "run" / "evaluation-1"
+
+    def measure(run: Any, folder: Path) -> dict[str, int]:
+        (folder / "metrics.json").write_text("{}")
+        assert not output.exists() and free_folder(output.parent).name == "evaluation-2"
+        if interrupted:
+            raise KeyboardInterrupt
+        return {"step": 1}
+
+    monkeypatch.setattr("sparse_llm_ft.inference.evaluate._measure", measure)
+    run: Any = SimpleNamespace(context=SimpleNamespace(world=ONE_PROCESS))
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        evaluate(run, output)
+    assert [path.name for path in output.parent.iterdir()] == ([] if interrupted else ["evaluation-1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, M2M100Config, M2M100ForConditionalGeneration
 
-from sparse_llm_ft.engine.build import keep_all_layers
+from sparse_llm_ft.model.layers import keep_all_layers
 
 
 def test_every_layer_runs_in_every_training_step() -> None:

@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, objective_of
+from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, check_gradients, objective_of
 from sparse_llm_ft.data.collate import IGNORE_INDEX
 from sparse_llm_ft.data.samples import Pack, Sample
 from sparse_llm_ft.errors import ConfigError
@@ -58,16 +58,7 @@ def test_each_sample_has_the_loss_that_it_has_alone(name: str, attention: str) -
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_gradients_are_those_of_all_samples_alone(name: str) -> None:
     model = build(DECODERS[name]())
-    objective = objective_of(model)
-    objective.loss(model, objective.batch(PACKS)).backward()
-    packed = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    for sample in SAMPLES:
-        alone(model, sample).backward()
-    for key, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            scale = float(parameter.grad.abs().max()) + 1.0
-            torch.testing.assert_close(packed[key], parameter.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
+    check_gradients(model, objective_of(model).batch(PACKS))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, MistralConfig, OPTConfig, PreTrainedConfig
 
-from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, objective_of
+from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, check_gradients, objective_of
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.model.causal_mask import gets_mask, padded_right
@@ -28,20 +28,14 @@ WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten
 def test_each_sample_has_the_loss_that_it_has_alone(name: str) -> None:
     settings = (DECODERS | OTHERS | FURTHER)[name]()
     model = build(settings, "eager" if name == "bloom" else "sdpa")
+    if name != "mixtral":  # whose products of experts have no float64
+        model.double()  # in which grouped heads need no mask either
     objective = objective_of(model)
     batch = objective.batch(SAMPLES)
     with torch.no_grad():
         expected = [float(alone(model, sample)) for sample in SAMPLES]
         assert objective.losses(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
-    objective.loss(model, batch).backward()
-    padded = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    for sample in SAMPLES:
-        alone(model, sample).backward()
-    for key, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            scale = float(parameter.grad.abs().max()) + 1.0
-            torch.testing.assert_close(padded[key], parameter.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
+    check_gradients(model, batch)
 
 
 class Operations(TorchDispatchMode):

@@ -26,6 +26,7 @@ from sparse_llm_ft.distributed.world import ONE_PROCESS
 from sparse_llm_ft.errors import ConfigError, PreemptionRequested, TrainingError
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.training import phase_training, run, trackers
+from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.phase_training import PhaseTraining
 from sparse_llm_ft.training.trackers import STATE_FILE, Trackers
 
@@ -300,3 +301,23 @@ def test_the_state_file_is_written_before_a_step_is_sent(
     ours.log(2, {"loss": 1.0})
     ours.close()
     assert seen == [1, 2]
+
+
+def test_a_step_whose_line_is_lost_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes from there would never write the line."""
+    monkeypatch.setattr(phase_training, "run_on_rank_zero", lambda world, action: action())
+    training, written = PhaseTraining.__new__(PhaseTraining), []
+
+    def fails(line: dict[str, object]) -> None:
+        written.append(line)
+        raise OSError(28, "No space left on device")
+
+    training.loop = Loop.__new__(Loop)
+    training.loop.failure = None
+    training.writer = SimpleNamespace(write=fails)
+    training.world, training.parts = ONE_PROCESS, SimpleNamespace(save=lambda *_: pytest.fail("saved"))
+    training._write({"step": 1})
+    training._write({"step": 2})
+    assert written == [{"step": 1}], "a second line would be joined to half of the first"
+    with pytest.raises(OSError, match="No space left"):
+        training._save()
