@@ -5,6 +5,8 @@ from __future__ import annotations
 import cProfile
 import pstats
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +82,24 @@ def profile(step: Callable[[], Any], device: torch.device, rows: int = 40) -> tu
     total = sum(getattr(e, attribute) for e in kernels) / 1000
     named = [{"name": e.key[:100], "calls": e.count, "ms": round(getattr(e, attribute) / 1000, 3)} for e in events]
     return total, named[:rows]
+
+
+def waits(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """Where the host waits for a CUDA device in one step: file:line of the operation that waits, and how often. Waiting
+    for an event is not counted.
+    """
+    if device.type != "cuda":
+        return {}
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchronizing" in str(w.message))
+    return dict(found.most_common())
 
 
 def host_profile(step: Callable[[], Any], rows: int = 40) -> list[dict[str, Any]]:

@@ -182,7 +182,11 @@ def main() -> None:
             wanted = [(base, system) for base, _, system in (name.partition(":") for name in options.systems)]
         for row in measured(wanted, options, lambda: options.seconds - (time.monotonic() - began)):
             results["speed"].append(row)
-            brief = {key: row[key] for key in ("base", "system", "problem", "step_ms", "seconds") if key in row}
+            brief = {
+                key: row[key]
+                for key in ("base", "system", "problem", "step_ms", "host_ms", "waits", "seconds")
+                if key in row
+            }
             sys.stdout.write(f"{json.dumps(brief)}\n")
             sys.stdout.flush()
             write()

@@ -21,7 +21,7 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from base import host_profile, profile, step_flops, times
+from base import host_profile, profile, step_flops, times, waits
 from bases import llama_3_8b, random_base, tiny_llama
 from compare_cases import top_tenth
 from peft_steps import Step, Training, bare_base, stock_peft, tuned_peft
@@ -182,6 +182,7 @@ def main() -> None:
         "losses": losses,
         "device_ms": device_ms,
         "profile": operations,
+        "waits": waits(step, setup.device),
         "host_profile": host_profile(step),
         "not_fused": Fused.problem,
         "seconds": time.perf_counter() - began,
