@@ -13,6 +13,7 @@ IGNORE_INDEX = -100
 """Label of a position that the loss ignores."""
 
 Batch = dict[str, torch.Tensor]
+"""A tensor without dimensions is a number that the host reads, so that it stays on the CPU."""
 
 
 def collate_causal_lm(samples: Sequence[Sample], pad_token_id: int) -> Batch:
@@ -38,7 +39,9 @@ def collate_packed(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = 
     Returns:
         The tensors of `collate_causal_lm`, and ``position_ids``, which restart at 0 with every sample: transformers'
         models separate samples by them if they get no attention mask. Padding counts as a sample of its own. A
-        sample's first token has the label `IGNORE_INDEX`: the previous sample must not predict it.
+        sample's first token has the label `IGNORE_INDEX`: the previous sample must not predict it. For one row also
+        ``cu_seq_lens`` (samples + 1,) int32, where each sample begins and the last one ends, and ``max_length`` (), the
+        longest one's: flash attention takes them, and transformers would ask the device for them in every layer.
     """
     if in_one_row:
         packs = [Pack(tuple(sample for pack in packs for sample in pack.samples))]
@@ -53,7 +56,11 @@ def collate_packed(packs: Sequence[Pack], pad_token_id: int, in_one_row: bool = 
             labels[i, start + len(sample.prompt_ids) : end] = torch.tensor(sample.completion_ids)
             start = end
         positions[i, start:] = torch.arange(width - start)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+    if in_one_row:
+        lengths = torch.tensor([0, *(sample.length for sample in packs[0].samples)], dtype=torch.int32)
+        batch |= {"cu_seq_lens": lengths.cumsum(0, dtype=torch.int32), "max_length": lengths.max()}
+    return batch
 
 
 def collate_seq2seq(samples: Sequence[Sample], pad_token_id: int, start_token_id: int) -> Batch:

@@ -3,7 +3,8 @@
 No position sees one behind it, so none of a sample's tokens sees its padding: the causal kernel alone gives them what
 it gives them with a mask. transformers makes one all the same, (B, 1, L, L), unless it has read from the device that
 nothing is padded. Then the host waits for the GPU in every forward pass; and with a mask PyTorch takes none of its
-FlashAttention kernels, and repeats keys and values for every query head.
+FlashAttention kernels, and repeats keys and values for every query head. Under ``flash_attention_2`` and its successors
+transformers takes the padding out with a (B, L) mask, for which the host waits in every layer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from sparse_llm_ft.config import ModelConfig
@@ -70,6 +71,12 @@ def _sdpa_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     return None if _padded_right.get() and _is_causal(options) else sdpa_mask(*args, **options)
 
 
+def _flash_mask(*args: Any, **options: Any) -> torch.Tensor | None:
+    """transformers' interface: the (B, L) mask of flash attention. Its kernels are causal and have windows without."""
+    causal = options.get("allow_is_causal_skip", True) and options.get("q_length") == options.get("kv_length")
+    return None if _padded_right.get() and _IS_KNOWN and causal else flash_attention_mask(*args, **options)
+
+
 def _is_causal(options: dict[str, Any]) -> bool:
     """Whether the mask would be the causal one, but for padding, as transformers decides it: no window that is shorter,
     no packed samples, no part that looks ahead, and no tokens in a cache.
@@ -94,3 +101,5 @@ def _keeps_mask(config: Any, in_float32: bool) -> bool:
 
 
 AttentionMaskInterface.register("sdpa", _sdpa_mask)
+for _version in (2, 3, 4):
+    AttentionMaskInterface.register(f"flash_attention_{_version}", _flash_mask)

@@ -26,7 +26,7 @@ class Objective(Protocol[S]):
     """
 
     def batch(self, samples: Sequence[S]) -> Batch:
-        """The samples' tensors on the CPU; dimension 0 is the batch."""
+        """The samples' tensors on the CPU. Dimension 0 is the batch, but for lengths of packed samples."""
         ...
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:

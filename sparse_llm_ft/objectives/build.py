@@ -44,9 +44,10 @@ def build_objective(
     if mode == "seq2seq_lm":
         assert isinstance(base, PreTrainedModel)
         return Seq2SeqObjective(pad, False, words, start_token_id=decoder_start_token(base.config, pad))
-    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    attention = str(getattr(getattr(base, "config", None), "_attn_implementation", None))
-    return CompletionObjective(pad, keeps_logits, words, "flash" in attention)
+    accepted = inspect.signature(base.forward).parameters
+    flash = "flash" in str(getattr(getattr(base, "config", None), "_attn_implementation", None))
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    return CompletionObjective(pad, "logits_to_keep" in accepted, words, flash, flash and passes_on)
 
 
 def check_packing(model: PreTrainedModel) -> None:

@@ -43,12 +43,14 @@ class CompletionObjective:
         label_words: None if the task has no labels.
         packs_in_one_row: whether to concatenate packs: transformers' flash attention separates samples by their
             positions only in a batch of one row.
+        takes_lengths: whether the model's attention takes the lengths of samples in one row.
     """
 
     pad_token_id: int
     keeps_logits: bool
     label_words: LabelWords | None = None
     packs_in_one_row: bool = False
+    takes_lengths: bool = False
 
     def batch(self, samples: Sequence[Sample] | Sequence[Pack]) -> Batch:
         """The tensors of `collate_causal_lm` for samples, of `collate_packed` for packs; and ``supervised`` (B, P), the
@@ -113,17 +115,33 @@ class CompletionObjective:
         labels = batch["labels"]
         positions = batch["supervised"][0] if "supervised" in batch else _supervised(labels)  # Shape: (P,)
         options: dict[str, Any] = {"logits_to_keep": positions} if self.keeps_logits else {}
-        # Without a mask, transformers separates packed samples by their positions.
-        seen = "position_ids" if "position_ids" in batch else "attention_mask"
+        options |= self._attention(batch)
         targets = labels[:, positions + 1]
-        padded = seen == "attention_mask"
         with (
-            padded_right() if padded else nullcontext(),
+            padded_right() if "attention_mask" in options else nullcontext(),
             head_targets(targets) if in_head and self.keeps_logits else nullcontext(),
         ):
-            output = forward(input_ids=batch["input_ids"], use_cache=False, **{seen: batch[seen]}, **options)
+            output = forward(input_ids=batch["input_ids"], use_cache=False, **options)
         logits = output.logits if self.keeps_logits else output.logits[:, positions]  # Shape: (B, P, V)
         return logits.float(), targets
+
+    def _attention(self, batch: Batch) -> dict[str, Any]:
+        """What attention is told of the batch's rows. transformers separates packed samples by their positions if it
+        gets no mask, and under flash attention by lengths: without them it would ask the device for those of one row,
+        in every layer.
+        """
+        packed, (rows, width) = "position_ids" in batch, batch["input_ids"].shape
+        if rows > 1 or not self.takes_lengths:
+            name = "position_ids" if packed else "attention_mask"
+            return {name: batch[name]}
+        if packed:
+            places, longest = batch["cu_seq_lens"], int(batch["max_length"])
+        else:  # not padded, since nothing is longer
+            device = batch["input_ids"].device
+            places, longest = width * torch.arange(2, dtype=torch.int32, device=device), width
+        lengths = {"cu_seq_lens_q": places, "cu_seq_lens_k": places, "max_length_q": longest, "max_length_k": longest}
+        known = ("attention_mask", "position_ids") if packed else ("attention_mask",)
+        return lengths | {name: batch[name] for name in known}
 
 
 @dataclass(frozen=True, eq=False)

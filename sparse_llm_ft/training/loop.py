@@ -243,7 +243,7 @@ class Loop:
         self, loss_of: LossOf, batch: Batch, factor: float, forward: Forward
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Collective, as `forward` is. A micro-batch's loss, detached, and what is differentiated: two scalars."""
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        moved = {name: t.to(self.device, non_blocking=True) if t.ndim else t for name, t in batch.items()}
         loss = loss_of(forward, moved)
         # A loss that is not finite can have finite gradients, and the engine would not skip the update.
         factors = torch.where(torch.isfinite(loss.detach()), factor, torch.nan)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, MistralConfig, OPTConfig, PreTrainedConfig
 
 from helpers.decoders import DECODERS, GROUPED, OTHERS, SAMPLES, SIZES, alone, build, check_gradients, objective_of
+from helpers.dispatch import WAITS, Operations
 from sparse_llm_ft.config import ModelConfig
 from sparse_llm_ft.data.collate import collate_prompts
 from sparse_llm_ft.model.causal_mask import gets_mask, padded_right
@@ -20,8 +19,6 @@ FURTHER: dict[str, Callable[[], PreTrainedConfig]] = {
     "bloom": lambda: BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4),  # whose mask makes its positions
     "mistral, wide window": lambda: MistralConfig(**GROUPED, sliding_window=10),
 }
-WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero"}
-"""What a GPU's host waits for."""
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *OTHERS, *FURTHER])
@@ -36,18 +33,6 @@ def test_each_sample_has_the_loss_that_it_has_alone(name: str) -> None:
         expected = [float(alone(model, sample)) for sample in SAMPLES]
         assert objective.losses(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
     check_gradients(model, batch)
-
-
-class Operations(TorchDispatchMode):
-    """The names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(str(func.overloadpacket))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
