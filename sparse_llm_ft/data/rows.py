@@ -16,6 +16,8 @@ _NUMBER = re.compile(r"\s*[+-]?\d{1,9}\s*")
 _ROLES = ("system", "user", "assistant")
 _BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What a turn may say beside its content; to read the content alone would teach a model to leave it out."""
+_OFFERED = ("tools", "functions")
+"""Columns beside a chat that its template would show; without them a model learns to answer as if it had no tools."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,19 @@ def _templates(task: Task, row: Row, source: str, line: int) -> Example:
 def _chat(task: Task, row: Row, source: str, line: int) -> Example:
     """The last turn is the completion. A model without chat template sees the other turns as plain text."""
     assert task.messages
+    offered = next((key for key in _OFFERED if key != task.messages and _is_filled(row.get(key))), None)
+    if offered:
+        raise BadRow(f"column {offered!r} offers tools, which are not given to the chat template; expected none")
     turns = _turns(row[task.messages], task.messages)
     *seen, last = turns
     prompt = "".join(f"{turn['role']}:\n{turn['content']}\n\n" for turn in seen) + f"{last['role']}:\n"
     references = _distinct((last["content"], *_others(task, row)))
     return Example(prompt, last["content"], references, source, line, messages=tuple(seen))
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a column holds anything. Many data sets keep lists as JSON."""
+    return value.strip() not in ("", "[]", "{}", "null") if isinstance(value, str) else bool(value)
 
 
 def _turns(value: Any, column: str) -> list[dict[str, str]]:

@@ -136,6 +136,19 @@ def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:
         read({"turns": turns}, messages="turns")
 
 
+@pytest.mark.parametrize("tools", [[{"name": "search"}], '[{"name": "search"}]'])
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_a_chat_with_tools_is_refused(column: str, tools: Any) -> None:
+    with pytest.raises(BadRow, match=f"column '{column}' offers tools, which are not given to the chat template"):
+        read({"turns": TURNS, column: tools}, messages="turns")
+
+
+@pytest.mark.parametrize("none", [None, [], {}, "", " [] ", "null"])
+def test_a_chat_without_any_tools_is_used(none: Any) -> None:
+    assert one({"turns": TURNS, "tools": none}, messages="turns").completion == "Ho"
+    assert one({"tools": TURNS}, messages="tools").completion == "Ho"
+
+
 SQUAD = {
     "question": "Where?",
     "context": "In Rome, in Rome.",
