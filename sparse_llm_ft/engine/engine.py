@@ -179,7 +179,8 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.
 
-        Whether it does is decided on the device, see `norm`: no value is read here.
+        Whether it does is decided on the device, see `norm`: no value is read here. DeepSpeed itself reads some at
+        stages 0 (in bfloat16) and 3, and with ``overlap_comm``.
         """
         settings = self.settings
         rates = {
@@ -193,6 +194,7 @@ class Engine:
             self.norm = self._shards.norm(self._flat_gradients())
             self._optimizer.gradient_scale = self.clip_factor
         self._engine.step()
+        self._settle()
 
     def discard(self) -> None:
         """Collective. End a micro-step as `step` does, but let no update come of the gradients."""
@@ -296,6 +298,14 @@ class Engine:
         if optimizer_steps is not None:
             for group, master in self._shards.masters:
                 self._optimizer.state[master]["step"].fill_(float(optimizer_steps.get(group["name"], 0)))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for new parameters at stage 3. DeepSpeed gathers them on a stream of its own, which does not wait for
+        the one that writes them; and waits for the device itself only if some parameters are persistent.
+        """
+        if self.settings.zero_stage == 3 and self._engine.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[object]:
         """Collective at stage 3. A context in which every rank has `module`'s own parameters unsharded."""

@@ -1,8 +1,17 @@
-"""Values on their way from the device to the host, which need not wait for them."""
+"""Values on their way from the device to the host, which need not wait for them, and back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(n,) numbers on the device; without a type, int64 or float32. A CUDA driver may wait for the device before it
+    copies what is not in pinned memory.
+    """
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class HostRead:

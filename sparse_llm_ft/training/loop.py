@@ -38,7 +38,7 @@ from sparse_llm_ft.objectives.base import Forward, Objective, lengths_of
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.batches import BatchThread, Share, ShareMaker
 from sparse_llm_ft.training.callbacks import Callback
-from sparse_llm_ft.training.host_read import HostRead
+from sparse_llm_ft.training.host_read import HostRead, on_device
 from sparse_llm_ft.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -89,6 +89,14 @@ class _Made:
     values: HostRead
     gradients: dict[str, torch.Tensor]
     cached_samples: int | None
+
+
+class _UnusableShare(Exception):
+    """Some rank has a row that cannot be used or read. Raised on every rank, with its own share."""
+
+    def __init__(self, share: Share) -> None:
+        super().__init__()
+        self.share = share
 
 
 @dataclass
@@ -163,11 +171,15 @@ class Loop:
         began = time.perf_counter()
         try:
             while not self.over():
-                at = waiting[-1].after if waiting else self.progress
-                waiting.append(self._step(at, thread))
+                at, unusable = waiting[-1].after if waiting else self.progress, None
+                try:
+                    waiting.append(self._step(at, thread))
+                except _UnusableShare as found:  # on every rank; the step before it is made, and its caller hears of it
+                    unusable = found.share
                 while waiting:
                     last = waiting[-1]
-                    if len(waiting) == 1 and self._may_wait(last.after) and not at_once(last.after):
+                    may_wait = unusable is None and len(waiting) == 1 and self._may_wait(last.after)
+                    if may_wait and not at_once(last.after):
                         break
                     step = self._finish(waiting.pop(0), not waiting)
                     if step is None:
@@ -175,6 +187,8 @@ class Loop:
                     step.seconds = time.perf_counter() - began
                     yield step
                     began = time.perf_counter()
+                if unusable is not None:
+                    self._end_together(unusable)
         finally:
             thread.close()
             if self.prefix is not None:
@@ -254,7 +268,7 @@ class Loop:
         global batch. The ranks sum these of the next step too, so that nobody waits for that sum when it begins.
 
         Raises:
-            UserError, TrainingError: on every rank, if one of them has a row that cannot be used or read.
+            _UnusableShare: on every rank, if one of them has a row that cannot be used or read.
         """
         for _, at in zip(range(2), self._certain(progress), strict=False):
             if at.samples not in self._shares:
@@ -264,7 +278,7 @@ class Loop:
         units, tokens, squares, failures = map(int, counts.numbers())
         if failures:
             thread.close()
-            self._end_together(share)
+            raise _UnusableShare(share)
         return share, units, tokens, squares
 
     def _end_together(self, share: Share) -> NoReturn:
@@ -284,7 +298,7 @@ class Loop:
         counts = [share.units, share.tokens, share.squares, int(share.error is not None)]
         if self.world.size == 1:
             return HostRead(torch.tensor(counts))
-        shared = torch.tensor(counts).to(self.device, non_blocking=True)
+        shared = on_device(counts, self.device)
         dist.all_reduce(shared)
         return HostRead(shared)
 
@@ -292,8 +306,7 @@ class Loop:
         """Collective. (4 + signals,) float64: see `_Made.values`. The flags go along, so agreeing on them is free."""
         failed = self.guard is not None and self.guard.failed
         own = [failed, self.failure is not None, *signals.caught()]
-        flags = torch.tensor(own, dtype=loss.dtype).to(self.device, non_blocking=True)
-        shared = torch.cat([loss.reshape(1), flags])
+        shared = torch.cat([loss.reshape(1), on_device(own, self.device, loss.dtype)])
         dist.all_reduce(shared)
         norm = torch.as_tensor(self.engine.norm, dtype=torch.float64, device=self.device)
         return torch.cat([shared[:3].double(), norm.reshape(1), shared[3:].double()])

@@ -16,6 +16,7 @@ from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.phase import CutRule, Phase
 from sparse_llm_ft.plan import AdapterPlan, ModuleAdapter
+from sparse_llm_ft.training.batches import Share, ShareMaker
 from sparse_llm_ft.training.callbacks import OmegaPruning
 from sparse_llm_ft.training.loop import Loop, Step
 from sparse_llm_ft.training.schedule import Schedule
@@ -204,6 +205,22 @@ def test_too_many_skipped_updates_end_a_loop_that_runs_ahead() -> None:
     with pytest.raises(TrainingError, match=r"step 3 has loss inf .* after 1 skipped updates in a row"):
         list(loop.steps(lambda _: False))
     assert loop.progress.step == 2 and loop.engine.updates == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_row_that_cannot_be_used_loses_no_step_before_it(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = run_ahead(set()) if ahead else make_loop(set(), most=0)
+    make = ShareMaker.__call__
+
+    def fourth_fails(maker: ShareMaker, progress: Progress) -> Share:
+        return Share(error=UserError("row 7 is empty")) if progress.step == 3 else make(maker, progress)
+
+    monkeypatch.setattr(ShareMaker, "__call__", fourth_fails)
+    found = []
+    with pytest.raises(UserError, match="row 7 is empty"):
+        for step in loop.steps(lambda _: False):
+            found.append(numbers_of(step))
+    assert len(found) == loop.progress.step == loop.engine.updates == 3
 
 
 @pytest.mark.parametrize("ahead", [False, True])
