@@ -36,7 +36,7 @@ from retest_systems import ALPHA, BESIDE, LORA, RANK, SYSTEMS, System
 from todo import Todo, in_fork
 
 from jobs import failed_file
-from tables import write_part
+from tables import T_975, write_part
 
 MODEL, TASK = "all-minilm-l6-v2", "glue/sst2"
 STEPS, BATCH = 1000, 16
@@ -46,8 +46,6 @@ CENTRE = 1e-3
 """The middle of LoRA's three rates. The others' are LoRA's best one times their factors."""
 MARGIN = 1.0
 """*As good* means: not worse by as many points."""
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-"""Degrees of freedom -> the 97.5 % quantile of Student's t."""
 HEAD_VALUES = 2 * 384 + 2
 KEY = ("system", "learning_rate", "seed")
 """What tells one run from another in the file of results."""
@@ -283,10 +281,12 @@ derivation uses half of it for its head.
 
 Each system's rate, which is also that of its head, is one of three with a factor of 4 between them: the one with the
 lowest held-out loss, as the mean over {len(SEARCH_SEEDS)} seeds that are not used again. A rate is dropped after its
-first seed if that loss alone exceeds the sum of both losses of another rate. A rate with * lies at an end of its three.
-Systems that are given the balanced one's budget take its rate. The rows are means over {len(SEEDS)} other seeds, or as
+first seed if that loss alone exceeds the sum of both losses of another rate. A rate with * lies at an end of its three:
+such a system may do better at one beyond. Systems that are given the balanced one's budget take its rate, and had no
+search of their own. The rows are means over {len(SEEDS)} other seeds, or as
 many as are named; a seed has the same data order and the same fresh head for all systems. Differences are to LoRA of
-the same seed on all tested samples, with their 95 % t-intervals. All masked systems have `masking: compact`. "joint
+the same seed on all tested samples, with their 95 % t-intervals over seeds: the choice of the samples is not in them,
+and targeted masks are one mask, whatever the seed. All masked systems have `masking: compact`. "joint
 (ours)" also has `mask_scaling: true`, which is not the default.
 """
     yield "| | adapter values | rate | dev | cut off | all | difference to LoRA | as good (above -1)? | seeds |"

@@ -11,13 +11,13 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from jobs import MINILM, SETTINGS, Job, Setting  # noqa: E402
+from jobs import MINILM, SETTINGS, Job, Result, Setting  # noqa: E402
 from sparse_llm_ft.adapters import count_parameters  # noqa: E402
 from sparse_llm_ft.config import RunConfig, check_steps, parse_config  # noqa: E402
 from sparse_llm_ft.methods.chain import build_methods  # noqa: E402
 from sparse_llm_ft.plan import uniform_plan  # noqa: E402
 from systems import SYSTEMS, System  # noqa: E402
-from tables import CLAIMS, PUBLISHED, _untested  # noqa: E402
+from tables import CLAIMS, MORE, PUBLISHED, SAME, T_975, _untested, _verdict  # noqa: E402
 
 KINDS = {"attention.self.query": (384, 384), "attention.self.key": (384, 384), "attention.self.value": (384, 384)}
 KINDS |= {"attention.output.dense": (384, 384), "intermediate.dense": (1536, 384), "output.dense": (384, 1536)}
@@ -55,9 +55,25 @@ def test_every_claim_is_about_systems_that_run() -> None:
 
 
 def test_masks_that_keep_another_share_than_the_papers_do_not_test_its_claim() -> None:
-    assert _untested("Partial-LoRA", 0.02) == "not tested: 2% of the values, the paper 10% to 24%"
-    assert [_untested("Partial-LoRA", share) for share in (0.05, 0.18, 0.4)] == [None] * 3
-    assert _untested("LoRA-drop", 0.02) is None and PUBLISHED.keys() <= {system.name for system in SYSTEMS}
+    def untested(system: str, share: float) -> str | None:
+        table = {
+            name: {"sst2": {seed: Result(80.0, 0.4, parameters, 1.0, ()) for seed in range(3)}}
+            for name, parameters in (("LoRA", 1000), (system, round(1000 * share)))
+        }
+        return _untested(system, table, ["sst2"])
+
+    for system in ("Partial-LoRA", "Targeted-LoRA"):  # whatever they are compared with
+        assert untested(system, 0.02) == "not tested: 2% of the values, the paper 10% to 24%"
+        assert [untested(system, share) for share in (0.05, 0.18, 0.4)] == [None] * 3
+    names = {system.name for system in SYSTEMS}
+    assert untested("LoRA-drop", 0.02) is None and PUBLISHED.keys() | {w for w, *_ in PUBLISHED.values()} <= names
+
+
+def test_a_claim_holds_if_its_interval_is_on_its_side() -> None:
+    assert _verdict(MORE, 13.0, T_975[2] * 6.2) == "undecided"  # three seeds, two standard errors
+    assert _verdict(MORE, 3.0, 2.0) == "holds" and _verdict(MORE, -3.0, 2.0) == "fails"
+    assert _verdict(SAME, -1.0, 0.5) == "fails" and _verdict(SAME, -1.0, 1.5) == "undecided"
+    assert _verdict(SAME, 0.0, 1.5) == "holds" and _verdict(SAME, 1.0, float("nan")) == "one seed: says nothing"
 
 
 def test_budgets_are_equal_where_the_papers_have_them_equal(tmp_path: Path) -> None:

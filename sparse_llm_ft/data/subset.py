@@ -9,21 +9,23 @@ from collections.abc import Sequence
 import numpy as np
 
 SHOTS, LEAST = 16, 200
-"""A default subset has 16 samples per class (Partial-LoRA, section 5), and 200 in all: with fewer an accuracy has a
-standard error above 3.5 points."""
+"""A default subset has 16 samples per class (Partial-LoRA, section 5), and scores 200 at least: with fewer an accuracy
+has a standard error above 3.5 points."""
 
 
-def default_size(labels: Sequence[int | None], fraction: float | None) -> tuple[float | None, int | None]:
+def default_size(
+    labels: Sequence[int | None], fraction: float | None, least: int = LEAST
+) -> tuple[float | None, int | None]:
     """``fraction`` and ``shots`` of `stratified` for a subset of no given size: the task's share of the training set,
-    or `SHOTS` samples per class; at least `LEAST` samples, if there are as many.
+    or `SHOTS` samples per class; at least `least` samples, if there are as many.
 
     Args:
         labels: as in `stratified`.
         fraction: the task's share, if it has one.
     """
     if fraction is not None:
-        return min(1.0, max(fraction, LEAST / max(len(labels), 1))), None
-    return None, max(SHOTS, math.ceil(LEAST / max(len(set(labels)), 1)))
+        return min(1.0, max(fraction, least / max(len(labels), 1))), None
+    return None, max(SHOTS, math.ceil(least / max(len(set(labels)), 1)))
 
 
 def stratified(labels: Sequence[int | None], *, fraction: float | None, shots: int | None, seed: int) -> list[int]:

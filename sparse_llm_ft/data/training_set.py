@@ -12,7 +12,7 @@ from sparse_llm_ft.config import TaskConfig
 from sparse_llm_ft.data.cache import CachedDataset, DatasetSubset
 from sparse_llm_ft.data.packing import PackedDataset
 from sparse_llm_ft.data.streaming import StreamingDataset
-from sparse_llm_ft.data.subset import default_size, halves, stratified
+from sparse_llm_ft.data.subset import LEAST, default_size, halves, stratified
 from sparse_llm_ft.data.tasks import Task
 from sparse_llm_ft.phase import Phase, Subset
 
@@ -34,7 +34,8 @@ class TrainingSet:
             return self.samples
         strata, fraction, shots = self.strata, subset.fraction, subset.shots
         if fraction is None and shots is None:
-            fraction, shots = default_size(strata, self.task.few_shot_fraction)
+            least = LEAST if subset.part == "all" else 2 * LEAST  # one half is scored
+            fraction, shots = default_size(strata, self.task.few_shot_fraction, least)
         chosen = stratified(strata, fraction=fraction, shots=shots, seed=subset.seed)
         if subset.part != "all":
             chosen = halves(strata, chosen)[subset.part == "other_half"]

@@ -118,6 +118,22 @@ class Derivation:
             f"{others}method.min_ratio avoids this"
         )
 
+    def low_floor(self) -> str | None:
+        """A sentence about an accuracy's floor that a constant answer may meet, so that any module may be zeroed; None
+        if it is more than two standard errors above.
+        """
+        floor, error = (
+            self.settings.accuracy_floor * self.mu,
+            math.sqrt(self.majority * (1 - self.majority) / self.units),
+        )
+        if self.settings.floor_metric != "accuracy" or not self.ratios or floor > self.majority + 2 * error:
+            return None
+        return (
+            f"the floor of the accuracy, {floor:.3f}, is within two standard errors ({2 * error:.3f}) of the share of "
+            f"the most frequent answer, {self.majority:.3f}: a model that always gives this answer may meet it, and "
+            "then ratios of 0 say nothing about a module; a larger D_t or method.accuracy_floor parts the two"
+        )
+
     def summary(self) -> dict[str, object]:
         """Everything but the importance as JSON values, for the report."""
         return {
@@ -129,7 +145,7 @@ class Derivation:
             **{key: getattr(self, key) for key in ("mu", "standard_error", "majority", "loss", "samples", "units")},
             "ratios": {name: list(ratio) for name, ratio in self.ratios.items()},
             "overlap": {pair: {n: list(shares) for n, shares in both.items()} for pair, both in self.overlaps.items()},
-            "notes": [*self.notes, *filter(None, [self.collapse()])],
+            "notes": [*self.notes, *filter(None, [self.collapse(), self.low_floor()])],
         }
 
 

@@ -15,12 +15,14 @@ from sparse_llm_ft.plan import ModuleName
 from sparse_llm_ft.serving.facts import AdapterFacts
 from sparse_llm_ft.serving.ranks import SGMV_LARGEST_RANK, VLLM_DEFAULT_RANK, VLLM_RANKS, max_lora_rank, padded_rank
 
-Kind = Literal["refused", "wrong", "option", "note"]
+Kind = Literal["refused", "wrong", "unknown", "option", "note"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says: the loader refuses the adapter, computes something else, needs an option, or a remark."""
+    """What one rule says: the loader refuses the adapter, computes something else, does what was not read, needs an
+    option, or a remark.
+    """
 
     kind: Kind
     text: str
@@ -44,6 +46,28 @@ def peft_type(facts: AdapterFacts) -> Iterator[Finding]:
     """PEFT itself knows every peft_type but this package's."""
     if facts.config["peft_type"] == "SPARSE_LORA":
         yield Finding("refused", "it is of this package's own tuner; `sparse-llm-ft export --to peft` writes a LoRA")
+
+
+# --- What the rules of servers cover ----------------------------------------------------------------------------------
+
+
+def covers_writers(facts: AdapterFacts) -> Iterator[Finding]:
+    """Servers take adapters of models that write. No other was read."""
+    if (task := facts.config.get("task_type")) not in ("CAUSAL_LM", None):
+        yield Finding("unknown", f"its code was read for CAUSAL_LM, and task_type is {task!r:.40}")
+
+
+def covers_vllm(facts: AdapterFacts) -> Iterator[Finding]:
+    """From 0.32 on, a head may come with an adapter (`vllm_heads`)."""
+    if facts.config.get("task_type") != "SEQ_CLS":
+        yield from covers_writers(facts)
+
+
+def covers_modules(facts: AdapterFacts) -> Iterator[Finding]:
+    """Names were read of decoders' linear layers: experts have rules of their own, and encoders other loaders."""
+    for part in ("encoder", "experts"):
+        if found := [module for module in facts.pairs if part in module.split(".")]:
+            yield Finding("unknown", f"no rule here covers {_count(found)}")
 
 
 # --- vLLM: vllm-project/vllm, vllm/lora/peft_helper.py, vllm/lora/utils.py, vllm/config/lora.py -----------------------
@@ -257,6 +281,8 @@ def tgi_layers(facts: AdapterFacts) -> Iterator[Finding]:
     dropped = [module for found in kinds if len(found) < layers for module in found.values()]
     if dropped:
         yield Finding("wrong", f"drops {_count(dropped)}: their type is not in all of {layers} layers")
+    elif layers and facts.layers is None:
+        yield Finding("note", f"if the base, whose config is not here, has {layers} layer{'s' * (layers > 1)}")
 
 
 def tgi_stack(facts: AdapterFacts) -> Iterator[Finding]:
@@ -319,10 +345,11 @@ def _power(facts: AdapterFacts) -> float:
 
 def _scaled(facts: AdapterFacts, scale: Callable[[str], float]) -> Iterator[Finding]:
     """The modules that a loader scales otherwise than PEFT, with its factor divided by PEFT's."""
+    modules = list(facts.pairs) if facts.is_lora else []
+    if nothing := [module for module in modules if not facts.scaling(module) and scale(module)]:
+        yield Finding("wrong", f"applies {_count(nothing)}, which PEFT scales by 0")
     factors: Mapping[str, float] = {
-        module: scale(module) / right
-        for module in (facts.pairs if facts.is_lora else ())
-        if (right := facts.scaling(module))
+        module: scale(module) / right for module in modules if (right := facts.scaling(module))
     }
     wrong = {module: factor for module, factor in factors.items() if abs(factor - 1) > 1e-6}
     if wrong:

@@ -35,10 +35,10 @@ class Verdict:
     @property
     def right(self) -> bool:
         """Whether it computes what PEFT does, maybe with an option."""
-        return not any(finding.kind in ("refused", "wrong") for finding in self.findings)
+        return not any(finding.kind in ("refused", "wrong", "unknown") for finding in self.findings)
 
     def __str__(self) -> str:
-        texts: dict[Kind, list[str]] = {"refused": [], "wrong": [], "option": [], "note": []}
+        texts: dict[Kind, list[str]] = {"refused": [], "wrong": [], "unknown": [], "option": [], "note": []}
         for finding in self.findings:
             texts[finding.kind].append(finding.text)
         if texts["refused"]:
@@ -46,6 +46,8 @@ class Verdict:
         if texts["wrong"]:
             wrong = sorted(texts["wrong"], key=lambda text: not text.startswith(_PLACES))
             return f"wrong{' ' if wrong[0].startswith(_PLACES) else ': '}{'; '.join(wrong)}"
+        if texts["unknown"]:
+            return "not known: " + "; ".join(texts["unknown"])
         loads = f"loads with {' '.join(texts['option'])}" if texts["option"] else "loads"
         return ", ".join((loads, *texts["note"]))
 
@@ -54,21 +56,28 @@ _PLACES = ("by ", "in ")
 """How texts begin that go on from "wrong"."""
 
 _PEFT = (rules.peft_type, rules.peft_shapes)
-_VLLM = (rules.not_a_lora, rules.vllm_features, rules.vllm_names, rules.vllm_rank)
+_READ = (rules.not_a_lora, rules.covers_writers, rules.covers_modules)
+_VLLM = (rules.vllm_features, rules.vllm_names, rules.vllm_rank)
 
 SERVERS = {
     server.name: server
     for server in (
         Server("peft", "PEFT", _PEFT),
-        Server("vllm", "vLLM from 0.32 on", (*_VLLM, rules.vllm_heads)),
         Server(
-            "vllm-0.31", "vLLM up to 0.31", (*_VLLM, rules.vllm_no_modules_to_save, rules.vllm_ignores_alpha_pattern)
+            "vllm",
+            "vLLM from 0.32 on",
+            (rules.not_a_lora, rules.covers_vllm, rules.covers_modules, *_VLLM, rules.vllm_heads),
+        ),
+        Server(
+            "vllm-0.31",
+            "vLLM up to 0.31",
+            (*_READ, *_VLLM, rules.vllm_no_modules_to_save, rules.vllm_ignores_alpha_pattern),
         ),
         Server(
             "sglang",
             "SGLang 0.5.23",
             (
-                rules.not_a_lora,
+                *_READ,
                 rules.sglang_features,
                 rules.sglang_ranks,
                 rules.sglang_siblings,
@@ -79,13 +88,13 @@ SERVERS = {
         Server(
             "llama.cpp",
             "llama.cpp, by its converter",
-            (rules.not_a_lora, rules.llama_cpp_names, rules.llama_cpp_transposed, rules.llama_cpp_scaling),
+            (*_READ, rules.llama_cpp_names, rules.llama_cpp_transposed, rules.llama_cpp_scaling),
         ),
         Server(
             "ollama",
             "Ollama, by its own import",
             (
-                rules.not_a_lora,
+                *_READ,
                 rules.ollama_alpha,
                 rules.ollama_architecture,
                 rules.ollama_names,
@@ -97,7 +106,16 @@ SERVERS = {
         Server(
             "tgi",
             "TGI and LoRAX, on one GPU",
-            (rules.tgi_type, rules.tgi_stack, rules.tgi_layers, rules.tgi_scaling, rules.tgi_drops, rules.tgi_rank),
+            (
+                rules.tgi_type,
+                rules.covers_writers,
+                rules.covers_modules,
+                rules.tgi_stack,
+                rules.tgi_layers,
+                rules.tgi_scaling,
+                rules.tgi_drops,
+                rules.tgi_rank,
+            ),
         ),
     )
 }

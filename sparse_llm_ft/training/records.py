@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from statistics import mean
 from typing import Any
@@ -94,10 +94,14 @@ def remarks(context: RunContext, splits: Splits, data: TrainingSet, first: Phase
         epoch = math.ceil(data.size / config.training.global_batch_size)
         lines += [line for method in config.method for line in method.remarks(epoch)]
     derives = scoring is not None and scoring.kind == "derivation" and scoring.search
-    if derives and (count := len(data.subset(first.subset))) < LEAST:
+    scored = first.subset
+    if scored is not None and scored.part == "half":  # the head is fitted on it, and the other half is scored
+        scored = replace(scored, part="other_half")
+    if derives and (count := len(data.subset(scored))) < LEAST:
         lines.append(
-            f"D_t has only {count} samples: accuracies on it have standard errors of up to {50 / count**0.5:.0f} "
-            f"points, and ratios come from them; leave out method.shots and method.sample_fraction for {LEAST} or more"
+            f"D_t has only {count} samples to score: accuracies on them have standard errors of up to "
+            f"{50 / count**0.5:.0f} points, and ratios come from them; by default, without method.shots and "
+            f"method.sample_fraction, it has {LEAST} where the training set is large enough"
         )
     return lines
 
@@ -269,8 +273,8 @@ def mask_remarks(plan: AdapterPlan, targets: Mapping[str, Shape], adapter: Adapt
     Adam moves every kept entry of B by about the learning rate, whatever its gradient. To first order a step changes
     the loss by the sum over the kept rows of that times A x, whose size falls with the root of the kept columns: by
     p_row sqrt(p_col) of what it does without masks, times the plan's scaling over ``lora_alpha / r``
-    (``method.mask_scaling``). Its inverse, limited to 4 to 64, makes up for this; where it is large, curvature allows
-    less (ours).
+    (``method.mask_scaling``). Its inverse makes up for this. More than 4 is not suggested (ours): on MiniLM/SST-2 this
+    factor was the best one where the inverse is 20, and 16 diverged (docs/results.md).
     """
     shares = []
     for name, a in plan.active.items():
@@ -280,11 +284,10 @@ def mask_remarks(plan: AdapterPlan, targets: Mapping[str, Shape], adapter: Adapt
     if effect > 0.5 or not any(a.rows or a.cols for a in plan.active.values()):
         return []
     p_row, p_col, _ = (mean(values) for values in zip(*shares, strict=True))
-    most = min(64, max(4, round(1 / effect)))
     return [
         f"masks keep p_row {p_row:.3f} and p_col {p_col:.3f} on average; Adam's first-order step is {effect:.3f} of "
-        f"LoRA's (p_row sqrt(p_col), times the scaling): consider LoRA's training.learning_rate x 4"
-        + (f" to x {most}" if most > 4 else "")
+        f"LoRA's (p_row sqrt(p_col), times the scaling): consider up to {min(4.0, 1 / effect):.2g} times LoRA's "
+        "training.learning_rate"
     ]
 
 

@@ -160,7 +160,7 @@ class Scorer(Generic[T]):
 
     def _warned(self, derivation: Derivation) -> Derivation:
         """The derivation, with a line in the log where its ratios say nothing."""
-        if warning := derivation.collapse():
+        for warning in filter(None, (derivation.collapse(), derivation.low_floor())):
             self.console.log(f"warning: {warning}")
         return derivation
 

@@ -80,6 +80,7 @@ def test_a_subset_of_no_given_size_is_the_tasks_share_or_shots_and_never_a_handf
     assert shots is None and len(stratified(small, fraction=fraction, shots=None, seed=0)) == 200
     assert default_size([None] * 5000, None) == (None, 200)  # a task without classes
     assert default_size(labels, None) == (None, 100)
+    assert default_size(labels, None, least=400) == (None, 200) and default_size(small, 0.02, 400)[0] == 400 / 3668
     assert default_size([i % 20 for i in range(5000)], None) == (None, 16)
     fraction, shots = default_size([0, 1, 0], 0.02)
     assert stratified([0, 1, 0], fraction=fraction, shots=shots, seed=0) == [0, 1, 2]

@@ -280,3 +280,22 @@ def test_ratios_of_zero_are_said_with_their_layers() -> None:
     assert "16 of 26 ratios 0" in found.describe()
     whole = Derivation(SETTINGS, 0.8, 0.02, 0.5, 0.4, 50, 50, dict.fromkeys(ratios, half), {})
     assert whole.collapse() is None and whole.summary()["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("mu", "units", "majority", "metric", "low"),
+    [
+        (0.649, 302, 0.556, "accuracy", True),  # .584 against .556 + 2 * .029
+        (0.71, 2000, 0.684, "accuracy", True),  # .639: every constant answer meets it
+        (0.8, 302, 0.556, "accuracy", False),
+        (0.649, 30000, 0.556, "accuracy", False),
+        (0.649, 302, 0.556, "loss", False),
+    ],
+)
+def test_a_floor_that_a_constant_answer_may_meet(
+    mu: float, units: int, majority: float, metric: str, low: bool
+) -> None:
+    settings = SETTINGS.model_copy(update={"floor_metric": metric})
+    found = Derivation(settings, mu, 0.02, majority, 0.4, units, units, {"a": (0.5, 0.5)}, {})
+    said = found.low_floor()
+    assert (said is not None) == low and found.summary()["notes"] == ([said] if low else [])

@@ -40,8 +40,25 @@ def test_one_rank_and_lora_alpha_equal_to_it_load_everywhere(server: str, rank: 
     assert judge(facts, SERVERS[server]).right and verdict(server, facts) == f"loads{option}"
 
 
+EXPERTS = ("mlp.experts.0.down_proj", "mlp.experts.1.down_proj")
+EXPERT = "model.layers.0.mlp.experts.0.down_proj"
+SCALING = ("vllm-0.31", "sglang", "llama.cpp", "tgi")
+SERVING = tuple(server for server in SERVERS if server != "peft")
+UNREAD = "not known: its code was read for CAUSAL_LM, and task_type is "
 EVERY_LORA = ("vllm", "vllm-0.31", "sglang", "llama.cpp", "ollama")
 CASES: list[tuple[str, AdapterFacts, str]] = [
+    # What was not read
+    *((server, adapter(task_type="SEQ_2_SEQ_LM"), f"{UNREAD}'SEQ_2_SEQ_LM'") for server in ("vllm", "tgi")),
+    *((server, adapter(task_type="SEQ_CLS"), f"{UNREAD}'SEQ_CLS'") for server in SERVING[1:4]),
+    ("vllm", adapter(task_type="SEQ_CLS"), "loads"),
+    ("peft", adapter(task_type="SEQ_2_SEQ_LM"), "loads"),
+    *((server, adapter(EXPERTS), f"not known: no rule here covers 4 modules ({EXPERT}") for server in SERVING),
+    ("vllm", adapter(("encoder.q_proj",)), "not known: no rule here covers 2 modules (model.layers.0.encoder.q_proj"),
+    # lora_alpha 0
+    *((s, adapter(alpha_pattern={Q0: 0}), f"wrong: applies {Q0}, which PEFT scales by 0") for s in SCALING),
+    ("vllm", adapter(alpha_pattern={Q0: 0}), "loads"),
+    ("llama.cpp", adapter(lora_alpha=0), "wrong: applies 12 modules ("),
+    ("vllm-0.31", adapter(lora_alpha=0), "loads"),
     # PEFT
     ("peft", adapter(ranks={Q0: 4}), f"refused: {Q0} has rank 4 and its config says 8"),
     ("peft", adapter(ranks={Q0: 4}, rank_pattern={Q0: 4}), "loads"),
@@ -96,7 +113,7 @@ CASES: list[tuple[str, AdapterFacts, str]] = [
     # TGI and LoRAX
     ("tgi", adapter(peft_type="VERA"), "refused: peft_type VERA is not LORA"),
     ("tgi", adapter(layers=1), "wrong: drops 6 modules (model.layers.0.self_attn.q_proj"),
-    ("tgi", adapter(kinds=KINDS[:1], base_layers=None), "loads"),
+    ("tgi", adapter(kinds=KINDS[:1], base_layers=None), "loads, if the base, whose config is not here, has 2 layers"),
     ("tgi", adapter(ranks={Q0: 17}, rank_pattern={Q0: 17}), "refused: q_proj has different ranks in different layers"),
     ("tgi", adapter(r=12, lora_alpha=12), "wrong by factor 0.75 in 10 modules (model.layers.0.self_attn.k_proj"),
     ("tgi", adapter(r=12, lora_alpha=12, kinds=KINDS[:1]), "loads"),

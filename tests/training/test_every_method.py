@@ -255,7 +255,10 @@ def test_a_second_run_finds_the_derivation(trees: dict[str, dict], results: dict
     second = first.with_name(first.name + "-again")
     assert (first / "plan.json").read_text() == (second / "plan.json").read_text()
     assert f"ratios of 14 modules are in {first.parent / 'cache'}" in results["output"]
-    assert "D_t has only 6 samples: accuracies on it have standard errors of up to 20 points" in results["output"]
+    assert (
+        "D_t has only 6 samples to score: accuracies on them have standard errors of up to 20 points"
+        in results["output"]
+    )
 
 
 def test_omega_is_logged_while_it_is_trained(trees: dict[str, dict], results: dict[str, str]) -> None:
