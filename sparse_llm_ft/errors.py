@@ -166,6 +166,10 @@ class DivergedError(TrainingError):
     """Losses, gradients or trained values are not finite; the same run would end the same way again."""
 
 
+NOTHING_NEW = "nothing new to save"
+"""What is said of a run that left before it had trained a step."""
+
+
 class PreemptionRequested(Exception):
     """A signal asked the run to leave, and everything is saved.
 
@@ -182,7 +186,11 @@ class PreemptionRequested(Exception):
 _PATTERN = re.compile(r"hf_[A-Za-z0-9_]{20,}|(?<=://)[^/\s@]+(?=@)")
 """A token of the Hugging Face hub, or the credentials of a URL."""
 
-_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_VARIABLES = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_TOKEN"),
+    *("MLFLOW_TRACKING_PASSWORD", "DAGSHUB_USER_TOKEN", "CLEARML_API_SECRET_KEY", "SWANLAB_API_KEY"),
+    "NEPTUNE_API_TOKEN",
+)
 """Environment variables whose values are secret, whatever they look like."""
 
 _SHORTEST = 8  # a shorter value would be found in texts that have nothing to do with it

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from sparse_llm_ft.checkpoint.state import TrainState
 from sparse_llm_ft.checkpoint.validation import Expected, validate_state
-from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank, run_on_rank_zero
+from sparse_llm_ft.distributed.collectives import broadcast_int, run_long_on_rank_zero, run_on_every_rank
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.errors import AWAY, CheckpointError, DivergedError, TrainingError, UserError, may_pass
 from sparse_llm_ft.io.atomic import remove_folder, restore_replaced
@@ -173,7 +173,7 @@ def newest_state(folder: RunFolder, run: str, world: World, console: Console, re
         if not found:
             found.append(load_checkpoint(checkpoint_folder(folder.checkpoints, step), real, run))
 
-    run_on_rank_zero(world, choose)
+    run_long_on_rank_zero(world, choose)
     step = broadcast_int(found[0].step if found else -1)
     if step < 0:
         return None

@@ -23,7 +23,7 @@ from sparse_llm_ft.cluster.submission import Submission
 from sparse_llm_ft.cluster.sweep import combinations
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.distributed.world import World
-from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.errors import UserError, may_pass, one_line
 from sparse_llm_ft.io.console import Console, clock
 from sparse_llm_ft.run_folder import RunFolder
 
@@ -200,14 +200,33 @@ def _attempt(options: argparse.Namespace) -> None:
     if not options.run:
         raise UserError("attempt: no run folder; expected the output_dir of this job's run")
     folder = RunFolder(options.run)
-    try:
+
+    def ask() -> attempts.Verdict:
         if options.moment == "begin":
-            verdict = attempts.begin(folder, submission=options.submission)
-        else:
-            verdict = attempts.end(folder, options.status, None if options.log is None else Path(options.log))
+            return attempts.begin(folder, submission=options.submission)
+        return attempts.end(folder, options.status, None if options.log is None else Path(options.log))
+
+    try:
+        verdict = _patiently(ask)
     except OSError as error:
         raise UserError(
             f"{folder.path}: its state cannot be kept ({error}); expected a disk that can be written"
         ) from None
     print(verdict.line, flush=True)
     raise SystemExit(verdict.status)
+
+
+_PAUSES = (5.0, 20.0, 60.0)
+"""Seconds before a file server that is away is asked again: without the verdict the job would end for good."""
+
+
+def _patiently(ask: Callable[[], attempts.Verdict]) -> attempts.Verdict:
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except (OSError, UserError) as error:
+            if not may_pass(error):
+                raise
+            print(one_line(f"{error}; asking again in {pause:.0f} s"), flush=True)
+            time.sleep(pause)
+    return ask()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_llm_ft.cluster.job_folder import forbid_attempts, is_stopped, last_submission, why_stopped
+from sparse_llm_ft.cluster.slurm import find_jobs
 from sparse_llm_ft.cluster.state import (
     DETERMINISTIC,
     DEVICE_MEMORY_ADVICE,
@@ -28,7 +29,7 @@ from sparse_llm_ft.cluster.state import (
 )
 from sparse_llm_ft.distributed.exit_status import REQUEUE, TRAINING_ERROR, USER_ERROR
 from sparse_llm_ft.distributed.world import node_name
-from sparse_llm_ft.errors import DEVICE_MEMORY, HOST_MEMORY, one_line, shortened
+from sparse_llm_ft.errors import DEVICE_MEMORY, HOST_MEMORY, NOTHING_NEW, UserError, one_line, shortened
 from sparse_llm_ft.run_folder import RunFolder
 
 MARK = "--- attempt "
@@ -68,7 +69,7 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ, submis
         submission: the mark in the batch script; empty: none.
 
     Returns:
-        Status 0, or 2 where no attempt may follow.
+        Status 0, or 2 where no attempt may follow: then nothing is written.
 
     Raises:
         UserError: the state cannot be read.
@@ -78,6 +79,8 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ, submis
         own = job_id(environment)
         return Verdict(USER_ERROR, f"{folder.path} was submitted again; job {own}, of an earlier `submit`, ends")
     state = read_or_renew(folder.path)
+    if _runs_elsewhere(state, environment):
+        return Verdict(USER_ERROR, f"{folder.path} is trained by job {state.job_id}; expected its end, or `cancel`")
     if folder.is_complete():
         return Verdict(0, f"{folder.path} is complete")
     is_open = state.pid is not None and state.counted < state.attempt and not is_stopped(folder)
@@ -105,6 +108,17 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ, submis
     return Verdict(0, f"{MARK}{state.attempt} of {folder.path}, job {state.job_id} on {state.nodes}")
 
 
+def _runs_elsewhere(state: RunState, environment: Mapping[str, str]) -> bool:
+    """Whether another job trains the run, as far as Slurm says it."""
+    if state.state != "running" or state.job_id in (None, job_id(environment)):
+        return False
+    try:
+        other = find_jobs([state.job_id]).get(state.job_id)
+    except UserError:  # it does not answer; the run's own lock keeps two apart
+        return False
+    return other is not None and other.runs
+
+
 def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
     """An attempt has ended with this exit status of its launcher: record why, and decide what follows.
 
@@ -125,11 +139,13 @@ def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:
     text = _last_attempt(log)
     # Asked to leave before it had begun to train; most launchers replace the status.
     if state.state == "running" and (status == REQUEUE or (state.pid is None and _has_left(text))):
-        state = state.ended("preempted", "nothing new to save")
+        state = state.ended("preempted", NOTHING_NEW)
         state.write(folder.path)
     if state.state == "preempted":
         if is_stopped(folder):  # cancelled
             return Verdict(USER_ERROR, why_stopped(folder))
+        if not state.message.endswith(NOTHING_NEW):  # it got on: failures before and after are not in a row
+            state.updated_by(failures=0, failed_step=None, failed_nodes=[]).write(folder.path)
         return Verdict(REQUEUE, f"{state.message}; the run continues")
     if state.state == "running":  # without a word
         reason, message = _guess(status, text)
@@ -204,7 +220,7 @@ def _guess(status: int, text: str) -> tuple[Reason, str]:
     """Why a run ended that did not say it, from status and log."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     said = errors[-1].removeprefix("error: ") if errors else f"exit status {status}"
-    if status == USER_ERROR:
+    if status == USER_ERROR and errors:  # without a word it is srun's, which could not start a program
         return "bad_setting", said
     if lack := _lack_of_memory(text):
         return "out_of_memory", lack

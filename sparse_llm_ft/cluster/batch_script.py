@@ -178,8 +178,11 @@ def runs_name(listing: str) -> str:
 
 
 _REQUEUE = """\
-if [ "$status" -eq 75 ]; then  # more than once: Slurm's controller may be busy, or away for a moment
-  for pause in 5 20 60 0; do scontrol requeue "$SLURM_JOB_ID" && exit; sleep "$pause"; done
+if [ "$status" -eq 75 ]; then
+  job=$SLURM_JOB_ID  # of one task of an array this is the array's own number, which stands for all of its tasks
+  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  # More than once: Slurm's controller may be busy, or away for a moment.
+  for pause in 5 20 60 0; do scontrol requeue "$job" && exit; sleep "$pause"; done
 fi"""
 
 

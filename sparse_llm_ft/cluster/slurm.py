@@ -20,6 +20,9 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE
 """Variables of a shell that a launcher has started, or of a .bashrc: a job inherits its environment from `sbatch`, and
 its tasks would take themselves for those ranks."""
 
+_OF_A_STEP = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_DISTRIBUTION", "SLURM_STEP")
+"""How variables begin that `srun` gives to an interactive shell: a job would bind its tasks to that shell's cores."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -159,6 +162,11 @@ def _accounted(ids: Sequence[str]) -> dict[str, Job]:
     return {job: Job(state.split()[0], "", nodes) for job, state, nodes in rows if job in ids and state}
 
 
+def _environment() -> dict[str, str]:
+    """This process's, without what it has of a launcher or a step."""
+    return {k: v for k, v in os.environ.items() if k not in _LAUNCHED and not k.startswith(_OF_A_STEP)}
+
+
 def _run(command: Sequence[str]) -> str:
     """Standard output of a command that must succeed.
 
@@ -173,7 +181,7 @@ def _run(command: Sequence[str]) -> str:
             text=True,
             timeout=SECONDS,
             check=False,
-            env={k: v for k, v in os.environ.items() if k not in _LAUNCHED} | {"SLURM_TIME_FORMAT": "standard"},
+            env=_environment() | {"SLURM_TIME_FORMAT": "standard"},
         )
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found; expected a node of a Slurm cluster (a login node)") from None

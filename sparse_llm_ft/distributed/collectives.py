@@ -33,6 +33,19 @@ def run_on_rank_zero(world: World, action: Callable[[], None]) -> None:
     _on_some(world.rank == 0, action)
 
 
+def run_long_on_rank_zero(world: World, action: Callable[[], None], every: float = 30.0) -> None:
+    """Collective. `run_on_rank_zero` for what a slow file server can make longer than the process group's timeout, such
+    as a large checkpoint. With other ranks it runs in a thread, so `action` must not be collective.
+
+    Args:
+        every: seconds between synchronisations.
+    """
+    if world.size == 1:
+        _on_some(True, action)
+    else:
+        _end(*_watched(world.rank == 0, action, every, lambda: None))
+
+
 def _on_some(chosen: bool, action: Callable[[], None]) -> None:
     failure: Exception | None = None
     if chosen:
@@ -94,6 +107,17 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
             and traceback where it was raised, and becomes a TrainingError elsewhere.
         PreemptionRequested: on every rank, if one was asked to leave meanwhile. `action` stops when the process ends.
     """
+    with Wait(Console(world.rank), what) if what else nullcontext():
+        failure, worst = _watched(world.local_rank == 0, action, every, exit_if_preempted)
+    _end(failure, worst)
+
+
+def _watched(
+    chosen: bool, action: Callable[[], None], every: float, meanwhile: Callable[[], None]
+) -> tuple[Exception | None, int]:
+    """Collective. Run `action` in a thread of the chosen ranks, and `meanwhile` on all after every `every` seconds.
+    Returns this rank's failure and the worst rank's state.
+    """
     raised: list[Exception] = []
 
     def act() -> None:
@@ -103,19 +127,17 @@ def run_on_local_leaders(world: World, action: Callable[[], None], what: str = "
             raised.append(error)
 
     worker = threading.Thread(target=act, name="leader", daemon=True)  # a daemon does not delay the end of the process
-    if world.local_rank == 0:
+    if chosen:
         worker.start()
-    with Wait(Console(world.rank), what) if what else nullcontext():
-        while True:
-            if world.local_rank == 0:
-                worker.join(every)
-            working = worker.is_alive()  # read first: the thread raises before it ends
-            failure, kind = _judged(raised[0] if raised else None)
-            worst = _worst(_WORKING if working else kind)
-            if worst != _WORKING:
-                break
-            exit_if_preempted()
-    _end(failure, worst)
+    while True:
+        if chosen:
+            worker.join(every)
+        working = worker.is_alive()  # read first: the thread raises before it ends
+        failure, kind = _judged(raised[0] if raised else None)
+        worst = _worst(_WORKING if working else kind)
+        if worst != _WORKING:
+            return failure, worst
+        meanwhile()
 
 
 def run_on_every_rank(action: Callable[[], None], hint: str = "") -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from sparse_llm_ft.errors import PreemptionRequested
+from sparse_llm_ft.errors import NOTHING_NEW, PreemptionRequested
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _REQUESTS = (*SIGNALS, signal.SIGPIPE)
@@ -65,7 +65,7 @@ def exit_if_preempted() -> None:
     if dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     if name := preempted_by(flags.tolist()):
-        raise PreemptionRequested(name, "nothing new to save")
+        raise PreemptionRequested(name, NOTHING_NEW)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

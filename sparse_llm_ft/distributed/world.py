@@ -6,10 +6,11 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from sparse_llm_ft.errors import UserError, reason_of
+from sparse_llm_ft.errors import TrainingError, UserError, reason_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,16 @@ def prepare_cpu(world: World) -> None:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(own_cores(len(os.sched_getaffinity(0)), world.local_size))
+
+
+def own_cores(usable: int, processes: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Cores of a process that may run on `usable` ones, and has a node with `processes` in all. Where srun has bound
+    each of its tasks to cores of their own (``SLURM_CPUS_ON_NODE`` counts the job's), all usable ones are.
+    """
+    of_job = environment.get("SLURM_CPUS_ON_NODE", "")
+    bound = "SLURM_STEP_NUM_TASKS" in environment and of_job.isdigit() and usable * processes <= int(of_job)
+    return usable if bound else max(1, usable // processes)
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -92,6 +102,7 @@ def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
 
     Raises:
         UserError: scontrol, which knows the nodes' addresses, is missing (in a container) or fails.
+        TrainingError: Slurm's controller is away.
     """
     if int(environment.get("WORLD_SIZE", "1")) == 1 or "SLURM_STEP_NUM_TASKS" not in environment:
         return
@@ -106,16 +117,32 @@ def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000))
 
 
+_PAUSES = (2.0, 10.0, 30.0)
+"""Seconds before Slurm's controller is asked again: every task of a job asks it at once."""
+
+_AWAY = re.compile("contact slurm controller|[Tt]imed out|[Cc]onnection|Zero Bytes|temporarily")
+"""In what scontrol says of a controller that is busy or away."""
+
+
 def _scontrol(*arguments: str) -> str:
-    try:
-        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
-    except FileNotFoundError:
-        raise UserError(
-            "scontrol: not found, so ranks cannot find the first node; expected MASTER_ADDR, exported before srun "
-            "(an image has no scontrol)"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"scontrol: {reason_of(error.stderr)}; expected MASTER_ADDR, exported before srun") from None
+    reason = ""
+    for pause in (0.0, *_PAUSES):
+        time.sleep(pause)
+        try:
+            command = ["scontrol", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        except FileNotFoundError:
+            raise UserError(
+                "scontrol: not found, so ranks cannot find the first node; expected MASTER_ADDR, exported before srun "
+                "(an image has no scontrol)"
+            ) from None
+        except subprocess.TimeoutExpired:
+            reason = "no answer"
+        except subprocess.CalledProcessError as error:
+            reason = reason_of(error.stderr)
+            if not _AWAY.search(error.stderr):
+                raise UserError(f"scontrol: {reason}; expected MASTER_ADDR, exported before srun") from None
+    raise TrainingError(f"scontrol: {reason}; Slurm's controller may be away")
 
 
 def _slurm_local_size(environment: MutableMapping[str, str]) -> str | None:

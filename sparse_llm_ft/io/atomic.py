@@ -33,9 +33,9 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
 
     `fill` writes into an empty temporary folder beside `target`. This function gives its files, also those in folders,
     the rights that the umask gives, lists them with size and SHA-256 in ``manifest.json``, syncs them to disk, and
-    renames the folder. A crash leaves at most a ``.tmp-`` folder, which the next write of the same target removes. An
-    older `target` moves aside first and is removed last: a crash in between leaves it under that name
-    (`restore_replaced`).
+    renames the folder. An error leaves nothing. A crash leaves at most a ``.tmp-`` folder, which the next write of the
+    same target removes. An older `target` moves aside first and is removed last: a crash in between leaves it under
+    that name (`restore_replaced`).
 
     Args:
         manifest: whether to write ``manifest.json``, for which every file is read once more.
@@ -49,8 +49,12 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    fill(temporary)
-    _finish(temporary, manifest)
+    try:
+        fill(temporary)
+        _finish(temporary, manifest)
+    except BaseException:  # a full disk keeps no half of a checkpoint
+        remove_folder(temporary)
+        raise
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)

@@ -21,7 +21,7 @@ from sparse_llm_ft.cluster.state_writer import StateWriter
 from sparse_llm_ft.context.context import RunContext
 from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.training_set import TrainingSet
-from sparse_llm_ft.distributed.collectives import broadcast_text, run_on_rank_zero
+from sparse_llm_ft.distributed.collectives import broadcast_text, run_long_on_rank_zero, run_on_rank_zero
 from sparse_llm_ft.distributed.signals import exit_if_preempted
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
@@ -89,7 +89,7 @@ class RunParts:
         """
         folder, keep = self.context.folder.checkpoints, self.context.config.training.keep_checkpoints
         with Wait(self.context.console, f"saving step {state.progress.step}"):
-            run_on_rank_zero(self.context.world, lambda: save_checkpoint(folder, state, keep, protect))
+            run_long_on_rank_zero(self.context.world, lambda: save_checkpoint(folder, state, keep, protect))
         self.report.refresh()
 
 

@@ -24,6 +24,7 @@ from sparse_llm_ft.distributed.collectives import (
     Coordination,
     broadcast_int,
     coordinate,
+    run_long_on_rank_zero,
     run_on_every_rank,
     run_on_rank_zero,
 )
@@ -330,7 +331,7 @@ class Run:
             keep_only(self.folder.prefix_cache, None)
 
         with Wait(self.console, "exporting"):
-            run_on_rank_zero(self.world, write)
+            run_long_on_rank_zero(self.world, write)
         last = state.progress.step + 1  # behind the last step, whose numbers have been sent
         self.trackers.log(last, {key: part for key, part in summary["metrics"].items() if part})
         self.trackers.close()

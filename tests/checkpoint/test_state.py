@@ -75,7 +75,7 @@ def test_only_a_rank_that_goes_by_another_checkpoint_reads_a_second_one(
         save_checkpoint(run.checkpoints, make_state(step), keep=None)
     load_file = state_module.load_file
     monkeypatch.setattr(state_module, "load_file", lambda path: (read.append(path.parent.name), load_file(path))[1])
-    monkeypatch.setattr(store, "run_on_rank_zero", lambda world, action: None)
+    monkeypatch.setattr(store, "run_long_on_rank_zero", lambda world, action: None)
     monkeypatch.setattr(store, "run_on_every_rank", lambda action, hint: action())
     monkeypatch.setattr(store, "broadcast_int", lambda value: agreed)
     state = newest_state(run, "mine", World(1, 2, 1, 2), Console(1), None)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sparse_llm_ft.cli import cluster_commands
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.cluster import attempts
 from sparse_llm_ft.cluster.job_folder import allow_attempts, forbid_attempts
+from sparse_llm_ft.cluster.slurm import Job
 from sparse_llm_ft.cluster.state import RunState, read_state
+from sparse_llm_ft.errors import UserError
 from sparse_llm_ft.run_folder import RunFolder
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
@@ -66,6 +72,69 @@ def test_a_run_that_left_before_it_trained_is_tried_again(folder: RunFolder) -> 
     assert attempts.begin(folder, JOB).status == 0
     assert attempts.end(folder, 75).status == 75
     assert state(folder).state == "preempted"
+
+
+def test_failures_before_and_after_a_save_are_not_in_a_row(folder: RunFolder) -> None:
+    run_to(folder, 900, **LOST)
+    assert attempts.end(folder, 1).status == 75
+    run_to(folder, 700, state="preempted", message="SIGUSR2: saved step 700")
+    assert attempts.end(folder, 75).status == 75
+    run_to(folder, 880, **LOST)
+    assert attempts.end(folder, 1).status == 75
+    run_to(folder, 700, state="preempted", message="SIGTERM: nothing new to save")  # it did not get on
+    assert attempts.end(folder, 75).status == 75
+    run_to(folder, 880, **LOST)
+    assert attempts.end(folder, 1).status == 1
+
+
+@pytest.mark.parametrize("slurm_says", ["RUNNING", "COMPLETED", None, "no answer"])
+def test_a_second_job_leaves_a_running_one_alone(
+    slurm_says: str | None, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_jobs(ids: list[str]) -> dict[str, Job]:
+        if slurm_says == "no answer":
+            raise UserError("squeue: no answer")
+        return {} if slurm_says is None else {ids[0]: Job(slurm_says)}
+
+    monkeypatch.setattr(attempts, "find_jobs", find_jobs)
+    run_to(folder, 500)
+    before = (folder.path / "state.json").read_text()
+    verdict = attempts.begin(folder, JOB | {"SLURM_JOB_ID": "8"})
+    if slurm_says != "RUNNING":  # that job is gone: its attempt counts as a failure
+        assert verdict.status == 0 and state(folder).failures == 1
+        return
+    assert (verdict.status, verdict.line) == (
+        2,
+        f"{folder.path} is trained by job 7; expected its end, or `cancel`",
+    )
+    assert (folder.path / "state.json").read_text() == before and not (folder.job / "stopped").exists()
+    monkeypatch.setattr(attempts, "find_jobs", lambda ids: pytest.fail("it is the same job, requeued"))
+    assert attempts.begin(folder, JOB).status == 0
+
+
+def test_a_file_server_that_is_away_is_asked_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a verdict the job would end for good, though its run may have saved everything."""
+    pauses: list[float] = []
+    monkeypatch.setattr(cluster_commands, "time", SimpleNamespace(sleep=pauses.append))
+    replies = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    begin = attempts.begin
+
+    def away(*args: Any, **options: Any) -> attempts.Verdict:
+        if replies:
+            raise replies.pop(0)
+        return begin(*args, **options)
+
+    monkeypatch.setattr(attempts, "begin", away)
+    with pytest.raises(SystemExit) as left:
+        main(["attempt", "begin", str(folder.path)])
+    assert left.value.code == 0 and pauses == [5.0, 20.0]
+    assert "Stale file handle; asking again in 5 s" in capsys.readouterr().out
+    replies[:] = [OSError(errno.ENOSPC, "No space left on device")]
+    with pytest.raises(SystemExit) as left:
+        main(["attempt", "begin", str(folder.path)])
+    assert left.value.code == 2 and len(pauses) == 2
 
 
 @pytest.mark.parametrize("prefix", ["", "[default0]:", "n1: "])

@@ -116,6 +116,25 @@ def test_a_controller_that_is_away_is_asked_again(
     assert made == ["requeue 7"] * calls
 
 
+def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
+    """Of one of its tasks Slurm's number is the array's own, which means all of them, also those that are complete."""
+    end = render(OPTIONS, RUN, tasks=3).rpartition("status=$?")[2]
+    play(tmp_path, "scontrol", 'echo "$@" >> calls')
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"} | array
+    subprocess.run(["bash", "-uc", f"status=75\n{end}"], timeout=30, env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "calls").read_text() == "requeue 7_2\n"
+
+
+def test_what_an_interactive_shell_has_of_srun_does_not_reach_the_run(tmp_path: Path) -> None:
+    """It would bind all tasks to that shell's core. The template forgets it for those who call sbatch themselves."""
+    (line,) = (line for line in render(OPTIONS, RUN).splitlines() if line.startswith("unset "))
+    left = {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_EXPORT_ENV": "NONE"}
+    command = ["bash", "-uc", f'{line}; {line}; env | grep -E "CPU_BIND|EXPORT" || echo nothing']
+    answer = subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | left, capture_output=True, text=True, timeout=30)
+    assert answer.stdout == "nothing\n" and not answer.stderr
+
+
 @pytest.mark.parametrize("path", ["/a b", "/a:b", "/a,b"])
 def test_a_folder_that_pyxis_would_read_otherwise_is_refused(path: str) -> None:
     with pytest.raises(UserError, match="has signs that pyxis reads otherwise"):

@@ -72,8 +72,11 @@ def test_a_job_does_not_inherit_the_ranks_of_the_shell_that_submits_it(
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")
     monkeypatch.setenv("MINE", "kept")
-    play(commands, "sbatch", 'echo "${MASTER_ADDR:-}${RANK:-}$MINE" > ' + f"{commands}/seen; echo 100")
+    play(
+        commands, "sbatch", 'echo "${MASTER_ADDR:-}${RANK:-}${SLURM_CPU_BIND:-}$MINE" > ' + f"{commands}/seen; echo 100"
+    )
     submission(settings, tmp_path).submit()
     assert (commands / "seen").read_text() == "kept\n"
 

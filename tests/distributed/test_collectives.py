@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.checkpoint.store import newest_valid, save_checkpoint
 from sparse_llm_ft.distributed import collectives, signals
-from sparse_llm_ft.distributed.collectives import run_on_local_leaders, run_on_rank_zero
+from sparse_llm_ft.distributed.collectives import run_long_on_rank_zero, run_on_local_leaders, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World, node_name
 from sparse_llm_ft.engine import engine
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError
@@ -118,6 +118,26 @@ def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(collectives, "exit_if_preempted", lambda: None)
     run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
+
+
+def test_ranks_meet_while_a_large_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal does not cut it off: it is what the run leaves behind."""
+    told: list[int] = []
+    go = threading.Event()
+
+    def meet(own: int) -> int:
+        told.append(own)
+        if len(told) == 3:
+            go.set()
+        return own
+
+    monkeypatch.setattr(collectives, "_worst", meet)
+    monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
+    run_long_on_rank_zero(World(0, 2, 0, 2), lambda: go.wait() and None, every=0.05)
+    assert told[:3] == [1, 1, 1] and told[-1] == 0
+    seen = iter([1, 1, 0])
+    monkeypatch.setattr(collectives, "_worst", lambda own: next(seen))
+    run_long_on_rank_zero(World(1, 2, 0, 1), lambda: pytest.fail("rank 0 alone does it"))
 
 
 @pytest.mark.usefixtures("reasons")

@@ -6,11 +6,12 @@ import errno
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sparse_llm_ft.distributed import exit_status
-from sparse_llm_ft.distributed.world import World, find_world, set_rendezvous
+from sparse_llm_ft.distributed import exit_status, world
+from sparse_llm_ft.distributed.world import World, find_world, own_cores, set_rendezvous
 from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, describe_failure, may_pass
 
 
@@ -76,9 +77,7 @@ def test_slurm_tasks_find_the_first_node(tmp_path: Path, monkeypatch: pytest.Mon
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("10.0.0.7", "23123")
 
 
-@pytest.mark.parametrize(
-    "body", ["", "#!/bin/sh\necho 'slurm_load_node error: Unable to contact slurm controller' >&2; exit 1\n"]
-)
+@pytest.mark.parametrize("body", ["", "#!/bin/sh\necho 'error: Invalid node list' >&2; exit 1\n"])
 def test_without_scontrol_ranks_need_the_address(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container, whose batch script exports it."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if body else str(tmp_path))
@@ -92,6 +91,48 @@ def test_without_scontrol_ranks_need_the_address(body: str, tmp_path: Path, monk
     slurm["MASTER_ADDR"] = "head"
     set_rendezvous(slurm)
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("head", "23123")
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+def test_a_controller_that_is_away_is_asked_again(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it stays away, the job is tried again: no setting is wrong."""
+    pauses: list[float] = []
+    monkeypatch.setattr(world, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    calls = tmp_path / "calls"
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho >> {calls}\nif [ "$(wc -l < {calls})" -gt {failures} ]; then echo NodeAddr=n7; exit; fi\n'
+        "echo 'slurm_load_node error: Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = dict(SLURM_TASK)
+    find_world(slurm)
+    if failures == 2:
+        set_rendezvous(slurm)
+        assert slurm["MASTER_ADDR"] == "n7" and pauses == [0.0, 2.0, 10.0, 0.0]
+        return
+    with pytest.raises(TrainingError, match=r"scontrol: .*Unable to contact .*; Slurm's controller may be away"):
+        set_rendezvous(slurm)
+    assert pauses == [0.0, 2.0, 10.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("usable", "processes", "environment", "own"),
+    [
+        (96, 8, {}, 12),
+        (12, 8, {"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_ON_NODE": "96"}, 12),  # srun has bound them
+        (96, 8, {"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_ON_NODE": "96"}, 12),  # it has not
+        (8, 4, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_ON_NODE": "8"}, 2),  # a job of 8 cores of a larger node
+        (8, 4, {"SLURM_CPUS_ON_NODE": "96"}, 2),  # torchrun's processes share their task's cores
+        (1, 4, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_ON_NODE": "many"}, 1),
+    ],
+)
+def test_processes_divide_the_cores_unless_slurm_has(
+    usable: int, processes: int, environment: dict[str, str], own: int
+) -> None:
+    assert own_cores(usable, processes, environment) == own
 
 
 def test_a_single_slurm_task_is_alone_and_so_is_the_batch_script_of_a_larger_job() -> None:

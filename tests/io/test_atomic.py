@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from sparse_llm_ft.io import atomic
-from sparse_llm_ft.io.atomic import draft_of, drafts_of, new_folder, verify_folder, write_file, write_new_folder
+from sparse_llm_ft.io.atomic import (
+    draft_of,
+    drafts_of,
+    new_folder,
+    verify_folder,
+    write_file,
+    write_folder,
+    write_new_folder,
+)
 
 _TEXTS = [letter * 50_000 for letter in "abc"]
 
@@ -48,6 +57,21 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     write_file(target, "whole")
     assert drafts_of(folder) == [elsewhere]
     assert sorted(names(tmp_path)) == [elsewhere.name, "state.json"]
+
+
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    """A disk that is full stays full of half a checkpoint otherwise."""
+    target = tmp_path / "step-1"
+    write_folder(target, lambda folder: (folder / "a").write_text("old") and None)
+
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("half of a checkpoint")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(target, fill)
+    verify_folder(target)
+    assert (target / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_a_draft_of_another_target_is_not_touched(tmp_path: Path) -> None:
