@@ -54,6 +54,13 @@ class Mask:
             return values * self.kept
         return self.apply_(values.clone(memory_format=torch.contiguous_format))
 
+    def add_kept(self, total: torch.Tensor, values: torch.Tensor) -> None:
+        """Add `values`, without the dropped entries, to `total`; `values` may change."""
+        if self.kept is not None:
+            total.addcmul_(values, self.kept)
+        else:
+            total.add_(self.apply_(values))
+
     def apply_(self, values: torch.Tensor) -> torch.Tensor:
         """Set the dropped entries of the contiguous `values` to zero, in place."""
         if self.kept is not None:

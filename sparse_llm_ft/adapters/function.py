@@ -120,9 +120,11 @@ class _AdaptedLinear(torch.autograd.Function):
         # The way through the adapter, r wide.
         down, up, outer = _in(ctx.dtype, own_down), _in(ctx.dtype, own_up), _in(ctx.dtype, flat)
         factor = ctx.factor
+        trained = isinstance(factor, torch.Tensor)
+        scale = 1.0 if trained else factor  # a number goes along with a product
         wide = _full_rows(up, flat.shape[-1], call.rows)
-        mask = _mask(len(flat), down, call)
-        narrow = torch.mm(wide.t(), outer.t()).t()  # G B, (T, r); written so, a CPU computes it four times as fast
+        mask = _mask(flat.shape[0], down, call)
+        narrow = times_up(outer, wide, scale, outer.is_cuda)
         if needs_down or needs_up or needs_omega:
             x = inputs[0] if ctx.value_of_input is None else ctx.value_of_input(*inputs)
             seen = _seen(_in(ctx.dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
@@ -132,13 +134,11 @@ class _AdaptedLinear(torch.autograd.Function):
                 change = (narrow * hidden).sum(dtype=wide_type) * _constant(call)
                 grad_omega = change.reshape(1).to(omega.dtype)
             if needs_up:
-                grad_up = torch.mm((hidden * factor).t(), outer).t()  # (d_out, r)
+                grad_up = gradient_of_up(outer, hidden * factor if trained else hidden, scale, outer.is_cuda)
                 grad_up = _in(own_up.dtype, grad_up if call.rows is None else grad_up[call.rows])
-            narrow = narrow * factor
-            if needs_down:
-                grad_down = _in(own_down.dtype, torch.mm(narrow.t(), seen))
-        else:
-            narrow = narrow * factor
+        narrow = narrow * factor if trained else narrow
+        if needs_down:
+            grad_down = _in(own_down.dtype, torch.mm(narrow.t(), seen))
 
         # The way through the base's weight, to which the adapter's is added.
         if needs_x:
@@ -146,6 +146,31 @@ class _AdaptedLinear(torch.autograd.Function):
             _add_through_adapter(dx, narrow, down, call, mask)
             dx = _in(ctx.input_dtype, dx.reshape(*grad.shape[:-1], dx.shape[-1]))
         return dx, grad_down, grad_up, grad_omega, None, None
+
+
+def times_up(outer: torch.Tensor, wide: torch.Tensor, scale: float, on_gpu: bool) -> torch.Tensor:
+    """scale G B, (T, r), from outer G (T, d_out) and wide B (d_out, r). With beta 0, addmm reads no tensor to add.
+
+    Args:
+        on_gpu: which of two orders is the fast one: a CPU computes the transpose four times as fast.
+    """
+    unread = outer.new_empty(())
+    if on_gpu:
+        return torch.addmm(unread, outer, wide, beta=0, alpha=scale)
+    return torch.addmm(unread, wide.t(), outer.t(), beta=0, alpha=scale).t()
+
+
+def gradient_of_up(outer: torch.Tensor, hidden: torch.Tensor, scale: float, on_gpu: bool) -> torch.Tensor:
+    """scale G^T H, (d_out, r), from outer G (T, d_out) and hidden H (T, r).
+
+    Args:
+        on_gpu: a CPU computes the transpose up to seven times as fast. autograd copies that into B's own layout, which
+            on a GPU is one kernel more for each adapter.
+    """
+    unread = outer.new_empty(())
+    if on_gpu:
+        return torch.addmm(unread, outer.t(), hidden, beta=0, alpha=scale)
+    return torch.addmm(unread, hidden.t(), outer, beta=0, alpha=scale).t()
 
 
 def _in(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
@@ -178,7 +203,7 @@ def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
 
 def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:
     """H: (T, r)."""
-    return F.linear(_seen(_in(down.dtype, x), call, _mask(len(x), down, call)), down)
+    return F.linear(_seen(_in(down.dtype, x), call, _mask(x.shape[0], down, call)), down)
 
 
 def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch.Tensor:
@@ -196,6 +221,9 @@ def _add_through_adapter(
         dx.addmm_(narrow, down)
         return
     change = narrow @ down  # (T, kept cols)
+    if mask is not None and call.cols is None and dx.dtype == change.dtype:
+        mask.add_kept(dx, change)
+        return
     if mask is not None:
         change = mask.apply_(change)
     if call.cols is None:

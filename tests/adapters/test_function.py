@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import SeededDropout, _dropped
-from sparse_llm_ft.adapters.function import Adapted, adapted_linear
+from sparse_llm_ft.adapters.function import Adapted, adapted_linear, gradient_of_up, times_up
 from sparse_llm_ft.adapters.layer import SparseLoraLayer
 from sparse_llm_ft.adapters.parts import gate
 from sparse_llm_ft.plan import IndexMask, ModuleAdapter
@@ -232,3 +233,17 @@ def test_a_trained_bias_of_the_base_gets_its_gradient() -> None:
     made.base_layer.bias.requires_grad_(True)
     made(x).sum().backward()
     assert torch.equal(made.base_layer.bias.grad, torch.full((D_OUT,), float(len(x))))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_both_orders_of_the_products_with_b(on_gpu: bool, dtype: torch.dtype) -> None:
+    """Nothing of the tensor that addmm does not read comes through, be it NaN."""
+    generator = torch.Generator().manual_seed(0)
+    outer, wide, hidden = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 7), (7, 3), (5, 3)))
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    with patch.object(torch.Tensor, "new_empty", lambda self, shape: self.new_full(shape, torch.nan)):
+        torch.testing.assert_close(times_up(outer, wide, 0.25, on_gpu), 0.25 * outer @ wide, **tolerance)
+        found = gradient_of_up(outer, hidden, 0.25, on_gpu)
+    torch.testing.assert_close(found, 0.25 * outer.t() @ hidden, **tolerance)
+    assert found.shape == (7, 3) and found.is_contiguous() == on_gpu
