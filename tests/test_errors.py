@@ -76,6 +76,15 @@ def test_before_torch_is_imported(settings: dict, tmp_path: Path, changes: dict,
     assert not Path(settings["output_dir"]).exists()
 
 
+@pytest.mark.parametrize("command", ["train", "check", "plan", "derive", "fetch"])
+def test_a_wrong_setting_is_told_by_every_command_without_torch(command: str, settings: dict, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(edited(settings, {"training.learning_rat": 1})))
+    code = "import sys; sys.modules.update(torch=None, transformers=None, peft=None, deepspeed=None); "
+    code += f"from sparse_llm_ft.cli.main import main; main(['{command}', '--config', 'run.yaml'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "training.learning_rat: unknown key" in result.stderr, result.stderr[-2000:]
+
+
 def test_settings_data_and_folder_are_checked_without_torch(settings: dict) -> None:
     code = (
         "import sys, json\n"

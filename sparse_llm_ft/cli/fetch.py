@@ -25,7 +25,7 @@ def add_command(commands: Any, check: Callable[[RunConfig, World], list[str]]) -
     )
     fetch.add_argument("--config", nargs="+", required=True, metavar="FILE")
     fetch.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
-    fetch.set_defaults(command=lambda options: _fetch(options, check))
+    fetch.set_defaults(command=lambda options: _fetch(options, check), without_torch=True)  # `check` imports it
 
 
 def _fetch(options: argparse.Namespace, check: Callable[[RunConfig, World], list[str]]) -> None:

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _train(options, world)
             return
         silence_libraries()
-        if not getattr(options, "without_torch", False):  # torch takes seconds to import
+        if not getattr(options, "without_torch", False):  # torch takes seconds: these do without, or import it later
             prepare_cpu(world)
         options.command(options)
 
@@ -80,10 +80,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     check.add_argument("--config", nargs="+", required=True, metavar="FILE")
     check.add_argument("--processes", type=int, default=1, help="how many processes the run will have")
     add_gpu_memory(check, "refuse a run that does not fit")
-    check.set_defaults(command=_check)
+    check.set_defaults(command=_check, without_torch=True)
     summary = commands.add_parser("summary", help="show the table of a finished run")
     summary.add_argument("run", metavar="RUN", help="a run's output_dir")
-    summary.set_defaults(command=_summary)
+    summary.set_defaults(command=_summary, without_torch=True)
     add_plan(commands)
     add_commands(commands)
     add_check_adapter(commands)
@@ -94,7 +94,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "derive", help="derive the ratios of method partial_lora alone; a later run with these settings finds them"
     )
     derive.add_argument("--config", nargs="+", required=True, metavar="FILE")
-    derive.set_defaults(command=_derive)
+    derive.set_defaults(command=_derive, without_torch=True)
     report = commands.add_parser("report", help="draw pictures of a run, or compare several in one table")
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it need not be finished")
     report.add_argument("--output", metavar="FOLDER", help="default: RUN/report for one run, report for several")
@@ -179,6 +179,7 @@ def _derive(options: argparse.Namespace) -> None:
     config, world = load_config(*split_arguments(options.config)), find_world()
     task = preflight(config, world)
     check_node(config)
+    prepare_cpu(world)
     from sparse_llm_ft.context.context import RunContext
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.training.derive import derive
@@ -208,6 +209,7 @@ def _tasks(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     folder = RunFolder(options.run)
     summary = folder.summary()
+    prepare_cpu(ONE_PROCESS)
     from sparse_llm_ft.training.records import show_summary
 
     show_summary(summary, folder, Console(rank=0))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_llm_ft.config import RunConfig, load_config, split_arguments
 from sparse_llm_ft.config.types import bytes_of
-from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.distributed.world import ONE_PROCESS, World, prepare_cpu
 from sparse_llm_ft.errors import UserError, reason_of
 from sparse_llm_ft.run_folder import open_run
 
@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
         help="print the best value that fits, and the first that does not, of micro_batch_size, max_length, r, keep "
         "(largest), nodes or zero_stage (smallest)",
     )
-    plan.set_defaults(command=run_plan)
+    plan.set_defaults(command=run_plan, without_torch=True)  # until the settings are checked
 
 
 def run_plan(options: argparse.Namespace) -> None:
@@ -63,6 +63,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.solve is not None:
         config = _check_solved(options.solve, config)
     _check_rates(options)
+    prepare_cpu(ONE_PROCESS)
     from sparse_llm_ft.planning.devices import planned_device
     from sparse_llm_ft.planning.forecast import forecast
     from sparse_llm_ft.planning.micro_batch import describe, with_micro_batch
