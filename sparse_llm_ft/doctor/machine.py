@@ -54,7 +54,7 @@ def cpu_bf16() -> Iterator[Finding]:
     if kinds:
         yield ok("bf16", f"the processor has {kinds[0]}")
     else:
-        yield warning("bf16", "the processor has none", "set model.dtype: float32, which is far faster here")
+        yield warning("bf16", "this processor does not multiply it", "set model.dtype: float32, far faster here")
 
 
 def memory() -> Iterator[Finding]:

@@ -27,6 +27,8 @@ from sparse_llm_ft.data.dataset import Splits
 from sparse_llm_ft.data.subset import LEAST
 from sparse_llm_ft.data.training_set import TrainingSet
 from sparse_llm_ft.distributed.world import World
+from sparse_llm_ft.doctor.findings import Level
+from sparse_llm_ft.doctor.machine import cpu_bf16
 from sparse_llm_ft.errors import ConfigError, reason_of
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.buffers import fixed_parameters
@@ -228,6 +230,16 @@ def finished_phase_file(
     content["scores"] = describe_scores(phase, state, scores, following)
     content["delta_norms"] = residual_norms(phase.plan, state.tensors) or None
     return name, content
+
+
+def machine_remarks(config: RunConfig) -> list[str]:
+    """A log line if the processor on which this run trains multiplies its numbers slowly."""
+    found = cpu_bf16() if config.model.dtype == "bfloat16" else ()
+    return [
+        f"warning: model.dtype is bfloat16, and {slow.found}: {slow.advice}"
+        for slow in found
+        if slow.level is Level.WARNING
+    ]
 
 
 def check_samples(record: RunRecord, key: str) -> None:

@@ -55,6 +55,7 @@ from sparse_llm_ft.training.records import (
     describe_measurement,
     describe_phase,
     finished_phase_file,
+    machine_remarks,
     mask_remarks,
     phase_file,
     record_forecast,
@@ -229,7 +230,7 @@ class Run:
         phase = self.data.with_steps(phase)
         run_on_rank_zero(self.world, lambda: self.folder.begin(self.config, state.logged_step if state else 0))
         self._write_phase(phase, state.progress if state else Progress())
-        for line in remarks(self.context, self.splits, self.data, first):
+        for line in (*remarks(self.context, self.splits, self.data, first), *machine_remarks(self.config)):
             self.console.log(line)
         return state, phase
 

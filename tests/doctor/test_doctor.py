@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sparse_llm_ft.cli import doctor
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.doctor import machine, ranks, software
 from sparse_llm_ft.doctor.findings import Finding, Level, ok, problem, run_checks, warning
+from sparse_llm_ft.training.records import machine_remarks
 
 
 def levels(findings: Iterator[Finding]) -> dict[str, Level]:
@@ -85,6 +87,13 @@ def test_bf16_of_a_processor(flags: str, level: Level, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Path, "read_text", lambda self, **_: flags)
     assert levels(machine.cpu_bf16()) == {"bf16": level}
+    warned = [
+        "warning: model.dtype is bfloat16, and this processor does not multiply it: set model.dtype: float32, far "
+        "faster here"
+    ]
+    for dtype in ("bfloat16", "float32"):
+        config: Any = SimpleNamespace(model=SimpleNamespace(dtype=dtype))
+        assert machine_remarks(config) == (warned if (dtype, level) == ("bfloat16", Level.WARNING) else [])
 
 
 Usage = namedtuple("Usage", "total used free")
