@@ -106,13 +106,14 @@ def stock(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    ranks = grown(keep=45)
-    alike = served_rank(max(ranks.values()))
-    adapters = {name: ModuleAdapter(r, 2.0 * r) for name, r in ranks.items()}  # lora_alpha 16 at r 8: scaling 2
-    write_adapter(folder / "llama-patterns", sizes(ranks, TARGETS), **rank_settings(adapters))
-    write_adapter(folder / "llama", sizes(dict.fromkeys(ranks, alike), TARGETS), r=alike, lora_alpha=alike)
-    for server in ("sglang", "tgi"):
-        write_fitted(folder / f"llama-{server}", server, ranks, alike)
+    plus = grown(keep=45)
+    for method, ranks in (("weight_lora", dict.fromkeys(plus, 8)), ("weight_lora_plus", plus)):
+        alike, name = served_rank(max(ranks.values())), f"llama-{method}"
+        adapters = {module: ModuleAdapter(r, 2.0 * r) for module, r in ranks.items()}  # lora_alpha 16 at r 8: scaling 2
+        write_adapter(folder / f"{name}-patterns", sizes(ranks, TARGETS), **rank_settings(adapters))
+        write_adapter(folder / name, sizes(dict.fromkeys(ranks, alike), TARGETS), r=alike, lora_alpha=alike)
+        for server in ("sglang", "tgi"):
+            write_fitted(folder / f"{name}-{server}", server, ranks, alike)
     stock(folder)
 
 
