@@ -117,6 +117,15 @@ AWAY = "the file system may be away, and the same command continues when it is b
 
 def may_pass(error: BaseException) -> bool:
     """Whether a file server that is away is behind an error: the same command may work in a minute."""
+    return _is_behind(error, _PASSING)
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Whether a full disk, or a user's quota on it, is behind an error."""
+    return _is_behind(error, {errno.ENOSPC, errno.EDQUOT})
+
+
+def _is_behind(error: BaseException, numbers: set[int]) -> bool:
     seen: BaseException | None = error
     for _ in range(10):
         if seen is None:
@@ -125,7 +134,7 @@ def may_pass(error: BaseException) -> bool:
         number = seen.errno if isinstance(seen, OSError) else None
         if number is None and found:
             number = int(found[1])
-        if number in _PASSING:
+        if number in numbers:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

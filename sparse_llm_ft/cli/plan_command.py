@@ -68,10 +68,13 @@ def run_plan(options: argparse.Namespace) -> None:
     from sparse_llm_ft.planning.forecast import forecast
     from sparse_llm_ft.planning.micro_batch import describe, with_micro_batch
     from sparse_llm_ft.planning.opening import open_for_planning
+    from sparse_llm_ft.planning.rates import check_card
     from sparse_llm_ft.planning.samples import sample_sizes
     from sparse_llm_ft.planning.solve import solve
     from sparse_llm_ft.planning.tables import phase_table, size_text, to_json
 
+    if options.card is not None:
+        check_card(options.card)
     device = planned_device(config, given)
     memory, on_gpu = device.memory or _share_of_host(world), device.is_gpu
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what a run would log

@@ -300,6 +300,14 @@ def check_steps(config: RunConfig, total_steps: int | None) -> None:
             f"{warmup_steps} is more than the run's {total_steps} steps",
             f"expected at most {total_steps}",
         )
+    training = config.training
+    every, follows = training.eval_every, "keep_best" if training.keep_best else "early_stopping"
+    if total_steps is not None and training.watched_metric and every is not None and every > total_steps:
+        raise ConfigError(
+            "training.eval_every",
+            f"{every} is more than the run's {total_steps} steps, and training.{follows} needs a validation",
+            f"expected at most {total_steps}",
+        )
     for method in config.method:
         method.check(total_steps)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, field_serializer
 
 from sparse_llm_ft.config.registry import Methods
-from sparse_llm_ft.config.types import MAX_BATCH, OFF, Bytes, Date, FilePath, Float, Int, Section
+from sparse_llm_ft.config.types import MAX_BATCH, OFF, Bytes, Date, ExpandedPath, FilePath, Float, Int, Section
 from sparse_llm_ft.plan import MAX_RANK
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rouge", "bleu", "squad"]
@@ -36,7 +36,7 @@ class ModelConfig(Section):
             (model/base_files.py).
     """
 
-    name: FilePath = Field(min_length=1)
+    name: ExpandedPath = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4"] = "none"
@@ -83,7 +83,7 @@ class TaskConfig(Section):
     """
 
     name: str
-    path: FilePath | None = None
+    path: ExpandedPath | None = None
     mode: Literal["auto", "sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"] = "auto"
     max_length: Int = Field(512, ge=8)
     max_prompt_length: Int | None = Field(None, ge=1)
@@ -222,7 +222,7 @@ class EvaluationConfig(Section):
 
     split: Literal["validation", "test"] = "test"
     samples: Int = Field(100, ge=0)
-    max_new_tokens: Int = Field(64, ge=1)
+    max_new_tokens: Int = Field(64, ge=1, le=2**20)
     micro_batch_size: Int = Field(8, ge=1)
     num_beams: Int = Field(1, ge=1, le=64)
     length_penalty: Float = 1.0
@@ -295,7 +295,7 @@ class RunConfig(Section):
     model: ModelConfig
     task: TaskConfig
     method: Methods
-    output_dir: FilePath = Field(min_length=1)
+    output_dir: ExpandedPath = Field(min_length=1)
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -28,8 +28,24 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+_LARGEST_INT, _LARGEST_FLOAT = 2**63 - 1, 3.4e38
+"""int64's, and what float32 holds: torch, numpy and indices take no more."""
+
+
+def _in_int64(value: int) -> int:
+    if abs(value) > _LARGEST_INT:
+        raise ValueError("a number that 64 bits hold")
+    return value
+
+
+def _in_float32(value: float) -> float:
+    if abs(value) > _LARGEST_FLOAT:
+        raise ValueError(f"a number up to {_LARGEST_FLOAT:g}")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_in_int64)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Share = Annotated[Float, Field(gt=0, le=1)]
 
 
@@ -88,6 +104,19 @@ def expand_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(expand_path)]
 """A path; a leading ~ is the home folder."""
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def _expand_variables(path: str) -> str:
+    expanded = os.path.expandvars(path)
+    if unset := _VARIABLE.search(expanded):
+        raise ValueError(f"a path; {unset[0]} is not set here")
+    return expanded
+
+
+ExpandedPath = Annotated[str, AfterValidator(_expand_variables), AfterValidator(expand_path)]
+"""A path in which environment variables, as in ``$SCRATCH/run``, have the values that they have here."""
 
 
 def _iso_date(text: str) -> str:

@@ -6,18 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from sparse_llm_ft.data.tasks import BadRow, Row, Task, has_field, listed, render, require, with_fields
 from sparse_llm_ft.data.tasks.squad import answers as span_answers
 
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
-_NUMBER = re.compile(r"\s*[+-]?\d{1,9}\s*")
+_NUMBER = re.compile(r"\s*[+-]?\d{1,9}(\.\d{1,9})?\s*")
 _ROLES = ("system", "user", "assistant")
-_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_BESIDE = (
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("images", "image", "audio", "audios", "video", "videos"),
+)
 """What a turn may say beside its content; to read the content alone would teach a model to leave it out."""
-_OFFERED = ("tools", "functions")
-"""Columns beside a chat that its template would show; without them a model learns to answer as if it had no tools."""
+_OFFERED = ("tools", "functions", "images", "audios", "videos")
+"""Columns beside a chat that its template would show; without them a model learns to answer as if it had seen none."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def _templates(task: Task, row: Row, source: str, line: int) -> Example:
         row = {**row, task.label_column: task.labels[label]}
     elif task.score is not None:
         label = _score(task.score, row[task.label_column])
-        row = {**row, task.label_column: f"{label:.1f}"}
+        row = {**row, task.label_column: f"{label:.1f}".replace("-0.0", "0.0")}
     row = dict(row) | {
         column: text_of(row, column) for column in (*task.input_columns, *task.completion_columns)
     }  # null is an empty text
@@ -94,7 +98,7 @@ def _chat(task: Task, row: Row, source: str, line: int) -> Example:
     assert task.messages
     offered = next((key for key in _OFFERED if key != task.messages and _is_filled(row.get(key))), None)
     if offered:
-        raise BadRow(f"column {offered!r} offers tools, which are not given to the chat template; expected none")
+        raise BadRow(f"column {offered!r} belongs to the chat, and is not given to its template; expected none")
     turns = _turns(row[task.messages], task.messages)
     *seen, last = turns
     prompt = "".join(f"{turn['role']}:\n{turn['content']}\n\n" for turn in seen) + f"{last['role']}:\n"
@@ -126,6 +130,8 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
         if not content.strip():
             raise BadRow(f"turn {number} of column {column!r} is empty")
         turns.append({"role": turn["role"], "content": content})
+    if value[-1].get("weight") == 0:
+        raise BadRow(f"the last turn of column {column!r} has weight 0, and only the last turn is learned")
     if turns[-1]["role"] != "assistant":
         raise BadRow(f"the last turn of column {column!r} is the {turns[-1]['role']}'s, not the assistant's")
     if all(turn["role"] != "user" for turn in turns):
@@ -171,25 +177,33 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 def _label(labels: Sequence[str], value: Any) -> int:
     """The label's index. The row gives the label word or the index, as a number or as text. If label words are
-    numbers (grades from 1 to 5), a number means the word, and never an index: 0 is none of these grades.
+    numbers (grades from 1 to 5, or 1.0 to 5.0), a number means the word, and never an index: 0 is none of these grades.
     """
-    grades = {int(word): index for index, word in enumerate(labels) if _NUMBER.fullmatch(word)}
-    if isinstance(value, str):
-        if value in labels:
-            return labels.index(value)
-        if _NUMBER.fullmatch(value):
-            value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value in grades:
-            return grades[value]
-        if not grades and 0 <= value < len(labels):
-            return value
+    grades = {Decimal(word.strip()): index for index, word in enumerate(labels) if _NUMBER.fullmatch(word)}
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    number = _number(value)
+    if number is not None:
+        if number in grades:
+            return grades[number]
+        whole = isinstance(value, int) or (isinstance(value, str) and "." not in value)
+        if not grades and whole and 0 <= number < len(labels):
+            return int(number)
     if grades:
         raise BadRow(f"label {value!r:.60} is not one of task.labels, {', '.join(labels)}")
     reason = f"task.labels is {', '.join(labels)}"
     if value == -1:
         reason = "the row has no label, as in GLUE's test splits"
     raise BadRow(f"label {value!r:.60} is not 0 to {len(labels) - 1} ({reason})")
+
+
+def _number(value: Any) -> Decimal | None:
+    """The number that a value is, or that a text writes."""
+    if isinstance(value, str):
+        return Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return Decimal(str(value))
 
 
 def _score(bounds: tuple[float, float], value: Any) -> float:

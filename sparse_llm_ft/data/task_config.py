@@ -133,6 +133,12 @@ def _check_labelled(task: Task, config: TaskConfig) -> Task:
         raise ConfigError(
             "task.score", f"{list(task.score)} is not a range", "expected the lowest score and the highest"
         )
+    if task.score is not None and task.score[1] - task.score[0] < 1 and task.prompt is not None:
+        raise ConfigError(
+            "task.score",
+            f"{list(task.score)} is narrow, and a model that writes a score writes one decimal",
+            "expected a range of 1 or more, with scores that are scaled to it; or no task.prompt, for an encoder",
+        )
     if config.references is not None:
         raise ConfigError("task.references", f"{list(config.references)} is for generation", f"expected no {setting}")
     shown = template_columns(task.prompt or "")

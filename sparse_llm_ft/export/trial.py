@@ -15,7 +15,7 @@ from sparse_llm_ft.adapters import base_options, peft_adapter, tuner_of, write_p
 from sparse_llm_ft.adapters.convert import is_omega
 from sparse_llm_ft.adapters.masking import row_masks
 from sparse_llm_ft.context.context import RunContext
-from sparse_llm_ft.errors import ConfigError, UserError, reason_of
+from sparse_llm_ft.errors import ConfigError, UserError, lacks_room, reason_of
 from sparse_llm_ft.export.read_back import WrittenWrongly, check_adapter
 from sparse_llm_ft.export.whole_model import save_without_weights
 from sparse_llm_ft.model.architecture import task_type
@@ -47,6 +47,8 @@ def try_export(context: RunContext, plan: AdapterPlan) -> None:
         raise
     except Exception as error:  # a base may come with any code, tokenizer and config
         reason = reason_of(error)
+        if lacks_room(error):
+            raise UserError(f"TMPDIR: {temporary.name} has no room ({reason}); expected a folder with room") from error
         raise ConfigError(
             "model.name",
             f"what a run would make of {name!r} cannot be saved and loaded again ({type(error).__name__}: {reason})",

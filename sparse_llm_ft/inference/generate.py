@@ -8,6 +8,7 @@ from sparse_llm_ft.data.dataset import EvalSplit, SplitBuilder
 from sparse_llm_ft.data.rows import Example, text_of
 from sparse_llm_ft.data.tasks import BadRow, Task, render, template_columns
 from sparse_llm_ft.errors import UserError
+from sparse_llm_ft.evaluation.evaluator import as_score
 from sparse_llm_ft.inference.trained_run import TrainedRun, load_trained
 
 Row = Mapping[str, str]
@@ -33,6 +34,8 @@ def answer(run: TrainedRun, rows: Sequence[Row]) -> list[str]:
     evaluator = context.evaluator(())
     predictions, _ = evaluator.predict(model, EvalSplit("", examples, samples))
     values = [evaluator.readable(prediction) for prediction in predictions]
+    if run.task.score is not None:  # a model that writes has written it
+        values = [as_score(value, run.task.score) if isinstance(value, str) else value for value in values]
     return [value if isinstance(value, str) else f"{value:.3f}" for value in values]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sparse_llm_ft.errors import CheckpointError, may_pass
+from sparse_llm_ft.errors import CheckpointError, lacks_room, may_pass
 from sparse_llm_ft.io.strict_json_yaml import ParseError, read_json
 
 MANIFEST = "manifest.json"
@@ -52,8 +52,10 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
     try:
         fill(temporary)
         _finish(temporary, manifest)
-    except BaseException:  # a full disk keeps no half of a checkpoint
+    except BaseException as error:  # a full disk keeps no half of a checkpoint
         remove_folder(temporary)
+        if lacks_room(error):  # most such errors name no file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
         raise
     if target.exists():
         target.rename(replaced)

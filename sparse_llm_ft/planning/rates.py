@@ -24,9 +24,18 @@ def card_rate(forecast: RunForecast, card: str, mfu: float) -> Rates:
     Raises:
         UserError: the card is not known.
     """
+    check_card(card)
+    return given_rate(forecast, mfu * PEAK_TFLOPS[card])
+
+
+def check_card(card: str) -> None:
+    """Refuse a card that is not known.
+
+    Raises:
+        UserError: naming those that are.
+    """
     if card not in PEAK_TFLOPS:
         raise UserError(f"--card {card}: expected one of {', '.join(PEAK_TFLOPS)}, or --tflops N")
-    return given_rate(forecast, mfu * PEAK_TFLOPS[card])
 
 
 def measured_rate(forecast: RunForecast, summary: Mapping[str, Any], model: str) -> Rates:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_llm_ft.config import check_world, dump_config, load_config, merge, parse_config
+from sparse_llm_ft.config import check_steps, check_world, dump_config, load_config, merge, parse_config
 from sparse_llm_ft.errors import UserError
 
 MINIMAL = {
@@ -44,6 +44,46 @@ def test_off_needs_no_quotes(setting: str, tmp_path: Path) -> None:
     assert getattr(getattr(load_config([str(file)], [f"{setting}=off"]), section), key) == "off"
     with pytest.raises(UserError, match=f"{setting}: True is not allowed; expected '(auto|off)'"):
         load_config([str(file)], [f"{setting}=on"])
+
+
+def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder called $SCRATCH is not what anybody means. A node's own variables are for the node."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    tree = merge(MINIMAL, {"output_dir": "${SCRATCH}/run", "task": {"path": "$SCRATCH"}})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    config = parse_config(merge(tree, {"model": {"name": "$SCRATCH/base", "stage_to": "$NODE_DISK/base"}}))
+    assert (config.output_dir, config.task.path) == (f"{tmp_path}/run", str(tmp_path))
+    assert (config.model.name, config.model.stage_to) == (f"{tmp_path}/base", "$NODE_DISK/base")
+    with pytest.raises(UserError, match=r"output_dir: .*expected a path; \$NOWHERE is not set here"):
+        parse_config(MINIMAL | {"output_dir": "$NOWHERE/run"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("adapter.lora_alpha", 1e39),
+        ("training.learning_rate", 1e300),
+        ("training.epochs", 1e308),
+        ("evaluation.samples", 10**30),
+        ("evaluation.max_new_tokens", 10**9),
+    ],
+)
+def test_numbers_that_torch_cannot_hold_are_refused(setting: str, value: float) -> None:
+    section, _, key = setting.partition(".")
+    with pytest.raises(UserError, match=f"^{setting}: "):
+        parse_config(merge(MINIMAL, {section: {key: value}}))
+
+
+def test_the_best_checkpoint_needs_a_validation() -> None:
+    watched = {"keep_best": "loss", "eval_every": 100, "save_every": 100}
+    config = parse_config(merge(MINIMAL, {"training": watched}))
+    check_steps(config, 100)
+    check_steps(config, None)
+    with pytest.raises(
+        UserError, match=r"eval_every: 100 is more than the run's 99 steps, and training.keep_best needs"
+    ):
+        check_steps(config, 99)
 
 
 def test_another_method_replaces_the_whole_section() -> None:

@@ -52,6 +52,20 @@ def test_what_is_no_label_is_refused_with_the_labels(value: Any) -> None:
         read({"t": "a", "label": value}, labels=("bad", "good"), texts=("t",))
 
 
+@pytest.mark.parametrize(("value", "number"), [(1, 0), ("2", 1), (2.0, 1), ("3.0", 2), (3, 2), ("1.00", 0)])
+@pytest.mark.parametrize("labels", [("1.0", "2.0", "3.0"), ("1", "2", "3")])
+def test_grades_with_a_point_are_words_too(value: Any, number: int, labels: tuple[str, ...]) -> None:
+    """1 is the word 1.0, and not the second label."""
+    example = one({"t": "a", "label": value}, labels=labels, texts=("t",))
+    assert example.label == number and example.completion == f" {labels[number]}"
+    with pytest.raises(BadRow, match=r"is not one of task\.labels"):
+        read({"t": "a", "label": 0}, labels=labels, texts=("t",))
+
+
+def test_half_grades() -> None:
+    assert one({"t": "a", "label": 1.5}, labels=("1", "1.5"), texts=("t",)).label == 1
+
+
 @pytest.mark.parametrize("value", [1, "1"])
 @pytest.mark.parametrize(("labels", "number"), [(("1", "0"), 0), (("1", "2", "3"), 0), (("no", "yes"), 1)])
 def test_a_number_is_the_word_where_words_are_numbers(value: Any, labels: tuple[str, ...], number: int) -> None:
@@ -63,7 +77,7 @@ def test_a_number_is_that_word_however_a_table_writes_it(value: Any, number: int
     assert one({"t": "a", "label": value}, labels=("1", "2", "3"), texts=("t",)).label == number
 
 
-@pytest.mark.parametrize("value", [0, "0", " 0", 4, -1, 1.0, None, "one"])
+@pytest.mark.parametrize("value", [0, "0", " 0", 4, -1, 1.5, float("nan"), None, "one"])
 def test_where_words_are_numbers_another_number_is_no_index(value: Any) -> None:
     """Labels from 0 to 2 beside the words 1, 2, 3 would make one class of 0 and 1."""
     with pytest.raises(BadRow, match=r"is not one of task\.labels, 1, 2, 3"):
@@ -100,6 +114,11 @@ TURNS = [
 ]
 
 
+def test_earlier_answers_are_not_learned_whatever_their_weight() -> None:
+    turns = [TURNS[1], {**TURNS[2], "weight": 0}, TURNS[1], {**TURNS[2], "weight": 1}]
+    assert one({"turns": turns}, messages="turns").completion == "Ho"
+
+
 def test_the_last_turn_of_a_chat_is_its_completion() -> None:
     example = one(
         {"turns": [*TURNS[:2], {**TURNS[2], "id": 3, "tool_calls": None}], "other": "Hey"},
@@ -129,6 +148,8 @@ def test_the_last_turn_of_a_chat_is_its_completion() -> None:
             "turn 2 of column 'turns' has tool_calls, and only content is read; expected text alone",
         ),
         ([TURNS[1], {**TURNS[2], "reasoning_content": "long thoughts"}], "turn 2 .* has reasoning_content, and only"),
+        ([{**TURNS[1], "images": ["a.png"]}, TURNS[2]], "turn 1 .* has images, and only content is read"),
+        ([TURNS[1], {**TURNS[2], "weight": 0}], "the last turn of column 'turns' has weight 0, and only the last turn"),
     ],
 )
 def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:
@@ -137,9 +158,9 @@ def test_what_is_no_chat_is_refused(turns: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("tools", [[{"name": "search"}], '[{"name": "search"}]'])
-@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize("column", ["tools", "functions", "images"])
 def test_a_chat_with_tools_is_refused(column: str, tools: Any) -> None:
-    with pytest.raises(BadRow, match=f"column '{column}' offers tools, which are not given to the chat template"):
+    with pytest.raises(BadRow, match=f"column '{column}' belongs to the chat, and is not given to its template"):
         read({"turns": TURNS, column: tools}, messages="turns")
 
 

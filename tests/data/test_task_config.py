@@ -47,6 +47,10 @@ CHAT = {"messages": "turns", "prompt": None, "completion": None}
         ({**LABELS, "references": ("r",)}, r"task.references: \['r'\] is for generation; expected no task.labels"),
         ({**LABELS, "score": (0, 5)}, r"task.score: \[0.0, 5.0\] beside labels \['a', 'b'\]; expected one of them"),
         ({**SCORE, "score": (5, 5)}, r"task.score: \[5.0, 5.0\] is not a range"),
+        (
+            {**SCORE, "score": (0, 0.5)},
+            r"task.score: \[0.0, 0.5\] is narrow, and a model that writes a score writes one",
+        ),
         ({"messages": "turns"}, r"task.messages: 'turns' beside prompt '\{text\} \?'; expected one of them"),
         ({**CHAT, "labels": ("a", "b")}, "task.messages: 'turns' beside labels"),
         ({"name": "dialogsum", **CHAT}, "task.messages: 'turns' beside prompt 'Summarize"),

@@ -95,3 +95,17 @@ def test_a_machine_without_room_for_the_trial_says_so(settings: dict, monkeypatc
     monkeypatch.setattr(trial.tempfile, "TemporaryDirectory", full)
     with pytest.raises(UserError, match=r"^TMPDIR: no temporary folder can be made .*No space left"):
         Run.prepare(open_context(parse_config(settings)))
+
+
+@pytest.mark.parametrize("text", ["I/O error: No space left on device (os error 28)", "No space left (os error 28)"])
+def test_a_disk_that_fills_up_in_the_trial_is_not_the_models_fault(
+    text: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizers and safetensors have errors of their own for it."""
+
+    def full(*_: Any) -> None:
+        raise Exception(text)
+
+    monkeypatch.setattr(trial, "_try_adapter", full)
+    with pytest.raises(UserError, match=r"^TMPDIR: .* has no room \(.*os error 28\)\); expected a folder with room"):
+        Run.prepare(open_context(parse_config(settings)))

@@ -68,7 +68,7 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
         (folder / "a").write_text("half of a checkpoint")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{target}'"):
         write_folder(target, fill)
     verify_folder(target)
     assert (target / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["step-1"]

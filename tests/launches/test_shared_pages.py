@@ -32,7 +32,8 @@ def test_two_ranks_read_what_one_reads(quantization: str, tmp_path: Path) -> Non
     if not first["alone"]:
         pytest.skip(f"{tmp_path} is on no disk: its reads are not counted")
     pages = sum(-(-file.stat().st_size // PAGE) * PAGE for file in files)
-    # The kernel may keep a few pages that it was told to drop. A page that was read twice would count twice.
+    # The kernel may keep a few pages that it was told to drop, and drop some that it was to keep. A page that was read
+    # twice would count twice.
     assert 0.9 * pages < first["alone"] <= pages
     assert 0.9 * pages < first["together"] + second["together"] <= pages
-    assert first["cached"] == second["cached"] == 0
+    assert max(first["cached"], second["cached"]) < 0.1 * pages
