@@ -131,9 +131,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from sparse_llm_ft.distributed.collectives import broadcast_int
     from sparse_llm_ft.distributed.heartbeat import monitor_ranks
     from sparse_llm_ft.engine.engine import process_group
-    from sparse_llm_ft.inference.evaluate import evaluate, free_folder
+    from sparse_llm_ft.inference.evaluate import evaluate, evaluate_again
 
-    output = Path(options.output) if options.output else free_folder(folder.path)
     with ExitStack() as connected:
 
         def connect(step: int) -> int:
@@ -143,7 +142,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             return broadcast_int(step)
 
         console = Console(world.rank)
-        result = evaluate(_read(options, config, world, connect, console), output)
+        run = _read(options, config, world, connect, console)
+        if options.output:
+            output = Path(options.output)
+            result = evaluate(run, output)
+        else:
+            result, output = evaluate_again(run, folder.path)
     for name, value in result["metrics"].items():
         console.log(f"{name} {value:.4f}")
     console.log(f"{output}: {sum(result['samples'].values())} samples at step {result['step']}")

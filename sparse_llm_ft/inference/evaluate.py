@@ -13,7 +13,7 @@ from sparse_llm_ft.distributed.collectives import coordinate, run_on_rank_zero
 from sparse_llm_ft.engine.build import build_model, engine_settings
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.inference.trained_run import TrainedRun
-from sparse_llm_ft.io.atomic import drafts_of, new_folder, write_file
+from sparse_llm_ft.io.atomic import draft_of, new_folder, rename_numbered, write_file
 from sparse_llm_ft.model.loading import check_weights
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.jsonl"
@@ -41,6 +41,23 @@ def evaluate(run: TrainedRun, output: Path) -> Mapping[str, Any]:
         result = _measure(run, *(draft or [output]))
         run_on_rank_zero(run.context.world, opened.close)
     return result
+
+
+def evaluate_again(run: TrainedRun, folder: Path) -> tuple[Mapping[str, Any], Path]:
+    """Collective. `evaluate` into ``folder/evaluation-N``. The number N is chosen when all is measured, so that several
+    evaluations of one run may be under way.
+
+    Returns:
+        What `evaluate` does, and the new folder; on other ranks than 0 `folder` itself.
+    """
+    world, stem = run.context.world, folder / "evaluation"
+    found: list[Path] = []
+    with ExitStack() as opened:
+        draft: list[Path] = []  # rank 0's
+        run_on_rank_zero(world, lambda: draft.append(opened.enter_context(draft_of(stem))))
+        result = _measure(run, *(draft or [stem]))
+        run_on_rank_zero(world, lambda: found.append(rename_numbered(draft[0], stem)))
+    return result, (found or [folder])[0]
 
 
 def _measure(run: TrainedRun, output: Path) -> dict[str, Any]:
@@ -75,11 +92,3 @@ def _measure(run: TrainedRun, output: Path) -> dict[str, Any]:
     }
     run_on_rank_zero(world, lambda: write_file(output / METRICS_FILE, json.dumps(result, indent=2) + "\n"))
     return result
-
-
-def free_folder(run: Path) -> Path:
-    """``RUN/evaluation-N`` with the smallest number N that is free, and that no other process is about to use."""
-    number = 1
-    while (run / f"evaluation-{number}").exists() or drafts_of(run / f"evaluation-{number}"):
-        number += 1
-    return run / f"evaluation-{number}"

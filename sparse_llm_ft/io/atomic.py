@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from sparse_llm_ft.errors import CheckpointError, lacks_room, may_pass
@@ -92,6 +93,23 @@ def new_folder(target: Path) -> Iterator[Path]:
             reason = "came into being meanwhile; expected a new folder"
             raise FileExistsError(errno.EEXIST, reason, str(target)) from None
         _sync(target.parent)
+
+
+def rename_numbered(draft: Path, stem: Path) -> Path:
+    """Give a folder the name ``stem-N`` with the smallest number N that is free now; other processes may do so at once.
+    Returns its new place.
+    """
+    for number in count(1):
+        target = stem.with_name(f"{stem.name}-{number}")
+        try:
+            draft.rename(target)  # the system refuses a folder with files in it, and a file
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        else:
+            _sync(target.parent)
+            return target
+    raise AssertionError("numbers do not end")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from helpers.tiny_run import run_settings
 from sparse_llm_ft.cli.main import main
 from sparse_llm_ft.distributed.world import ONE_PROCESS
 from sparse_llm_ft.errors import UserError
-from sparse_llm_ft.inference.evaluate import evaluate, free_folder
+from sparse_llm_ft.inference.evaluate import evaluate, evaluate_again
 
 METHODS: dict[str, Any] = {
     "weight_lora_plus": {"name": "weight_lora_plus", "keep": 4, "steps": 4, "cut_after": 2, "omega_lr": 0.5},
@@ -165,6 +166,32 @@ def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("process_group")
+def test_evaluations_of_one_run_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each took its number at the start, and the later one's measurement had nowhere to go."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "evaluation-2").write_text("a file of the user's")
+    run: Any = SimpleNamespace(context=SimpleNamespace(world=ONE_PROCESS))
+
+    def measure(run: Any, draft: Path) -> dict[str, int]:
+        first = not (folder / "evaluation-1").exists()
+        if first:  # another one ends in the middle of it
+            monkeypatch.setattr("sparse_llm_ft.inference.evaluate._measure", write)
+            with ThreadPoolExecutor(1) as pool:  # drafts belong to threads
+                assert pool.submit(evaluate_again, run, folder).result() == ({"by": 2}, folder / "evaluation-1")
+        return write(run, draft, by=1)
+
+    def write(run: Any, draft: Path, by: int = 2) -> dict[str, int]:
+        (draft / "metrics.json").write_text(str(by))
+        return {"by": by}
+
+    monkeypatch.setattr("sparse_llm_ft.inference.evaluate._measure", measure)
+    assert evaluate_again(run, folder) == ({"by": 1}, folder / "evaluation-3")
+    assert [(folder / f"evaluation-{n}" / "metrics.json").read_text() for n in (1, 3)] == ["2", "1"]
+    assert (folder / "evaluation-2").read_text() == "a file of the user's" and len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_an_evaluation_has_its_folder_when_it_is_whole(
     interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +201,7 @@ def test_an_evaluation_has_its_folder_when_it_is_whole(
 
     def measure(run: Any, folder: Path) -> dict[str, int]:
         (folder / "metrics.json").write_text("{}")
-        assert not output.exists() and free_folder(output.parent).name == "evaluation-2"
+        assert not output.exists()
         if interrupted:
             raise KeyboardInterrupt
         return {"step": 1}
