@@ -116,7 +116,7 @@ def _runs_elsewhere(state: RunState, environment: Mapping[str, str]) -> bool:
         other = find_jobs([state.job_id]).get(state.job_id)
     except UserError:  # it does not answer; the run's own lock keeps two apart
         return False
-    return other is not None and other.runs
+    return other is not None and other.state in ("RUNNING", "SUSPENDED")  # one that is COMPLETING trains no more
 
 
 def end(folder: RunFolder, status: int, log: Path | None = None) -> Verdict:

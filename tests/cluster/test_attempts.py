@@ -87,7 +87,7 @@ def test_failures_before_and_after_a_save_are_not_in_a_row(folder: RunFolder) ->
     assert attempts.end(folder, 1).status == 1
 
 
-@pytest.mark.parametrize("slurm_says", ["RUNNING", "COMPLETED", None, "no answer"])
+@pytest.mark.parametrize("slurm_says", ["RUNNING", "COMPLETING", "COMPLETED", None, "no answer"])
 def test_a_second_job_leaves_a_running_one_alone(
     slurm_says: str | None, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
