@@ -176,7 +176,7 @@ class DivergedError(TrainingError):
 
 
 NOTHING_NEW = "nothing new to save"
-"""What is said of a run that left before it had trained a step."""
+"""The message of a run that leaves without a new step."""
 
 
 class PreemptionRequested(Exception):

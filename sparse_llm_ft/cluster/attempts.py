@@ -69,7 +69,7 @@ def begin(folder: RunFolder, environment: Mapping[str, str] = os.environ, submis
         submission: the mark in the batch script; empty: none.
 
     Returns:
-        Status 0, or 2 where no attempt may follow: then nothing is written.
+        Status 0, or 2 where no attempt may follow.
 
     Raises:
         UserError: the state cannot be read.

@@ -55,8 +55,9 @@ def write_folder(target: Path, fill: Callable[[Path], None], manifest: bool = Tr
         _finish(temporary, manifest)
     except BaseException as error:  # a full disk keeps no half of a checkpoint
         remove_folder(temporary)
-        if lacks_room(error):  # most such errors name no file
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        if isinstance(error, Exception) and lacks_room(error):  # most such errors name no file
+            number = (error.errno if isinstance(error, OSError) else None) or errno.ENOSPC
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
     if target.exists():
         target.rename(replaced)
@@ -118,7 +119,7 @@ def draft_of(target: Path) -> Iterator[Path]:
 
     A process that is killed leaves its own; the next one on this host that writes the same target removes it.
     """
-    drafts_of(target)
+    remove_dead_drafts(target)
     draft = _own_name(target)
     draft.mkdir(parents=True)
     try:
@@ -127,18 +128,14 @@ def draft_of(target: Path) -> Iterator[Path]:
         remove_folder(draft)
 
 
-def drafts_of(target: Path) -> list[Path]:
-    """What other processes, if they live, write at `target`. What dead ones of this host left is removed."""
-    living = []
+def remove_dead_drafts(target: Path) -> None:
+    """Remove what dead processes of this host left of `target`."""
     for draft in target.parent.glob(f"{glob.escape(f'.tmp-{target.name}@')}*"):
         writer = _WRITER.fullmatch(draft.name.removeprefix(f".tmp-{target.name}@"))
         if writer is None:  # of a target whose own name has an @
             continue
-        if writer["host"] != _host() or _lives(int(writer["pid"])):
-            living.append(draft)
-        else:
+        if writer["host"] == _host() and not _lives(int(writer["pid"])):
             _remove(draft)
-    return living
 
 
 def _own_name(target: Path) -> Path:
@@ -223,7 +220,7 @@ def write_file(target: Path, text: str) -> None:
     A link at `target` is replaced; the file it points to stays unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    drafts_of(target)
+    remove_dead_drafts(target)
     temporary = _own_name(target)
     try:
         with temporary.open("x", encoding="utf-8") as file:

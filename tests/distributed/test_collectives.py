@@ -104,17 +104,23 @@ def test_what_is_not_the_users_keeps_its_type_on_rank_0(error: Exception) -> Non
         run_on_rank_zero(ALONE, fail)
 
 
-def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def meetings(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], threading.Event]:
+    """What this rank tells the others, and an event of the third time that it does."""
     told: list[int] = []
-    go = threading.Event()
+    third = threading.Event()
 
     def meet(own: int) -> int:
         told.append(own)
         if len(told) == 3:
-            go.set()
+            third.set()
         return own
 
     monkeypatch.setattr(collectives, "_worst", meet)
+    return told, third
+
+
+def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, go = meetings(monkeypatch)
     monkeypatch.setattr(collectives, "exit_if_preempted", lambda: None)
     run_on_local_leaders(World(0, 2, 0, 2), lambda: go.wait() and None, what="reading", every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
@@ -122,16 +128,7 @@ def test_ranks_meet_while_a_node_leader_works(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ranks_meet_while_a_large_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal does not cut it off: it is what the run leaves behind."""
-    told: list[int] = []
-    go = threading.Event()
-
-    def meet(own: int) -> int:
-        told.append(own)
-        if len(told) == 3:
-            go.set()
-        return own
-
-    monkeypatch.setattr(collectives, "_worst", meet)
+    told, go = meetings(monkeypatch)
     monkeypatch.setattr(signals, "_caught", {signals.SIGNALS[0]})
     run_long_on_rank_zero(World(0, 2, 0, 2), lambda: go.wait() and None, every=0.05)
     assert told[:3] == [1, 1, 1] and told[-1] == 0
