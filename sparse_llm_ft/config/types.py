@@ -108,14 +108,19 @@ FilePath = Annotated[str, AfterValidator(expand_path)]
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
-def _expand_variables(path: str) -> str:
+def expand_variables(path: str) -> str:
+    """The path with the values of environment variables.
+
+    Raises:
+        ValueError: one is not set.
+    """
     expanded = os.path.expandvars(path)
     if unset := _VARIABLE.search(expanded):
         raise ValueError(f"a path; {unset[0]} is not set here")
     return expanded
 
 
-ExpandedPath = Annotated[str, AfterValidator(_expand_variables), AfterValidator(expand_path)]
+ExpandedPath = Annotated[str, AfterValidator(expand_variables), AfterValidator(expand_path)]
 """A path in which environment variables, as in ``$SCRATCH/run``, have the values that they have here."""
 
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, StrictBool, StrictInt
 
 from sparse_llm_ft.config.derivation import DerivationSettings, ForwardPasses
 from sparse_llm_ft.config.method_settings import MethodSettings
-from sparse_llm_ft.config.types import FilePath, Float, Share, expand_path, is_file
+from sparse_llm_ft.config.types import ExpandedPath, Float, Share, expand_path, expand_variables, is_file
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.io.strict_json_yaml import ParseError, parse_json, read_yaml
 from sparse_llm_ft.methods.adalora import AdaLoraSchedule, adalora_plan
@@ -50,7 +50,7 @@ class MaskSettings(ForwardPasses, MethodSettings):
 
     head_epochs: Float = Field(20.0, gt=0)
     head_learning_rate: Float = Field(0.01, gt=0)
-    cache_dir: FilePath | None = None
+    cache_dir: ExpandedPath | None = None
 
 
 def _is_table(ratios: str) -> bool:
@@ -58,7 +58,7 @@ def _is_table(ratios: str) -> bool:
 
 
 def _path_or_table(ratios: str) -> str:
-    return ratios if _is_table(ratios) else expand_path(ratios)
+    return ratios if _is_table(ratios) else expand_path(expand_variables(ratios))
 
 
 def read_table(ratios: str) -> Mapping[str, object]:

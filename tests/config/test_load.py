@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -55,6 +56,10 @@ def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = parse_config(merge(tree, {"model": {"name": "$SCRATCH/base", "stage_to": "$NODE_DISK/base"}}))
     assert (config.output_dir, config.task.path) == (f"{tmp_path}/run", str(tmp_path))
     assert (config.model.name, config.model.stage_to) == (f"{tmp_path}/base", "$NODE_DISK/base")
+    (tmp_path / "ratios.json").write_text('{"q_proj": 0.5}')
+    partial = {"name": "partial_lora", "ratios": "$SCRATCH/ratios.json", "cache_dir": "$SCRATCH/cache"}
+    method: Any = parse_config(merge(MINIMAL, {"method": partial})).method[0]
+    assert (method.ratios, method.cache_dir) == ('{"q_proj": 0.5}', f"{tmp_path}/cache")  # the table, which was read
     with pytest.raises(UserError, match=r"output_dir: .*expected a path; \$NOWHERE is not set here"):
         parse_config(MINIMAL | {"output_dir": "$NOWHERE/run"})
 
