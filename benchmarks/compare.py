@@ -1,6 +1,6 @@
 """Stock PEFT, PEFT tuned, this toolkit and the bare base: seconds and bytes of a training step, case by case.
 
-    python benchmarks/compare.py --out FOLDER [--quick | --tiny] [--model PATH] [--docs docs/benchmarks.md]
+    python benchmarks/compare.py --out FOLDER [--quick | --tiny | --host] [--model PATH] [--docs docs/benchmarks.md]
 
 Every system has a process to itself, and they take turns: in every round each makes its steps while the others wait.
 A ratio is taken in each round, and their median is shown, so that a machine which slows down for a while slows down
@@ -81,6 +81,12 @@ def quick(base: str) -> list[Group]:
 def tiny(base: str) -> list[Group]:
     """For the tests."""
     return [Group(Data(base, "float32", "none", 2, 32, "half"), ["lora"], True, ["lora"])]
+
+
+def host(base: str) -> list[Group]:
+    """What Python and torch's dispatcher take: a narrow base with as many layers as Llama-3-8B, and few tokens."""
+    data = Data(base, "float32", "none", 1, 16, "half")
+    return [Group(data, MAIN[:2], True), Group(replace(data, quantization="nf4"), MAIN[:2], True)]
 
 
 def jobs_of(case: str, data: Data, zero_stage: int, shapes: Mapping[str, Shape]) -> dict[str, Job]:
@@ -192,12 +198,12 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "benchmarks/compare.py", *shown])
 
 
-def write_base(folder: Path, narrow: bool) -> str:
-    """A checkpoint of random float32 weights in the shapes of SmolLM2-135M, or of a narrow Llama."""
+def write_base(folder: Path, narrow_layers: int | None) -> str:
+    """A checkpoint of random float32 weights in the shapes of SmolLM2-135M, or of a narrow Llama of so many layers."""
     import torch
     from bases import random_base, smollm2_135m, tiny_llama
 
-    config = tiny_llama() if narrow else smollm2_135m()
+    config = smollm2_135m() if narrow_layers is None else tiny_llama(narrow_layers)
     random_base(config, "none", torch.device("cpu"), torch.float32).save_pretrained(folder)
     return str(folder)
 
@@ -209,6 +215,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one case in three rounds")
     size.add_argument("--tiny", action="store_true", help="one case on a narrow Llama, in three rounds")
+    size.add_argument("--host", action="store_true", help="a narrow Llama of 32 layers: what Python takes of a step")
     parser.add_argument("--model", help="a checkpoint; default: random weights in SmolLM2-135M's shapes")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="only these")
     parser.add_argument("--groups", type=int, help="only so many of the bases and batches, from the first")
@@ -220,7 +227,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.rounds = options.rounds or (3 if options.quick or options.tiny else 5)
-    make = quick if options.quick else tiny if options.tiny else full
+    make = quick if options.quick else tiny if options.tiny else host if options.host else full
+    layers = 4 if options.tiny else 32 if options.host else None
     results: dict[str, Any] = {
         "command": command(sys.argv[1:]),
         "machine": describe_machine(),
@@ -230,7 +238,7 @@ def main() -> None:
     results |= {"steps": options.steps, "base": "a checkpoint" if options.model else "random weights", "rows": []}
     results = continued(results, options.out / "results.json")
     with tempfile.TemporaryDirectory() as temporary:
-        groups = make(options.model or write_base(Path(temporary), options.tiny))[: options.groups]
+        groups = make(options.model or write_base(Path(temporary), layers))[: options.groups]
         if options.cases:
             groups = [replace(g, cases=[case for case in g.cases if case in options.cases]) for g in groups]
         if options.bytes_only:

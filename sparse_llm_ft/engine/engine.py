@@ -24,6 +24,7 @@ from sparse_llm_ft.adapters.masking import convert_moments, fill_rows, optimizer
 from sparse_llm_ft.checkpoint.state import EngineState, Moments, Tensors
 from sparse_llm_ft.distributed.heartbeat import connecting
 from sparse_llm_ft.engine import zero
+from sparse_llm_ft.engine.flat_gradients import FlatGradients
 from sparse_llm_ft.engine.settings import EngineSettings, refused_by_deepspeed
 from sparse_llm_ft.engine.shards import Shards
 from sparse_llm_ft.engine.tables import Tables
@@ -127,6 +128,7 @@ class Engine:
             self._engine, self._wrapped, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
             )
+        self._flat = FlatGradients(self._engine) if settings.has_flat_gradients(trained) else None
         if settings.zero_stage == 3:
             zero.keep_recomputed(model)
             zero.gather_with_users(model)
@@ -163,8 +165,9 @@ class Engine:
         return self._engine(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Collective. Accumulate gradients; DeepSpeed averages them over ranks and accumulation steps."""
-        self._engine.backward(loss)
+        """Collective. Accumulate gradients, which are averaged over ranks and accumulation steps."""
+        with self._accumulating():
+            self._engine.backward(loss)
 
     def forward_apart(self, **batch: torch.Tensor | bool) -> Any:
         """As `forward` at stages 0 to 2, for a loss that `torch.autograd.grad` differentiates, not `backward`."""
@@ -174,7 +177,17 @@ class Engine:
         """Collective. As `backward`, with gradients that have been computed: one for each of `parameters`, in order, of
         the loss divided by the accumulation steps. Empties the list. Stages 0 to 2.
         """
-        zero.backward_given(self._engine, gradients, list(self.parameters.values()))
+        with self._accumulating():
+            zero.backward_given(self._engine, gradients, list(self.parameters.values()))
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        """Collective. A context for a backward pass of DeepSpeed's."""
+        if self._flat is not None:
+            self._flat.begin()
+        yield
+        if self._flat is not None and self._engine.is_gradient_accumulation_boundary():
+            self._flat.average()
 
     def step(self, learning_rate: float) -> None:
         """Collective. End a micro-step; the last one of an accumulation updates with `learning_rate`.
@@ -342,7 +355,7 @@ class Engine:
         self._optimizer.state.clear()
         self._optimizer.kept.clear()
         self._optimizer.param_groups.clear()
-        del self._engine, self._wrapped, self._optimizer, self._shards, self.parameters
+        del self._engine, self._wrapped, self._optimizer, self._shards, self._flat, self.parameters
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

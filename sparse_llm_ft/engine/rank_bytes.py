@@ -3,8 +3,10 @@
 Counted on a model on the meta device, parameter by parameter:
 
     stage 0      parameters and gradients whole; under bfloat16 a float32 master of each trained one
-    stages 1, 2  each parameter group flat and padded, its masters and moments cut into one part for each rank; of a
-                 parameter that a cut goes through, both ranks keep the whole gradient
+    stages 1, 2  each parameter group flat and padded, its masters and moments cut into one part for each rank. Its
+                 gradients are flat too in a backward pass, and cut after a step's last one. Where DeepSpeed keeps them
+                 (`EngineSettings.has_flat_gradients`), a bucket takes them in a backward pass, and of a parameter that
+                 a cut goes through, both ranks keep the whole gradient
     stage 3      every parameter cut into equal parts, frozen ones too; small ones stay gathered once they were used
 """
 
@@ -84,11 +86,13 @@ class RankBytes:
     Attributes:
         base: what is frozen.
         adapters: values of what is trained, as the model computes with them.
-        gradients: at the end of a backward pass.
+        gradients: at the end of a backward pass, averaged.
         optimizer: float32 masters, moments, indices of kept entries.
-        buckets: communication buffers that a backward pass has.
+        buckets: communication buffers that a backward pass has; of flat gradients the tensors that are averaged, where
+            the averages are others.
         update: the most that the optimizer's step makes beside all these, while gradients exist and activations do not.
         offloaded: of `optimizer`, in the host's memory instead.
+        flat: whether gradients are flat (engine/flat_gradients.py).
     """
 
     base: int
@@ -98,6 +102,7 @@ class RankBytes:
     buckets: int
     update: int
     offloaded: int = 0
+    flat: bool = False
 
 
 def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ranks: int) -> RankBytes:
@@ -115,6 +120,7 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
     moments = [len(MOMENTS[algorithm]) for algorithm in _algorithms(trained, settings)]
     frozen = [weight for weight in inventory.weights.values() if not weight.trained]
     offloads = offload_device(config) != "none"
+    flat = settings.has_flat_gradients(count)
 
     if stage == 3:
         kept = [w for w in inventory.weights.values() if persists(w, config)] if ranks > 1 else []
@@ -127,6 +133,9 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
         adapters = sum(group.numel for group in groups) * size
         gradients = int(np.max(sum(group.gradients() for group in groups))) * size if stage else count * size
         buckets = config.reduce_bucket_size * size * (2 if config.overlap_comm else 1) if stage else 0
+        if flat:
+            gradients = sum(group.held for group in groups) * size
+            buckets = adapters if ranks > 1 else 0
     values = sum(group.held for group in groups)
     masters = values * 4 if stage or size == 2 else 0
     states = sum(group.state(kinds) for group, kinds in zip(groups, moments, strict=True))
@@ -140,6 +149,7 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
         buckets,
         0 if offloads else update,
         optimizer if offloads else 0,
+        flat,
     )
 
 

@@ -24,6 +24,12 @@ from sparse_llm_ft.errors import ConfigError, reason_of
 deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such as "untested optimizer"
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``."""
+_LEAVE_GRADIENTS = {
+    *("comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "tensorboard", "timers"),
+    *("wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
+_LEAVE_GRADIENTS_OF_ZERO = {"allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "stage"}
+"""DeepSpeed's settings that say nothing about how gradients are kept and reduced; of all, and of ZeRO."""
 _DOCUMENTED = "see deepspeed.ai/docs/config-json"
 _NEEDS_NORM = {"offload_optimizer", "cpu_offload"}
 _REFUSALS = (
@@ -82,6 +88,19 @@ class EngineSettings:
             "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice in every micro-batch
         }
         return merge(ours, self.extra)
+
+    def has_flat_gradients(self, trained: int) -> bool:
+        """Whether the engine keeps and averages gradients by itself (engine/flat_gradients.py): at stages 1 and 2,
+        where DeepSpeed would have them all in one bucket and the user's settings leave the matter alone.
+
+        Args:
+            trained: number of values that are trained.
+        """
+        given = self.extra.get("zero_optimization", {})
+        assert isinstance(given, Mapping), "config/load.py refuses anything else"
+        others = self.extra.keys() - _LEAVE_GRADIENTS - {"zero_optimization"}
+        alone = not others and not given.keys() - _LEAVE_GRADIENTS_OF_ZERO
+        return self.zero_stage in (1, 2) and trained <= BUCKET_ELEMENTS and alone
 
     def group_of(self, name: str) -> str:
         """The parameter group of a trained parameter: ``omega``; ``whole`` for modules of the base, whose moments

@@ -120,8 +120,8 @@ def flat_gradients(wrapped: Wrapped, masters: Sequence[Master]) -> list[torch.Te
         if not at_stage_3:
             wrapped._wait_for_offload_copies()
         return [master.grad for _, master in masters]  # type: ignore[misc]
-    parts = wrapped.averaged_gradients
-    return [torch.cat([part.reshape(-1) for part in parts[i]]) for i in range(len(masters))]
+    parts = [wrapped.averaged_gradients[i] for i in range(len(masters))]
+    return [own[0] if len(own) == 1 else torch.cat([part.reshape(-1) for part in own]) for own in parts]
 
 
 def forward_apart(engine: DeepSpeedEngine, batch: Mapping[str, object]) -> Any:

@@ -61,6 +61,8 @@ def _exchanged(
     stage, size = settings.zero_stage, 2 if settings.dtype == "bfloat16" else 4
     weights = inventory.weights.values()
     trained = [weight for weight in weights if weight.trained]
+    if held.flat:
+        return 2 * held.adapters  # gradients once a step, and the updated weights
     if stage < 3:
         reduced = sum(weight.numel for weight in trained) * size * (accumulation if stage == 2 else 1)
         return reduced + (held.adapters if stage else 0)

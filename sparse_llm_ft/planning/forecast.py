@@ -13,7 +13,7 @@ from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation
 from sparse_llm_ft.engine.gathers import Gathers, simulate
 from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
-from sparse_llm_ft.engine.step_trace import Batch, StepTrace, gathered_alone
+from sparse_llm_ft.engine.step_trace import Batch, StepTrace, Use, gathered_alone
 from sparse_llm_ft.model.causal_mask import gets_mask
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
@@ -272,6 +272,7 @@ class _PhasePlanner:
         accumulation = phase.global_batch_size // (phase.micro_batch_size * self.ranks)
         static = held.base + held.adapters + held.optimizer
         passes = self._passes(accumulation)
+        averaging = held.buckets + held.gradients if held.flat else 0
         overhead, beside = self.overhead.of(passes, self.ranks), self.overhead.of(0, self.ranks)
         idle = static + (held.gradients + held.buckets if self.stage == 3 else 0)
         measures = config.evaluation.samples or config.training.eval_every is not None
@@ -279,7 +280,7 @@ class _PhasePlanner:
         loss, generation = (idle + found + overhead if found else 0 for found in evaluated)
         peaks = {
             "load": self._load() + beside if self.first else 0,
-            "step": static + max(passes, held.gradients + held.update) + overhead,
+            "step": static + max(passes, held.gradients + held.update, averaging) + overhead,
             "change": 0 if after is None else held.base + self._change(after) + beside,
             "save": idle + self.trained.reading(self.on_gpu) + beside,
             "evaluate": max(loss, generation),
@@ -313,26 +314,25 @@ class _PhasePlanner:
             generation,
         )
 
-    @property
-    def _trained_bytes(self) -> int:
-        return sum(w.numel * w.itemsize for w in self.inventory.weights.values() if w.trained)
-
     def _passes(self, accumulation: int) -> int:
-        """The most bytes of both passes beside what is always there: the step's tensors, gathered weights, buckets, and
-        gradients as far as they exist: with several micro-steps, those of the earlier ones from the beginning.
-        """
-        held, earlier, gathers = self.held, accumulation > 1, self.gathers
-        highest = 0
-        for use, during, after in zip(self.trace.uses, gathers.during, gathers.after, strict=True):
-            beside = held.gradients if earlier or self.stage == 3 else 0
-            if self.stage == 0 and not earlier:
-                beside = use.gradients
-            if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
-                beside = held.buckets + self._trained_bytes
-            if self.stage == 3 or (self.stage and use.backward and not (self.stage == 1 and earlier)):
-                beside += held.buckets
-            highest = max(highest, beside + max(use.now + during, use.peak + after))
-        return highest
+        """The most bytes of both passes beside what is always there: a step's tensors, gathered weights, gradients."""
+        uses = zip(self.trace.uses, self.gathers.during, self.gathers.after, strict=True)
+        return max(
+            self._gradients_during(use, accumulation > 1) + max(use.now + during, use.peak + after)
+            for use, during, after in uses
+        )
+
+    def _gradients_during(self, use: Use, earlier: bool) -> int:
+        """Bytes of gradients and buckets while `use` lasts; after an `earlier` micro-step of the same step, or not."""
+        held = self.held
+        if held.flat:  # from a step's first backward pass on
+            return (held.buckets or held.gradients) if earlier or use.backward else 0
+        if self.stage == 0:
+            return held.gradients if earlier else use.gradients
+        if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
+            return held.buckets + sum(w.numel * w.itemsize for w in self.inventory.weights.values() if w.trained)
+        gradients = held.gradients if earlier or self.stage == 3 else 0
+        return gradients + (held.buckets if use.backward or self.stage == 3 else 0)
 
     def _load(self) -> int:
         """The base as it is read, and the first engine. A run that resumes has its checkpoint too, as a save has."""

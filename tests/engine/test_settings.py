@@ -28,6 +28,26 @@ def test_the_bucket_of_gradients_is_as_large_as_what_is_trained() -> None:
     assert zero({"reduce_bucket_size": 7}, 1000)["reduce_bucket_size"] == 7
 
 
+@pytest.mark.parametrize(
+    ("stage", "extra", "flat"),
+    [
+        (1, {}, True),
+        (2, {}, True),
+        (0, {}, False),
+        (3, {}, False),
+        (2, {"wall_clock_breakdown": True, "zero_optimization": {"round_robin_gradients": True}}, True),
+        (2, {"zero_optimization": {"overlap_comm": True}}, False),
+        (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
+        (2, {"communication_data_type": "fp32"}, False),
+        (1, {"data_types": {"grad_accum_dtype": "bf16"}}, False),
+    ],
+)
+def test_gradients_are_deepspeeds_where_the_user_sets_how_it_keeps_them(stage: int, extra: Any, flat: bool) -> None:
+    settings = EngineSettings(stage, "bfloat16", 2, 1, 1.0, 0.0, 0.01, "sgd", extra)
+    assert settings.has_flat_gradients(BUCKET_ELEMENTS) == flat
+    assert not settings.has_flat_gradients(BUCKET_ELEMENTS + 1)
+
+
 def test_deepspeeds_own_names_are_known() -> None:
     check_deepspeed(zero_extra(stage3_max_reuse_distance=0, max_live_parameters=10), 3, "bfloat16")
     with pytest.raises(ConfigError, match="stage3_max_reuse_distence: unknown key; did you mean stage3_max_reuse_dist"):

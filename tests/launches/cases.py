@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from helpers import (  # noqa: F401  (register their cases)
     evaluation_cases,
+    flat_gradient_cases,
     mask_cases,
     memory_cases,
     method_cases,
