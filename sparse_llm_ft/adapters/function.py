@@ -18,9 +18,7 @@ each (model/four_bit.py).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +28,12 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import Mask, SeededDropout
-from sparse_llm_ft.model.four_bit import computes_as_its_class, through_weight
+from sparse_llm_ft.model.four_bit import computes_as_its_class, frozen_output, through_weight
 from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype
 from sparse_llm_ft.model.recompute import Recipe, recipe_of
 
 
-@dataclass(frozen=True, eq=False)
-class Adapted:
+class Adapted(NamedTuple):
     """What one call of an adapted layer does not differentiate.
 
     Attributes:
@@ -86,51 +83,47 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         # Autocast, if it is on, decides what the adapter computes in; else its own weights do.
         lowered = autocast_dtype(x.device)
-        dtype = lowered or down.dtype
-        of_class: Any = type(call.base).forward
-        output: torch.Tensor = of_class(call.base, x)
-        with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
-            hidden = _project(x.reshape(-1, x.shape[-1]), _in(dtype, down), call)  # (T, r)
-            factor = _factor(call, omega, dtype)
-            wide = _full_rows(_in(dtype, up), output.shape[-1], call.rows)  # (d_out, r)
-            flat = output.view(-1, output.shape[-1])
-            if output.dtype == dtype and isinstance(factor, float):
-                flat.addmm_(hidden, wide.t(), alpha=factor)
-            elif output.dtype == dtype:
-                flat.addmm_(hidden * factor, wide.t())
-            else:
-                flat += (hidden * factor) @ wide.t()
-        inputs = (x,) if recipe is None else recipe.inputs
-        ctx.save_for_backward(down, up, omega, call.base.weight, *inputs)
-        ctx.call, ctx.dtype, ctx.input_dtype, ctx.factor = call, dtype, x.dtype, factor
-        ctx.value_of_input = None if recipe is None else recipe.value
-        if recipe is not None and any(ctx.needs_input_grad[1:4]):
-            recipe.value.add_user()
+        dtype = down.dtype if lowered is None else lowered
+        output = frozen_output(call.base, x)
+        if lowered is None:
+            factor = _add_adapter(output, x, down, up, omega, call, dtype)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                factor = _add_adapter(output, x, down, up, omega, call, dtype)
+        weight = call.base._parameters["weight"]
+        value_of_input = None
+        if recipe is None:
+            ctx.save_for_backward(down, up, omega, weight, x)
+        else:
+            value_of_input = recipe.value
+            ctx.save_for_backward(down, up, omega, weight, *recipe.inputs)
+            if any(ctx.needs_input_grad[1:4]):
+                value_of_input.add_user()
+        ctx.known = call, dtype, x.dtype, factor, value_of_input
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call: Adapted = ctx.call
+        call, dtype, input_dtype, factor, value_of_input = ctx.known
         own_down, own_up, omega, weight, *inputs = ctx.saved_tensors
         needs_x, needs_down, needs_up, needs_omega = ctx.needs_input_grad[:4]
         flat = grad.reshape(-1, grad.shape[-1])  # (T, d_out)
         dx = grad_down = grad_up = grad_omega = None
 
         # The way through the adapter, r wide.
-        down, up, outer = _in(ctx.dtype, own_down), _in(ctx.dtype, own_up), _in(ctx.dtype, flat)
-        factor = ctx.factor
+        down, up, outer = _in(dtype, own_down), _in(dtype, own_up), _in(dtype, flat)
         trained = isinstance(factor, torch.Tensor)
         scale = 1.0 if trained else factor  # a number goes along with a product
         wide = _full_rows(up, flat.shape[-1], call.rows)
         mask = _mask(flat.shape[0], down, call)
         narrow = times_up(outer, wide, scale, outer.is_cuda)
         if needs_down or needs_up or needs_omega:
-            x = inputs[0] if ctx.value_of_input is None else ctx.value_of_input(*inputs)
-            seen = _seen(_in(ctx.dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
+            x = inputs[0] if value_of_input is None else value_of_input(*inputs)
+            seen = _seen(_in(dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
             hidden = F.linear(seen, down)  # (T, r)
             if needs_omega:
-                wide_type = torch.promote_types(ctx.dtype, torch.float32)
+                wide_type = torch.promote_types(dtype, torch.float32)
                 change = (narrow * hidden).sum(dtype=wide_type) * _constant(call)
                 grad_omega = change.reshape(1).to(omega.dtype)
             if needs_up:
@@ -144,8 +137,32 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x:
             dx = through_weight(flat, call.base, weight)
             _add_through_adapter(dx, narrow, down, call, mask)
-            dx = _in(ctx.input_dtype, dx.reshape(*grad.shape[:-1], dx.shape[-1]))
+            dx = _in(input_dtype, dx.view(*grad.shape[:-1], dx.shape[-1]))
         return dx, grad_down, grad_up, grad_omega, None, None
+
+
+def _add_adapter(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    omega: torch.Tensor | None,
+    call: Adapted,
+    dtype: torch.dtype,
+) -> torch.Tensor | float:
+    """Add s H B^T to the base's output, in place. Returns s without rounding (`_factor`)."""
+    width = output.shape[-1]
+    hidden = _project(x.reshape(-1, x.shape[-1]), _in(dtype, down), call)  # (T, r)
+    factor = _factor(call, omega, dtype)
+    wide = _full_rows(_in(dtype, up), width, call.rows)  # (d_out, r)
+    flat = output.view(-1, width)
+    if output.dtype is not dtype:
+        flat += (hidden * factor) @ wide.t()
+    elif isinstance(factor, float):
+        flat.addmm_(hidden, wide.t(), alpha=factor)
+    else:
+        flat.addmm_(hidden * factor, wide.t())
+    return factor
 
 
 def times_up(outer: torch.Tensor, wide: torch.Tensor, scale: float, on_gpu: bool) -> torch.Tensor:
@@ -232,11 +249,17 @@ def _add_through_adapter(
         dx.index_add_(1, call.cols, change.to(dx.dtype))
 
 
+_READABLE = (nn.Linear, Linear4bit, Conv1D)
+
+
 def is_readable(base: nn.Module) -> bool:
     """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
-    known = type(base) in (nn.Linear, Linear4bit, Conv1D)
-    own = base._parameters.values()  # these classes have no others
-    return known and computes_as_its_class(base) and not any(p is not None and p.requires_grad for p in own)
+    if type(base) not in _READABLE or not computes_as_its_class(base):
+        return False
+    weight, bias = base._parameters["weight"], base._parameters["bias"]  # these classes have no others
+    if bias is not None and bias.requires_grad:
+        return False
+    return type(base) is Linear4bit or not (weight is not None and weight.requires_grad)  # no one trains 4-bit codes
 
 
 def count_hooks(*modules: nn.Module) -> int:
@@ -246,7 +269,9 @@ def count_hooks(*modules: nn.Module) -> int:
     count = 0
     for module in modules:
         own = module.__dict__
-        count += len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"])
-        count += len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"])
-        count += "forward" in own and not computes_as_its_class(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            count += len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"])
+            count += len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"])
+        if "forward" in own and not computes_as_its_class(module):
+            count += 1
     return count

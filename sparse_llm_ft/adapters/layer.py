@@ -28,12 +28,6 @@ from sparse_llm_ft.model.linear import LinearLayer, is_transposed, sides
 from sparse_llm_ft.plan import ModuleAdapter
 
 
-def _find(values: nn.ParameterDict | BufferDict, name: str) -> torch.Tensor | None:
-    """The named tensor; None if there is none. PEFT's `BufferDict` has no `get`."""
-    found: torch.Tensor | None = values[name] if name in values else None  # noqa: SIM401
-    return found
-
-
 @contextmanager
 def calling_parts(model: nn.Module) -> Iterator[None]:
     """A context in which layers with adapters call the modules below them, which some ranks hook and others do not.
@@ -174,9 +168,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self._shared:
             shared = self._shared[adapter_name]
             return shared.lora_A, shared.lora_B
-        down, up = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
-        return down, up
+        parts: Any = self._modules  # every step asks for every layer, and looking up attributes takes longer
+        return parts["lora_A"]._modules[adapter_name], parts["lora_B"]._modules[adapter_name]
 
     def omega(self, adapter_name: str) -> torch.Tensor | float:
         """The factor on this adapter's output: a one-element tensor if it is trained, else a number."""
@@ -260,27 +253,26 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def count_hooks(self, adapter_name: str) -> int:
         """How many hooks act on the modules below, see `count_hooks`."""
-        parts: Any = self._modules  # every step asks for every layer, and looking up attributes takes longer
+        parts: Any = self._modules
         own = (parts[name] for name in ("base_layer", "lora_omega", "lora_u", "lora_v"))
         return count_hooks(*own, *self.pair(adapter_name))
 
     def _adapted(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """(..., d_out): the output with one adapter, by `adapted_linear`."""
+        adapter, parts = self.adapters[name], self._modules
         down, up = self.pair(name)
-        dropout = self.lora_dropout[name]
-        omega = _find(self.lora_omega, name)
-        fixed = 1.0 if omega is not None else max(self.adapters[name].omega, 0.0)
+        dropout: Any = parts["lora_dropout"]._modules[name]  # type: ignore[union-attr]
         call = Adapted(
-            self.base_layer,
-            fixed * self.get_scaling(name),
-            _find(self.lora_rows, name),
-            _find(self.lora_cols, name),
-            SeededDropout.draw(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None,
+            parts["base_layer"],  # type: ignore[arg-type]
+            self.get_scaling(name) if adapter.train_omega else max(adapter.omega, 0.0) * self.get_scaling(name),
+            None if adapter.rows is None else self.lora_rows[name],
+            None if adapter.cols is None else self.lora_cols[name],
+            SeededDropout.draw(dropout.p) if type(dropout) is nn.Dropout and dropout.training else None,
         )
         a, b = down.weight, up.weight
-        if name in self.lora_u:
+        if adapter.train_vectors:
             a, b = self.lora_u[name][:, None] * a, self.lora_v[name][:, None] * b
-        return adapted_linear(x, a, b, omega, call)
+        return adapted_linear(x, a, b, self.lora_omega[name] if adapter.train_omega else None, call)
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         down, up = self.pair(name)

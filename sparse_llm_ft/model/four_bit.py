@@ -4,6 +4,9 @@ bitsandbytes' own function keeps the weight that it was given until its graph is
 gathered one: after a forward pass every rank would hold all of a 4-bit base, with activation checkpointing too. This
 one remembers the layer, whose weight is gathered again for backward, and dequantises it there. Of other linear layers
 DeepSpeed's own function keeps the input too, which a frozen weight's backward pass does not need.
+
+The same operators as in bitsandbytes' functions are called here directly: a step of a 7B model calls them a thousand
+times, and what these functions do around them takes as long as the operators themselves take Python.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-import bitsandbytes
 import torch
+import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -25,7 +28,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer = layer
-        return _own_forward(layer, x)
+        return frozen_output(layer, x)
 
     @staticmethod
     @once_differentiable
@@ -34,14 +37,79 @@ class _Product(torch.autograd.Function):
         return through_weight(grad, ctx.layer, weight), None
 
 
-def _own_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+_STATISTICS = 256
+"""Block size of quantised statistics, the only one that bitsandbytes' product takes."""
+_plainly = torch._C.DisableTorchFunctionSubclass
+"""A context in which `Params4bit` is a tensor like others: its class has each operation call Python first."""
+
+
+def frozen_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a layer's class computes, (..., d_out) from x (..., d_in), without the layer's hooks. Call it in the forward
+    pass of an autograd function: bitsandbytes' operator has no backward pass.
+    """
+    kind = type(layer)
+    if kind is nn.Linear:
+        own = layer._parameters
+        return F.linear(x, own["weight"], own["bias"])
+    if kind is not Linear4bit:
+        return kind.forward(layer, x)  # type: ignore[no-any-return]
+    with _plainly():
+        weight = layer._parameters["weight"]
+        state: Any = getattr(weight, "quant_state", None)
+        if not _is_usual(layer, state, x):
+            return kind.forward(layer, x)  # type: ignore[no-any-return]
+        dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+        nested = state.state2
+        output: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+            _as(dtype, x),
+            weight.view(-1, 1),
+            state.shape,
+            state.absmax if nested is None else nested.absmax,
+            state.blocksize,
+            state.quant_type,
+            bias=None if layer.bias is None else _as(dtype, layer.bias),
+            absmax_8bit=None if nested is None else state.absmax,
+            absmax_code=None if nested is None else nested.code,
+            absmax_offset=None if nested is None else state.offset,
+        )
+        return _as(x.dtype, output)
+
+
+def _is_usual(layer: Any, state: Any, x: torch.Tensor) -> bool:
+    """Whether `Linear4bit.forward` would hand the product to bitsandbytes' operator as it is. The layer's first call is
+    not: it sets the type in which it computes. Releases before the operator have none.
+    """
+    if state is None or not layer.compute_type_is_set or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return False
+    wide = x.numel() > 0 and len(state.shape) == 2 and x.shape[-1] == state.shape[1]
+    known = state.state2 is None or state.state2.blocksize == _STATISTICS
+    return wide and known and not getattr(state, "packing_format_for_cpu", False)
+
+
+def dequantised(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The matrix (d_out, d_in) that 4-bit codes and their `QuantState` stand for, in the state's type."""
+    operators = torch.ops.bitsandbytes
+    with _plainly():
+        scales, nested = state.absmax, state.state2
+        if nested is not None:
+            scales = operators.dequantize_blockwise.default(
+                scales, nested.absmax, nested.code, nested.blocksize, nested.dtype
+            )
+            scales = _as(torch.float32, scales.add_(state.offset))
+        matrix: torch.Tensor = operators.dequantize_4bit.default(
+            weight, scales, state.blocksize, state.quant_type, state.shape, state.dtype
+        )
+        return matrix
+
+
+def _as(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype is dtype else value.to(dtype)
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
     if trained or not (torch.is_grad_enabled() and x.requires_grad):
-        return _own_forward(layer, x)
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
     output: torch.Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
     return output
 
@@ -78,7 +146,6 @@ def through_weight(grad: torch.Tensor, layer: LinearLayer, weight: torch.Tensor)
         weight: the layer's, as a backward pass has it.
     """
     if isinstance(layer, Linear4bit):
-        weight = bitsandbytes.functional.dequantize_4bit(weight, layer.weight.quant_state)
-    if weight.dtype is not grad.dtype:
-        weight = weight.to(grad.dtype)
+        weight = dequantised(weight, layer._parameters["weight"].quant_state)  # type: ignore[union-attr]
+    weight = _as(grad.dtype, weight)
     return grad @ (weight.t() if is_transposed(layer) else weight)

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from sparse_llm_ft.model.four_bit import computes_as_its_class, release_weights
+from sparse_llm_ft.model.four_bit import computes_as_its_class, dequantised, frozen_output, release_weights
 
 
-def layer(bias: bool) -> Any:
+def layer(bias: bool, **settings: Any) -> Any:
     torch.manual_seed(0)
-    made = Linear4bit(64, 32, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+    made = Linear4bit(64, 32, bias=bias, **{"compute_dtype": torch.float32, "quant_type": "nf4", **settings})
     made.load_state_dict({"weight": torch.randn(32, 64)} | ({"bias": torch.randn(32)} if bias else {}))
+    made.support_avx512bf16_for_cpu = False  # as load_model leaves it
     return made.to("cpu").requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quant_type": "fp4"},
+        {"compress_statistics": False},
+        {"compute_dtype": torch.bfloat16, "quant_storage": torch.bfloat16},
+        {"compute_dtype": None},
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 64), (0, 64)])
+def test_operators_called_directly_give_the_bits_of_bitsandbytes_functions(
+    settings: Mapping[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without the Python that `Params4bit` has each operation call."""
+    for bias in (False, True):
+        made = layer(bias, **settings)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(shape).to(dtype)
+            expected = Linear4bit.forward(made, x)
+            matrix = dequantize_4bit(made.weight, made.weight.quant_state)
+            with monkeypatch.context() as patch:
+                patch.setattr(Params4bit, "__torch_function__", None)
+                patch.setattr(Linear4bit, "forward", None if x.numel() else Linear4bit.forward)
+                output, own = frozen_output(made, x), dequantised(made.weight, made.weight.quant_state)
+            assert output.dtype == expected.dtype and torch.equal(output, expected)
+            assert type(own) is torch.Tensor and own.dtype == matrix.dtype and torch.equal(own, matrix)
+
+
+def test_a_first_call_sets_the_type_of_the_computation() -> None:
+    made, x = layer(False, compute_dtype=None), torch.randn(2, 64, dtype=torch.bfloat16)
+    torch.testing.assert_close(frozen_output(made, x), Linear4bit.forward(layer(False, compute_dtype=None), x))
+    assert made.compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -58,4 +96,4 @@ def test_other_layers_and_trained_biases_are_left_alone() -> None:
     assert computes_as_its_class(made)
     made.bias.requires_grad_(True)
     made(torch.randn(2, 64)).sum().backward()
-    assert made.bias.grad is not None
+    assert torch.equal(made.bias.grad, torch.full((32,), 2.0))
