@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -111,13 +112,20 @@ _PASSING = {
 _OS_ERROR = re.compile(r"(?:\(os error |\[Errno )([0-9]+)[)\]]")
 """In texts of safetensors and tokenizers, which are written in Rust, and of errors that another rank had."""
 
-AWAY = "the file system may be away, and the same command continues when it is back"
+AWAY = "the file system or the hub may be away, and the same command continues when it is back"
 """What to do about an error that `may_pass`."""
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a file server that is away is behind an error: the same command may work in a minute."""
-    return _is_behind(error, _PASSING)
+    """Whether a file server or a hub that is away is behind an error: the same command may work in a minute."""
+    return _is_behind(error, _PASSING) or any(map(_is_of_network, _causes(error)))
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether nothing answered: refused, too late, or no name server. Not if the user has turned the network off."""
+    if type(error).__name__ == "OfflineModeIsEnabled":  # huggingface_hub's, a ConnectionError
+        return False
+    return isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
 
 
 def lacks_room(error: BaseException) -> bool:
@@ -126,18 +134,24 @@ def lacks_room(error: BaseException) -> bool:
 
 
 def _is_behind(error: BaseException, numbers: set[int]) -> bool:
-    seen: BaseException | None = error
-    for _ in range(10):
-        if seen is None:
-            return False
+    for seen in _causes(error):
         found = _OS_ERROR.search(str(seen))
         number = seen.errno if isinstance(seen, OSError) else None
         if number is None and found:
             number = int(found[1])
         if number in numbers:
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 DEVICE_MEMORY = re.compile(

@@ -31,7 +31,8 @@ _IMAGE = re.compile(r"(?:\./|/).+|(?:[a-z]+://)?(?:[^@#\s]+@)?(?:[^#/\s]+#)?[A-Z
 _HOST = re.compile(r"[^/#]*[.:][^/#]*/.+")  # docker's REGISTRY/IMAGE, which enroot looks for on Docker Hub
 _HEAD = r"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 12000))"""
+# Another one after a requeue: the first may be what another program has.
+port=$((20000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 12000))"""
 _PATIENT = """# After SIGTERM it would kill, in 30 s, whoever still saves its step. Slurm says when it is too late.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"""
 _DEAF = "# This launcher would die of USR2. Ignored by it, the signal still reaches the handlers of its processes."

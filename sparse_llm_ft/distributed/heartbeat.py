@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from sparse_llm_ft.distributed import exit_status, signals
 from sparse_llm_ft.distributed.world import World, node_name
-from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, describe_failure, reason_of
+from sparse_llm_ft.errors import PreemptionRequested, TrainingError, UserError, describe_failure, may_pass, reason_of
 
 _DONE, _FAILED = "done", "failed"
 
@@ -256,7 +256,8 @@ def _leave(heartbeat: Heartbeat, error: Exception) -> None:
     if isinstance(error, PreemptionRequested) or (isinstance(error, UserError | TrainingError) and error.is_shared):
         heartbeat.close(done=False)  # every rank leaves by itself
         return
-    status = exit_status.USER_ERROR if isinstance(error, UserError) else exit_status.TRAINING_ERROR
+    wrong = isinstance(error, UserError) and not may_pass(error)
+    status = exit_status.USER_ERROR if wrong else exit_status.TRAINING_ERROR
     is_said = heartbeat.fail(describe_failure(error), status)
     if isinstance(error, UserError | TrainingError):
         error.is_shared = is_said
@@ -267,15 +268,15 @@ def connecting() -> Iterator[None]:
     """Turn torch's failure to open the store of MASTER_ADDR and MASTER_PORT, or to find it there, into one line.
 
     Raises:
-        UserError: another program has the port.
-        TrainingError: nothing answers there, which on another rank than 0 mostly means that rank 0 has left.
+        TrainingError: another program has the port, which a later attempt of a batch job may find free; or nothing
+            answers there, which on another rank than 0 mostly means that rank 0 has left.
     """
     try:
         yield
     except dist.DistError as error:
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(
+            raise TrainingError(
                 f"MASTER_PORT: {port} is in use by another program on {socket.gethostname()}; expected a free one, as "
                 f"in `deepspeed --master_port {int(port or 0) + 1}` or `torchrun --master-port {int(port or 0) + 1}`"
             ) from error

@@ -41,8 +41,8 @@ def init_distributed() -> None:
     """Collective. Join the process group that the environment describes: NCCL with a GPU, gloo without.
 
     Raises:
-        UserError: the port is taken, or this node has fewer GPUs than processes.
-        TrainingError: rank 0 does not answer there.
+        UserError: this node has fewer GPUs than processes.
+        TrainingError: the port is taken, or rank 0 does not answer there.
     """
     if torch.cuda.is_available():
         _use_own_gpu()

@@ -201,7 +201,9 @@ def test_a_file_server_that_is_away_makes_no_checkpoint_a_damaged_one(
     for module, name in ((atomic, "read_json"), (state_module, "read_json"), (state_module, "load_file")):
         read = {"read_json": strict_json_yaml.read_json, "load_file": load_file}[name]
         monkeypatch.setattr(module, name, partial(_unless_away, read, where, number))
-    with pytest.raises(TrainingError, match=rf"step-00000006.*{os.strerror(number)}.*; the file system may be away"):
+    with pytest.raises(
+        TrainingError, match=rf"step-00000006.*{os.strerror(number)}.*; the file system or the hub may be away"
+    ):
         newest_state(run, "mine", World(0, 1, 0, 1), Console(1), None)
 
 

@@ -99,6 +99,9 @@ def test_a_container_gets_its_folders_the_hubs_caches_and_an_address(
         "--no-container-entrypoint",
         *["python3", "-m", "sparse_llm_ft", "train", "--config", "a.yaml"],
     ], answer.stderr
+    environment["SLURM_RESTART_COUNT"] = "2"  # another port, in case the first is what another program has
+    again = subprocess.run(["bash", "-euc", launch], capture_output=True, text=True, timeout=30, env=environment)
+    assert again.stdout.splitlines()[0] == "10.0.0.7:30141", again.stderr
 
 
 @pytest.mark.parametrize(("status", "failures", "calls", "ends"), [(75, 2, 3, 0), (75, 9, 4, 75), (1, 0, 0, 1)])

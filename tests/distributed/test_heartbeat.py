@@ -235,9 +235,10 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 
 def test_a_port_in_use_is_one_line(port: socket.socket) -> None:
+    """A batch job tries again, with another port."""
     port.listen()
     number = port.getsockname()[1]
-    with pytest.raises(UserError) as raised, monitor_ranks(World(0, 2, 0, 2)):
+    with pytest.raises(TrainingError) as raised, monitor_ranks(World(0, 2, 0, 2)):
         pass
     assert f"MASTER_PORT: {number} is in use" in str(raised.value) and f"--master_port {number + 1}" in str(
         raised.value

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from sparse_llm_ft.distributed import exit_status, world
 from sparse_llm_ft.distributed.world import World, find_world, own_cores, set_rendezvous
@@ -166,6 +168,28 @@ def test_a_file_server_that_is_away_is_not_the_users_fault(number: int, status: 
         except OSError as error:
             raise UserError(f"train.jsonl: not readable ({error.strerror})") from None
     assert stop.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("failure", "passes"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), True),
+        (TimeoutError("too late"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "no name server"), True),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), False),
+        (FileNotFoundError(errno.ENOENT, "no such file"), False),
+    ],
+)
+def test_a_hub_that_is_away_may_be_back_unless_the_user_has_turned_it_off(failure: Exception, passes: bool) -> None:
+    try:
+        try:
+            raise failure
+        except OSError as error:
+            raise LocalEntryNotFoundError("not in the cache") from error
+    except LocalEntryNotFoundError as error:
+        wrong = UserError("model.name: 'me/base' cannot be loaded")
+        wrong.__cause__ = error
+    assert may_pass(wrong) == passes
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.ENOENT, False), (errno.ESTALE, True), (errno.EIO, True)])
