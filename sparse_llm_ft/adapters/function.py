@@ -181,8 +181,8 @@ def gradient_of_up(outer: torch.Tensor, hidden: torch.Tensor, scale: float, on_g
     """scale G^T H, (d_out, r), from outer G (T, d_out) and hidden H (T, r).
 
     Args:
-        on_gpu: a CPU computes the transpose up to seven times as fast. autograd copies that into B's own layout, which
-            on a GPU is one kernel more for each adapter.
+        on_gpu: a CPU computes the transpose up to seven times as fast. Where B has no gradient yet, autograd copies
+            that into B's own layout, which on a GPU is one kernel more for each adapter.
     """
     unread = outer.new_empty(())
     if on_gpu:
@@ -256,10 +256,10 @@ def is_readable(base: nn.Module) -> bool:
     """Whether `adapted_linear` knows this kind of layer, which must be frozen and compute what its class does."""
     if type(base) not in _READABLE or not computes_as_its_class(base):
         return False
-    weight, bias = base._parameters["weight"], base._parameters["bias"]  # these classes have no others
-    if bias is not None and bias.requires_grad:
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if weight is None or (bias is not None and bias.requires_grad):  # hooks of torch's pruning compute the weight
         return False
-    return type(base) is Linear4bit or not (weight is not None and weight.requires_grad)  # no one trains 4-bit codes
+    return type(base) is Linear4bit or not weight.requires_grad  # no one trains 4-bit codes
 
 
 def count_hooks(*modules: nn.Module) -> int:

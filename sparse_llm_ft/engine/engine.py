@@ -128,6 +128,7 @@ class Engine:
             self._engine, self._wrapped, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
             )
+        zero.leave_views(self._wrapped)
         self._flat = FlatGradients(self._engine) if settings.has_flat_gradients(trained) else None
         if settings.zero_stage == 3:
             zero.keep_recomputed(model)

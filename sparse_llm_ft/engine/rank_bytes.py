@@ -5,8 +5,8 @@ Counted on a model on the meta device, parameter by parameter:
     stage 0      parameters and gradients whole; under bfloat16 a float32 master of each trained one
     stages 1, 2  each parameter group flat and padded, its masters and moments cut into one part for each rank. Its
                  gradients are flat too in a backward pass, and cut after a step's last one. Where DeepSpeed keeps them
-                 (`EngineSettings.has_flat_gradients`), a bucket takes them in a backward pass, and of a parameter that
-                 a cut goes through, both ranks keep the whole gradient
+                 (`EngineSettings.has_flat_gradients` is false), a bucket takes them in a backward pass, and of a
+                 parameter that a cut goes through, both ranks keep the whole gradient
     stage 3      every parameter cut into equal parts, frozen ones too; small ones stay gathered once they were used
 """
 
@@ -104,6 +104,11 @@ class RankBytes:
     offloaded: int = 0
     flat: bool = False
 
+    @property
+    def whole(self) -> int:
+        """Of flat gradients those of a backward pass."""
+        return self.buckets or self.gradients
+
 
 def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ranks: int) -> RankBytes:
     """Count a model on the meta device that trains `plan`."""
@@ -140,7 +145,7 @@ def rank_bytes(model: nn.Module, plan: AdapterPlan, settings: EngineSettings, ra
     masters = values * 4 if stage or size == 2 else 0
     states = sum(group.state(kinds) for group, kinds in zip(groups, moments, strict=True))
     optimizer = masters + int(np.max(states))
-    update = values * 4 if size == 2 or stage else 0
+    update = values * 4 if size == 2 or (stage and not flat) else 0  # the gradients in float32, if these are others
     return RankBytes(
         base + inventory.buffers,
         adapters,

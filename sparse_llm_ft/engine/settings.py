@@ -25,11 +25,17 @@ deepspeed.utils.logger.setLevel(logging.ERROR)  # on import it logs notes such a
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``."""
 _LEAVE_GRADIENTS = {
-    *("comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "tensorboard", "timers"),
-    *("wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print"),
+    *("tensorboard", "timers", "wall_clock_breakdown", "wandb"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
 }
-_LEAVE_GRADIENTS_OF_ZERO = {"allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "stage"}
-"""DeepSpeed's settings that say nothing about how gradients are kept and reduced; of all, and of ZeRO."""
+_LEAVE_GRADIENTS_OF_ZERO = {
+    *("allgather_bucket_size", "allgather_partitions", "ignore_unused_parameters", "round_robin_gradients", "stage"),
+    "sub_group_size",
+}
+"""DeepSpeed's settings that say nothing about how gradients are kept and reduced; of all, and of ZeRO, where those of
+stage 3 belong to them too.
+"""
 _DOCUMENTED = "see deepspeed.ai/docs/config-json"
 _NEEDS_NORM = {"offload_optimizer", "cpu_offload"}
 _REFUSALS = (
@@ -69,8 +75,8 @@ class EngineSettings:
         """DeepSpeed's configuration as a dict.
 
         Args:
-            trained: number of values that are trained. Every backward pass of stages 1 to 3 allocates a bucket for
-                gradients, which need be no larger; DeepSpeed's default takes 1 GB in bfloat16.
+            trained: number of values that are trained. Where DeepSpeed keeps gradients, every backward pass of stages
+                1 to 3 allocates a bucket for them, which need be no larger; its default takes 1 GB in bfloat16.
         """
         ours = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
@@ -99,8 +105,8 @@ class EngineSettings:
         given = self.extra.get("zero_optimization", {})
         assert isinstance(given, Mapping), "config/load.py refuses anything else"
         others = self.extra.keys() - _LEAVE_GRADIENTS - {"zero_optimization"}
-        alone = not others and not given.keys() - _LEAVE_GRADIENTS_OF_ZERO
-        return self.zero_stage in (1, 2) and trained <= BUCKET_ELEMENTS and alone
+        of_zero = {key for key in given.keys() - _LEAVE_GRADIENTS_OF_ZERO if not key.startswith("stage3_")}
+        return self.zero_stage in (1, 2) and trained <= BUCKET_ELEMENTS and not others and not of_zero
 
     def group_of(self, name: str) -> str:
         """The parameter group of a trained parameter: ``omega``; ``whole`` for modules of the base, whose moments

@@ -59,6 +59,14 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def leave_views(wrapped: Wrapped) -> None:
+    """Stages 1 and 2: leave parameters the views of their group's flat tensor that they are. An update overwrites it in
+    place. DeepSpeed makes every view anew after each one, "just to be safe", as its source says.
+    """
+    if hasattr(wrapped, _STAGES_1_AND_2):
+        wrapped._update_model_bit16_weights = lambda group: None
+
+
 def masters(wrapped: Wrapped, optimizer: AdapterOptimizer) -> list[Master]:
     """The tensors on this rank that the optimizer updates, each with its parameter group.
 
@@ -143,7 +151,7 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
         given = tuple(ctx.gradients)
-        ctx.gradients.clear()  # a parameter's `grad` then takes over the memory
+        ctx.gradients.clear()  # a parameter's `grad` then takes over the memory, or is added to
         return None, *given
 
 

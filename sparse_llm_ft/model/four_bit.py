@@ -47,14 +47,13 @@ def frozen_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What a layer's class computes, (..., d_out) from x (..., d_in), without the layer's hooks. Call it in the forward
     pass of an autograd function: bitsandbytes' operator has no backward pass.
     """
-    kind = type(layer)
-    if kind is nn.Linear:
-        own = layer._parameters
+    kind, own = type(layer), layer._parameters
+    if kind is nn.Linear and "weight" in own:
         return F.linear(x, own["weight"], own["bias"])
     if kind is not Linear4bit:
         return kind.forward(layer, x)  # type: ignore[no-any-return]
     with _plainly():
-        weight = layer._parameters["weight"]
+        weight = own["weight"]
         state: Any = getattr(weight, "quant_state", None)
         if not _is_usual(layer, state, x):
             return kind.forward(layer, x)  # type: ignore[no-any-return]
@@ -77,7 +76,8 @@ def frozen_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _is_usual(layer: Any, state: Any, x: torch.Tensor) -> bool:
     """Whether `Linear4bit.forward` would hand the product to bitsandbytes' operator as it is. The layer's first call is
-    not: it sets the type in which it computes. Releases before the operator have none.
+    not: it sets the type in which it computes. Releases before the operator have none. `keep_unpacked` rules out the
+    repacking of weights.
     """
     if state is None or not layer.compute_type_is_set or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         return False

@@ -13,7 +13,7 @@ from sparse_llm_ft.engine.build import engine_settings
 from sparse_llm_ft.engine.evaluation_trace import EvaluationBytes, Generation
 from sparse_llm_ft.engine.gathers import Gathers, simulate
 from sparse_llm_ft.engine.rank_bytes import Inventory, RankBytes, rank_bytes, zero_settings
-from sparse_llm_ft.engine.step_trace import Batch, StepTrace, Use, gathered_alone
+from sparse_llm_ft.engine.step_trace import Batch, StepTrace, gathered_alone
 from sparse_llm_ft.model.causal_mask import gets_mask
 from sparse_llm_ft.model.flops import lowest_layer, model_flops
 from sparse_llm_ft.phase import Phase
@@ -271,8 +271,8 @@ class _PhasePlanner:
         config = self.context.config
         accumulation = phase.global_batch_size // (phase.micro_batch_size * self.ranks)
         static = held.base + held.adapters + held.optimizer
-        passes = self._passes(accumulation)
-        averaging = held.buckets + held.gradients if held.flat else 0
+        guarded = config.training.on_oom == "shrink"
+        passes, averaging = self._passes(accumulation, guarded), self.trained.averaging(guarded)
         overhead, beside = self.overhead.of(passes, self.ranks), self.overhead.of(0, self.ranks)
         idle = static + (held.gradients + held.buckets if self.stage == 3 else 0)
         measures = config.evaluation.samples or config.training.eval_every is not None
@@ -314,25 +314,13 @@ class _PhasePlanner:
             generation,
         )
 
-    def _passes(self, accumulation: int) -> int:
+    def _passes(self, accumulation: int, guarded: bool) -> int:
         """The most bytes of both passes beside what is always there: a step's tensors, gathered weights, gradients."""
         uses = zip(self.trace.uses, self.gathers.during, self.gathers.after, strict=True)
         return max(
-            self._gradients_during(use, accumulation > 1) + max(use.now + during, use.peak + after)
+            self.trained.gradients_during(use, accumulation > 1, guarded) + max(use.now + during, use.peak + after)
             for use, during, after in uses
         )
-
-    def _gradients_during(self, use: Use, earlier: bool) -> int:
-        """Bytes of gradients and buckets while `use` lasts; after an `earlier` micro-step of the same step, or not."""
-        held = self.held
-        if held.flat:  # from a step's first backward pass on
-            return (held.buckets or held.gradients) if earlier or use.backward else 0
-        if self.stage == 0:
-            return held.gradients if earlier else use.gradients
-        if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
-            return held.buckets + sum(w.numel * w.itemsize for w in self.inventory.weights.values() if w.trained)
-        gradients = held.gradients if earlier or self.stage == 3 else 0
-        return gradients + (held.buckets if use.backward or self.stage == 3 else 0)
 
     def _load(self) -> int:
         """The base as it is read, and the first engine. A run that resumes has its checkpoint too, as a save has."""

@@ -1,4 +1,5 @@
-"""A phase's peaks beside its steps: building its engine, the end of the phase before, a save.
+"""What a phase's gradients take in a step; and its peaks beside its steps: building its engine, the end of the phase
+before, a save.
 
 A GPU holds nothing of a checkpoint, whose tensors lie in the host's memory. A CPU's memory is the host's.
 """
@@ -16,6 +17,7 @@ from sparse_llm_ft.adapters.convert import short_name
 from sparse_llm_ft.engine.rank_bytes import RankBytes, Weight
 from sparse_llm_ft.engine.settings import EngineSettings
 from sparse_llm_ft.engine.shared_files import SLICE_BYTES
+from sparse_llm_ft.engine.step_trace import Use
 from sparse_llm_ft.optim import MOMENTS
 
 
@@ -36,6 +38,33 @@ class TrainedBytes:
     moments: int
     held: RankBytes
     stage: int
+
+    def gradients_during(self, use: Use, earlier: bool, guarded: bool) -> int:
+        """Gradients and buckets while `use` lasts.
+
+        Args:
+            earlier: whether a micro-step of the same step came before.
+            guarded: whether passes may run out of memory, and so have their own gradients first
+                (engine/memory_guard.py).
+        """
+        held = self.held
+        if held.flat and guarded:
+            return use.gradients + (held.whole if earlier else 0)
+        if held.flat:  # from a step's first backward pass on
+            return held.whole if earlier or use.backward else 0
+        if self.stage == 0:
+            return held.gradients if earlier else use.gradients
+        if self.stage == 1 and earlier:  # whole until the last micro-step, in buckets that stay
+            return held.buckets + sum(self.sizes) * self.item
+        gradients = held.gradients if earlier or self.stage == 3 else 0
+        return gradients + (held.buckets if use.backward or self.stage == 3 else 0)
+
+    def averaging(self, guarded: bool) -> int:
+        """Flat gradients between the passes and the update."""
+        held = self.held
+        if not held.flat:
+            return 0
+        return max(held.buckets + held.gradients, 2 * held.whole if guarded else 0)
 
     @classmethod
     def of(cls, model: nn.Module, settings: EngineSettings, held: RankBytes) -> TrainedBytes:

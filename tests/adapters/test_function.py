@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -178,6 +179,15 @@ def test_hooks_on_the_modules_below_are_respected() -> None:
         module.register_forward_hook(lambda *_: calls.append(1))
         torch.testing.assert_close(made(x), expected)
     assert len(calls) == 3
+
+
+def test_a_weight_that_hooks_compute_is_left_to_them() -> None:
+    """As torch's pruning and its old weight norm do it."""
+    base = nn.Linear(4, 3).requires_grad_(False)
+    prune.l1_unstructured(base, "weight", 0.5)
+    base.requires_grad_(False)
+    layer, x = SparseLoraLayer(base, "default", ModuleAdapter(r=2, lora_alpha=4), 0.0), torch.randn(2, 4)
+    torch.testing.assert_close(layer(x), x @ (base.weight_orig * base.weight_mask).T + base.bias)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -36,6 +36,7 @@ def test_the_bucket_of_gradients_is_as_large_as_what_is_trained() -> None:
         (0, {}, False),
         (3, {}, False),
         (2, {"wall_clock_breakdown": True, "zero_optimization": {"round_robin_gradients": True}}, True),
+        (2, {"steps_per_print": 10, "zero_optimization": {"stage3_max_live_parameters": 1}}, True),
         (2, {"zero_optimization": {"overlap_comm": True}}, False),
         (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
         (2, {"communication_data_type": "fp32"}, False),

@@ -71,6 +71,10 @@ def two_steps(stage: int, dtype: str, extra: dict[str, object]) -> tuple[list[di
             with seen:
                 engine.step(1e-2)
     values = engine.values()
+    for name, parameter in engine.parameters.items():  # the model has what the optimizer made
+        assert torch.equal(parameter.detach(), values[name].to(parameter.dtype)), (stage, name)
+    changed = [name for name in values if not torch.equal(values[name], start[name].to(parameter.dtype).float())]
+    assert len(changed) == len(values) - 1, "all but the omega of the unused adapter, which does not decay"
     engine.close()
     return [gradients, values], seen.calls
 

@@ -17,7 +17,10 @@ from compare import bfloat16_is_fast
 from planner_peaks import PEAKS
 from truth_cases import Case, opened
 
+from sparse_llm_ft.engine.rank_bytes import RankBytes
+from sparse_llm_ft.engine.step_trace import Use
 from sparse_llm_ft.planning.forecast import forecast
+from sparse_llm_ft.planning.peaks import TrainedBytes
 
 CASES = [
     Case("tiny", ranks=2, stage=0, method="weight_lora", length=24),
@@ -104,6 +107,29 @@ def test_a_forecast_has_every_line_and_peak_and_knows_its_limits(model_folder: P
     on_gpu = forecast(context, samples=sizes, on_gpu=True)
     assert on_gpu.peak_bytes > found.peak_bytes and on_gpu.phases[0].lines["device_overhead"] > 2**29
     json.dumps([dict(phase.lines) for phase in found.phases])
+
+
+def test_gradients_in_a_step_count_as_long_as_they_exist() -> None:
+    """Of 10 values on two ranks, of which a rank averages 5."""
+    held = RankBytes(0, 40, gradients=20, optimizer=0, buckets=40, update=0, flat=True)
+    use = Use("fetch", (), 0, 0, gradients=12, backward=True)
+    forward = replace(use, gradients=0, backward=False)
+
+    def during(held: RankBytes, stage: int = 2, **others: bool) -> tuple[int, int]:
+        trained = TrainedBytes((10,), 4, 0, held, stage)
+        both = (trained.gradients_during(u, **{"earlier": False, "guarded": False, **others}) for u in (forward, use))
+        return next(both), next(both)
+
+    assert during(held) == (0, 40) and during(held, earlier=True) == (40, 40)
+    assert during(held, guarded=True) == (0, 12) and during(held, guarded=True, earlier=True) == (40, 52)
+    alone = replace(held, gradients=40, buckets=0)
+    assert during(alone) == (0, 40)
+    trained = TrainedBytes((10,), 4, 0, held, 2)
+    assert (trained.averaging(False), trained.averaging(True)) == (60, 80)
+    own = replace(held, flat=False)
+    assert during(own) == (0, 40) and during(own, earlier=True) == (20, 60)
+    assert during(own, stage=1, earlier=True) == (80, 80) and during(own, stage=3) == (60, 60)
+    assert during(own, stage=0) == (0, 12) and TrainedBytes((10,), 4, 0, own, 2).averaging(True) == 0
 
 
 def test_more_ranks_need_less_of_what_is_cut_and_the_same_of_what_is_not(model_folder: Path) -> None:
