@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_llm_ft.adapters.dropout import Mask, SeededDropout
 from sparse_llm_ft.model.four_bit import computes_as_its_class, frozen_output, through_weight
-from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype
+from sparse_llm_ft.model.linear import LinearLayer, autocast_dtype, in_dtype
 from sparse_llm_ft.model.recompute import Recipe, recipe_of
 
 
@@ -112,7 +112,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = grad_down = grad_up = grad_omega = None
 
         # The way through the adapter, r wide.
-        down, up, outer = _in(dtype, own_down), _in(dtype, own_up), _in(dtype, flat)
+        down, up, outer = in_dtype(dtype, own_down), in_dtype(dtype, own_up), in_dtype(dtype, flat)
         trained = isinstance(factor, torch.Tensor)
         scale = 1.0 if trained else factor  # a number goes along with a product
         wide = _full_rows(up, flat.shape[-1], call.rows)
@@ -120,7 +120,7 @@ class _AdaptedLinear(torch.autograd.Function):
         narrow = times_up(outer, wide, scale, outer.is_cuda)
         if needs_down or needs_up or needs_omega:
             x = inputs[0] if value_of_input is None else value_of_input(*inputs)
-            seen = _seen(_in(dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
+            seen = _seen(in_dtype(dtype, x.reshape(-1, x.shape[-1])), call, mask)  # (T, kept cols)
             hidden = F.linear(seen, down)  # (T, r)
             if needs_omega:
                 wide_type = torch.promote_types(dtype, torch.float32)
@@ -128,16 +128,16 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_omega = change.reshape(1).to(omega.dtype)
             if needs_up:
                 grad_up = gradient_of_up(outer, hidden * factor if trained else hidden, scale, outer.is_cuda)
-                grad_up = _in(own_up.dtype, grad_up if call.rows is None else grad_up[call.rows])
+                grad_up = in_dtype(own_up.dtype, grad_up if call.rows is None else grad_up[call.rows])
         narrow = narrow * factor if trained else narrow
         if needs_down:
-            grad_down = _in(own_down.dtype, torch.mm(narrow.t(), seen))
+            grad_down = in_dtype(own_down.dtype, torch.mm(narrow.t(), seen))
 
         # The way through the base's weight, to which the adapter's is added.
         if needs_x:
             dx = through_weight(flat, call.base, weight)
             _add_through_adapter(dx, narrow, down, call, mask)
-            dx = _in(input_dtype, dx.view(*grad.shape[:-1], dx.shape[-1]))
+            dx = in_dtype(input_dtype, dx.view(*grad.shape[:-1], dx.shape[-1]))
         return dx, grad_down, grad_up, grad_omega, None, None
 
 
@@ -152,9 +152,9 @@ def _add_adapter(
 ) -> torch.Tensor | float:
     """Add s H B^T to the base's output, in place. Returns s without rounding (`_factor`)."""
     width = output.shape[-1]
-    hidden = _project(x.reshape(-1, x.shape[-1]), _in(dtype, down), call)  # (T, r)
+    hidden = _project(x.reshape(-1, x.shape[-1]), in_dtype(dtype, down), call)  # (T, r)
     factor = _factor(call, omega, dtype)
-    wide = _full_rows(_in(dtype, up), width, call.rows)  # (d_out, r)
+    wide = _full_rows(in_dtype(dtype, up), width, call.rows)  # (d_out, r)
     flat = output.view(-1, width)
     if output.dtype is not dtype:
         flat += (hidden * factor) @ wide.t()
@@ -190,11 +190,6 @@ def gradient_of_up(outer: torch.Tensor, hidden: torch.Tensor, scale: float, on_g
     return torch.addmm(unread, hidden.t(), outer, beta=0, alpha=scale).t()
 
 
-def _in(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
-    """`value` in `dtype`. To ask first is cheaper than a conversion to what it has, of which a step makes thousands."""
-    return value if value.dtype is dtype else value.to(dtype)
-
-
 def _constant(call: Adapted) -> float:
     """The factor on H B^T without a trained omega. Entries that dropout keeps grow by 1 / (1 - p)."""
     return call.scaling if call.dropout is None else call.scaling / (1.0 - call.dropout.p)
@@ -220,7 +215,7 @@ def _seen(x: torch.Tensor, call: Adapted, mask: Mask | None) -> torch.Tensor:
 
 def _project(x: torch.Tensor, down: torch.Tensor, call: Adapted) -> torch.Tensor:
     """H: (T, r)."""
-    return F.linear(_seen(_in(down.dtype, x), call, _mask(x.shape[0], down, call)), down)
+    return F.linear(_seen(in_dtype(down.dtype, x), call, _mask(x.shape[0], down, call)), down)
 
 
 def _full_rows(up: torch.Tensor, d_out: int, rows: torch.Tensor | None) -> torch.Tensor:

@@ -5,8 +5,8 @@ gathered one: after a forward pass every rank would hold all of a 4-bit base, wi
 one remembers the layer, whose weight is gathered again for backward, and dequantises it there. Of other linear layers
 DeepSpeed's own function keeps the input too, which a frozen weight's backward pass does not need.
 
-The same operators as in bitsandbytes' functions are called here directly: a step of a 7B model calls them a thousand
-times, and what these functions do around them takes as long as the operators themselves take Python.
+bitsandbytes' operators are called here directly, and not by way of its functions: a step of an 8B model makes a
+thousand calls, and these functions run Python around each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sparse_llm_ft.model.linear import LinearLayer, is_transposed
+from sparse_llm_ft.model.linear import LinearLayer, in_dtype, is_transposed
 
 
 class _Product(torch.autograd.Function):
@@ -60,18 +60,18 @@ def frozen_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
         nested = state.state2
         output: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
-            _as(dtype, x),
+            in_dtype(dtype, x),
             weight.view(-1, 1),
             state.shape,
             state.absmax if nested is None else nested.absmax,
             state.blocksize,
             state.quant_type,
-            bias=None if layer.bias is None else _as(dtype, layer.bias),
+            bias=None if layer.bias is None else in_dtype(dtype, layer.bias),
             absmax_8bit=None if nested is None else state.absmax,
             absmax_code=None if nested is None else nested.code,
             absmax_offset=None if nested is None else state.offset,
         )
-        return _as(x.dtype, output)
+        return in_dtype(x.dtype, output)
 
 
 def _is_usual(layer: Any, state: Any, x: torch.Tensor) -> bool:
@@ -95,15 +95,11 @@ def dequantised(weight: torch.Tensor, state: Any) -> torch.Tensor:
             scales = operators.dequantize_blockwise.default(
                 scales, nested.absmax, nested.code, nested.blocksize, nested.dtype
             )
-            scales = _as(torch.float32, scales.add_(state.offset))
+            scales = in_dtype(torch.float32, scales.add_(state.offset))
         matrix: torch.Tensor = operators.dequantize_4bit.default(
             weight, scales, state.blocksize, state.quant_type, state.shape, state.dtype
         )
         return matrix
-
-
-def _as(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
-    return value if value.dtype is dtype else value.to(dtype)
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -147,5 +143,5 @@ def through_weight(grad: torch.Tensor, layer: LinearLayer, weight: torch.Tensor)
     """
     if isinstance(layer, Linear4bit):
         weight = dequantised(weight, layer._parameters["weight"].quant_state)  # type: ignore[union-attr]
-    weight = _as(grad.dtype, weight)
+    weight = in_dtype(grad.dtype, weight)
     return grad @ (weight.t() if is_transposed(layer) else weight)

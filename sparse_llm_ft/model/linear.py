@@ -63,6 +63,11 @@ def any_transposed(model: nn.Module, names: Iterable[str]) -> bool:
     return any(is_transposed(getattr(module, "base_layer", module)) for module in modules)
 
 
+def in_dtype(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    """`value` in `dtype`. To ask first is cheaper than a conversion to what it has, of which a step makes thousands."""
+    return value if value.dtype is dtype else value.to(dtype)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What torch.autocast computes linear layers in on this device at present; None if it is off, or unknown there."""
     kind = device.type
