@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
@@ -98,6 +98,7 @@ class Engine:
 
     Attributes:
         parameters: short name -> trained parameter.
+        device: where it computes.
         norm: norm of the last update's gradients over all ranks, before clipping and without masked entries: a float64
             scalar on the device. The update was made if it is finite; otherwise nothing has changed.
     """
@@ -128,6 +129,7 @@ class Engine:
             self._engine, self._wrapped, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings.to_deepspeed(trained)
             )
+        self.device = self._engine.device
         zero.leave_views(self._wrapped)
         self._flat = FlatGradients(self._engine) if settings.has_flat_gradients(trained) else None
         if settings.zero_stage == 3:
@@ -145,7 +147,7 @@ class Engine:
             zero.shard_slices(self._wrapped, self.parameters, masters),
             masks,
             zero.is_sharded(self._wrapped),
-            self._engine.device,
+            self.device,
         )
 
     def _groups(self) -> list[ParamGroup]:
@@ -243,6 +245,10 @@ class Engine:
         """Collective. Values of the named parameters, or of all (None): unsharded, float32, on the CPU."""
         return self._shards.read(self.parameters if names is None else names)
 
+    def begin_read(self, names: Sequence[str]) -> Callable[[], Tensors]:
+        """Collective. As `values`, but the host need not wait for the device yet: see `Shards.begin_read`."""
+        return self._shards.begin_read(names)
+
     def moments(self) -> Moments:
         """Collective. Adam's moments of every parameter that has them: unsharded, on the CPU; 0 for masked entries."""
         keys = {name: MOMENTS[self._algorithm(name)] for name in self.parameters}
@@ -295,7 +301,7 @@ class Engine:
     ) -> None:
         """Set parameters, moments and step counts; whatever is not given keeps its value (zero in a fresh engine).
 
-        Every rank calls it with the same values; nothing is sent.
+        Every rank calls it with the same values, on any device; nothing is sent.
 
         Raises:
             ValueError: a name the engine does not train, or another shape.
@@ -303,11 +309,10 @@ class Engine:
         unknown = [name for name in (*values, *(moments or {})) if name not in self.parameters]
         if unknown:
             raise ValueError(f"{unknown[0]} is not a trained parameter of this engine")
-        for name, value in values.items():
-            self._shards.write(name, value)
+        self._shards.write(values)
         for name, entry in (moments or {}).items():
             for key, value in entry.items():
-                self._shards.write(name, value, key)
+                self._shards.write({name: value}, key)
         zero.set_in_model(self._wrapped, self.parameters, values, self._shards.shard_slices)
         if optimizer_steps is not None:
             for group, master in self._shards.masters:
@@ -318,7 +323,7 @@ class Engine:
         """Wait for new parameters at stage 3. DeepSpeed gathers them on a stream of its own, which does not wait for
         the one that writes them; and waits for the device itself only if some parameters are persistent.
         """
-        if self.settings.zero_stage == 3 and self._engine.device.type == "cuda":
+        if self.settings.zero_stage == 3 and self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[object]:
@@ -342,7 +347,7 @@ class Engine:
 
     def _largest(self, *sizes: int) -> list[int]:
         """Collective. Of each size the largest of all ranks."""
-        found = torch.tensor(sizes, device=self._engine.device)
+        found = torch.tensor(sizes, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [int(size) for size in found]
 

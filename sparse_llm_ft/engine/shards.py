@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from sparse_llm_ft.checkpoint.state import Tensors
+from sparse_llm_ft.engine.host_read import HostRead
 from sparse_llm_ft.optim.adapter_optimizer import AdapterOptimizer
 from sparse_llm_ft.optim.masks import Mask
 from sparse_llm_ft.optim.sparse_adamw import ParamGroup, index_dtype
@@ -71,22 +72,39 @@ class Shards:
         """
         return self._assemble(names, lambda shard: self._part(shard, key))
 
-    def write(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
-        """Overwrite what `read` reads. Each rank takes its slice of `value`, of a moment only the kept entries.
+    def begin_read(self, names: Sequence[str]) -> Callable[[], Tensors]:
+        """Collective. A function that returns what `read` would now, at any later time. The values are on their way to
+        the host; the function waits until they are there. It makes no collective.
+        """
+        on_their_way = [(b, HostRead(self._gathered(b, lambda s: self._part(s, None)))) for b in self._bundles(names)]
+
+        def values() -> Tensors:
+            found: Tensors = {}
+            for bundle, flat in on_their_way:
+                found |= self._split(bundle, flat.values())
+            return found
+
+        return values
+
+    def write(self, values: Mapping[str, torch.Tensor], key: str | None = None) -> None:
+        """Overwrite what `read` reads. Each rank takes its slice of a value, of a moment only the kept entries.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape; nothing is overwritten.
         """
-        if tuple(value.shape) != self.shapes[name]:
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {self.shapes[name]}")
-        shard = self.shard_slices[name]
-        if shard is None:
-            return
-        master = self.masters[shard.master][1]
-        part = value.reshape(-1)[shard.start : shard.start + shard.length].to(master.device, torch.float32)
-        kept, at = self._kept_part(shard, key)
-        target = (master if key is None else self.optimizer.state[master][key]).detach().view(-1)
-        target[at] = part if kept is None else part[kept]
+        for name, value in values.items():
+            if tuple(value.shape) != self.shapes[name]:
+                raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {self.shapes[name]}")
+        targets, parts = [], []
+        for name, value in values.items():
+            if (shard := self.shard_slices[name]) is None:
+                continue
+            part = value.reshape(-1)[shard.start : shard.start + shard.length]
+            kept, at = self._kept_part(shard, key)
+            targets.append(self._stored(shard, key)[at])
+            parts.append(part if kept is None else part.to(kept.device)[kept])
+        if targets:
+            torch._foreach_copy_(targets, parts)
 
     def gradients(self, flat: Sequence[torch.Tensor]) -> Tensors:
         """Collective. All parameters' gradients: unsharded, float32, on the CPU, masked entries included; `flat` as in
@@ -140,10 +158,14 @@ class Shards:
         low, high = torch.searchsorted(kept, edges).tolist()
         return kept[low:high] - shard.offset, slice(low, high)
 
-    def _part(self, shard: ShardSlice, key: str | None) -> torch.Tensor:
+    def _stored(self, shard: ShardSlice, key: str | None) -> torch.Tensor:
+        """The master with the slice (None), or its moments `key`: 1-D."""
         master = self.masters[shard.master][1]
+        return (master if key is None else self.optimizer.state[master][key]).detach().view(-1)
+
+    def _part(self, shard: ShardSlice, key: str | None) -> torch.Tensor:
         kept, at = self._kept_part(shard, key)
-        stored = (master if key is None else self.optimizer.state[master][key]).detach().view(-1)[at]
+        stored = self._stored(shard, key)[at]
         if kept is None:
             return stored
         part = stored.new_zeros(shard.length)
@@ -154,20 +176,51 @@ class Shards:
         """Collective. Parameters from the slices of all ranks: one collective and one copy to the host per bundle.
 
         Args:
-            part: the values of one of this rank's slices, 1-D.
+            part: the values of one of this rank's slices, or of several that lie side by side: 1-D.
         """
         found: dict[str, torch.Tensor] = {}
         for bundle in self._bundles(names):
-            sizes = [math.prod(self.shapes[name]) for name in bundle]
-            flat = torch.zeros(sum(sizes), device=self.device)
-            for name, whole in zip(bundle, flat.split(sizes), strict=True):
-                if (shard := self.shard_slices[name]) is not None:
-                    whole[shard.start : shard.start + shard.length] = part(shard)
-            if self.sharded:  # as integers, all but one of them 0: exact, including the sign of a zero
-                dist.all_reduce(flat.view(torch.int32))
-            for name, whole in zip(bundle, flat.cpu().split(sizes), strict=True):
-                found[name] = whole.view(self.shapes[name]).clone()  # a file may not hold two parts of one storage
+            found |= self._split(bundle, self._gathered(bundle, part).cpu())
         return found
+
+    def _gathered(self, names: Sequence[str], part: Callable[[ShardSlice], torch.Tensor]) -> torch.Tensor:
+        """Collective. The parameters one after the other on `device`: 1-D, float32. `part` as in `_assemble`."""
+        flat = torch.zeros(sum(math.prod(self.shapes[name]) for name in names), device=self.device)
+        runs = list(self._runs(names))
+        if runs:
+            places = [flat[place : place + shard.length] for place, shard in runs]
+            torch._foreach_copy_(places, [part(shard) for _, shard in runs])
+        if self.sharded:  # as integers, all but one of them 0: exact, including the sign of a zero
+            dist.all_reduce(flat.view(torch.int32))
+        return flat
+
+    def _runs(self, names: Iterable[str]) -> Iterator[tuple[int, ShardSlice]]:
+        """Where this rank's slices belong among the parameters one after the other. Slices that are neighbours both
+        there and in their master come as one.
+        """
+        run: tuple[int, ShardSlice] | None = None
+        at = 0
+        for name in names:
+            shard, place = self.shard_slices[name], at
+            at += math.prod(self.shapes[name])
+            if shard is None:
+                continue
+            if run is not None:
+                first, before = run
+                ends = before.master, before.offset + before.length, first + before.length
+                if ends == (shard.master, shard.offset, place + shard.start):
+                    run = first, replace(before, length=before.length + shard.length)
+                    continue
+                yield run
+            run = place + shard.start, shard
+        if run is not None:
+            yield run
+
+    def _split(self, names: Sequence[str], flat: torch.Tensor) -> Tensors:
+        """Parameters that lie one after the other in `flat`, each in a storage of its own, as files need it."""
+        sizes = [math.prod(self.shapes[name]) for name in names]
+        parts = zip(names, flat.split(sizes), strict=True)
+        return {name: part.view(self.shapes[name]).clone() for name, part in parts}
 
     def _bundles(self, names: Iterable[str]) -> Iterator[list[str]]:
         """The names in parts of no more entries than the largest parameter has. It must fit by itself, so no part needs

@@ -227,13 +227,16 @@ def set_in_model(
     if hasattr(wrapped, _STAGE_3):
         for number in sorted({shard.master for name in values if (shard := shard_slices[name]) is not None}):
             wrapped._reassign_or_swap_out_partitioned_parameters(number)  # this rank's shards
-    for name, value in values.items():
+    whole = []
+    for name in values:
         parameter = parameters[name]
         if hasattr(parameter, "ds_id"):
             parameter.ds_secondary_tensor = None  # hpZ's second shard, which the next gather makes anew
             if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
                 continue
-        parameter.data.copy_(value)
+        whole.append(name)
+    if whole:
+        torch._foreach_copy_([parameters[name].data for name in whole], [values[name] for name in whole])
 
 
 def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:

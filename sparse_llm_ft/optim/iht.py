@@ -55,11 +55,13 @@ class StoIHT:
         self.kept = kept
         return {name: 0.0 for name, value in omega.items() if name not in kept and value != 0.0}, swaps
 
-    def _due(self, step: int, omega: Mapping[str, float]) -> bool:
+    def may_cut(self, step: int) -> bool:
+        """Whether the rule has a cut after optimizer step `step`; without the omegas it is not known if it waits."""
         rule = self.rule
-        if step == rule.steps:
-            return True
-        return step > rule.after and (step - rule.after) % rule.every == 0 and len(self.moved) == len(omega)
+        return step == rule.steps or (step > rule.after and (step - rule.after) % rule.every == 0)
+
+    def _due(self, step: int, omega: Mapping[str, float]) -> bool:
+        return self.may_cut(step) and (step == self.rule.steps or len(self.moved) == len(omega))
 
     def _choose(self, omega: Mapping[str, float]) -> set[str]:
         if self.rule.choose == "random":

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig
 
 from sparse_llm_ft.adapters import is_adapter, is_omega, tuner_of
 from sparse_llm_ft.adapters.masking import to_compact
-from sparse_llm_ft.checkpoint.state import TrainState
+from sparse_llm_ft.checkpoint.state import Tensors, TrainState
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.optim import StoIHT
 from sparse_llm_ft.optim.rank_allocation import RankAllocation
@@ -24,13 +24,28 @@ class Callback(Protocol):
     """Reads parameters by name after each step and overwrites some. Methods that take an engine are collectives.
 
     Attributes:
-        needs_gradients: whether `after_step` reads the gradients of the update.
+        reads: names of the parameters that `after_step` reads.
+        needs_gradients: whether it reads the gradients of the update.
     """
 
+    reads: list[str]
     needs_gradients: bool
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
-        """Collective. Act after update `step` (from 1) of the phase. Returns further entries for metrics.jsonl."""
+    def may_change(self, step: int) -> bool:
+        """Whether `after_step` may overwrite parameters after update `step` (from 1) of the phase. If not, the next
+        step may begin before it.
+        """
+        ...
+
+    def after_step(self, engine: Engine, step: int, values: Tensors, gradients: Gradients) -> dict[str, object]:
+        """Collective if it overwrites something. Act after update `step` (from 1) of the phase.
+
+        Args:
+            values: of the parameters `reads` as the update left them: unsharded, float32, on the CPU.
+
+        Returns:
+            Further entries for metrics.jsonl.
+        """
         ...
 
     def at_end(self, engine: Engine, updates: int) -> None:
@@ -55,17 +70,22 @@ class OmegaPruning:
 
     needs_gradients = False
 
-    def __init__(self, cut: StoIHT, names: list[str]) -> None:
-        self.cut, self.names = cut, names
+    def __init__(self, cut: StoIHT, reads: list[str]) -> None:
+        self.cut, self.reads = cut, reads
         self._active: int | None = None  # of the last update; reading omega is a message
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
-        """Collective. Cut omega if a cut is due. Logs every omega, and from the first cut on the number of swaps."""
-        omega = {name: float(value) for name, value in engine.values(self.names).items()}
+    def may_change(self, step: int) -> bool:
+        """See `StoIHT.may_cut`."""
+        return self.cut.may_cut(step)
+
+    def after_step(self, engine: Engine, step: int, values: Tensors, gradients: Gradients) -> dict[str, object]:
+        """Cut omega if a cut is due. Logs every omega, and from the first cut on the number of swaps."""
+        omega = {name: float(value) for name, value in values.items()}
         zeroed, swaps = self.cut.after_step(step, omega)
         if zeroed:
-            engine.load({name: torch.tensor([value]) for name, value in zeroed.items()})
-        omega |= zeroed
+            zeros = torch.zeros(len(zeroed), device=engine.device)  # made there: the host would wait to send them
+            engine.load(dict(zip(zeroed, zeros.split(1), strict=True)))
+        omega |= dict.fromkeys(zeroed, 0.0)
         self._active = sum(value > 0 for value in omega.values())
         logged: dict[str, object] = {"swaps": swaps} if self.cut.kept else {}
         return logged | {"omega": {name.rpartition(".")[0]: value for name, value in omega.items()}}
@@ -73,12 +93,12 @@ class OmegaPruning:
     def at_end(self, engine: Engine, updates: int) -> None:
         """Collective. Make the last cut, if too many updates were skipped for it to be due before the run's end."""
         if updates < self.cut.rule.steps:
-            self.after_step(engine, self.cut.rule.steps, {})
+            self.after_step(engine, self.cut.rule.steps, engine.values(self.reads), {})
 
     def active_adapters(self, engine: Engine) -> int:
         """Collective before the first update. The number of adapters with omega > 0."""
         if self._active is None:
-            self._active = sum(float(value) > 0 for value in engine.values(self.names).values())
+            self._active = sum(float(value) > 0 for value in engine.values(self.reads).values())
         return self._active
 
     def to_dict(self) -> dict[str, object]:
@@ -99,14 +119,18 @@ class AdaLoraRankAllocation:
 
     needs_gradients = True
 
-    def __init__(self, allocation: RankAllocation, names: list[str], plan: AdapterPlan) -> None:
-        self.allocation, self.names, self.plan = allocation, names, plan
+    def __init__(self, allocation: RankAllocation, reads: list[str], plan: AdapterPlan) -> None:
+        self.allocation, self.reads, self.plan = allocation, reads, plan
 
-    def after_step(self, engine: Engine, step: int, gradients: Gradients) -> dict[str, object]:
-        """Collective. Prune on AdaLoRA's schedule. Logs how many singular values are left."""
-        values = to_compact(self.plan, engine.values(self.names))
-        kept = to_compact(self.plan, {name: gradients[name] for name in self.names})
-        pruned = self.allocation.after_step(step, values, kept)
+    def may_change(self, step: int) -> bool:
+        """True: it has the gradients on the host before the update, so no step could begin meanwhile anyway."""
+        return True
+
+    def after_step(self, engine: Engine, step: int, values: Tensors, gradients: Gradients) -> dict[str, object]:
+        """Prune on AdaLoRA's schedule. Logs how many singular values are left."""
+        compact = to_compact(self.plan, values)
+        kept = to_compact(self.plan, {name: gradients[name] for name in self.reads})
+        pruned = self.allocation.after_step(step, compact, kept)
         if pruned:
             engine.load(pruned)
         pattern = self.allocation.rank_pattern

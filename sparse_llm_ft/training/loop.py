@@ -2,7 +2,8 @@
 
 On a GPU the host runs ahead of it by up to one step: loss, gradient norm and the decision to skip an update stay on the
 device, and the host reads them when the next step is on its way. It reads them at once where what follows needs them:
-before a save or a validation, at the phase's end, in a phase with a callback, and on a CPU, where reading is free.
+before a save or a validation, at the phase's end, where a callback may change parameters, and on a CPU, where reading
+is free.
 
 With a `guard`, a rank that runs out of memory makes the step's collectives all the same, and the all-reduce of the loss
 tells the others. No rank makes that update, nor one that the host has begun meanwhile; the loop ends, with the progress
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_llm_ft.adapters import tuner_of
-from sparse_llm_ft.checkpoint.state import Progress
+from sparse_llm_ft.checkpoint.state import Progress, Tensors
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.sampler import SequentialSampler, ShuffledSampler
 from sparse_llm_ft.data.streaming import StreamingDataset
@@ -31,6 +32,7 @@ from sparse_llm_ft.distributed import signals
 from sparse_llm_ft.distributed.collectives import run_on_every_rank, run_on_rank_zero
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
+from sparse_llm_ft.engine.host_read import HostRead, on_device
 from sparse_llm_ft.engine.memory_guard import MemoryGuard
 from sparse_llm_ft.errors import DivergedError
 from sparse_llm_ft.model.buffers import KeptBuffers
@@ -38,7 +40,6 @@ from sparse_llm_ft.objectives.base import Forward, Objective, lengths_of
 from sparse_llm_ft.phase import Phase
 from sparse_llm_ft.training.batches import BatchThread, Share, ShareMaker
 from sparse_llm_ft.training.callbacks import Callback
-from sparse_llm_ft.training.host_read import HostRead, on_device
 from sparse_llm_ft.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class _Made:
         after: the progress after it, if its update is made.
         values: loss summed over ranks, how many of them ran out of memory, how many have a `Loop.failure`, gradient
             norm, and how many have received each signal.
+        read: what a callback reads, as the update has left it.
         gradients: of the update, where a callback needs them.
     """
 
@@ -87,7 +89,8 @@ class _Made:
     tokens: int
     squares: int
     values: HostRead
-    gradients: dict[str, torch.Tensor]
+    read: Callable[[], Tensors]
+    gradients: Tensors
     cached_samples: int | None
 
 
@@ -137,7 +140,7 @@ class Loop:
             self.sampler = ShuffledSampler(len(self.samples), self.seed)
             self.lengths = lengths_of(self.samples, self.objective)
         self.device = next(self.engine.module.parameters()).device
-        self.runs_ahead = self.device.type == "cuda" and self.callback is None
+        self.runs_ahead = self.device.type == "cuda"
         self.tuner = tuner_of(self.phase.plan)
         self.active = self._count_active()
         self.preempted_by: str | None = None
@@ -235,7 +238,7 @@ class Loop:
 
         # Accumulate gradients over the micro-batches; the engine updates at the last one.
         total = torch.zeros((), device=self.device)
-        gradients: dict[str, torch.Tensor] = {}
+        gradients: Tensors = {}
         for i, batch in enumerate(share.batches):
             losses = partial(self._losses, loss_of, batch, factor)
             if self.guard is None:
@@ -250,8 +253,9 @@ class Loop:
 
         self._buffers.restore()
         values = HostRead(self._sum_loss(total))
+        read = self.engine.begin_read([] if self.callback is None else self.callback.reads)
         cached = None if self.prefix is None else self.prefix.served
-        return _Made(self._after(progress), learning_rate, units, tokens, squares, values, gradients, cached)
+        return _Made(self._after(progress), learning_rate, units, tokens, squares, values, read, gradients, cached)
 
     def _losses(
         self, loss_of: LossOf, batch: Batch, factor: float, forward: Forward
@@ -312,7 +316,12 @@ class Loop:
         return torch.cat([shared[:3].double(), norm.reshape(1), shared[3:].double()])
 
     def _may_wait(self, after: Progress) -> bool:
-        """Whether another step is certain to follow, and may begin before the values of this one are known."""
+        """Whether another step is certain to follow, and may begin before the values of this one are known, of which
+        alone the host does not know whether its update was made.
+        """
+        update = after.phase_step - self.progress.phase_skipped
+        if self.callback is not None and self.callback.may_change(update):
+            return False
         return self.runs_ahead and self._asked is None and not self._over(after)
 
     def _finish(self, made: _Made, is_last: bool) -> Step | None:
@@ -337,7 +346,7 @@ class Loop:
         for name in ("step", "phase_step", "samples"):  # in place: the caller holds this object
             setattr(self.progress, name, getattr(made.after, name))
         self.progress.phase_skipped = skips
-        logged = {} if skipped else self._run_callback(made.gradients)
+        logged = {} if skipped else self._run_callback(made.read, made.gradients)
         return Step(
             mean_loss,
             made.learning_rate,
@@ -362,14 +371,14 @@ class Loop:
                 "training.learning_rate; the last checkpoint is intact"
             )
 
-    def _run_callback(self, gradients: dict[str, torch.Tensor]) -> dict[str, object]:
+    def _run_callback(self, read: Callable[[], Tensors], gradients: Tensors) -> dict[str, object]:
         """Collective. Run the callback; returns what it logs."""
         if self.callback is None:
             return {}
         if gradients:  # those of the update: clipped
             clipped = float(self.engine.clip_factor)
             gradients = {name: gradient * clipped for name, gradient in gradients.items()}
-        logged = self.callback.after_step(self.engine, self.progress.phase_updates, gradients)
+        logged = self.callback.after_step(self.engine, self.progress.phase_updates, read(), gradients)
         self.active = self._count_active()
         return logged
 

@@ -20,12 +20,12 @@ from sparse_llm_ft.config import TrainingConfig
 from sparse_llm_ft.data.collate import Batch
 from sparse_llm_ft.data.sampler import StepIndices
 from sparse_llm_ft.distributed.collectives import broadcast_int, run_on_every_rank
+from sparse_llm_ft.engine.host_read import HostRead
 from sparse_llm_ft.errors import ConfigError
 from sparse_llm_ft.model.architecture import base_of
 from sparse_llm_ft.model.loading import DTYPES
 from sparse_llm_ft.model.prefix import Prefix, lowest_trained
 from sparse_llm_ft.objectives.base import Forward
-from sparse_llm_ft.training.host_read import HostRead
 from sparse_llm_ft.training.loop import Loop
 from sparse_llm_ft.training.prefix_store import DiskStore, MemoryStore
 from sparse_llm_ft.training.read_ahead import ReadAhead

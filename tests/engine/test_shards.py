@@ -61,14 +61,25 @@ def test_ranks_together_hold_every_kept_entry_once(edge: int, seed: int, lines: 
     held = sum(len(s.optimizer.kept[s.masters[0][1]]) if s.optimizer.kept else s.masters[0][1].numel() for s in ranks)
     if all(s.optimizer.kept for s in ranks):
         assert held == sum(int(mask.sum()) for mask in entries.values()) + 6
-    for name, shape in SHAPES.items():
-        value = torch.randn(shape, generator=generator)
-        moment = torch.rand(shape, generator=generator)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    moments = {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
+    for shard in ranks:
+        shard.write(values)
+        shard.write(moments, "exp_avg")
+    # In any order, and as they were when the read began.
+    for names in (list(SHAPES), list(SHAPES)[::-1]):
+        together = [shard.begin_read(names) for shard in ranks]
         for shard in ranks:
-            shard.write(name, value)
-            shard.write(name, moment, "exp_avg")
+            shard.write({name: torch.zeros(SHAPES[name]) for name in names})
+        found_now = [read() for read in together]
+        for name, value in values.items():
+            assert torch.equal(sum(found[name] for found in found_now), value)
+        for shard in ranks:
+            shard.write(values)
+    for name, value in values.items():
+        moment = moments[name]
         assert torch.equal(sum(shard.read([name])[name] for shard in ranks), value)
-        expected = moment * entries[name] if name in entries else moment
+        expected = moment * entries[name] if name in entries else moment.clone()
         found = sum(shard.read([name], "exp_avg")[name] for shard in ranks)
         # A partition in which nothing is masked keeps moments of all its entries.
         for shard in ranks:
@@ -101,8 +112,7 @@ def test_parameters_are_read_together_up_to_the_size_of_the_largest(monkeypatch:
     shards, sizes = shards_of([0, 29], 0, {}), []
     shards.sharded = True
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sizes.append(tensor.numel()))
-    for name, shape in SHAPES.items():
-        shards.write(name, torch.full(shape, float(len(name) + len(shape))))
+    shards.write({name: torch.full(shape, float(len(name) + len(shape))) for name, shape in SHAPES.items()})
     found = shards.read(SHAPES)
     assert sizes == [15, 14] and list(found) == list(SHAPES)
     assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in found.values())
@@ -113,4 +123,4 @@ def test_wrong_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="a mask for d, which is not a trained parameter"):
         shards_of([0, 29], 0, {"d": rows(0)})
     with pytest.raises(ValueError, match=r"b: shape \(2, 4\); expected \(4, 2\)"):
-        shards_of([0, 29], 0, {}).write("b", torch.zeros(2, 4))
+        shards_of([0, 29], 0, {}).write({"b": torch.zeros(2, 4)})

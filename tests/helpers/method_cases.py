@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from helpers.case_tools import (
     MODEL,
     OBJECTIVE,
+    PAIRED,
     SAMPLES,
     WORLD,
     base_model,
@@ -23,16 +25,17 @@ from helpers.case_tools import (
     start_values,
 )
 from sparse_llm_ft.adapters import add_adapters, count_parameters, find_targets, trained_parameters
-from sparse_llm_ft.checkpoint.state import Progress
+from sparse_llm_ft.checkpoint.state import Progress, TrainState
 from sparse_llm_ft.config import ModelConfig, parse_config
 from sparse_llm_ft.config.derivation import DerivationSettings
 from sparse_llm_ft.distributed.world import World
 from sparse_llm_ft.engine.engine import Engine
 from sparse_llm_ft.io.console import Console
 from sparse_llm_ft.model.loading import load_model
-from sparse_llm_ft.phase import ScoringSpec
+from sparse_llm_ft.phase import CutRule, Phase, ScoringSpec
 from sparse_llm_ft.plan import AdapterPlan, IndexMask, group_name, module_kind
 from sparse_llm_ft.scoring import Derivation
+from sparse_llm_ft.training.callbacks import build_callback
 from sparse_llm_ft.training.scorer import Scorer
 
 
@@ -191,9 +194,13 @@ def gradients_before_a_step_are_the_global_ones() -> None:
         kept: dict[str, torch.Tensor] = {}
 
         class Reader:
+            reads: ClassVar[list[str]] = []
             needs_gradients = True
 
-            def after_step(self, engine: Engine, step: int, gradients: dict) -> dict:
+            def may_change(self, step: int) -> bool:
+                return True
+
+            def after_step(self, engine: Engine, step: int, values: dict, gradients: dict) -> dict:
                 kept.update(copy.deepcopy(gradients))  # noqa: B023
                 return {}
 
@@ -216,6 +223,36 @@ def gradients_before_a_step_are_the_global_ones() -> None:
         for name, parameter in parameters.items():
             message = f"stage {stage}, {name}"
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=message)
+
+
+@case
+def cutting_omega_ahead_of_the_device_changes_nothing() -> None:
+    """Steps before the first cut, and between two cuts, begin before the host has read the omegas."""
+    rule = CutRule(keep=3, steps=9, every=2, after=3)
+    for stage, dtype in PAIRED:
+        found: list[tuple[list[object], dict[str, torch.Tensor]]] = []
+        for ahead in (False, True):
+            base = base_model(getattr(torch, dtype))
+            plan = plan_for(base, train_omega=True)
+            model = add_adapters(base, plan)
+            start = start_values(model)
+            engine = Engine(model, engine_settings(stage, 2, dtype), plan)
+            engine.load(start)
+            state = TrainState({}, {}, {}, Progress(), {})
+            callback = build_callback(Phase("select", plan, steps=9, cut=rule), state, engine)
+            loop = make_loop(engine, plan, 2, Progress(), callback)
+            loop.phase, loop.runs_ahead = replace(loop.phase, steps=9), ahead
+            steps = [(step.loss, step.active_adapters, step.callback) for step in loop.steps(lambda _: False)]
+            now = engine.begin_read(callback.reads)
+            engine.load({name: torch.full((1,), 9.0) for name in callback.reads})
+            values = now()
+            assert set(map(float, engine.values(callback.reads).values())) == {9.0}
+            found.append((steps, values))
+            engine.close()
+        (expected, values), (steps, others) = found
+        assert steps == expected and len(steps) == 9, (stage, dtype)
+        assert [active for _, active, _ in steps[:4]] == [len(plan.modules)] * 4 and steps[4][1] == 3, stage
+        assert others == values and sum(float(value) > 0 for value in values.values()) == 3
 
 
 @case

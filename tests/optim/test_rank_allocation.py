@@ -104,7 +104,7 @@ def test_a_masked_module_is_ranked_by_the_entries_that_it_keeps() -> None:
     callback, engine = AdaLoraRankAllocation(allocation, list(values), plan), Values(values)
     assert callback.active_adapters(engine) == 2
     for step in range(1, 4):
-        logged = callback.after_step(engine, step, gradients)
+        logged = callback.after_step(engine, step, engine.values(callback.reads), gradients)
     assert logged == {"ranks": 4}
     assert engine.stored["masked.lora_E"].bool().all() and not engine.stored["whole.lora_E"].any()
     shapes = tuner_of(plan).shapes(plan, {"whole": (8, 8), "masked": (8, 8)})

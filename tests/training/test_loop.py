@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,6 +49,10 @@ class CountingEngine:
             self.module.zero_grad()
             self.updates += bool(self.norm.isfinite())
 
+    def begin_read(self, names: list[str]) -> Callable[[], dict[str, torch.Tensor]]:
+        found = {name: torch.tensor(float(self.updates)) for name in names}
+        return lambda: found
+
 
 class Numbers:
     """Samples are numbers; `bad` holds the micro-batches, counted from 0, whose loss is infinite."""
@@ -69,14 +74,23 @@ class Numbers:
 
 
 class Recording:
+    """Changes parameters after the updates in `changes`. What it reads is the number of updates."""
+
+    reads: ClassVar[list[str]] = ["updates"]
     needs_gradients = False
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.changes: set[int] = set()
+        self.made: list[int] = []  # updates that the engine had made meanwhile
 
-    def after_step(self, engine: Any, step: int, gradients: Any) -> dict[str, Any]:
+    def may_change(self, step: int) -> bool:
+        return step in self.changes
+
+    def after_step(self, engine: Any, step: int, values: Any, gradients: Any) -> dict[str, Any]:
         self.steps.append(step)
-        return {"seen": step}
+        self.made.append(engine.updates)
+        return {"seen": step, "read": int(values["updates"])}
 
     def active_adapters(self, engine: Any) -> int:
         return 1
@@ -102,6 +116,8 @@ def test_a_skipped_update_moves_on_in_the_data_and_nothing_else() -> None:
 
 
 class OmegaEngine:
+    device = torch.device("cpu")
+
     def __init__(self, omega: dict[str, float]) -> None:
         self.omega = omega
 
@@ -117,7 +133,7 @@ def test_the_last_cut_is_made_though_the_run_ends_before_it_is_due(updates: int,
     """Skipped updates do not count, and may leave too few steps for T; after T updates it has been made."""
     engine: Any = OmegaEngine({"a.lora_omega": 1.25, "b.lora_omega": 0.75, "c.lora_omega": 1.5})
     pruning = OmegaPruning(StoIHT(CutRule(keep=1, steps=5, every=10)), list(engine.omega))
-    pruning.after_step(engine, 4, {})
+    pruning.after_step(engine, 4, engine.values(pruning.reads), {})
     assert pruning.active_adapters(engine) == 3
     pruning.at_end(engine, updates)
     assert pruning.active_adapters(engine) == left == sum(value > 0 for value in engine.omega.values())
@@ -188,6 +204,27 @@ def test_a_loop_that_runs_ahead_makes_the_same_steps(bad: set[int]) -> None:
     assert ahead.over() and ahead.engine.updates == 4
     # One step ahead, but not where the caller needs the engine, nor at the phase's end.
     assert seen[:3] == [2, 3, 3] and seen[-1] == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "changes", "made"),
+    [
+        (set(), set(), [2, 3, 4, 4]),
+        (set(), {2}, [2, 2, 4, 4]),
+        ({2, 5}, set(), [1, 2, 4, 4]),
+        ({2, 5}, {3}, [1, 2, 3, 4]),
+    ],
+)
+def test_a_loop_runs_ahead_of_a_callback_that_changes_nothing_yet(
+    bad: set[int], changes: set[int], made: list[int]
+) -> None:
+    """It gets what its own update has left, where the engine has made the next one. Skipped updates do not count."""
+    at_once, ahead = make_loop(bad, most=2), make_loop(bad, most=2)
+    ahead.runs_ahead, ahead.callback.changes = True, changes
+    expected = [(numbers_of(step), step.callback) for step in at_once.steps()]
+    assert [(numbers_of(step), step.callback) for step in ahead.steps(lambda _: False)] == expected
+    assert [step for step in expected if step[1]][1][1] == {"seen": 2, "read": 2}
+    assert ahead.callback.made == made
 
 
 def test_a_loop_that_runs_ahead_stops_where_its_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
