@@ -129,6 +129,32 @@ def tuned_peft(training: Training, dropout: float) -> System:
     return _system(step, model, optimizer)
 
 
+def liger_peft(training: Training, dropout: float) -> System:
+    """`tuned_peft`, with Liger-Kernel's RMSNorm, SwiGLU and rotary embeddings, and its loss of all positions, which
+    makes no logits. It changes transformers' Llama in this process.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=training.base)
+    model = _peft(training, dropout, autocast_adapter_dtype=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    tokens, labels, mask, meter = training.tokens, training.labels, torch.ones_like(training.tokens), training.meter
+
+    def step() -> float:
+        with meter.part(FORWARD):
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        with meter.part(BACKWARD):
+            loss.backward()
+        with meter.part(UPDATE):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    return _system(step, model, optimizer)
+
+
 def bare_base(training: Training, lowest: int) -> System:
     """Forward, and backward to the input of layer `lowest`, without any adapter: the floor without caching."""
     base, meter = training.base, training.meter

@@ -125,8 +125,8 @@ def train_here(trees: Sequence[Mapping[str, Any]]) -> None:
 def check(runs: Runs, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every check: what, its name, the largest difference of a loss, and the problem, empty where there is none."""
     few = options.tiny
-    methods, dtypes = METHODS[1:2] if few else METHODS, DTYPES[:1] if few else DTYPES
-    stages, killed = (0, 2) if few else (0, 1, 2, 3), KILLED[:1] if few else KILLED
+    methods, dtypes = METHODS[1:2] if few else options.methods, DTYPES[:1] if few else DTYPES
+    stages, killed = (0, 2) if few else (0, 1, 2, 3), [case for case in KILLED if case.method in methods]
     groups = {
         f"{method}-{dtype}": [Case(method, dtype, stage) for stage in stages] for method in methods for dtype in dtypes
     }
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=min(os.cpu_count() or 1, 14))
     parser.add_argument("--timeout", type=float, default=150)
     parser.add_argument("--tiny", action="store_true", help="one method, bfloat16 and stages 0 and 2 alone")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:

@@ -38,6 +38,7 @@ Change = Callable[[AdapterPlan, Any], AdapterPlan]
 PLANNED: dict[str, tuple[float, Change]] = {
     "lora": (0.0, lambda plan, _: plan),
     "lora, dropout .05": (0.05, lambda plan, _: plan),
+    "weight_lora before its first cut": (0.0, lambda plan, _: with_omega(plan)),
     "weight_lora before T": (0.0, lambda plan, _: with_omega(plan)),
     "weight_lora after T, top tenth": (0.0, top_tenth),
 }

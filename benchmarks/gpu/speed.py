@@ -24,7 +24,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from base import host_profile, profile, step_flops, times, waits
 from bases import llama_3_8b, random_base, tiny_llama
 from compare_cases import top_tenth
-from peft_steps import Step, Training, bare_base, stock_peft, tuned_peft
+from peft_steps import Step, Training, bare_base, liger_peft, stock_peft, tuned_peft
 
 from sparse_llm_ft.model.flops import peak_flops
 from sparse_llm_ft.model.fused import Fused
@@ -59,13 +59,15 @@ class Setup:
 def ours(
     setup: Setup,
     dropout: float = 0.0,
-    omega: bool = False,
+    cuts_after: int | None = None,
     top: bool = False,
     compiled: bool = False,
     cached: bool = False,
     zero_stage: int = 2,
 ) -> Step:
-    """This toolkit: its tuner, its engine and its loop; adapters in all layers or in the top tenth."""
+    """This toolkit: its tuner, its engine and its loop; adapters in all layers or in the top tenth, and omegas of which
+    a cut follows every step after so many.
+    """
     from toolkit_step import loop_step
 
     from sparse_llm_ft.adapters import add_adapters, find_targets
@@ -88,7 +90,8 @@ def ours(
     shapes = find_targets(training.base, "all-linear")
     plan = uniform_plan(shapes, RANK, ALPHA, dropout)
     plan = top_tenth(plan, shapes) if top else plan
-    plan = with_omega(plan) if omega else plan
+    cut = None if cuts_after is None else CutRule(keep=22, steps=10**6, after=cuts_after)
+    plan = plan if cut is None else with_omega(plan)
     rows = training.tokens.tolist()
     samples = [Sample(tuple(row[: training.prompt]), tuple(row[training.prompt :])) for row in rows]
     settings = TrainingConfig(
@@ -104,7 +107,7 @@ def ours(
         compile_layers(model)
     return loop_step(
         model,
-        Phase("speed", plan, cut=CutRule(keep=22, steps=10**6) if omega else None).with_batch(batch, batch),
+        Phase("speed", plan, cut=cut).with_batch(batch, batch),
         samples,
         EngineSettings(zero_stage, "bfloat16", batch, 1, 1.0, 0.0, 0.01, "sgd", {}),
         settings,
@@ -117,13 +120,15 @@ SYSTEMS: dict[str, tuple[Callable[[Setup], Step], bool]] = {
     "stock PEFT": (lambda s: stock_peft(s.training, 0.0).step, False),
     "stock PEFT, dropout .05": (lambda s: stock_peft(s.training, 0.05).step, False),
     "PEFT tuned": (lambda s: tuned_peft(s.training, 0.0).step, False),
+    "PEFT with Liger": (lambda s: liger_peft(s.training, 0.0).step, False),
     "bare base": (lambda s: bare_base(s.training, 0).step, False),
     "bare base, top tenth": (lambda s: bare_base(s.training, s.lowest_of_top_tenth).step, True),
     "lora": (ours, False),
     "lora, ZeRO-1": (lambda s: ours(s, zero_stage=1), False),
     "lora, compiled": (lambda s: ours(s, compiled=True), False),
     "lora, dropout .05": (lambda s: ours(s, dropout=0.05), False),
-    "weight_lora before T": (lambda s: ours(s, omega=True), False),
+    "weight_lora before its first cut": (lambda s: ours(s, cuts_after=10**5), False),
+    "weight_lora before T": (lambda s: ours(s, cuts_after=0), False),
     "weight_lora after T, top tenth": (lambda s: ours(s, top=True), True),
     "weight_lora after T, top tenth, compiled": (lambda s: ours(s, top=True, compiled=True), True),
     "weight_lora after T, top tenth, prefix cache": (lambda s: ours(s, top=True, cached=True), True),

@@ -27,7 +27,7 @@ class ModelConfig(Section):
         quantization: 4-bit storage of the base's linear layers by bitsandbytes (double quantisation, computation in
             `dtype`).
         lean: whether element-wise parts and the loss of a base that has the Llama family's structure keep less for
-            backward (model/lean.py, model/head_loss.py); other bases run unchanged.
+            backward or take fewer kernels (model/lean.py, model/head_loss.py); other bases run unchanged.
         trust_remote_code: whether code from the model's repository or folder may run in this process.
         resize_embeddings: give the input embeddings and the output head a row for each token of the tokenizer, if it
             has more than they do.

@@ -1,7 +1,8 @@
-"""Element-wise parts of a frozen base that keep less for backward: RMSNorm and SwiGLU of the Llama family.
+"""Element-wise parts of a frozen base that keep less for backward, or take fewer kernels: those of the Llama family.
 
     RMSNorm   y = w * x / sqrt(mean(x^2) + eps)      keeps x and one number per position
     SwiGLU    y = silu(gate) * up                    keeps gate and up
+    rotary position embeddings                       see rotary.py
 
 transformers' own keep each intermediate result: RMSNorm its float32 input and its normalised output, SwiGLU also
 silu(gate) and y. No matrix product is computed again. Modules are recognised by what they compute, not by their name:
@@ -25,6 +26,7 @@ from sparse_llm_ft.model.fused import Fused
 from sparse_llm_ft.model.head_loss import make_head_lean
 from sparse_llm_ft.model.linear import autocast_dtype
 from sparse_llm_ft.model.recompute import mark
+from sparse_llm_ft.model.rotary import rotary_form
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -116,8 +118,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def make_lean(model: nn.Module) -> int:
-    """Give every RMSNorm, SwiGLU and language model's head in `model` its lean forward function (for the head see
-    head_loss.py); other modules stay as they are.
+    """Give every RMSNorm, SwiGLU, attention and language model's head in `model` its lean forward function (for
+    attention see rotary.py, for the head head_loss.py); other modules stay as they are.
 
     Returns:
         The number of modules changed.
@@ -125,6 +127,10 @@ def make_lean(model: nn.Module) -> int:
     known: dict[tuple[object, ...], bool] = {}
     count = int(isinstance(model, PreTrainedModel) and make_head_lean(model))
     for module in model.modules():
+        if "forward" not in module.__dict__ and (form := rotary_form(module)) is not None:
+            module.forward = MethodType(form, module)
+            count += 1
+            continue
         lean = _lean_form(module)
         if lean is None:
             continue

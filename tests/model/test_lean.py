@@ -76,9 +76,9 @@ def build(kind: str) -> Any:
     return made.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("kind", "changed"), [("llama", 2 * 3 + 2), ("qwen2", 2 * 3 + 2), ("gemma2", 0)])
+@pytest.mark.parametrize(("kind", "changed"), [("llama", 2 * 4 + 2), ("qwen2", 2 * 4 + 2), ("gemma2", 2)])
 def test_which_modules_are_changed(kind: str, changed: int) -> None:
-    """Norms, SwiGLUs and the head; Gemma has another norm, another activation and caps its logits."""
+    """Norms, SwiGLUs, attentions and the head; Gemma has another norm, another activation and caps its logits."""
     model = build(kind)
     before = model(input_ids=IDS).logits
     state = torch.get_rng_state()
