@@ -227,16 +227,13 @@ def set_in_model(
     if hasattr(wrapped, _STAGE_3):
         for number in sorted({shard.master for name in values if (shard := shard_slices[name]) is not None}):
             wrapped._reassign_or_swap_out_partitioned_parameters(number)  # this rank's shards
-    whole = []
-    for name in values:
+    for name, value in values.items():
         parameter = parameters[name]
         if hasattr(parameter, "ds_id"):
             parameter.ds_secondary_tensor = None  # hpZ's second shard, which the next gather makes anew
             if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
                 continue
-        whole.append(name)
-    if whole:
-        torch._foreach_copy_([parameters[name].data for name in whole], [values[name] for name in whole])
+        parameter.data.copy_(value)
 
 
 def detach_from_engine(parameters: Iterable[nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +26,6 @@ from sparse_llm_ft.model.fused import Fused
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 _NAME = "apply_rotary_pos_emb"
-_WRAPPERS = "transformers.utils.deprecation"
-"""What may lie around a forward function: it renames arguments of callers that are older than transformers."""
 
 
 def rotary_form(module: nn.Module) -> Callable[..., Any] | None:
@@ -35,66 +33,85 @@ def rotary_form(module: nn.Module) -> Callable[..., Any] | None:
     any other module.
     """
     forward = type(module).forward
-    wrapped = getattr(forward, "__wrapped__", None)
-    if wrapped is not None and getattr(forward, "__globals__", {}).get("__name__") == _WRAPPERS:
-        forward = wrapped
-    code = getattr(forward, "__code__", None)
-    if not isinstance(code, CodeType) or _NAME not in code.co_names or hasattr(forward, "__wrapped__"):
+    innermost = inspect.unwrap(forward)
+    if not isinstance(innermost, FunctionType) or _NAME not in innermost.__code__.co_names:
         return None
-    original = forward.__globals__.get(_NAME)
+    original = innermost.__globals__.get(_NAME)
     return None if original is None or not _computes(original) else _form(forward, original)
 
 
 @functools.cache
-def _form(forward: FunctionType, original: Callable[..., Pair]) -> Callable[..., Any]:
-    """A copy of `forward` that finds `rotate` under the name."""
-    names = {**forward.__globals__, _NAME: functools.partial(rotate, original)}
-    del names["__name__"]  # by which torch.compile would look names up in transformers' module
-    form = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+def _form(forward: Any, original: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A copy of `forward`, and of the decorators around it, in which the name stands for `rotate`; None: a decorator
+    holds the function in an unknown way. All layers share it, so that torch.compile compiles them once.
+    """
+    if not isinstance(forward, FunctionType):
+        return None
+    names, cells = forward.__globals__, forward.__closure__
+    wrapped = getattr(forward, "__wrapped__", None)
+    if wrapped is not None:
+        inner, held = _form(wrapped, original), [cell.cell_contents is wrapped for cell in cells or ()]
+        if inner is None or held.count(True) != 1:
+            return None
+        cells = tuple(CellType(inner) if own else cell for own, cell in zip(held, cells or (), strict=True))
+    else:
+        names = {**names, _NAME: functools.partial(rotate, original)}
+        del names["__name__"]  # by which torch.compile would look names up in transformers' module
+    form = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)
     form.__kwdefaults__ = forward.__kwdefaults__
-    return functools.update_wrapper(form, forward)
+    functools.update_wrapper(form, forward)
+    if wrapped is None:
+        del form.__wrapped__  # type: ignore[attr-defined]
+    return form
 
 
-def rotate(
-    original: Callable[..., Pair],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *rest: Any,
-    **named: Any,
-) -> Pair:
-    """q and k, rotated. `original` rotates what this function does not know, such as heads that turn in part."""
-    shapes = q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
-    if rest or named or not shapes or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
-        return original(q, k, cos, sin, *rest, **named)
-    if not q.dtype == k.dtype == cos.dtype == sin.dtype or cos.requires_grad or sin.requires_grad:
-        return original(q, k, cos, sin)
-    rotated: Pair = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
-    return rotated
+def rotate(original: Callable[..., Pair], *args: Any, **named: Any) -> Pair:
+    """q and k, rotated, of the call ``original(q, k, cos, sin)``. `original` itself answers every other call, and one
+    whose tensors are not those of the equation above, such as heads that turn in part.
+    """
+    if named or len(args) != 4 or not _is_known(*args):
+        return original(*args, **named)
+    q, k, cos, sin = args
+    batch, _, length, width = q.shape
+    # By token, as projections lay their output out. The function returns no views: those could not be changed in place.
+    tokens = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (q, k)]
+    rotated: Pair = _Rotary.apply(*tokens, cos, sin)  # type: ignore[no-untyped-call]
+    q, k = (x.view(batch, length, x.shape[1], width).transpose(1, 2) for x in rotated)
+    return q, k
+
+
+def _is_known(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
+        return False
+    if not (q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape and q.shape[3] % 2 == 0):
+        return False
+    (batch, _, *size), (_, *angles) = q.shape, cos.shape
+    same = size == [*k.shape[2:]] == angles and batch == k.shape[0] and cos.shape[0] in (1, batch)
+    return same and q.dtype == k.dtype == cos.dtype == sin.dtype and not (cos.requires_grad or sin.requires_grad)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
         ctx.save_for_backward(cos, sin)
-        return _by_token(_rotated, q, k, cos, sin)
+        rotated = _rotated(q, k, *_by_token(q, cos, sin))
+        needed = ctx.needs_input_grad
+        ctx.mark_non_differentiable(*(x for x, differs in zip(rotated, needed, strict=False) if not differs))
+        return rotated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_by_token(_rotated_back, grad_q, grad_k, *ctx.saved_tensors), None, None
+        cos, sin = ctx.saved_tensors
+        grads = grad_q.contiguous(), grad_k.contiguous()
+        return *_rotated_back(*grads, *_by_token(grad_q, cos, sin)), None, None
 
 
-def _by_token(
-    function: Callable[..., Pair], q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> Pair:
-    """Apply a function of (B T, heads, D) and (B T, D), as projections lay out their tokens."""
-    batch, length = q.shape[0], q.shape[2]
-    tokens = [x.transpose(1, 2).reshape(batch * length, x.shape[1], x.shape[3]) for x in (q, k)]
-    angles = [x.expand(batch, -1, -1).reshape(batch * length, x.shape[2]) for x in (cos, sin)]
-    q, k = function(*tokens, *angles)
-    return q.view(batch, length, *q.shape[1:]).transpose(1, 2), k.view(batch, length, *k.shape[1:]).transpose(1, 2)
+def _by_token(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    """cos and sin (B or 1, T, D) as (B T, D), for x (B T, heads, D)."""
+    batch = x.shape[0] // cos.shape[1] if cos.shape[1] else 1
+    cos, sin = (table.expand(batch, -1, -1).reshape(x.shape[0], table.shape[2]) for table in (cos, sin))
+    return cos, sin
 
 
 @Fused
@@ -115,21 +132,21 @@ def _half_turn(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), -1)
 
 
-@functools.cache
-def _computes(original: Callable[..., Pair]) -> bool:
-    """Whether it computes what `_Rotary` does: the same bits, in float32 and bfloat16."""
-    if len(inspect.signature(original).parameters) < 4:
+def _computes(original: Callable[..., Any]) -> bool:
+    """Whether it computes what `rotate` does: the same bits, in float32 and bfloat16."""
+    try:
+        return _same_bits(original)
+    except Exception:  # of any type: it may be any function of this name
         return False
+
+
+@functools.cache
+def _same_bits(original: Callable[..., Any]) -> bool:
     draw = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         shapes = (2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8)
-        values = [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
-        try:
-            expected = original(*values)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False
-        if not (isinstance(expected, tuple) and len(expected) == 2):
-            return False
-        if not all(map(torch.equal, expected, _by_token(_rotated, *values))):
+        values = [torch.randn(shape, generator=draw, device="cpu").to(dtype) for shape in shapes]
+        expected, own = original(*values), rotate(original, *values)
+        if not (isinstance(expected, tuple) and len(expected) == 2 and all(map(torch.equal, expected, own))):
             return False
     return True

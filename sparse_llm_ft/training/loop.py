@@ -320,7 +320,8 @@ class Loop:
         alone the host does not know whether its update was made.
         """
         update = after.phase_step - self.progress.phase_skipped
-        if self.callback is not None and self.callback.may_change(update):
+        callback = self.callback
+        if callback is not None and (callback.needs_gradients or callback.may_change(update)):
             return False
         return self.runs_ahead and self._asked is None and not self._over(after)
 

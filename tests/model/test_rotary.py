@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
@@ -47,7 +48,7 @@ def test_values_and_gradients_are_transformers_bit_by_bit(
     if compiled:
         monkeypatch.setattr(fused, "FUSED", {"cpu"})
     heads, table = draw(batch, angles, length, dtype)
-    expected, own = apply_rotary_pos_emb(*heads, *table), rotate(None, *heads, *table)  # type: ignore[arg-type]
+    expected, own = apply_rotary_pos_emb(*heads, *table), rotate(unused, *heads, *table)
     outer = [torch.randn_like(value) for value in expected]
     gradients = [torch.autograd.grad(pair, heads, outer) for pair in (expected, own)]
     for found, others in ((own, expected), (gradients[1], gradients[0])):
@@ -58,33 +59,78 @@ def test_values_and_gradients_are_transformers_bit_by_bit(
 
 def test_derivative() -> None:
     heads, table = draw(2, 1, 3, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k: rotate(None, q, k, *table), heads)  # type: ignore[arg-type]
+    assert torch.autograd.gradcheck(lambda q, k: rotate(unused, q, k, *table), heads)
+
+
+def unused(*args: Any, **named: Any) -> Any:
+    raise AssertionError("transformers' function was called")
 
 
 def test_backward_keeps_the_table_alone() -> None:
     heads, table = draw(2, 1, 3, torch.float32)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
-        rotate(None, *heads, *table)  # type: ignore[arg-type]
+        rotate(unused, *heads, *table)
     assert [value.data_ptr() for value in kept] == [value.data_ptr() for value in table]
 
 
-@pytest.mark.parametrize("case", ["part of a head", "another type", "an argument", "a trained table"])
-def test_other_calls_are_transformers_own(case: str) -> None:
+def test_results_may_be_changed_in_place_and_need_gradients_where_their_inputs_do() -> None:
+    (q, k), table = draw(2, 1, 3, torch.float32)
+    own, expected = rotate(unused, q, k.detach(), *table), apply_rotary_pos_emb(q, k.detach(), *table)
+    for pair in (own, expected):
+        assert [value.requires_grad for value in pair] == [True, False]
+        pair[0].mul_(2.0)
+    gradients = [torch.autograd.grad(pair[0].square().sum(), q)[0] for pair in (own, expected)]
+    assert torch.equal(own[0], expected[0]) and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "table"),
+    [
+        ((2, 4, 3, 8), (2, 2, 3, 8), (1, 3, 4)),  # a part of each head
+        ((2, 4, 3, 7), (2, 2, 3, 7), (1, 3, 7)),
+        ((1, 4, 3, 8), (1, 2, 3, 8), (3, 3, 8)),
+        ((2, 4, 3, 8), (2, 2, 3, 8), (1, 1, 8)),
+        ((1, 4, 1, 8), (1, 2, 1, 8), (1, 3, 8)),
+        ((6, 4, 1, 8), (6, 2, 1, 8), (1, 6, 8)),
+        ((2, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8)),
+        ((2, 4, 3, 8), (2, 2, 1, 8), (2, 3, 8)),
+        ((4, 3, 8), (2, 3, 8), (3, 8)),
+    ],
+)
+def test_other_shapes_are_transformers_own(q: tuple[int, ...], k: tuple[int, ...], table: tuple[int, ...]) -> None:
+    values = [torch.randn(shape) for shape in (q, k, table, table)]
+    assert_passed_on(*values)
+
+
+def test_other_calls_are_transformers_own() -> None:
     (q, k), (cos, sin) = draw(2, 1, 3, torch.float32)
-    more = {}
-    if case == "part of a head":
-        cos, sin = cos[..., :4], sin[..., :4]
-    elif case == "another type":
-        cos, sin = cos.bfloat16(), sin.bfloat16()
-    elif case == "an argument":
-        more = {"unsqueeze_dim": 1}
-    else:
-        sin.requires_grad_()
+    assert_passed_on(q, k, cos.bfloat16(), sin.bfloat16())
+    assert_passed_on(q, k, cos, sin.clone().requires_grad_())
+    assert_passed_on(q, k, cos, sin, None, 1)
+    assert_passed_on(q, k, cos, sin, unsqueeze_dim=2)
+    assert_passed_on(q, cos=cos, sin=sin)
+    assert_passed_on(q, cos)
+
+
+def assert_passed_on(*args: Any, **named: Any) -> None:
     calls: list[Any] = []
-    rotate(lambda *args, **named: calls.append((args, named)), q, k, cos, sin, **more)  # type: ignore[arg-type,return-value]
-    ((args, named),) = calls
-    assert [id(value) for value in args] == [id(value) for value in (q, k, cos, sin)] and named == more
+    rotate(lambda *a, **n: calls.append((a, n)), *args, **named)  # type: ignore[arg-type,return-value]
+    ((found, others),) = calls
+    assert list(map(id, found)) == list(map(id, args)) and others == named
+
+
+def test_names_of_older_callers_are_renamed_as_before() -> None:
+    """transformers does that in a decorator around forward."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    make_lean(model)
+    hidden, positions = torch.randn(1, 3, 16), torch.arange(3)[None]
+    angles = model.model.rotary_emb(hidden, positions)
+    for name in ("cache", "past_key_values"):
+        if name in inspect.getsource(modeling_llama.LlamaAttention):
+            cache = DynamicCache()
+            model.model.layers[0].self_attn(hidden, position_embeddings=angles, attention_mask=None, **{name: cache})
+            assert cache.get_seq_length() == 3, name
 
 
 def test_one_model_changes_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,5 +186,18 @@ def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPa
     def scaled(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         return tuple(value * 1.001 for value in apply_rotary_pos_emb(q, k, cos, sin))
 
-    monkeypatch.setattr(sys.modules[LlamaAttention.__module__], "apply_rotary_pos_emb", scaled)
-    assert rotary_form(object.__new__(LlamaAttention)) is None
+    def of_a_cache(q: torch.Tensor, k: torch.Tensor, table: Any, layer: Any) -> Any:
+        return q * table.cos_cached, k
+
+    def asserting(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None) -> Any:
+        assert position_ids is not None
+        return q, k
+
+    scripted = torch.jit.script(of_two)  # its signature is not known
+    for other in (scaled, of_a_cache, asserting, scripted, lambda q, k, cos, sin: q, lambda x: x):
+        monkeypatch.setattr(sys.modules[LlamaAttention.__module__], "apply_rotary_pos_emb", other)
+        assert rotary_form(object.__new__(LlamaAttention)) is None
+
+
+def of_two(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q, k
