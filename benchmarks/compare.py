@@ -218,8 +218,9 @@ def main() -> None:
     size.add_argument("--host", action="store_true", help="a narrow Llama of 32 layers: what Python takes of a step")
     parser.add_argument("--model", help="a checkpoint; default: random weights in SmolLM2-135M's shapes")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="only these")
-    parser.add_argument("--groups", type=int, help="only so many of the bases and batches, from the first")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="only these")
+    parser.add_argument(
+        "--groups", nargs="+", help="only those with one of these in their headings, such as 'float32, 4×512'"
+    )
     parser.add_argument("--bytes-only", action="store_true", help="no seconds, for a machine that is not idle")
     parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick and --tiny")
     parser.add_argument("--steps", type=int, default=1, help="of a system in a round")
@@ -239,8 +240,13 @@ def main() -> None:
     results |= {"steps": options.steps, "base": "a checkpoint" if options.model else "random weights", "rows": []}
     results = continued(results, options.out / "results.json")
     with tempfile.TemporaryDirectory() as temporary:
-        groups = make(options.model or write_base(Path(temporary), layers))[: options.groups]
-        groups = [group for group in groups if group.data.dtype in (options.dtypes or [group.data.dtype])]
+        groups = make(options.model or write_base(Path(temporary), layers))
+        if options.groups:
+            groups = [group for group in groups if any(part in str(group.data) for part in options.groups)]
+        if not groups:
+            parser.error(
+                f"--groups {' '.join(options.groups)}: no base and batch has this; expected some of the headings"
+            )
         if options.cases:
             groups = [replace(g, cases=[case for case in g.cases if case in options.cases]) for g in groups]
         if options.bytes_only:
