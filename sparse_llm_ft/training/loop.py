@@ -253,7 +253,7 @@ class Loop:
 
         self._buffers.restore()
         values = HostRead(self._sum_loss(total))
-        read = self.engine.begin_read([] if self.callback is None else self.callback.reads)
+        read = dict if self.callback is None else self.engine.begin_read(self.callback.reads)
         cached = None if self.prefix is None else self.prefix.served
         return _Made(self._after(progress), learning_rate, units, tokens, squares, values, read, gradients, cached)
 

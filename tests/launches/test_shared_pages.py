@@ -32,8 +32,8 @@ def test_two_ranks_read_what_one_reads(quantization: str, tmp_path: Path) -> Non
     if not first["alone"]:
         pytest.skip(f"{tmp_path} is on no disk: its reads are not counted")
     pages = sum(-(-file.stat().st_size // PAGE) * PAGE for file in files)
-    # The kernel may keep a few pages that it was told to drop, and drop some that it was to keep. A page that was read
-    # twice would count twice.
-    assert 0.9 * pages < first["alone"] <= pages
-    assert 0.9 * pages < first["together"] + second["together"] <= pages
+    # The kernel may keep a few pages that it was told to drop, and drop some that it was to keep, which are
+    # then read again. If both ranks read everything, it would count twice.
+    assert 0.9 * pages < first["alone"] < 1.1 * pages
+    assert 0.9 * pages < first["together"] + second["together"] < 1.1 * pages
     assert max(first["cached"], second["cached"]) < 0.1 * pages
