@@ -227,10 +227,14 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=2)
     parser.add_argument("--docs", type=Path, help="a Markdown file; the tables replace what is between its markers")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     options.rounds = options.rounds or (3 if options.quick or options.tiny else 5)
     make = quick if options.quick else tiny if options.tiny else host if options.host else full
     layers = 4 if options.tiny else 32 if options.host else None
+    headings = [str(group.data) for group in make("")]
+    for part in options.groups or ():
+        if not any(part in heading for heading in headings):
+            parser.error(f"--groups: '{part}' is in no heading; expected a part of one, such as '{headings[0]}'")
+    options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "command": command(sys.argv[1:]),
         "machine": describe_machine(),
@@ -243,10 +247,6 @@ def main() -> None:
         groups = make(options.model or write_base(Path(temporary), layers))
         if options.groups:
             groups = [group for group in groups if any(part in str(group.data) for part in options.groups)]
-        if not groups:
-            parser.error(
-                f"--groups {' '.join(options.groups)}: no base and batch has this; expected some of the headings"
-            )
         if options.cases:
             groups = [replace(g, cases=[case for case in g.cases if case in options.cases]) for g in groups]
         if options.bytes_only:

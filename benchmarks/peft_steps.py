@@ -87,46 +87,20 @@ def _system(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 def stock_peft(training: Training, dropout: float) -> System:
     """PEFT with LoRA's defaults, torch's AdamW, and the model's own loss over all logits."""
     model = _peft(training, dropout, autocast_adapter_dtype=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    tokens, labels, mask, meter = training.tokens, training.labels, torch.ones_like(training.tokens), training.meter
     autocast: AbstractContextManager[object] = nullcontext()
     if training.autocast:
-        autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16)
-
-    def step() -> float:
-        with meter.part(FORWARD), autocast:
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-        with meter.part(BACKWARD):
-            loss.backward()
-        with meter.part(UPDATE):
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
-
-    return _system(step, model, optimizer)
+        autocast = torch.autocast(training.tokens.device.type, dtype=torch.bfloat16)
+    return _stepping(training, model, _own_loss(model, training), None, autocast)
 
 
 def tuned_peft(training: Training, dropout: float) -> System:
     """PEFT as one who knows it sets it: adapters in the base's dtype, logits where there is a loss, foreach AdamW."""
     model = _peft(training, dropout, autocast_adapter_dtype=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    meter = training.meter
 
-    def step() -> float:
-        with meter.part(FORWARD):
-            loss = _loss_where_it_counts(model, training, attention_mask=torch.ones_like(training.tokens))
-        with meter.part(BACKWARD):
-            loss.backward()
-        with meter.part(UPDATE):
-            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
+    def loss() -> torch.Tensor:
+        return _loss_where_it_counts(model, training, attention_mask=torch.ones_like(training.tokens))
 
-    return _system(step, model, optimizer)
+    return _stepping(training, model, loss, True)
 
 
 def liger_peft(training: Training, dropout: float) -> System:
@@ -137,17 +111,37 @@ def liger_peft(training: Training, dropout: float) -> System:
 
     apply_liger_kernel_to_llama(model=training.base)
     model = _peft(training, dropout, autocast_adapter_dtype=False)
+    return _stepping(training, model, _own_loss(model, training), True)
+
+
+def _own_loss(model: Any, training: Training) -> Callable[[], torch.Tensor]:
+    """The model's own loss over all positions."""
+    batch = {"input_ids": training.tokens, "attention_mask": torch.ones_like(training.tokens)}
+    labels = training.labels
+    return lambda: model(**batch, labels=labels).loss
+
+
+def _stepping(
+    training: Training,
+    model: Any,
+    loss_of: Callable[[], torch.Tensor],
+    foreach: bool | None,
+    autocast: AbstractContextManager[object] | None = None,
+) -> System:
+    """Steps of torch's AdamW on the loss, whose forward pass runs under `autocast`. A `foreach` of None is torch's own
+    choice.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    tokens, labels, mask, meter = training.tokens, training.labels, torch.ones_like(training.tokens), training.meter
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=foreach)
+    meter = training.meter
 
     def step() -> float:
-        with meter.part(FORWARD):
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        with meter.part(FORWARD), autocast or nullcontext():
+            loss = loss_of()
         with meter.part(BACKWARD):
             loss.backward()
         with meter.part(UPDATE):
-            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=foreach)
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()

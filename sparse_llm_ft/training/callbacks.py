@@ -33,7 +33,7 @@ class Callback(Protocol):
 
     def may_change(self, step: int) -> bool:
         """Whether `after_step` may overwrite parameters after update `step` (from 1) of the phase. If not, the next
-        step may begin before it.
+        step may begin before it. A callback that needs gradients says True: they are clipped by the last step's norm.
         """
         ...
 

@@ -320,8 +320,7 @@ class Loop:
         alone the host does not know whether its update was made.
         """
         update = after.phase_step - self.progress.phase_skipped
-        callback = self.callback
-        if callback is not None and (callback.needs_gradients or callback.may_change(update)):
+        if self.callback is not None and self.callback.may_change(update):
             return False
         return self.runs_ahead and self._asked is None and not self._over(after)
 
