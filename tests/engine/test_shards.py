@@ -107,6 +107,22 @@ def test_the_norm_leaves_masked_entries_out() -> None:
     assert torch.equal(shards.gradients([gradient])["b"], torch.arange(15.0, 23.0).view(4, 2))
 
 
+def test_slices_that_are_neighbours_in_a_master_alone_are_read_apart() -> None:
+    """At stage 3 a rank has a part of each parameter."""
+    values = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    found = []
+    for rank in (0, 1):
+        shards, offset = shards_of([0, 29, 29], 0, {}), 0
+        for name, value in values.items():
+            half = value.numel() // 2
+            length = value.numel() - half if rank else half
+            shards.shard_slices[name] = ShardSlice(0, offset, half * rank, length)
+            offset += length
+        shards.write(values)
+        found.append(shards.read(SHAPES))
+    assert all(torch.equal(found[0][name] + found[1][name], value) for name, value in values.items())
+
+
 def test_parameters_are_read_together_up_to_the_size_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 15, 8 and 6 entries, the last two are read by one collective. The tensors share no storage."""
     shards, sizes = shards_of([0, 29], 0, {}), []

@@ -66,6 +66,18 @@ def unused(*args: Any, **named: Any) -> Any:
     raise AssertionError("transformers' function was called")
 
 
+def test_gradients_are_contiguous_for_the_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention may lay them out by heads, and what is not contiguous would not be compiled."""
+    seen: list[bool] = []
+    own = rotary._rotated_back
+    monkeypatch.setattr(rotary, "_rotated_back", lambda *a: seen.append(all(x.is_contiguous() for x in a)) or own(*a))
+    for batch in (1, 2):
+        heads, table = draw(batch, 1, 5, torch.float32)
+        outer = [torch.randn(value.shape) for value in heads]
+        torch.autograd.grad(rotate(unused, *heads, *table), heads, outer)
+    assert seen == [True, True]
+
+
 def test_backward_keeps_the_table_alone() -> None:
     heads, table = draw(2, 1, 3, torch.float32)
     kept: list[torch.Tensor] = []
